@@ -1,0 +1,211 @@
+"""Ranks: start, talk, agree, stop.
+
+Three launchers meet in `init`: `deepspeed` (RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in
+the environment), `srun` with one task a GPU (the same from SLURM_*), and plain `python`
+(one process).
+
+Small decisions (has anyone been told to stop, did every rank write its file) travel over
+gloo on CPU tensors, so that agreeing costs no device synchronisation; gradients and weights
+travel over the accelerator's own backend. Both live in torch's one default process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("ibdistill")
+T = TypeVar("T")
+
+EXIT_BAD_INPUT = 2
+"""A setting, file or record is wrong; the message says which."""
+EXIT_DIVERGED = 3
+"""Too many steps in a row with a non-finite loss or gradient; the last checkpoint stands."""
+EXIT_REQUEUE = 85
+"""Saved after SIGUSR1: start the same command again."""
+EXIT_TERMINATED = 143
+"""Saved after SIGTERM (128 + 15): somebody wants this run gone."""
+_STOP_SIGNALS = {signal.SIGUSR1: EXIT_REQUEUE, signal.SIGTERM: EXIT_TERMINATED}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+
+def init(timeout_minutes: int = 30) -> World:
+    """Join the process group and set up this rank's device and logging.
+
+    Raises ValueError if the launcher's environment is incomplete.
+    """
+    _environment_from_slurm()
+    given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if not given:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    elif len(given) < 3 or "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"of RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR only {', '.join(given)} are set; start with "
+            "`deepspeed ibdistill/train.py ...`, through slurm/, or as one process with plain `python`"
+        )
+    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    device = torch.device("cpu")
+    backend = "gloo"
+    if torch.cuda.is_available():
+        # under --gpus-per-task=1 a task sees one device, whatever its local rank
+        device = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    _start_logging(rank)
+    return World(rank, size, local_rank, device)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed python, numpy and torch."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """This rank's random state, for a checkpoint."""
+    state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    """Continue from a state that `rng_state` gave."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The sum over ranks of a CPU tensor, on every rank. The argument is not changed."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+def max_over_ranks(value: int) -> int:
+    """The largest of the ranks' values, on every rank."""
+    tensor = torch.tensor([value], dtype=torch.int64)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's picklable object, in rank order, on every rank."""
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def run_on_rank_0(action: Callable[[], T]) -> T:
+    """Rank 0's result on every rank; what it raises is raised on every rank. Collective."""
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Around the preparation of a run: a ValueError on any rank ends all ranks with exit code 2. Collective.
+
+    Rank 0 prints the message, without a traceback: it is written for the user. No rank ends
+    before that, since a launcher that sees one end kills the others.
+    """
+    error: ValueError | None = None
+    try:
+        yield
+    except ValueError as caught:
+        error = caught
+    errors = gather_objects(None if error is None else str(error))
+    if any(message is not None for message in errors):
+        if dist.get_rank() == 0:
+            rank, message = next((rank, text) for rank, text in enumerate(errors) if text is not None)
+            where = "" if rank == 0 else f" (rank {rank})"
+            print(f"error{where}: {message}", file=sys.stderr, flush=True)
+        dist.barrier()
+        sys.exit(EXIT_BAD_INPUT)
+
+
+class StopRequest:
+    """Remembers SIGUSR1 or SIGTERM until all ranks have agreed on it at a step's end.
+
+    Slurm and a cluster's scheduler signal ranks at slightly different times, so a rank may
+    only act on what `agreed` says.
+    """
+
+    def __init__(self) -> None:
+        self._code = 0
+        for number in _STOP_SIGNALS:
+            signal.signal(number, self._remember)
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self._code = max(self._code, _STOP_SIGNALS[signal.Signals(number)])
+
+    def agreed(self) -> int:
+        """The exit code that the run must end with after saving, or 0. Collective.
+
+        SIGTERM outranks SIGUSR1: a cancelled job must not come back.
+        """
+        return max_over_ranks(self._code)
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on at the moment."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _environment_from_slurm() -> None:
+    if "SLURM_PROCID" in os.environ and "RANK" not in os.environ and "MASTER_ADDR" in os.environ:
+        os.environ["RANK"] = os.environ["SLURM_PROCID"]
+        os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
+        os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
+
+
+def _start_logging(rank: int) -> None:
+    """Rank 0 talks; the others only warn, with their rank in front."""
+    handler = logging.StreamHandler()
+    prefix = "" if rank == 0 else f"[rank {rank}] "
+    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    logger.propagate = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed still calls the older name; nothing that a user could act on
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)

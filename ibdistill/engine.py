@@ -1,0 +1,161 @@
+"""The student's DeepSpeed engine: ZeRO from a file, everything else from the run's settings.
+
+The file in `deepspeed.config` says how states are sharded and offloaded and nothing else.
+Batch sizes, precision, clipping, optimizer and schedule have one home each, in the recipe;
+a file that sets them too is refused rather than reconciled.
+
+The loss that the engine sees is already divided by the global token counts of the step
+(`objectives`), so its gradient has to be *summed* over ranks and micro-batches. DeepSpeed
+averages over ranks; `train.train_step` multiplies by the world size to undo that, and asks
+the engine not to divide by the number of micro-batches.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from ibdistill.config import DS_CONFIGS, Config, OptimConfig
+from ibdistill.distributed import World
+
+logger = logging.getLogger("ibdistill")
+
+# key of a DeepSpeed file -> the setting that owns it
+_OWNED = {
+    "train_batch_size": "optim.batch_size",
+    "train_micro_batch_size_per_gpu": "optim.micro_batch_size",
+    "gradient_accumulation_steps": "optim.micro_batch_size",
+    "gradient_clipping": "optim.clip_norm",
+    "optimizer": "the section optim",
+    "scheduler": "optim.schedule",
+    "bf16": "student.precision",
+    "bfloat16": "student.precision",
+    "fp16": "student.precision",
+    "amp": "student.precision",
+    "torch_autocast": "student.precision",
+}
+
+
+def split_batch(optim: OptimConfig, world_size: int) -> tuple[int, int]:
+    """(questions a micro-batch, micro-batches a step) of one rank.
+
+    Raises ValueError if the global batch does not divide evenly.
+    """
+    batch, micro = optim.batch_size, optim.micro_batch_size
+    if micro == 0:
+        if batch % world_size:
+            raise ValueError(f"optim.batch_size is {batch}; it must be a multiple of the {world_size} ranks")
+        return batch // world_size, 1
+    if batch % (micro * world_size):
+        raise ValueError(
+            f"optim.batch_size is {batch}; it must be a multiple of optim.micro_batch_size x ranks "
+            f"= {micro} x {world_size} = {micro * world_size}"
+        )
+    return micro, batch // (micro * world_size)
+
+
+def read_ds_config(name: str) -> dict[str, Any]:
+    """The content of a ZeRO file. Raises ValueError if it is missing, malformed or says too much."""
+    path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
+    if not path.is_file():
+        shipped = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
+        raise ValueError(f"deepspeed.config is {name!r}, but {path} does not exist; shipped: {shipped}")
+    try:
+        content = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
+    for key in content:
+        if key in _OWNED:
+            raise ValueError(f"{path} sets {key!r}; that belongs to {_OWNED[key]}. Remove it from the file")
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    return content
+
+
+def zero_stage(config: Config) -> int:
+    """The ZeRO stage of the run's DeepSpeed file."""
+    return read_ds_config(config.deepspeed.config).get("zero_optimization", {}).get("stage", 0)
+
+
+def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
+    """The engine around the student and its loss. Its optimizer and schedule come from `config.optim`."""
+    ds_config = read_ds_config(config.deepspeed.config)
+    zero = ds_config.setdefault("zero_optimization", {"stage": 0})
+    micro_batch_size, accumulation = split_batch(config.optim, world.size)
+    bf16 = config.student.precision == "bf16"
+    unsharded_fp32 = zero["stage"] == 0 and not bf16
+    ds_config |= {
+        "train_batch_size": config.optim.batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation,
+        # DeepSpeed clips here before it could see a NaN; `_guard` does both in this case
+        "gradient_clipping": 0.0 if unsharded_fp32 else config.optim.clip_norm,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": None,
+    }
+    optimizer = _optimizer(module, config.optim, offload="offload_optimizer" in zero)
+    if unsharded_fp32:
+        _guard(optimizer, config.optim.clip_norm)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        optimizer=optimizer,
+        lr_scheduler=lambda inner: _schedule(inner, config.optim),
+        config=ds_config,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def _optimizer(module: nn.Module, optim: OptimConfig, *, offload: bool) -> torch.optim.Optimizer:
+    """AdamW; no decay on norms, biases and embeddings; relative position biases at their own rate."""
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        scale = optim.relative_bias_lr_scale if "relative_attention_bias" in name else 1.0
+        # under ZeRO-3 the shape of a partitioned parameter is in ds_shape
+        decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in embeddings
+        groups.setdefault((scale, optim.weight_decay if decays else 0.0), []).append(parameter)
+    param_groups = [
+        {"params": parameters, "lr": optim.lr * scale, "weight_decay": decay}
+        for (scale, decay), parameters in groups.items()
+    ]
+    arguments = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_eps}
+    if offload:
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(param_groups, adamw_mode=True, **arguments)
+    return torch.optim.AdamW(param_groups, fused=True, **arguments)
+
+
+def _schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> torch.optim.lr_scheduler.LRScheduler:
+    name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
+    return get_scheduler(name, optimizer, optim.warmup_steps, optim.max_steps)
+
+
+def _guard(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    """Clip, and skip a non-finite step, as the ZeRO optimizers do by themselves.
+
+    Without ZeRO and in fp32 DeepSpeed steps on whatever the gradients are. It does look at
+    the optimizer's `overflow` and `_global_grad_norm`, so those are what we set.
+    """
+
+    def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        optimizer._global_grad_norm = norm
+        optimizer.overflow = not bool(norm.isfinite())
+        if optimizer.overflow:
+            for parameter in parameters:
+                parameter.grad = None
+        elif clip_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
+
+    optimizer.register_step_pre_hook(before_step)

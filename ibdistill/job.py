@@ -1,0 +1,173 @@
+"""Everything that a run needs, made from its configuration in the order that fails cheapest first."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from ibdistill import config as configuration
+from ibdistill import data, distributed, engine, models, objectives, presets, settings, tasks, vocabulary
+from ibdistill.checkpoint import Checkpoints, TrainState
+from ibdistill.config import Config
+from ibdistill.distributed import StopRequest, World
+from ibdistill.metrics import Board, Meter
+
+logger = logging.getLogger("ibdistill")
+
+_MAY_CHANGE = (
+    "run.dir run.log_every run.eval_every run.eval_limit run.save_every run.keep_last run.export "
+    "run.max_skipped_steps run.allow_config_change run.final"
+).split()
+"""Settings that an interrupted run may change without becoming another run."""
+
+
+@dataclass
+class Job:
+    """A run under way."""
+
+    config: Config
+    world: World
+    folder: Path
+    stop: StopRequest
+    streams: Sequence[str]
+    records: tasks.Loaded
+    tokenizer: PreTrainedTokenizerBase
+    features: data.Features
+    plan: data.Plan
+    engine: deepspeed.DeepSpeedEngine
+    whole: models.WholeModel
+    checkpoints: Checkpoints
+    state: TrainState
+    board: Board
+    meter: Meter
+    results: dict[str, Any] = field(default_factory=dict)
+    """Split -> the latest scores by task."""
+
+    def batches(self) -> list[data.Batch]:
+        """This rank's micro-batches of the current step, on the CPU."""
+        model_config = self.engine.module.model.config
+        shares = self.plan.micro_batches(
+            self.state.step,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
+        )
+        return [
+            data.collate(
+                self.features,
+                rows,
+                self.streams,
+                pad=self.tokenizer.pad_token_id,
+                start=model_config.decoder_start_token_id,
+            )
+            for rows in shares
+        ]
+
+
+def prepare(config: Config, world: World) -> Job:
+    """Build a run, or find its way back into an interrupted one. Collective.
+
+    Raises ValueError for what the user can mend.
+    """
+    stop = StopRequest()
+    folder = Path(config.run.dir)
+    engine.split_batch(config.optim, world.size)
+    engine.read_ds_config(config.deepspeed.config)
+    distributed.run_on_rank_0(lambda: _open_folder(folder, config))
+    streams = objectives.streams_of(config.objective)
+    records = tasks.load(config.data, needs_rationale="explain" in streams)
+    tokenizer = _tokenizer(config, records, folder)
+    prefixes = {name: tasks.TASKS[name].prefixes for name in records.test}
+    features = data.tokenize(records.train, prefixes, tokenizer, config.data)
+    plan = data.Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    student = models.load_student(config.student, tokenizer, config.run.seed)
+
+    distributed.seed_everything(config.run.seed + world.rank)
+    whole = models.WholeModel(student, sharded=engine.zero_stage(config) == 3)
+    student_engine = engine.build_engine(objectives.Distillation(student, config.objective), config, world)
+    checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)
+    state = checkpoints.restore(student_engine) or TrainState()
+    board = Board(folder / "tensorboard", world, state.step)
+    board.text("config", configuration.to_yaml(config), state.step)
+    return Job(
+        config=config,
+        world=world,
+        folder=folder,
+        stop=stop,
+        streams=streams,
+        records=records,
+        tokenizer=tokenizer,
+        features=features,
+        plan=plan,
+        engine=student_engine,
+        whole=whole,
+        checkpoints=checkpoints,
+        state=state,
+        board=board,
+        meter=Meter(),
+    )
+
+
+def _open_folder(folder: Path, config: Config) -> None:
+    """Make the run folder, or check that it belongs to this configuration."""
+    path = folder / "config.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            _check_same(path, config)
+        path.write_text(configuration.to_yaml(config))
+    except OSError as error:
+        raise ValueError(f"run.dir is {str(folder)!r}, which cannot be written: {error}") from error
+
+
+def _check_same(path: Path, config: Config) -> None:
+    """Raise ValueError unless the folder's run has the same settings."""
+    try:
+        old = yaml.safe_load(path.read_text())
+        old = {f"{section}.{key}": value for section, values in old.items() for key, value in values.items()}
+    except (yaml.YAMLError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}; choose another --run.dir") from error
+    new = settings.to_flat(config)
+    changed = [
+        f"{name} was {old[name]!r} and is {new[name]!r}"
+        for name in new
+        if name in old and old[name] != new[name] and name not in _MAY_CHANGE
+    ]
+    if changed and not config.run.allow_config_change:
+        raise ValueError(
+            f"{path.parent} holds a run of another configuration: {'; '.join(changed)}. "
+            "Choose another --run.dir, or continue it all the same with --run.allow_config_change"
+        )
+
+
+def _tokenizer(config: Config, records: tasks.Loaded, folder: Path) -> PreTrainedTokenizerBase:
+    """The student's tokenizer; one that is trained here is trained once, by rank 0."""
+    name = config.student.tokenizer
+    if name == "train":
+        target = folder / "tokenizer"
+        if not target.is_dir():
+            texts = [text for r in records.train for text in (r.question, r.label, r.rationale) if text]
+            prefixes = [prefix for task in records.test for prefix in tasks.TASKS[task].prefixes.values()]
+            distributed.run_on_rank_0(
+                lambda: (
+                    vocabulary.train_tokenizer(texts + prefixes, config.student.vocab_size, target) and None
+                )
+            )
+        return models.load_tokenizer(str(target), "student.tokenizer")
+    if name:
+        return models.load_tokenizer(name, "student.tokenizer")
+    if config.student.model in presets.PRESETS:
+        if not config.student.model.startswith("demo-"):
+            raise ValueError(
+                f"student.model is the preset {config.student.model!r}, which has no tokenizer of its own; "
+                "set student.tokenizer to train, a hub name or a folder"
+            )
+        return vocabulary.demo_tokenizer()
+    return models.load_tokenizer(config.student.model, "student.model")

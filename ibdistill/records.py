@@ -1,0 +1,64 @@
+"""A record: one question with its label and its rationale, the unit that every task yields."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+STREAMS = ("predict", "explain")
+# The lookahead keeps a number whole: without it `2.5kg` would match as `2`.
+_NUMBER = re.compile(r"(?<![\w.])[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?!\w|\.[0-9]|,[0-9]{3}(?![0-9]))")
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One question and what the student should answer in each stream."""
+
+    id: str
+    """Unique within a run, for example `svamp/train/17`."""
+    task: str
+    """Name of the task that reads, and later scores, this record."""
+    question: str
+    """The text behind the stream's prefix; both streams see the same one."""
+    label: str
+    """Target of the predict stream (ground truth or the LLM's, see `data.label_source`)."""
+    rationale: str
+    """Target of the explain stream; empty where the source has none."""
+    gold: str
+    """The ground-truth label. Predictions are scored against it, whatever `label` is."""
+    quantities: tuple[str, ...] = ()
+    """With mapped numbers: the i-th quantity of the question, written `n<i>` in every text."""
+
+
+def map_numbers(record: Record) -> Record:
+    """Replace the i-th distinct number of the question by `n<i>` in question, label, rationale and gold.
+
+    Common practice for word problems (MAWPS, SVAMP): a small model need not spell numbers.
+    Numbers are matched by value, so `76` finds `76.0` of SVAMP's equations. A number that
+    the question does not contain stays as it is. The originals stay in `quantities`, with
+    which an answer is evaluated; see `tasks`.
+    """
+    slots: dict[str, str] = {}
+    quantities: list[str] = []
+    for match in _NUMBER.finditer(record.question):
+        if _canonical(match[0]) not in slots:
+            slots[_canonical(match[0])] = f"n{len(quantities)}"
+            quantities.append(_canonical(match[0]))
+
+    def mapped(text: str) -> str:
+        return _NUMBER.sub(lambda match: slots.get(_canonical(match[0]), match[0]), text)
+
+    return replace(
+        record,
+        question=mapped(record.question),
+        label=mapped(record.label),
+        rationale=mapped(record.rationale),
+        gold=mapped(record.gold),
+        quantities=tuple(quantities),
+    )
+
+
+def _canonical(number: str) -> str:
+    """`1,200.50` -> `1200.5`, `76.0` -> `76`, `007` -> `7`."""
+    whole, _, decimals = number.replace(",", "").partition(".")
+    return (whole.lstrip("0") or "0") + (f".{decimals.rstrip('0')}" if decimals.strip("0") else "")

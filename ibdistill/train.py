@@ -1,0 +1,198 @@
+"""Distil a chain-of-thought student:
+
+    deepspeed --num_gpus 2 ibdistill/train.py RECIPE --section.field value ...
+
+Parse, prepare, loop, close. The same command continues an interrupted run. Exit codes:
+0 done, 2 bad input, 3 diverged, 85 saved after SIGUSR1 (start it again), 143 saved after
+SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from statistics import mean
+from typing import Any
+
+import fire
+import torch.distributed as dist
+
+from ibdistill import config as configuration
+from ibdistill import distributed, evaluation, metrics, models, objectives, settings
+from ibdistill.config import Config
+from ibdistill.distributed import EXIT_DIVERGED
+from ibdistill.job import Job, prepare
+
+logger = logging.getLogger("ibdistill")
+
+
+def main(recipe: str | None = None, *extra: Any, local_rank: int = -1, **overrides: Any) -> None:
+    """Run a recipe. The launcher passes `local_rank`; the environment says the same."""
+    world = distributed.init()
+    if overrides.pop("help", False) or overrides.pop("h", False):
+        if world.rank == 0:
+            print(f"{__doc__}\nRecipes: {', '.join(configuration.recipes())}\n{settings.describe(Config)}")
+        return
+    with distributed.user_errors():
+        if extra:
+            raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
+        job = prepare(configuration.load(recipe, overrides), world)
+    if (job.folder / "result.json").is_file() and job.state.step >= job.config.optim.max_steps:
+        logger.info("%s is finished already; its result is in result.json", job.folder)
+    else:
+        train(job)
+        close(job)
+    job.board.close()
+    dist.destroy_process_group()
+
+
+def train(job: Job) -> None:
+    """Step until the last step or a signal. Everything but `train_step` happens once in a while."""
+    run, state = job.config.run, job.state
+    while state.step < job.config.optim.max_steps:
+        start = time.perf_counter()
+        train_step(job)
+        state.seconds += time.perf_counter() - start
+
+        last = state.step == job.config.optim.max_steps
+        stop_code = job.stop.agreed()
+        if state.skipped_in_row >= run.max_skipped_steps:
+            give_up(job)
+        evaluates = run.eval_every > 0 and (state.step % run.eval_every == 0 or last)
+        saves = state.step % run.save_every == 0 or evaluates or last or stop_code
+        if state.step % run.log_every == 0 or saves:
+            log(job)
+        if evaluates and not stop_code:
+            score = mean(evaluate(job, "valid", run.eval_limit).values())
+            if score > state.best_score:
+                state.best_step, state.best_score = state.step, score
+        if saves:
+            saved = job.checkpoints.save(job.engine, state)
+            if stop_code:
+                leave(job, stop_code if saved else 1)
+
+
+def train_step(job: Job) -> None:
+    """One optimizer update on one global batch.
+
+    Losses are sums weighted by the step's global counts (`objectives.step_weights`), so their
+    gradients add up over ranks and micro-batches; DeepSpeed averages over ranks, hence the
+    factor.
+    """
+    state, counts = job.state, job.plan.counts(job.state.step)
+    weights = objectives.step_weights(job.config.objective, counts)
+    start = time.perf_counter()
+    batches = job.batches()
+    data_seconds = time.perf_counter() - start
+
+    for batch in batches:
+        loss, terms = job.engine(batch.to(job.world.device), weights)
+        job.engine.backward(loss * job.world.size, scale_wrt_gas=False)
+        job.engine.step()
+        job.meter.add(batch, terms)
+
+    job.meter.end_step(counts, data_seconds)
+    state.step += 1
+    skipped = not job.engine.was_step_applied()
+    state.skipped += skipped
+    state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
+
+
+def log(job: Job) -> None:
+    """Scalars to TensorBoard and one console line."""
+    interval = job.meter.close_interval()
+    job.state.tokens += interval.tokens
+    terms = objectives.means(interval.terms, interval.counts)
+    scalars = {"loss/total": objectives.total(job.config.objective, terms)}
+    scalars |= {metrics.tag(name): value for name, value in terms.items()}
+    scalars |= interval.speed(job.world)
+    scalars["optim/lr"] = job.engine.get_lr()[0]
+    scalars["optim/skipped_steps"] = job.state.skipped
+    scalars["grad/norm"] = float(job.engine.get_global_grad_norm() or 0.0)
+    scalars["data/epoch"] = job.state.step / job.plan.steps_per_epoch
+    job.board.scalars(scalars, job.state.step)
+    losses = "  ".join(f"{tag.removeprefix('loss/')} {v:.4f}" for tag, v in scalars.items() if "loss/" in tag)
+    logger.info(
+        "step %d/%d  %s  grad %.3g  lr %.3g  %.0f tokens/s  %.2f s/step",
+        job.state.step,
+        job.config.optim.max_steps,
+        losses,
+        scalars["grad/norm"],
+        scalars["optim/lr"],
+        scalars["speed/tokens_per_s"],
+        scalars["speed/step_s"],
+    )
+
+
+def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
+    """Decode a split; task -> accuracy. Scores go to TensorBoard, predictions to a file. Collective."""
+    scores: dict[str, dict[str, float]] = {}
+    start = time.perf_counter()
+    with job.whole() as model:
+        for task, records in getattr(job.records, split).items():
+            predictions = evaluation.evaluate(
+                model, job.tokenizer, records[: limit or None], job.streams, job.config.data, job.world
+            )
+            scores[task] = evaluation.scores(predictions)
+            if job.world.rank == 0:
+                path = job.folder / "predictions" / f"step-{job.state.step:08d}" / f"{split}_{task}.jsonl"
+                evaluation.write_predictions(path, predictions)
+    for task, values in scores.items():
+        job.board.scalars({f"eval/{split}_{task}_{k}": v for k, v in values.items()}, job.state.step)
+        logger.info("%s %s  %s", split, task, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
+    job.results[split] = scores | {"seconds": time.perf_counter() - start}
+    return {task: values["accuracy"] for task, values in scores.items()}
+
+
+def close(job: Job) -> None:
+    """Test and export the final student, and write the result."""
+    state, config = job.state, job.config
+    if config.run.final == "best" and state.best_step not in (-1, state.step):
+        job.checkpoints.restore(job.engine, state.best_step)
+    evaluate(job, "test")
+    if config.run.export:
+        with job.whole() as model:
+            card = models.card(configuration.to_yaml(config), json.dumps(job.results.get("test"), indent=2))
+            models.export(model, job.tokenizer, job.folder / "student", card)
+    if job.world.rank == 0:
+        result = {
+            "method": config.objective.method,
+            "steps": state.step,
+            "tokens": state.tokens,
+            "seconds": round(state.seconds, 1),
+            "ranks": job.world.size,
+            "skipped_steps": state.skipped,
+            "best_step": state.best_step if state.best_step >= 0 else None,
+            **{split: scores for split, scores in job.results.items()},
+        }
+        metrics.write_json(job.folder / "result.json", result)
+    logger.info("done: %s", job.folder / "result.json")
+
+
+def give_up(job: Job) -> None:
+    """Too many skipped steps in a row: name the questions of the last batch and end."""
+    job.state.step -= 1
+    ids = [i for part in distributed.gather_objects([b.question_ids for b in job.batches()]) for i in part]
+    logger.error(
+        "%d steps in a row had a non-finite loss or gradient and were skipped. The last one's questions: %s. "
+        "The last checkpoint in %s stands; try a smaller optim.lr, or student.precision fp32",
+        job.state.skipped_in_row,
+        ", ".join(q for batch in ids for q in batch),
+        job.checkpoints.folder,
+    )
+    leave(job, EXIT_DIVERGED)
+
+
+def leave(job: Job, code: int) -> None:
+    """End with an exit code, all ranks together: a launcher kills the others when it sees one end."""
+    if code != EXIT_DIVERGED:
+        logger.warning("stopped by a signal after step %d, exit code %d", job.state.step, code)
+    job.board.close()
+    dist.barrier()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    fire.Fire(main)
