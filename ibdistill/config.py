@@ -52,6 +52,8 @@ class RunConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_last: AtLeastOne = 2
     """Checkpoints kept besides the best one."""
+    test_limit: NotNegativeInt = 0
+    """Test on at most this many records of each task; 0: all of them."""
     final: Literal["last", "best"] = "last"
     """Which checkpoint is tested and exported: the last one, or the best on the validation split."""
     export: bool = True

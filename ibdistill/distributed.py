@@ -207,5 +207,5 @@ def _start_logging(rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed still calls the older name; nothing that a user could act on
-    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+    # DeepSpeed still calls older names; nothing that a user could act on
+    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)

@@ -99,9 +99,11 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
         # DeepSpeed clips here before it could see a NaN; `_guard` does both in this case
         "gradient_clipping": 0.0 if unsharded_fp32 else config.optim.clip_norm,
         "bf16": {"enabled": bf16},
+        # torch's fused AdamW is vectorised on the CPU too; DeepSpeed's would be compiled at first use
+        "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    optimizer = _optimizer(module, config.optim, offload="offload_optimizer" in zero)
+    optimizer = _optimizer(module, config.optim)
     if unsharded_fp32:
         _guard(optimizer, config.optim.clip_norm)
     engine, *_ = deepspeed.initialize(
@@ -114,7 +116,7 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
     return engine
 
 
-def _optimizer(module: nn.Module, optim: OptimConfig, *, offload: bool) -> torch.optim.Optimizer:
+def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW; no decay on norms, biases and embeddings; relative position biases at their own rate."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -129,10 +131,9 @@ def _optimizer(module: nn.Module, optim: OptimConfig, *, offload: bool) -> torch
         {"params": parameters, "lr": optim.lr * scale, "weight_decay": decay}
         for (scale, decay), parameters in groups.items()
     ]
-    arguments = {"betas": (optim.adam_beta1, optim.adam_beta2), "eps": optim.adam_eps}
-    if offload:
-        return deepspeed.ops.adam.DeepSpeedCPUAdam(param_groups, adamw_mode=True, **arguments)
-    return torch.optim.AdamW(param_groups, fused=True, **arguments)
+    return torch.optim.AdamW(
+        param_groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps, fused=True
+    )
 
 
 def _schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig) -> torch.optim.lr_scheduler.LRScheduler:

@@ -22,7 +22,7 @@ from ibdistill.metrics import Board, Meter
 logger = logging.getLogger("ibdistill")
 
 _MAY_CHANGE = (
-    "run.dir run.log_every run.eval_every run.eval_limit run.save_every run.keep_last run.export "
+    "run.dir run.log_every run.eval_every run.eval_limit run.test_limit run.save_every run.keep_last run.export "
     "run.max_skipped_steps run.allow_config_change run.final"
 ).split()
 """Settings that an interrupted run may change without becoming another run."""

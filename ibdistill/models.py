@@ -59,7 +59,7 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
         model = _load(config, seed)
     check_fit(model, tokenizer)
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     if config.lora_rank:
         model = _with_lora(model, config)
     if config.compile:

@@ -128,8 +128,6 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
         raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(inner)}{hint}")
     if origin is list and isinstance(value, (list, tuple)):
         return [_checked(name, item, inner[0]) for item in value]
-    if annotation is types.NoneType and value in (None, "none"):
-        return None
     if annotation in (bool, str) and isinstance(value, annotation):
         return value
     number = _number(value)
@@ -144,6 +142,8 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
 
 
 def _checked_union(name: str, value: Any, annotation: Any) -> Any:
+    if types.NoneType in typing.get_args(annotation) and value in (None, "none"):
+        return None
     errors = []
     for choice in typing.get_args(annotation):
         try:

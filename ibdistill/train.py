@@ -151,7 +151,7 @@ def close(job: Job) -> None:
     state, config = job.state, job.config
     if config.run.final == "best" and state.best_step not in (-1, state.step):
         job.checkpoints.restore(job.engine, state.best_step)
-    evaluate(job, "test")
+    evaluate(job, "test", config.run.test_limit)
     if config.run.export:
         with job.whole() as model:
             card = models.card(configuration.to_yaml(config), json.dumps(job.results.get("test"), indent=2))

@@ -1,0 +1,1 @@
+"""Losses on packed hidden states. Imports torch (and triton, where it exists) only."""

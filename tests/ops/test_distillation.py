@@ -1,0 +1,151 @@
+"""Distillation from a teacher: divergences, and the lean path against the plain twin."""
+
+import itertools
+
+import pytest
+import torch
+from head_loss_cases import WEIGHTS, assert_same, evaluate, make_head, make_stream
+
+from ibdistill.ops.divergences import DIVERGENCES
+from ibdistill.ops.head_loss import MISettings, Stream, Teacher, TeacherStream, Weights, head_loss
+from ibdistill.ops.head_loss_reference import head_loss_reference
+
+D, V, K = 7, 29, 4
+PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]
+ALL = Weights(0.7, 0.4, 1.3, kd_predict=0.6, kd_explain=-1.1)
+KINDS = [(d, t) for d, t in itertools.product(DIVERGENCES, (1.0, 2.5))]
+
+
+@pytest.fixture
+def case(generator):
+    predict = make_stream(PREDICT, D, V, generator=generator)
+    explain = make_stream(EXPLAIN, D, V, generator=generator)
+    return predict, explain, *make_head(D, V, generator=generator)
+
+
+def white_box(case, generator, **settings):
+    """Hidden states of another size than the student's, and a head."""
+    streams = [
+        TeacherStream(torch.randn(len(s.labels), 5, generator=generator, dtype=torch.float64))
+        for s in case[:2]
+    ]
+    weight, bias = make_head(5, V, generator=generator)
+    return Teacher(*streams, weight, bias, **settings)
+
+
+def top_k(case, generator, k=K, **settings):
+    streams = []
+    for s in case[:2]:
+        q = torch.softmax(2 * torch.randn(len(s.labels), V, generator=generator, dtype=torch.float64), -1)
+        top = q.topk(k)
+        streams.append(TeacherStream(None, top.indices, top.values))
+    return Teacher(*streams, **settings)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_gradients_of_divergences(name, generator):
+    log_q = torch.log_softmax(torch.randn(4, 6, generator=generator, dtype=torch.float64), -1)
+    logits = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
+    loss, gradient = DIVERGENCES[name](log_q, torch.log_softmax(logits, -1), 0.3)
+    (want,) = torch.autograd.grad(loss.sum(), logits)
+    torch.testing.assert_close(gradient.detach(), want)
+    zero, flat = DIVERGENCES[name](log_q, log_q, 0.3)
+    torch.testing.assert_close(zero, torch.zeros(4, dtype=torch.float64))
+    torch.testing.assert_close(flat, torch.zeros(4, 6, dtype=torch.float64))
+
+
+def test_divergences_are_torchs(generator):
+    q, p = (torch.softmax(torch.randn(4, 6, generator=generator, dtype=torch.float64), -1) for _ in range(2))
+    kl = lambda a, b: torch.nn.functional.kl_div(b.log(), a, reduction="none").sum(-1)  # noqa: E731
+    beta, m = 0.3, 0.3 * q + 0.7 * p
+    wants = {"forward": kl(q, p), "reverse": kl(p, q), "jsd": beta * kl(q, m) + (1 - beta) * kl(p, m)}
+    for name, want in wants.items():
+        torch.testing.assert_close(DIVERGENCES[name](q.log(), p.log(), beta)[0], want)
+
+
+@pytest.mark.parametrize("make", [white_box, top_k])
+@pytest.mark.parametrize("chunk_rows", [1, 10, 48, 1000])
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_equals_the_twin(case, generator, make, chunk_rows, kind):
+    teacher = make(case, generator, divergence=kind[0], temperature=kind[1], beta=0.3)
+    for mi in (None, MISettings(), MISettings("normalized", "mean", "both")):
+        arguments = {"weights": ALL, "mi": mi, "teacher": teacher, "upstream": -1.7}
+        got = evaluate(head_loss, *case, **arguments, chunk_bytes=chunk_rows * V * 8)
+        assert_same(got, evaluate(head_loss_reference, *case, **arguments))
+        assert {"kd_predict", "kd_explain"} < got[1].keys()
+
+
+@pytest.mark.parametrize("make", [white_box, top_k])
+@pytest.mark.parametrize("side", ["predict", "explain"])
+def test_a_teacher_of_one_stream(case, generator, make, side):
+    both = make(case, generator)
+    signals = {"predict": None, "explain": None, side: getattr(both, side)}
+    teacher = Teacher(**signals, weight=both.weight, bias=both.bias)
+    got = evaluate(head_loss, *case, weights=ALL, teacher=teacher, chunk_bytes=24 * V * 8)
+    assert_same(got, evaluate(head_loss_reference, *case, weights=ALL, teacher=teacher))
+    assert f"kd_{side}" in got[1] and len([name for name in got[1] if name.startswith("kd")]) == 1
+    if side == "predict":
+        alone = evaluate(head_loss, case[0], None, *case[2:], weights=ALL, teacher=teacher)
+        torch.testing.assert_close(alone[1]["kd_predict"], got[1]["kd_predict"])
+
+
+def test_all_tokens_as_top_k_are_the_white_box(case, generator):
+    """With k = V the tail is empty and the buckets are the vocabulary."""
+    teacher = white_box(case, generator)
+    streams = []
+    for signal in (teacher.predict, teacher.explain):
+        q = torch.softmax(signal.hidden @ teacher.weight.T + teacher.bias, -1)
+        streams.append(TeacherStream(None, *reversed(q.topk(V))))
+    got = evaluate(head_loss, *case, weights=ALL, teacher=Teacher(*streams))
+    assert_same(got, evaluate(head_loss, *case, weights=ALL, teacher=teacher), rtol=1e-3, atol=1e-5)
+
+
+def test_no_grad_has_the_same_terms(case, generator):
+    teacher = white_box(case, generator)
+    want = evaluate(head_loss, *case, weights=ALL, mi=MISettings(), teacher=teacher)
+    with torch.no_grad():
+        total, terms = head_loss(*case, weights=ALL, mi=MISettings(), teacher=teacher, chunk_bytes=20 * V * 8)
+    torch.testing.assert_close(total, want[0])
+    assert terms.keys() == want[1].keys()
+
+
+def test_low_precision_teacher_beside_a_student_in_float32(case, generator):
+    teacher = white_box(case, generator)
+    low = Teacher(
+        *(TeacherStream(s.hidden.bfloat16()) for s in (teacher.predict, teacher.explain)),
+        teacher.weight.bfloat16(),
+        teacher.bias.bfloat16(),
+    )
+    student = [Stream(s.hidden.float(), s.labels, s.cu) for s in case[:2]] + [x.float() for x in case[2:]]
+    got = evaluate(head_loss, *student, weights=ALL, teacher=low)
+    assert_same(got, evaluate(head_loss_reference, *student, weights=ALL, teacher=low), rtol=1e-4, atol=1e-4)
+
+
+def test_bad_teachers(case, generator):
+    good = white_box(case, generator)
+    with pytest.raises(ValueError, match="divergence = 'tv' is not one of: forward, reverse, jsd"):
+        Teacher(divergence="tv")
+    with pytest.raises(ValueError, match="beta = 1 must lie between 0 and 1"):
+        Teacher(beta=1)
+    with pytest.raises(ValueError, match="temperature = 0 must be positive"):
+        Teacher(temperature=0)
+    ids = torch.zeros(len(case[0].labels), K, dtype=torch.int64)
+    bad = {
+        "one or both streams": Teacher(),
+        "both hidden states or both the same top k": Teacher(good.predict, top_k(case, generator).explain),
+        r"teacher.weight must be \[V, D_teacher\] with the student's V = 29, not \[28, 5\]": Teacher(
+            good.predict, weight=good.weight[:-1]
+        ),
+        "not None": Teacher(good.predict),
+        r"teacher.predict.hidden must be \[N, D_teacher\] = \[11, 5\]": Teacher(
+            TeacherStream(good.predict.hidden[1:]), weight=good.weight
+        ),
+        r"teacher.bias must be \[V\]": Teacher(good.predict, None, good.weight, good.bias[1:]),
+        "ids must be": Teacher(TeacherStream(None, ids, torch.zeros(3, K))),
+        "either hidden, or ids and probabilities": Teacher(TeacherStream(None, ids)),
+    }
+    for message, teacher in bad.items():
+        with pytest.raises(ValueError, match=message):
+            head_loss(*case, weights=WEIGHTS, teacher=teacher)
+    with pytest.raises(ValueError, match="teacher.explain is given, but there is no explain stream"):
+        head_loss(case[0], None, *case[2:], weights=WEIGHTS, teacher=good)

@@ -1,0 +1,145 @@
+"""Claims about several ranks, each through the real launcher."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from conftest import ROOT, TRAIN, as_arguments, kill_session, launch, start, tiny
+
+RANKS = (1, 2, 4)
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """`zeroS_Rranks` -> parameter -> gradient of one global batch of 8, in micro-batches of 2."""
+    folder = tmp_path_factory.mktemp("gradients")
+    for ranks in RANKS:
+        log = folder / f"{ranks}.log"
+        code = launch(
+            [str(ROOT / "tests/workers/gradients.py"), str(folder), "2"], ranks=ranks, log=log, timeout=400
+        )
+        assert code == 0, log.read_text()[-4000:]
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("ranks", RANKS)
+def test_the_gradient_does_not_depend_on_ranks_micro_batches_and_stage(gradients, stage, ranks):
+    reference, ours = gradients["zero0_1ranks"], gradients[f"zero{stage}_{ranks}ranks"]
+    assert reference.keys() == ours.keys() and len(reference) > 40
+    for name, gradient in reference.items():
+        error = (ours[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def ranks_of(launcher: psutil.Popen) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [c for c in children if any(part.startswith("--local_rank") for part in c.cmdline())]
+
+
+def wait_for_step(log: Path, step: int, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        steps = re.findall(r"step (\d+)/", log.read_text())
+        if steps and int(steps[-1]) >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached:\n{log.read_text()[-4000:]}")
+
+
+def scalar_steps(folder: Path, tag: str) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars(tag)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "signal_number", "exit_code"), [(2, signal.SIGUSR1, 85), (3, signal.SIGTERM, 143)]
+)
+def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path, stage, signal_number, exit_code
+):
+    """kill -9 at a random step, resume, a signal to one rank only, resume: the same weights and curve.
+
+    Accumulation is on (2 ranks x 2 micro-batches of 2), and no checkpoint falls on an epoch's
+    end (60 records, 7 steps an epoch).
+    """
+    settings = {
+        "data.subsample": 60,
+        "objective.method": "ib",
+        "optim.max_steps": 40,
+        "optim.micro_batch_size": 2,
+        "optim.warmup_steps": 5,
+        "run.save_every": 5,
+        "run.test_limit": 11,
+        "deepspeed.config": f"zero{stage}",
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    log = tmp_path / "whole.log"
+    assert launch([TRAIN, *as_arguments(tiny(whole, **settings))], ranks=2, log=log) == 0, log.read_text()[
+        -4000:
+    ]
+
+    command = [TRAIN, *as_arguments(tiny(broken, **settings))]
+    kill_at = random.randrange(6, 20)
+    print(f"kill -9 after step {kill_at}")
+    log = tmp_path / "killed.log"
+    process = start(command, ranks=2, log=log)
+    wait_for_step(log, kill_at)
+    kill_session(process)
+    assert not (broken / "result.json").exists()
+
+    log = tmp_path / "signalled.log"
+    process = start(command, ranks=2, log=log)
+    wait_for_step(log, 25)
+    ranks_of(process)[1].send_signal(signal_number)
+    assert process.wait(60) == exit_code, log.read_text()[-4000:]
+    assert "resumed from" in log.read_text()
+
+    log = tmp_path / "resumed.log"
+    assert launch(command, ranks=2, log=log) == 0, log.read_text()[-4000:]
+    assert "resumed from" in log.read_text()
+
+    name = "student/model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, broken)]
+    for result in results:
+        assert result.pop("seconds") > 0 and result["test"].pop("seconds") > 0
+    assert results[0] == results[1]
+    assert results[0]["steps"] == 40 and results[0]["ranks"] == 2
+    assert scalar_steps(whole, "loss/total") == scalar_steps(broken, "loss/total") == list(range(1, 41))
+    check_export_decodes_the_same(broken)
+
+
+def check_export_decodes_the_same(folder: Path) -> None:
+    """The exported student, loaded by transformers alone, says what the run's predictions say.
+
+    11 records over 2 ranks: uneven shares, each record once and in order.
+    """
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from ibdistill.tasks import load
+
+    rows = [json.loads(line) for line in (folder / "predictions/step-00000040/test_demo.jsonl").open()]
+    from ibdistill.config import DataConfig
+
+    records = load(DataConfig(), needs_rationale=True).test["demo"][:11]
+    assert [row["id"] for row in rows] == [record.id for record in records]
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    for row in rows:
+        for prefix, said, limit in (("predict: ", row["label"], 16), ("explain: ", row["rationale"], 48)):
+            ids = tokenizer(prefix + row["question"], return_tensors="pt").input_ids
+            output = model.generate(input_ids=ids, max_new_tokens=limit, do_sample=False)
+            assert tokenizer.decode(output[0], skip_special_tokens=True) == said
+    assert "arXiv 2403.03348" in (folder / "student/README.md").read_text()

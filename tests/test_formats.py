@@ -1,0 +1,184 @@
+"""Rows of every data set, their original files in miniature, and the real files where they are at hand."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ibdistill.config import DataConfig
+from ibdistill.tasks import TASKS
+
+DATA = Path(os.environ.get("IBDISTILL_DATA") or Path(__file__).parents[2] / "shared" / "data")
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason="no folder of real data (IBDISTILL_DATA)")
+
+
+def lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def array(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+def read(task, path=None, needs_rationale=False, **settings):
+    data = DataConfig(task=task, path=None if path is None else str(path), **settings)
+    return TASKS[task].read(data, needs_rationale=needs_rationale)
+
+
+def refused(message, *args, **settings):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(*args, **settings)
+
+
+def release(root, name, rows):
+    lines(root / name / f"{name}_train.json", rows)
+    lines(root / name / f"{name}_test.json", rows)
+    return root
+
+
+def said(split, n):
+    return [f"{split} reason {i}. The answer is ({i} - 1)." for i in range(n)]
+
+
+def test_release_rows_of_each_task(tmp_path):
+    rows = {
+        "asdiv": {"Body": "3 and 6.", "Question": "All?", "Formula": "3+6=9", "Answer": "9 (apples)"},
+        "cqa": {"id": "x", "question": "Where?", "choices": ["safe", "bank", "c", "d", "e"], "answer": "bank",
+                "abstractive_explanation": "Banks keep money.", "extractive_explanation": ""},
+        "esnli": {"premise": "A dog.", "hypothesis": "A pet.", "label": 1, "explanation_1": "May be wild."},
+        "anli1": {"uid": "u", "premise": "A dog.", "hypothesis": "A pet.", "label": 2, "reason": ""},
+        "gsm8k": {"question": "How many?", "answer": "2*3=<<2*3=6>>6 hats.\n#### 1,206"},
+    }  # fmt: skip
+    for name, row in rows.items():
+        release(tmp_path, name, [row])
+    found = {name: read(name, tmp_path)["train"][0].record for name in rows}
+    assert {name: (r.question, r.label, r.rationale) for name, r in found.items()} == {
+        "asdiv": ("3 and 6.\nAll?", "9", ""),
+        "cqa": (
+            "Where?\nAnswer Choices:\n(a) safe\n(b) bank\n(c) c\n(d) d\n(e) e",
+            "bank",
+            "Banks keep money.",
+        ),
+        "esnli": ("A dog.</s>A pet.", "neutral", "May be wild."),
+        "anli1": ("A dog.</s>A pet.", "contradiction", ""),
+        "gsm8k": ("How many?", "1,206", "2*3=6 hats."),
+    }
+
+
+def test_bad_rows_of_other_tasks(tmp_path):
+    def bad(name, row, message):
+        release(tmp_path, name, [row])
+        refused(f"{name}_train.json:1: {message}", name, tmp_path)
+
+    bad(
+        "esnli",
+        {"premise": "p", "hypothesis": "h", "label": -1},
+        "the label is -1; it must be 0, 1, 2 or one",
+    )
+    bad("anli3", {"premise": "p", "hypothesis": "h", "label": True}, "the label is True")
+    bad("gsm8k", {"question": "q", "answer": "72"}, "the answer has no '####'")
+    bad(
+        "cqa",
+        {"question": "q", "choices": ["a", "b"], "answer": "c"},
+        "the answer 'c' is none of the choices",
+    )
+    bad("cqa", {"question": "q", "choices": None, "answer": "c"}, "")
+
+
+def test_original_svamp_is_split_as_the_release_splits_it(tmp_path):
+    rows = [
+        {
+            "ID": str(i),
+            "Body": f"Body {i}",
+            "Question": "How many?",
+            "Equation": f"( {i}.0 + 1.0 )",
+            "Answer": i,
+        }
+        for i in range(10)
+    ]
+    array(tmp_path / "SVAMP.json", rows)
+    splits = read("svamp", tmp_path)
+    order = list(np.random.RandomState(0).permutation(10))
+    assert order == [2, 8, 4, 9, 1, 6, 7, 3, 0, 5]
+    assert [e.record.label for e in splits["train"]] == [f"( {i}.0 + 1.0 )" for i in order[:8]]
+    assert [e.record.question for e in splits["test"]] == [f"Body {i}\nHow many?" for i in order[8:]]
+    array(tmp_path / "llm/train_CoT_0.json", said("train", 8))
+    assert read("svamp", tmp_path)["train"][7].llm == said("train", 8)[7]
+
+
+def cose(root):
+    for split in ("train", "dev"):
+        choices = [{"label": "A", "text": "safe"}, {"label": "B", "text": "bank"}]
+        question = {"stem": f"Where {split}?", "choices": choices}
+        lines(
+            root / f"{split}_rand_split.jsonl",
+            [{"id": i, "answerKey": "B", "question": question} for i in "xy"],
+        )
+        said = {"open-ended": f"{split} reason", "selected": "w"}
+        lines(root / f"cose_{split}_v1.0.jsonl", [{"id": "x", "explanation": said}])
+
+
+def test_original_cose(tmp_path):
+    cose(tmp_path / "cose")
+    for path in (tmp_path, tmp_path / "cose"):
+        splits = read("cqa", path, needs_rationale=True)
+        assert [(e.record.question, e.record.label, e.record.rationale) for e in splits["train"]] == [
+            ("Where train?\nAnswer Choices:\n(a) safe\n(b) bank", "bank", "train reason"),
+            ("Where train?\nAnswer Choices:\n(a) safe\n(b) bank", "bank", ""),
+        ]
+        assert splits["test"][0].record.rationale == "dev reason"
+
+
+def test_original_cose_problems(tmp_path):
+    cose(tmp_path)
+    lines(tmp_path / "cose_dev_v1.0.jsonl", [{"id": "x"}])
+    refused("cose_dev_v1.0.jsonl:1: no fields 'id' and 'explanation'", "cqa", tmp_path)
+    lines(tmp_path / "train_rand_split.jsonl", [{"id": "x", "answerKey": "B", "question": {}}])
+    lines(tmp_path / "cose_dev_v1.0.jsonl", [])
+    refused("train_rand_split.jsonl:1: no 'choices' for task 'cqa'", "cqa", tmp_path)
+    (tmp_path / "dev_rand_split.jsonl").unlink()
+    refused("dev_rand_split.jsonl is missing: the task 'cqa' needs it", "cqa", tmp_path)
+    lines(tmp_path / "cose_train_v1.11.jsonl", [])
+    refused("several versions of CoS-E (cose_train_v1.0.jsonl, cose_train_v1.11.jsonl)", "cqa", tmp_path)
+
+
+def test_original_gsm8k(tmp_path):
+    row = {"question": "How many?", "answer": "48/2 = <<48/2=24>>24.\n24+48=<<24+48=72>>72.\n#### 72"}
+    for split in ("train", "test"):
+        lines(tmp_path / f"{split}.jsonl", [row])
+    record = read("gsm8k", tmp_path, needs_rationale=True)["test"][0].record
+    assert (record.label, record.rationale) == ("72", "48/2 = 24.\n24+48=72.")
+
+
+@real_data
+def test_real_files():
+    splits = read("svamp", DATA)
+    assert {k: len(v) for k, v in splits.items()} == {"train": 800, "test": 200}
+    rows = json.loads((DATA / "svamp/SVAMP.json").read_text())
+    first = rows[np.random.RandomState(0).permutation(1000)[0]]
+    assert splits["train"][0].record.question == f"{first['Body']}\n{first['Question']}"
+    equations = [e.record for examples in splits.values() for e in examples]
+    assert all(TASKS["svamp"].is_correct(record.gold, record) for record in equations)
+
+    splits = read("cqa", DATA)
+    assert {k: len(v) for k, v in splits.items()} == {"train": 7610, "test": 950}
+    assert all(e.record.rationale for examples in splits.values() for e in examples)
+    assert splits["train"][0].record.question == (
+        "If a lantern is not for sale, where is it likely to be?\n"
+        "Answer Choices:\n(a) antique shop\n(b) house\n(c) dark place"
+    )
+    assert (
+        splits["train"][0].record.rationale == "A house is the only place that is not likely to sell things"
+    )
+    assert all(TASKS["cqa"].is_correct(e.record.gold, e.record) for e in splits["test"])
+
+    splits = read("gsm8k", DATA)
+    assert {k: len(v) for k, v in splits.items()} == {"train": 7473, "test": 1319}
+    assert splits["train"][0].record.label == "72"
+    assert splits["train"][0].record.rationale.startswith("Natalia sold 48/2 = 24 clips in May.\n")
+    assert all(TASKS["gsm8k"].is_correct(e.record.gold, e.record) for e in splits["test"])

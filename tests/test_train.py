@@ -1,0 +1,160 @@
+"""The loop: it learns, skips what is not finite, gives up with names; the command line says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TRAIN, same, steps, tiny, weights
+
+from ibdistill import objectives, train
+from ibdistill.distributed import EXIT_DIVERGED
+
+
+def test_the_student_learns_a_few_records_by_heart(make_job):
+    overrides = {"data.subsample": 16, "optim.max_steps": 120, "optim.relative_bias_lr_scale": 10.0}
+    job = make_job(**overrides, **{"student.dropout": 0.0, "optim.lr": 4e-3})
+    steps(job, 120)
+    interval = job.meter.close_interval()
+    start = objectives.means(interval.terms, interval.counts)
+    steps(job, 2)
+    interval = job.meter.close_interval()
+    end = objectives.means(interval.terms, interval.counts)
+    assert end["ce_predict"] < 0.35 * start["ce_predict"] and end["ce_explain"] < 0.5 * start["ce_explain"]
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [(f"zero{stage}", precision) for stage in range(4) for precision in ("fp32", "bf16")],
+)
+def test_a_non_finite_step_is_skipped_and_counted(make_job, monkeypatch, config, precision):
+    job = make_job(**{"deepspeed.config": config, "student.precision": precision})
+    whole = job.whole
+    steps(job, 1)
+    with whole() as model:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lr = job.engine.get_lr()
+    honest = objectives.head_loss
+
+    def poisoned(*args, **kwargs):
+        total, terms = honest(*args, **kwargs)
+        return total * math.nan, terms
+
+    monkeypatch.setattr(objectives, "head_loss", poisoned)
+    steps(job, 2)
+    with whole() as model:
+        assert same({name: p.detach().clone() for name, p in model.named_parameters()}, before)
+    assert (job.state.step, job.state.skipped, job.state.skipped_in_row) == (3, 2, 2)
+    assert job.engine.get_lr() == lr
+    monkeypatch.undo()
+    steps(job, 1)
+    with whole() as model:
+        after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert not same(after, before) and all(bool(p.isfinite().all()) for p in after.values())
+    assert (job.state.skipped, job.state.skipped_in_row) == (2, 0)
+
+
+def test_after_too_many_skipped_steps_the_run_ends_and_names_the_questions(make_job, monkeypatch, caplog):
+    job = make_job(**{"run.max_skipped_steps": 3, "run.save_every": 2})
+    honest = objectives.head_loss
+    calls = []
+
+    def poisoned_from_the_fourth_on(*args, **kwargs):
+        total, terms = honest(*args, **kwargs)
+        calls.append(1)
+        return (total * math.nan if len(calls) > 3 else total), terms
+
+    monkeypatch.setattr(objectives, "head_loss", poisoned_from_the_fourth_on)
+    with pytest.raises(SystemExit) as exit_:
+        train.train(job)
+    assert exit_.value.code == EXIT_DIVERGED
+    assert job.state.skipped_in_row == 3
+    message = next(r.getMessage() for r in caplog.records if "3 steps in a row" in r.getMessage())
+    ids = [job.features.ids[i] for i in job.plan.step(5)]
+    assert all(name in message for name in ids)
+    assert sorted(path.name for path in job.checkpoints.folder.iterdir())[0] == "step-00000002"
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_reported_gradient_norm_is_unclipped(make_job, config, precision):
+    """Clipping is on, and the reported norm is the one before it."""
+    job = make_job(**{"deepspeed.config": config, "student.precision": precision, "optim.clip_norm": 1e-3})
+    steps(job, 1)
+    assert float(job.engine.get_global_grad_norm()) > 0.5
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_learning_rate_follows_its_schedule(make_job, schedule):
+    job = make_job(**{"optim.schedule": schedule, "optim.warmup_steps": 4, "optim.max_steps": 12})
+    rates = []
+    for _ in range(12):
+        rates.append(job.engine.get_lr()[0])
+        steps(job, 1)
+    warm = [2e-3 * k / 4 for k in range(4)]
+    progress = [k / 8 for k in range(8)]
+    decay = {
+        "linear": [2e-3 * (1 - p) for p in progress],
+        "cosine": [1e-3 * (1 + math.cos(math.pi * p)) for p in progress],
+        "constant": [2e-3] * 8,
+    }[schedule]
+    assert rates == pytest.approx(warm + decay, abs=1e-9)
+
+
+@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
+def test_offload_configurations_train(make_job, config):
+    job = make_job(**{"deepspeed.config": config})
+    before = weights(job)
+    steps(job, 2)
+    assert not same(weights(job), before) and job.state.skipped == 0
+
+
+def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch):
+    """Through dynamo and AOT autograd; inductor's C++ would take minutes to build on two cores."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw)
+    )
+    losses = []
+    for compiled in (False, True):
+        job = make_job(tmp_path / str(compiled), **{"student.compile": compiled, "student.dropout": 0.0})
+        steps(job, 2)
+        losses.append(job.meter.close_interval().terms["ce_explain"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, TRAIN, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_refuses_before_it_trains(tmp_path):
+    settings = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", str(value))]
+    bad = run_command("demo", *settings, "--optim.lrr", "1")
+    assert bad.returncode == 2 and not (tmp_path / "run").exists()
+    assert "error: unknown setting 'optim.lrr'" in bad.stderr and "Traceback" not in bad.stderr
+    stray = run_command("demo", "stray", *settings)
+    assert stray.returncode == 2 and "error: unexpected arguments ('stray',)" in stray.stderr
+
+
+def test_help_lists_recipes_and_settings():
+    shown = run_command("--help")
+    assert shown.returncode == 0
+    assert "cqa, demo" in shown.stdout and "--objective.beta  (float, 0 or more; default 0.1)" in shown.stdout
+
+
+def test_a_finished_run_is_not_run_again(make_job, tmp_path):
+    job = make_job(**{"optim.max_steps": 2, "run.test_limit": 3, "run.eval_every": 1, "run.eval_limit": 5})
+    train.train(job)
+    train.close(job)
+    result = json.loads((job.folder / "result.json").read_text())
+    assert result["steps"] == 2 and result["method"] == "dss"
+    assert 0 <= result["test"]["demo"]["accuracy"] <= 1 and "rationale_bleu" in result["test"]["demo"]
+    assert result["best_step"] in (1, 2)
+    rows = [json.loads(line) for line in (job.folder / "predictions/step-00000002/test_demo.jsonl").open()]
+    assert [row["id"] for row in rows] == [r.id for r in job.records.test["demo"][:3]]
+    assert sum(row["correct"] for row in rows) / 3 == result["test"]["demo"]["accuracy"]
+    assert len((job.folder / "predictions/step-00000001/valid_demo.jsonl").read_text().splitlines()) == 5
