@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,13 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill import config as configuration
 from ibdistill import data, distributed, engine, models, objectives, presets, settings, tasks, vocabulary
 from ibdistill.checkpoint import Checkpoints, TrainState
-from ibdistill.config import Config
+from ibdistill.config import Config, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
 
 logger = logging.getLogger("ibdistill")
 
-_MAY_CHANGE = (
-    "run.dir run.log_every run.eval_every run.eval_limit run.test_limit run.save_every run.keep_last run.export "
-    "run.max_skipped_steps run.allow_config_change run.final"
-).split()
+_MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"}
 """Settings that an interrupted run may change without becoming another run."""
 
 
@@ -48,7 +45,7 @@ class Job:
     board: Board
     meter: Meter
     results: dict[str, Any] = field(default_factory=dict)
-    """Split -> the latest scores by task."""
+    """`SPLIT`: the latest scores by task; `SPLIT_seconds`: how long that took."""
 
     def batches(self) -> list[data.Batch]:
         """This rank's micro-batches of the current step, on the CPU."""

@@ -142,7 +142,7 @@ def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
     for task, values in scores.items():
         job.board.scalars({f"eval/{split}_{task}_{k}": v for k, v in values.items()}, job.state.step)
         logger.info("%s %s  %s", split, task, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
-    job.results[split] = scores | {"seconds": time.perf_counter() - start}
+    job.results |= {split: scores, f"{split}_seconds": round(time.perf_counter() - start, 1)}
     return {task: values["accuracy"] for task, values in scores.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -128,7 +129,13 @@ def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, TRAIN, *arguments], capture_output=True, text=True, timeout=120)
+    # this process's group must not become the command's
+    env = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    }
+    return subprocess.run(
+        [sys.executable, TRAIN, *arguments], capture_output=True, text=True, timeout=120, env=env
+    )
 
 
 def test_the_command_line_refuses_before_it_trains(tmp_path):

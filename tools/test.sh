@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Set up .venv and run every check: format, lint, tests, and the kernels in Triton's interpreter.
+# Arguments go to pytest: bash tools/test.sh tests/test_data.py -k padded
+set -euo pipefail
+source "$(dirname "$0")/setup.sh" dev
+export OMP_NUM_THREADS=1
+
+ruff format --check ibdistill tests tools
+ruff check ibdistill tests tools
+if [ $# -eq 0 ]; then
+  TRITON_INTERPRET=1 python -m pytest tests/ops/test_head_loss_triton.py
+fi
+python -m pytest "$@"
