@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import csv
 import multiprocessing
-import resource
+import os
 import subprocess
 import sys
 import time
@@ -123,15 +123,17 @@ def peak_bytes(arguments, mi, entry: str, name: str, backward: bool, queue) -> N
         once(function, leafs, backward)
         queue.put(torch.cuda.max_memory_allocated() - before - outputs)
         return
-    # the high-water mark of the process: the no-grad call above is below that of the call with gradients
-    before = resident_bytes()
     once(function, leafs, backward)
-    queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before - outputs)
+    # 5 sets the process's high-water mark back to what is resident now (Linux)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_peak()
+    once(function, leafs, backward)
+    queue.put(resident_peak() - before - outputs)
 
 
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+def resident_peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 def copy_bandwidth(device: str) -> float:
@@ -173,6 +175,8 @@ def main(
             sys.exit("the head loss's tests fail: nothing is measured")
     if threads:
         torch.set_num_threads(threads)
+    # for the processes that measure memory: glibc must hand freed tensors back, or the next call's are free
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 16)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mi = None if estimator == "none" else MISettings(estimator, pool)
     arguments = (B, predict, explain, D, V, getattr(torch, dtype), device)
@@ -180,7 +184,7 @@ def main(
     rows = []
     for backward in (False, True):
         times = {name: [] for name in functions}
-        for name, (function, leafs) in functions.items():
+        for function, leafs in functions.values():
             once(function, leafs, backward)
         for _ in range(rounds):
             for name, (function, leafs) in functions.items():
@@ -219,9 +223,8 @@ def report(rows, arguments, device: str, mi: MISettings | None, entry: str) -> N
     if entry == "head":
         for label, which, seconds, _ in rows:
             products = 6 if which == "forward + backward" else 2
-            print(
-                f"  {label}, {which}: {products * n * D * V / seconds / 1e9:.0f} GFLOP/s in the products it can't avoid"
-            )
+            rate = products * n * D * V / seconds / 1e9
+            print(f"  {label}, {which}: {rate:.0f} GFLOP/s in the products it can't avoid")
     elif device == "cuda":
         floor = n * V * dtype.itemsize * 4 / copy_bandwidth(device)
         print(f"  floor at the measured copy bandwidth, forward + backward: {floor * 1e3:.2f} ms")

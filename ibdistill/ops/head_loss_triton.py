@@ -29,6 +29,7 @@ buffer's rows are padded to a multiple of 16 elements, or a V like 50257 would m
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from typing import NamedTuple
 
@@ -463,7 +464,7 @@ class _Work:
         chunks = [(a, min(a + self.size, rows)) for a in range(0, rows, self.size)]
         if self.weight is None:
             ends = [0, *torch.tensor([b - a for _, a, b in group.slices]).cumsum(0).tolist()]
-            chunks = list(zip(ends[:-1], ends[1:], strict=True))
+            chunks = list(itertools.pairwise(ends))
         state = _GroupState(self, group, table, labels)
         for i, (a, b) in enumerate(chunks):
             z = self._logits(group, hidden, a, b, i)
@@ -569,7 +570,7 @@ class _Work:
 
     def gradients(self) -> list[Tensor | None]:
         """In the order and the dtype of the inputs."""
-        parts = [*self.d_hidden, None][:2] + [self.d_weight, self.d_bias]
+        parts = [*[*self.d_hidden, None][:2], self.d_weight, self.d_bias]
         return [None if g is None else g.to(self.dtype) for g in parts]
 
 
