@@ -221,9 +221,9 @@ class LogitsWatch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor) and self.vocabulary in tensor.shape:
-                if tuple(tensor.shape) not in self.allowed:
-                    self.largest = max(self.largest, tensor.numel() * tensor.element_size())
+            logits = isinstance(tensor, torch.Tensor) and self.vocabulary in tensor.shape
+            if logits and tuple(tensor.shape) not in self.allowed:
+                self.largest = max(self.largest, tensor.numel() * tensor.element_size())
         return out
 
 
