@@ -65,7 +65,7 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
     if config.compile:
         model.get_encoder().compile(dynamic=True)
         model.get_decoder().compile(dynamic=True)
-    return model
+    return model.train()  # from_pretrained leaves it in evaluation mode, without dropout
 
 
 def _load(config: StudentConfig, seed: int) -> PreTrainedModel:

@@ -8,7 +8,7 @@ import shutil
 from contextlib import contextmanager
 
 import pytest
-from conftest import same, steps, weights
+from harness import same, steps, weights
 
 from ibdistill import checkpoint
 

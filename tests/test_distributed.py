@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from conftest import ROOT, TRAIN, as_arguments, kill_session, launch, start, tiny
+from harness import ROOT, TRAIN, as_arguments, kill_session, launch, start, tiny
 
 RANKS = (1, 2, 4)
 

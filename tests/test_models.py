@@ -102,6 +102,7 @@ def test_a_local_folder_loads_with_its_weights_or_with_its_shape_only(tmp_path):
     tokenizer = vocabulary.demo_tokenizer()
     same = models.load_student(StudentConfig(model=str(tmp_path)), tokenizer, 0)
     torch.testing.assert_close(same.shared.weight, model.shared.weight, rtol=0, atol=0)
+    assert same.training and same.encoder.dropout.training  # dropout is on
     fresh = models.load_student(StudentConfig(model=str(tmp_path), init="random", dropout=0.3), tokenizer, 0)
     assert fresh.config.d_ff == 64 and fresh.encoder.dropout.p == 0.3
     assert not torch.equal(fresh.shared.weight, model.shared.weight)

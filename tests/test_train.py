@@ -10,7 +10,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TRAIN, same, steps, tiny, weights
+from harness import TRAIN, same, steps, tiny, weights
 
 from ibdistill import objectives, train
 from ibdistill.distributed import EXIT_DIVERGED

@@ -1,0 +1,92 @@
+"""What the tests share: the real launcher, small configurations, a few steps."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "ibdistill" / "train.py")
+
+
+def start(
+    arguments: Sequence[str], *, ranks: int, log: Path, env: dict[str, str] | None = None
+) -> subprocess.Popen:
+    """Start a script through DeepSpeed's launcher; its output goes to `log`."""
+    from ibdistill.distributed import free_port
+
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    launcher += ["--master_port", str(free_port())]
+    with log.open("w") as output:
+        return subprocess.Popen(
+            [*launcher, *arguments],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+            cwd=ROOT,
+        )
+
+
+def launch(
+    arguments: Sequence[str],
+    *,
+    ranks: int,
+    log: Path,
+    env: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> int:
+    """Run a script through the launcher to its end; the exit code."""
+    process = start(arguments, ranks=ranks, log=log, env=env)
+    try:
+        return process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        kill_session(process)
+        raise AssertionError(f"no end after {timeout} s:\n{log.read_text()[-4000:]}") from None
+
+
+def kill_session(process: subprocess.Popen) -> None:
+    """SIGKILL for a launcher and all its ranks, as a power failure would."""
+    import signal
+
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def tiny(folder: Path, **overrides) -> dict[str, object]:
+    """Settings of a run that takes seconds: 12 steps of 8 questions on the demo corpus."""
+    return {
+        "run.dir": str(folder),
+        "data.subsample": 100,
+        "data.max_label_tokens": 16,
+        "data.max_rationale_tokens": 48,
+        "student.model": "demo-student",
+        "optim.lr": 2e-3,
+        "optim.max_steps": 12,
+        "optim.batch_size": 8,
+        "run.log_every": 1,
+    } | overrides
+
+
+def as_arguments(settings: dict[str, object]) -> list[str]:
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def weights(job) -> dict:
+    return {name: p.detach().clone() for name, p in job.engine.module.named_parameters()}
+
+
+def steps(job, n: int) -> None:
+    from ibdistill import train
+
+    for _ in range(n):
+        train.train_step(job)
+
+
+def same(a: dict, b: dict) -> bool:
+    import torch
+
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
