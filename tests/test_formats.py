@@ -1,38 +1,11 @@
 """Rows of every data set, their original files in miniature, and the real files where they are at hand."""
 
 import json
-import os
-import re
-from pathlib import Path
 
 import numpy as np
-import pytest
+from miniatures import DATA, array, lines, read, read_refused, real_data
 
-from ibdistill.config import DataConfig
 from ibdistill.tasks import TASKS
-
-DATA = Path(os.environ.get("IBDISTILL_DATA") or Path(__file__).parents[2] / "shared" / "data")
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="no folder of real data (IBDISTILL_DATA)")
-
-
-def lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def array(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows), encoding="utf-8")
-
-
-def read(task, path=None, needs_rationale=False, **settings):
-    data = DataConfig(task=task, path=None if path is None else str(path), **settings)
-    return TASKS[task].read(data, needs_rationale=needs_rationale)
-
-
-def refused(message, *args, **settings):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read(*args, **settings)
 
 
 def release(root, name, rows):
@@ -73,7 +46,7 @@ def test_release_rows_of_each_task(tmp_path):
 def test_bad_rows_of_other_tasks(tmp_path):
     def bad(name, row, message):
         release(tmp_path, name, [row])
-        refused(f"{name}_train.json:1: {message}", name, tmp_path)
+        read_refused(f"{name}_train.json:1: {message}", name, tmp_path)
 
     bad(
         "esnli",
@@ -137,14 +110,14 @@ def test_original_cose(tmp_path):
 def test_original_cose_problems(tmp_path):
     cose(tmp_path)
     lines(tmp_path / "cose_dev_v1.0.jsonl", [{"id": "x"}])
-    refused("cose_dev_v1.0.jsonl:1: no fields 'id' and 'explanation'", "cqa", tmp_path)
+    read_refused("cose_dev_v1.0.jsonl:1: no fields 'id' and 'explanation'", "cqa", tmp_path)
     lines(tmp_path / "train_rand_split.jsonl", [{"id": "x", "answerKey": "B", "question": {}}])
     lines(tmp_path / "cose_dev_v1.0.jsonl", [])
-    refused("train_rand_split.jsonl:1: no 'choices' for task 'cqa'", "cqa", tmp_path)
+    read_refused("train_rand_split.jsonl:1: no 'choices' for task 'cqa'", "cqa", tmp_path)
     (tmp_path / "dev_rand_split.jsonl").unlink()
-    refused("dev_rand_split.jsonl is missing: the task 'cqa' needs it", "cqa", tmp_path)
+    read_refused("dev_rand_split.jsonl is missing: the task 'cqa' needs it", "cqa", tmp_path)
     lines(tmp_path / "cose_train_v1.11.jsonl", [])
-    refused("several versions of CoS-E (cose_train_v1.0.jsonl, cose_train_v1.11.jsonl)", "cqa", tmp_path)
+    read_refused("several versions of CoS-E (cose_train_v1.0.jsonl, cose_train_v1.11.jsonl)", "cqa", tmp_path)
 
 
 def test_original_gsm8k(tmp_path):

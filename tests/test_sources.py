@@ -1,32 +1,9 @@
 """Readers: every layout in miniature, and every refusal's text."""
 
 import json
-import re
 
 import pytest
-
-from ibdistill.config import DataConfig
-from ibdistill.tasks import TASKS
-
-
-def lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def array(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows), encoding="utf-8")
-
-
-def read(task, path=None, needs_rationale=False, **settings):
-    data = DataConfig(task=task, path=None if path is None else str(path), **settings)
-    return TASKS[task].read(data, needs_rationale=needs_rationale)
-
-
-def refused(message, *args, **settings):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        read(*args, **settings)
+from miniatures import array, lines, read, read_refused
 
 
 def svamp(n, first=0):
@@ -77,25 +54,27 @@ def test_more_than_ten_llm_files_are_read_in_order_of_their_numbers(tmp_path):
 
 
 def test_release_problems(tmp_path):
-    refused("does not exist", "svamp", tmp_path / "none")
+    read_refused("does not exist", "svamp", tmp_path / "none")
     message = f"looked for svamp_train.json or SVAMP.json in {tmp_path / 'svamp'} and {tmp_path}"
-    refused(message, "svamp", tmp_path)
-    refused("looked for esnli_train.json in", "esnli", tmp_path)
+    read_refused(message, "svamp", tmp_path)
+    read_refused("looked for esnli_train.json in", "esnli", tmp_path)
     release(tmp_path)
-    refused(f"looked for {tmp_path / 'svamp/llm/train_CoT_*.json'}", "svamp", tmp_path, needs_rationale=True)
-    refused("--objective.method finetune", "svamp", tmp_path, label_source="llm")
+    read_refused(
+        f"looked for {tmp_path / 'svamp/llm/train_CoT_*.json'}", "svamp", tmp_path, needs_rationale=True
+    )
+    read_refused("--objective.method finetune", "svamp", tmp_path, label_source="llm")
     neox = tmp_path / "gpt-neox/svamp/train.json"
-    refused(f"looked for {neox}", "svamp", tmp_path, needs_rationale=True, llm="gpt-neox")
+    read_refused(f"looked for {neox}", "svamp", tmp_path, needs_rationale=True, llm="gpt-neox")
     assert len(read("svamp", tmp_path)["train"]) == 4  # fine where nobody needs them
     array(tmp_path / "svamp/llm/train_CoT_0.json", said("train", 3))
-    refused("holds 3 LLM outputs, but the train split of", "svamp", tmp_path)
-    refused("has 4 records; they must be as many", "svamp", tmp_path)
+    read_refused("holds 3 LLM outputs, but the train split of", "svamp", tmp_path)
+    read_refused("has 4 records; they must be as many", "svamp", tmp_path)
     array(tmp_path / "svamp/llm/train_CoT_0.json", ["x", "x", "x", 4])
-    refused("train_CoT_0.json: item 3: expected the LLM's text, found int", "svamp", tmp_path)
+    read_refused("train_CoT_0.json: item 3: expected the LLM's text, found int", "svamp", tmp_path)
     (tmp_path / "svamp/llm/train_CoT_0.json").rename(tmp_path / "svamp/llm/train_CoT_1.json")
-    refused("train_CoT_0.json is missing although", "svamp", tmp_path)
+    read_refused("train_CoT_0.json is missing although", "svamp", tmp_path)
     (tmp_path / "svamp/svamp_test.json").unlink()
-    refused("svamp_test.json is missing beside svamp_train.json", "svamp", tmp_path)
+    read_refused("svamp_test.json is missing beside svamp_train.json", "svamp", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -121,13 +100,13 @@ def test_release_problems(tmp_path):
 def test_bad_rows(tmp_path, text, message):
     release(tmp_path)
     (tmp_path / "svamp/svamp_train.json").write_text(text)
-    refused(message, "svamp", tmp_path)
+    read_refused(message, "svamp", tmp_path)
 
 
 def test_text_that_is_not_utf8(tmp_path):
     release(tmp_path)
     (tmp_path / "svamp/svamp_train.json").write_bytes(b'{"input": "caf\xe9"}')
-    refused("svamp_train.json: byte 14 is not UTF-8", "svamp", tmp_path)
+    read_refused("svamp_train.json: byte 14 is not UTF-8", "svamp", tmp_path)
 
 
 def test_unicode_survives(tmp_path):
@@ -150,15 +129,15 @@ def test_jsonl_folder_and_field_names(tmp_path):
     first, second = (e.record for e in splits["valid"])
     assert (first.id, first.question, first.label, first.rationale) == ("jsonl/valid/0", "valid", "5", "")
     assert (second.label, second.rationale) == ("b", "c")
-    refused(
+    read_refused(
         "train.jsonl:1: no 'question' for task 'jsonl'; the record has the fields q, a, why",
         "jsonl",
         tmp_path,
     )
     (tmp_path / "test.jsonl").unlink()
-    refused("lacks test.jsonl: a folder for the task 'jsonl' has", "jsonl", tmp_path)
-    refused("data.path is not set: the task 'jsonl' needs", "jsonl")
-    refused("does not exist", "jsonl", tmp_path / "none.jsonl")
+    read_refused("lacks test.jsonl: a folder for the task 'jsonl' has", "jsonl", tmp_path)
+    read_refused("data.path is not set: the task 'jsonl' needs", "jsonl")
+    read_refused("does not exist", "jsonl", tmp_path / "none.jsonl")
 
 
 def test_jsonl_file_is_split_the_same_way_every_time(tmp_path):
@@ -223,7 +202,7 @@ def test_hub_out_of_reach(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused(
+    read_refused(
         "data.path is not set and openai/gsm8k cannot be loaded from the hub (ConnectionError: no route)",
         "gsm8k",
     )

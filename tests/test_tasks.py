@@ -3,25 +3,15 @@
 import itertools
 import json
 import math
-import os
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from miniatures import DATA, array, ids, load_refused, loaded, real_data, said, svamp
 
 from ibdistill import demo
-from ibdistill.config import DataConfig
 from ibdistill.records import STREAMS, Record
-from ibdistill.tasks import TASKS, load
-
-DATA = Path(os.environ.get("IBDISTILL_DATA") or Path(__file__).parents[2] / "shared" / "data")
-real_data = pytest.mark.skipif(not DATA.is_dir(), reason="no folder of real data (IBDISTILL_DATA)")
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows), encoding="utf-8")
+from ibdistill.tasks import TASKS
 
 
 def jsonl(root, n=40, rationale="because", **splits):
@@ -29,35 +19,6 @@ def jsonl(root, n=40, rationale="because", **splits):
         rows = [{"question": f"{split} {i}", "label": f"{i}", "rationale": rationale} for i in range(size)]
         (root / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root
-
-
-def said(i, answer=None):
-    return f"There are {i} and 1. The answer is ({i if answer is None else answer} - 1)."
-
-
-def svamp(root, outputs, test_outputs=None):
-    """The release's layout with one training record for each LLM output."""
-    for split, n in (("train", len(outputs)), ("test", 2)):
-        rows = [{"input": f"{split}: {i} less 1?", "label": f"( {i}.0 - 1.0 )"} for i in range(n)]
-        write(root / f"svamp/svamp_{split}.json", rows)
-    write(root / "svamp/llm/train_CoT_0.json", outputs)
-    if test_outputs is not None:
-        write(root / "svamp/llm/test_CoT_0.json", test_outputs)
-    return root
-
-
-def loaded(task, path=None, needs_rationale=True, **settings):
-    data = DataConfig(task=task, path=None if path is None else str(path), **settings)
-    return load(data, needs_rationale=needs_rationale)
-
-
-def refused(message, *args, **settings):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        loaded(*args, **settings)
-
-
-def ids(records):
-    return [record.id for record in records]
 
 
 def test_every_task_is_named_after_its_key_and_prefixes_both_streams():
@@ -111,31 +72,33 @@ def test_subsamples_are_nested_and_seeded(tmp_path):
 @pytest.mark.parametrize("value", [0.0, -0.5, 1.5, float("nan"), float("inf")])
 def test_subsample_out_of_range(tmp_path, value):
     jsonl(tmp_path)
-    refused(f"data.subsample is {value}; it must be a share in (0, 1] or", "jsonl", tmp_path, subsample=value)
+    load_refused(
+        f"data.subsample is {value}; it must be a share in (0, 1] or", "jsonl", tmp_path, subsample=value
+    )
 
 
 def test_subsample_that_the_data_cannot_give(tmp_path):
     jsonl(tmp_path, n=40)
-    refused(
+    load_refused(
         "data.subsample 37 asks for 37 of the 36 training records of task 'jsonl'; it must leave 1 to 36",
         *("jsonl", tmp_path),
         subsample=37,
     )
-    refused("data.subsample 0.001 asks for 0 of the 36", "jsonl", tmp_path, subsample=0.001)
-    refused("data.subsample_seed is -1; it must be in 0", "jsonl", tmp_path, subsample_seed=-1)
+    load_refused("data.subsample 0.001 asks for 0 of the 36", "jsonl", tmp_path, subsample=0.001)
+    load_refused("data.subsample_seed is -1; it must be in 0", "jsonl", tmp_path, subsample_seed=-1)
 
 
 def test_missing_rationales(tmp_path):
     jsonl(tmp_path, rationale="")
-    refused(f"{tmp_path / 'train.jsonl'}:1: no rationale, and the method trains on", "jsonl", tmp_path)
-    refused("use --objective.method finetune, or set data.path to data with", "jsonl", tmp_path)
+    load_refused(f"{tmp_path / 'train.jsonl'}:1: no rationale, and the method trains on", "jsonl", tmp_path)
+    load_refused("use --objective.method finetune, or set data.path to data with", "jsonl", tmp_path)
     assert len(loaded("jsonl", tmp_path, needs_rationale=False).train) == 36
-    write(
+    array(
         tmp_path / "SVAMP.json",
         [{"Body": "B", "Question": "Q", "Equation": "( 1.0 + 1.0 )", "Answer": 2}] * 20,
     )
-    refused(f"{tmp_path / 'SVAMP.json'}: item", "svamp", tmp_path)
-    refused("the DSS data release", "svamp", tmp_path)
+    load_refused(f"{tmp_path / 'SVAMP.json'}: item", "svamp", tmp_path)
+    load_refused("the DSS data release", "svamp", tmp_path)
 
 
 def test_anli_explains_only_some_records(monkeypatch):
@@ -184,17 +147,17 @@ def test_mixture(tmp_path):
     ],
 )  # fmt: skip
 def test_bad_settings(task, settings, message):
-    refused(message, task, **settings)
+    load_refused(message, task, **settings)
 
 
 def test_too_few_records(tmp_path):
     jsonl(tmp_path, n=1)
-    refused(
+    load_refused(
         "task 'jsonl' has no train records left; give it more, or change data.valid_share", "jsonl", tmp_path
     )
-    refused("task 'jsonl' has no train records left", "jsonl", tmp_path / "train.jsonl")
+    load_refused("task 'jsonl' has no train records left", "jsonl", tmp_path / "train.jsonl")
     (tmp_path / "test.jsonl").write_text("")
-    refused("the test split of task 'jsonl' is empty", "jsonl", tmp_path)
+    load_refused("the test split of task 'jsonl' is empty", "jsonl", tmp_path)
 
 
 def test_demo_keeps_its_splits_and_numbers(monkeypatch):
@@ -218,7 +181,7 @@ def test_demo_pretraining_is_scored_on_its_validation_split(monkeypatch):
 
 def test_ground_truths_that_have_no_value_are_reported(tmp_path):
     svamp(tmp_path, [said(i) for i in range(10)])
-    write(
+    array(
         tmp_path / "svamp/svamp_test.json", [{"input": "q", "label": "10:45"}, {"input": "q", "label": "9"}]
     )
     assert loaded("svamp", tmp_path).report["svamp/test/unscorable"] == 1

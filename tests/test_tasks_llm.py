@@ -2,47 +2,12 @@
 
 import json
 import logging
-import re
 
 import numpy as np
 import pytest
+from miniatures import array, ids, load_refused, loaded, said, svamp
 
-from ibdistill.config import DataConfig
-from ibdistill.tasks import TASKS, load
-
-
-def write(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rows), encoding="utf-8")
-
-
-def said(i, answer=None):
-    return f"There are {i} and 1. The answer is ({i if answer is None else answer} - 1)."
-
-
-def svamp(root, outputs, test_outputs=None):
-    """The release's layout with one training record for each LLM output."""
-    for split, n in (("train", len(outputs)), ("test", 2)):
-        rows = [{"input": f"{split}: {i} less 1?", "label": f"( {i}.0 - 1.0 )"} for i in range(n)]
-        write(root / f"svamp/svamp_{split}.json", rows)
-    write(root / "svamp/llm/train_CoT_0.json", outputs)
-    if test_outputs is not None:
-        write(root / "svamp/llm/test_CoT_0.json", test_outputs)
-    return root
-
-
-def loaded(task, path=None, needs_rationale=True, **settings):
-    data = DataConfig(task=task, path=None if path is None else str(path), **settings)
-    return load(data, needs_rationale=needs_rationale)
-
-
-def refused(message, *args, **settings):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        loaded(*args, **settings)
-
-
-def ids(records):
-    return [record.id for record in records]
+from ibdistill.tasks import TASKS
 
 
 def test_llm_rationales_with_ground_truth_labels(tmp_path):
@@ -103,8 +68,8 @@ def test_unparsable_llm_outputs_are_counted_and_left_out_where_needed(tmp_path, 
 def test_a_split_without_any_usable_llm_output(tmp_path):
     svamp(tmp_path, ["So the answer is (b) bank."] * 10)
     message = "none of the 10 LLM outputs for the train split of task 'svamp' has a rationale and an answer"
-    refused(message, "svamp", tmp_path)
-    refused(
+    load_refused(message, "svamp", tmp_path)
+    load_refused(
         "the first is 'So the answer is (b) bank.'",
         "svamp",
         tmp_path,
@@ -120,21 +85,21 @@ def test_llm_labels_without_llm_outputs(tmp_path):
     message = (
         "data.label_source is 'llm', but task 'jsonl' has no LLM outputs here; set data.path to the folder"
     )
-    refused(message, "jsonl", tmp_path / "all.jsonl", label_source="llm")
-    refused("data.label_source is 'llm', but task 'demo' has no", "demo", label_source="llm")
+    load_refused(message, "jsonl", tmp_path / "all.jsonl", label_source="llm")
+    load_refused("data.label_source is 'llm', but task 'demo' has no", "demo", label_source="llm")
 
 
 def test_mapped_numbers(tmp_path):
     svamp(tmp_path, [said(i) for i in range(2, 12)])
     rows = [{"input": f"{i} less 1?", "label": f"( {i}.0 - 1.0 )"} for i in range(2, 12)]
-    write(tmp_path / "svamp/svamp_train.json", rows)
+    array(tmp_path / "svamp/svamp_train.json", rows)
     result = loaded("svamp", tmp_path, map_numbers=True, label_source="llm")
     record = next(r for r in result.train if r.id == "svamp/train/0")
     assert (record.question, record.label, record.gold) == ("n0 less n1?", "(n0 - n1)", "( n0 - n1 )")
     assert (record.rationale, record.quantities) == ("There are n0 and n1.", ("2", "1"))
     assert TASKS["svamp"].is_correct("1", record)
     assert result.report["svamp/train/llm_correct"] == 10
-    refused(
+    load_refused(
         "for arithmetic tasks (demo, demo_pretrain, svamp, asdiv, gsm8k), not cqa: turn it off",
         ["svamp", "cqa"],
         map_numbers=True,
