@@ -94,6 +94,8 @@ class DataConfig:
     """1: tasks in proportion to their sizes; larger: more even."""
     map_numbers: bool = False
     """Write the i-th number of a question as `n<i>` in all texts (arithmetic tasks)."""
+    bucket_batches: AtLeastOne = 1
+    """Pool within which batches of similar length are made, in batches: see `data`. 1: plain shuffling."""
     max_question_tokens: AtLeastTwo = 1024
     """Longer questions are cut, and counted."""
     max_label_tokens: AtLeastTwo = 64

@@ -5,9 +5,13 @@ in the same order, for any number of ranks and micro-batches. Resuming needs onl
 of the step, nothing can get lost between workers, and the global token counts of a step,
 by which the losses are divided, are known on every rank without talking.
 
-Padding is kept low by bucketing in two dimensions: the records of a pool (64 batches) are
-sorted by rationale length, cut into slabs, and each slab is sorted by question length.
-Sorting by one length leaves the other one random, and with T5 both cost.
+Within a batch, records of similar length go to the same micro-batch. With `data.bucket_batches`
+above 1 whole batches are of similar length too: the records of a pool of so many batches are
+sorted by target length, cut into slabs, and each slab is sorted by question length (sorting by
+one length leaves the other one random, and with T5 both cost). That saves padding, but batches
+are then no random sample: where length tells the kind of record, a batch holds one kind. On the
+demo's pretraining it cost nearly everything (validation accuracy 57 % with a pool of 64, 100 %
+without; the student distilled from it 30 % and 67 %; one run each), so the default is 1.
 """
 
 from __future__ import annotations
@@ -27,8 +31,6 @@ from ibdistill.config import DataConfig
 from ibdistill.records import STREAMS, Record
 
 logger = logging.getLogger("ibdistill")
-
-POOL_BATCHES = 64
 
 
 class Ragged:
@@ -172,6 +174,7 @@ class Plan:
         self.batch_size = batch_size
         self._seed = seed
         self._features = features
+        self._bucket_batches = config.bucket_batches
         self._epoch = -1
         self._members = [
             np.flatnonzero(features.groups == group) for group in range(int(features.groups.max()) + 1)
@@ -229,7 +232,7 @@ class Plan:
         rng = np.random.default_rng([self._seed, epoch, 1 << 30])
         rows = np.concatenate([self._draw(group, epoch) for group in range(len(self._members))])
         rows = rng.permutation(rows)[: self.steps_per_epoch * self.batch_size]
-        pool = POOL_BATCHES * self.batch_size
+        pool = self._bucket_batches * self.batch_size
         batches = np.concatenate(
             [self._bucket(rows[start : start + pool]) for start in range(0, len(rows), pool)]
         )

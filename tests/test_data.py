@@ -39,10 +39,11 @@ def test_an_epoch_uses_each_record_at_most_once_and_leaves_out_only_the_tail():
     assert set(range(103)) - set(first.tolist()) != set(range(103)) - set(second.tolist())
 
 
-def test_the_plan_is_a_function_of_the_step():
+@pytest.mark.parametrize("pool", [1, 5, 64])
+def test_the_plan_is_a_function_of_the_step(pool):
     features = random_features(200)
-    forward = data.Plan(features, DataConfig(), batch_size=8, seed=3)
-    backward = data.Plan(features, DataConfig(), batch_size=8, seed=3)
+    forward = data.Plan(features, DataConfig(bucket_batches=pool), batch_size=8, seed=3)
+    backward = data.Plan(features, DataConfig(bucket_batches=pool), batch_size=8, seed=3)
     steps = list(range(60))
     expected = {step: forward.step(step) for step in steps}
     for step in reversed(steps):
@@ -78,7 +79,7 @@ def test_counts_are_those_of_the_whole_step():
 
 def test_bucketing_pads_less_than_half_of_what_shuffling_does():
     features = random_features(4000, seed=1)
-    plan = data.Plan(features, DataConfig(), batch_size=8, seed=0)
+    plan = data.Plan(features, DataConfig(bucket_batches=64), batch_size=8, seed=0)
 
     def padded_share(batches: list[np.ndarray]) -> float:
         made = [data.collate(features, rows, ("predict", "explain"), pad=0, start=0) for rows in batches]
@@ -91,6 +92,18 @@ def test_bucketing_pads_less_than_half_of_what_shuffling_does():
     together = {frozenset(plan.step(k).tolist()) for k in range(plan.steps_per_epoch)}
     again = {frozenset(plan.step(plan.steps_per_epoch + k).tolist()) for k in range(plan.steps_per_epoch)}
     assert len(together & again) < 5
+
+
+def test_without_a_pool_a_batch_is_a_random_sample():
+    """Long and short records, which a pool would keep apart, meet in every batch, sorted."""
+    features = features_of([(5, 1, 2)] * 200 + [(50, 8, 60)] * 200)
+    mixed = data.Plan(features, DataConfig(), batch_size=16, seed=0)
+    apart = data.Plan(features, DataConfig(bucket_batches=64), batch_size=16, seed=0)
+    shares = [float((mixed.step(k) >= 200).mean()) for k in range(mixed.steps_per_epoch)]
+    assert min(shares) > 0.1 and max(shares) < 0.9
+    assert sum(float((apart.step(k) >= 200).mean()) in (0.0, 1.0) for k in range(25)) >= 24
+    lengths = features.questions["predict"].lengths[mixed.step(0)]
+    assert (np.diff(lengths) >= 0).all()
 
 
 def test_a_mixture_gives_each_task_its_share():

@@ -140,7 +140,9 @@ class Case:
     zero: str
 
     def __post_init__(self) -> None:
-        self.plan = data.Plan(self.features, config.DataConfig(), batch_size=self.batch_size, seed=0)
+        self.plan = data.Plan(
+            self.features, config.DataConfig(bucket_batches=64), batch_size=self.batch_size, seed=0
+        )
         self.steps = min(self.steps, self.plan.steps_per_epoch)
         bucketed = np.stack([self.plan.step(index) for index in range(self.steps)])
         shuffled = np.random.default_rng(0).permutation(bucketed.ravel()).reshape(bucketed.shape)
