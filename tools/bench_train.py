@@ -5,8 +5,9 @@
 
 `plain` is the reference's loop in eager torch: shuffled batches, two forwards padded to the longest of
 the batch with transformers' losses, the MI term from full logits, backward, clip, fused AdamW. `ours` is
-`train.train_step` with its DeepSpeed engine, on length-bucketed batches (`data.bucket_batches` 64). Both learn from the same questions and start from the same
-weights; unless their losses of one ragged batch agree nothing is measured.
+`train.train_step` with its DeepSpeed engine, on length-bucketed batches (`data.bucket_batches` 64).
+Both learn from the same questions and start from the same weights; unless their losses of one ragged
+batch agree nothing is measured.
 
 Variants take turns at every step, and all steps are repeated in rounds; the least time of a step counts
 (on a shared machine the mean measures the neighbours). The floor is what the matrix products of a variant's
