@@ -83,6 +83,8 @@ class Batch:
     """[S * B, L] int64."""
     attention_mask: Tensor
     """[S * B, L] int64, 1 where a token is."""
+    question_positions: Tensor
+    """[N_question] int64: where the predict stream's question tokens sit in its flattened [B * L]."""
     decoder_input_ids: dict[str, Tensor]
     """Stream -> [B, T_stream] int64, targets shifted right behind the start token."""
     positions: dict[str, Tensor]
@@ -258,6 +260,7 @@ def collate(
     """The micro-batch of some records. `pad` and `start` are the padding and decoder start tokens."""
     inputs = [features.questions[stream][row] for stream in streams for row in rows]
     input_ids, attention_mask = _pad(inputs, pad)
+    question_positions = attention_mask[: len(rows)].flatten().nonzero().squeeze(1)
     decoder_input_ids, positions, labels, cu = {}, {}, {}, {}
     for stream in streams:
         targets = [features.targets[stream][row] for row in rows]
@@ -270,6 +273,7 @@ def collate(
         question_ids=tuple(features.ids[row] for row in rows),
         input_ids=input_ids,
         attention_mask=attention_mask,
+        question_positions=question_positions,
         decoder_input_ids=decoder_input_ids,
         positions=positions,
         labels=labels,

@@ -1,7 +1,7 @@
 """Students: loading, adapting, one forward for both streams, and getting the whole model back.
 
 The head loss works on packed hidden states, so a model's forward here ends before the head:
-`target_states` gives the decoder's states at the real target positions of each stream.
+`states` gives the decoder's states at the real target positions of each stream.
 Both streams share one encoder call; the decoder runs once a stream, because a label is a few
 tokens long and a rationale a hundred, and padding one to the other would cost more than a
 second call. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of
@@ -15,6 +15,7 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import deepspeed
@@ -35,7 +36,7 @@ from ibdistill.data import Batch
 logger = logging.getLogger("ibdistill")
 
 FAMILIES = ("t5", "mt5")
-"""Model types whose forward `target_states` knows."""
+"""Model types whose forward `states` knows."""
 
 
 def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
@@ -122,8 +123,18 @@ def _with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         raise ValueError(f"student.lora_targets is {config.lora_targets}: {error}") from error
 
 
-def target_states(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """Stream -> [N_stream, D] final hidden states at the packed target positions, ready for the head.
+@dataclass(frozen=True)
+class States:
+    """What a model says about a batch, before its head."""
+
+    targets: dict[str, Tensor]
+    """Stream -> [N_stream, D] final hidden states at the packed target positions, ready for the head."""
+    questions: Tensor
+    """[N_question, D] states of the predict stream's question tokens."""
+
+
+def states(model: nn.Module, batch: Batch) -> States:
+    """One forward of both streams, without the head.
 
     Padded decoder positions come last in their row, so under the causal mask no real position
     sees them and they need no mask of their own.
@@ -131,10 +142,9 @@ def target_states(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     encoded = base.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
     streams = list(batch.decoder_input_ids)
-    states = {}
-    for stream, memory, mask in zip(
-        streams, encoded.chunk(len(streams)), batch.attention_mask.chunk(len(streams)), strict=True
-    ):
+    memories = encoded.chunk(len(streams))
+    targets = {}
+    for stream, memory, mask in zip(streams, memories, batch.attention_mask.chunk(len(streams)), strict=True):
         decoded = base.get_decoder()(
             input_ids=batch.decoder_input_ids[stream],
             encoder_hidden_states=memory,
@@ -144,8 +154,8 @@ def target_states(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         hidden = decoded.flatten(0, 1).index_select(0, batch.positions[stream])
         # T5 with tied embeddings scales what goes into the head
         scales = getattr(base.config, "scale_decoder_outputs", False)
-        states[stream] = hidden * base.config.d_model**-0.5 if scales else hidden
-    return states
+        targets[stream] = hidden * base.config.d_model**-0.5 if scales else hidden
+    return States(targets, memories[0].flatten(0, 1).index_select(0, batch.question_positions))
 
 
 class WholeModel:

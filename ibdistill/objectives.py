@@ -78,7 +78,7 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, weights: Weights) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the step's total (0-d fp32), and the sums of all terms, detached."""
-        states = models.target_states(self.model, batch)
+        states = models.states(self.model, batch).targets
         streams = {
             name: Stream(hidden, batch.labels[name], batch.cu[name]) for name, hidden in states.items()
         }

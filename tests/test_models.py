@@ -41,7 +41,7 @@ def test_states_through_the_head_are_the_models_own_logits(make):
     torch.manual_seed(0)
     model = make().double().eval()
     batch = ragged_batch()
-    states = models.target_states(model, batch)
+    states = models.states(model, batch).targets
     for row, stream in enumerate(("predict", "explain")):
         cu = batch.cu[stream].tolist()
         for b in range(3):
@@ -55,6 +55,19 @@ def test_states_through_the_head_are_the_models_own_logits(make):
             ).logits[0]
             ours = model.lm_head(states[stream][cu[b] : cu[b + 1]])
             torch.testing.assert_close(ours, alone, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("streams", [("predict",), ("predict", "explain")])
+def test_question_states_are_the_encoders_own_for_the_predict_stream(streams):
+    torch.manual_seed(0)
+    model = tied().double().eval()
+    features = features_of([(9, 2, 7), (4, 5, 0), (13, 1, 3)])
+    batch = data.collate(features, [0, 1, 2], streams, pad=0, start=0)
+    alone = [
+        model.get_encoder()(input_ids=torch.tensor(features.questions["predict"][row])[None].long())[0][0]
+        for row in range(3)
+    ]
+    torch.testing.assert_close(models.states(model, batch).questions, torch.cat(alone), rtol=1e-9, atol=1e-9)
 
 
 def test_the_loss_head_shares_the_models_parameter():
@@ -118,16 +131,16 @@ def test_lora_trains_adapters_only_and_exports_merged_weights(tmp_path):
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name and (".q." in name or ".v." in name) for name in trainable)
     batch = ragged_batch()
-    before = models.target_states(student.eval(), batch)["predict"]
+    before = models.states(student.eval(), batch).targets["predict"]
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    after = models.target_states(student, batch)["predict"]
+    after = models.states(student, batch).targets["predict"]
     assert (after - before).abs().max() > 1e-3
     models.export(student, tokenizer, tmp_path / "out", "card")
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(models.target_states(loaded, batch)["predict"], after, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(models.states(loaded, batch).targets["predict"], after, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_on_layers_that_do_not_exist(tmp_path):
@@ -157,7 +170,7 @@ def test_gradient_checkpointing_does_not_change_gradients():
         batch.input_ids.clamp_(max=len(tokenizer) - 1)
         for ids in batch.decoder_input_ids.values():
             ids.clamp_(max=len(tokenizer) - 1)
-        states = models.target_states(student, batch)
+        states = models.states(student, batch).targets
         sum(s.square().sum() for s in states.values()).backward()
         gradients.append(
             {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
