@@ -134,30 +134,54 @@ class StudentConfig:
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """The online teacher."""
+    """The online teacher: a frozen model that scores the student's targets in the same job."""
 
-    placement: Literal["none"] = "none"
-    """none: the rationales come with the data."""
+    placement: Literal["none", "replica", "zero3", "zero3_node", "cpu_offload", "cache"] = "none"
+    """Where its weights live: see `teacher`. none: the rationales come with the data and that is all."""
+    model: str = ""
+    """A hub name, a local folder, or a preset (random weights, for measurements)."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of its weights and states."""
+    load_in_8bit: bool = False
+    """Weights in 8 bits through bitsandbytes; a GPU and placement replica only."""
+    cache: str = ""
+    """Folder where its answers are kept, so that every question is scored once; empty: none are kept."""
+    cache_form: Literal["states", "topk"] = "states"
+    """What is kept of a target position: the last hidden state, or the most probable tokens."""
+    cache_top_k: AtLeastOne = 64
+    """Tokens a position for `cache_form` topk; the rest is kept as one number, the tail."""
+    check_memory: bool = True
+    """Refuse a teacher that cannot fit, before it is loaded."""
 
 
 @dataclass(kw_only=True)
 class ObjectiveConfig:
-    """What is minimised: alpha CE_predict + (1 - alpha) CE_explain + beta MI."""
+    """What is minimised: alpha CE_predict + (1 - alpha) CE_explain + beta MI + gamma KD."""
 
-    method: Literal["finetune", "dss", "ib"] = "dss"
-    """finetune: predict only. dss: both cross entropies. ib: dss and the mutual-information term."""
+    method: Literal["finetune", "dss", "ib", "kd", "ib+kd"] = "dss"
+    """finetune: predict only. dss: both cross entropies. ib, kd: dss and that term. ib+kd: all."""
     alpha: Share = 0.5
     """Weight of the predict stream's cross entropy (paper: 0.5)."""
-    beta: NotNegative = 0.1
-    """Weight of the mutual-information term (paper: 0.1)."""
-    estimator: Literal["paper", "normalized", "infonce"] = "paper"
-    """Form of the mutual-information term: see `ops.estimators`."""
+    beta: NotNegative | None = None
+    """Weight of the mutual-information term; none: 1 for vid, else 0.1 (as in the paper)."""
+    estimator: Literal["auto", "paper", "normalized", "infonce", "vid"] = "auto"
+    """Form of the mutual-information term: see `ops`. auto: vid with an online teacher, else paper."""
     pool: Literal["max", "mean"] = "max"
     """How a stream's positions are pooled (paper: max)."""
     mi_gradient: Literal["explain", "predict", "both"] = "explain"
     """The stream that the term's gradient reaches; the other is its detached target (paper: explain)."""
+    mi_pair: Literal["student", "teacher"] = "student"
+    """Whose explain distribution the predict stream is paired with in paper and normalized."""
     infonce_temperature: Positive = 0.1
     """Temperature of InfoNCE's cosine similarities."""
+    gamma: NotNegative = 1.0
+    """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain."""
+    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    jsd_beta: OpenShare = 0.5
+    """The teacher's share in the mixture of jsd."""
+    kd_temperature: Positive = 1.0
+    """Temperature of both distributions; the term is multiplied with its square."""
 
 
 @dataclass(kw_only=True)
@@ -226,9 +250,58 @@ def load(recipe: str | None, overrides: dict[str, Any]) -> Config:
         raise ValueError(
             f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps})"
         )
+    _check_teacher(config)
     if not config.run.dir:
         config.run.dir = str(Path("runs") / (Path(str(recipe)).stem if recipe else "default"))
     return config
+
+
+def needs_teacher(objective: ObjectiveConfig) -> list[str]:
+    """The settings that ask for an online teacher, for a message; empty: none is needed."""
+    settings_ = []
+    if "kd" in objective.method:
+        settings_.append(f"objective.method {objective.method}")
+    if "ib" in objective.method and objective.estimator == "vid":
+        settings_.append("objective.estimator vid")
+    if "ib" in objective.method and objective.mi_pair == "teacher":
+        settings_.append("objective.mi_pair teacher")
+    return settings_
+
+
+def _check_teacher(config: Config) -> None:
+    """Settle what depends on there being a teacher; raise ValueError where settings contradict."""
+    teacher, objective = config.teacher, config.objective
+    online = teacher.placement != "none"
+    if objective.estimator == "auto":
+        objective.estimator = "vid" if online and objective.mi_pair == "student" else "paper"
+    if objective.beta is None:
+        objective.beta = 1.0 if objective.estimator == "vid" else 0.1
+    wanted = needs_teacher(objective)
+    if wanted and not online:
+        raise ValueError(
+            f"{' and '.join(wanted)} needs an online teacher; set teacher.placement and teacher.model"
+        )
+    if online and not wanted:
+        raise ValueError(
+            f"teacher.placement is {teacher.placement!r}, but objective.method {objective.method} with "
+            f"estimator {objective.estimator} does not use a teacher; choose kd, ib or ib+kd, "
+            "or placement none"
+        )
+    if online and not teacher.model:
+        raise ValueError(
+            f"teacher.placement is {teacher.placement!r} and teacher.model is empty: which model?"
+        )
+    if teacher.placement == "cache" and not teacher.cache:
+        raise ValueError("teacher.placement is 'cache'; name its folder in teacher.cache")
+    if teacher.load_in_8bit and teacher.placement != "replica":
+        raise ValueError(
+            f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "
+            "8-bit weights are not sharded"
+        )
+    if objective.mi_pair == "teacher" and objective.estimator in ("infonce", "vid"):
+        raise ValueError(
+            f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
+        )
 
 
 def to_yaml(config: Config) -> str:

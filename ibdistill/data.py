@@ -210,12 +210,14 @@ class Plan:
         return list(rows[:, rank])
 
     def counts(self, step: int) -> dict[str, int]:
-        """Global target tokens of a step by stream, and `questions`, `explained` (with a rationale)."""
+        """Global target tokens of a step by stream; `questions`, `explained` (with a rationale), and
+        `question_tokens` of the predict stream."""
         rows = self.step(step)
         lengths = {stream: self._features.targets[stream].lengths[rows] for stream in STREAMS}
         return {stream: int(lengths[stream].sum()) for stream in STREAMS} | {
             "questions": len(rows),
             "explained": int((lengths["explain"] > 0).sum()),
+            "question_tokens": int(self._features.questions["predict"].lengths[rows].sum()),
         }
 
     def _draw(self, group: int, epoch: int) -> np.ndarray:

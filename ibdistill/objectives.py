@@ -1,9 +1,11 @@
 """The objective: which terms, with which weights, on which streams (DESIGN: total loss).
 
     total = alpha CE_predict + (1 - alpha) CE_explain + beta MI
+            + gamma (alpha KD_predict + (1 - alpha) KD_explain)
 
-with each CE a mean over the step's target tokens and MI a mean over the step's questions,
-over all ranks and micro-batches. A method is a name for which of the weights are zero.
+with each CE and KD a mean over the step's target tokens and MI a mean over the step's
+questions (`vid`: over the tokens of its questions), over all ranks and micro-batches. A
+method is a name for which of the weights are zero.
 
 `finetune` keeps alpha out of it: its one term has weight 1, so that its learning rate means
 the same as in ordinary finetuning.
@@ -13,12 +15,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ibdistill import models
 from ibdistill.config import ObjectiveConfig
 from ibdistill.data import Batch
-from ibdistill.ops.head_loss import MISettings, Stream, Weights, head_loss
+from ibdistill.ops.head_loss import MISettings, Stream, Teacher, Weights, head_loss
+from ibdistill.ops.vid import vid_loss
+from ibdistill.teacher import TeacherSignal
 
 
 def streams_of(objective: ObjectiveConfig) -> Sequence[str]:
@@ -27,25 +32,41 @@ def streams_of(objective: ObjectiveConfig) -> Sequence[str]:
 
 
 def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
-    """The mutual-information term of a method, or None."""
-    if objective.method != "ib" or objective.beta == 0:
+    """The mutual-information term that the head loss computes, or None."""
+    if "ib" not in objective.method or objective.beta == 0 or objective.estimator == "vid":
         return None
     return MISettings(
         estimator=objective.estimator,
         pool=objective.pool,
         gradient=objective.mi_gradient,
         temperature=objective.infonce_temperature,
+        pair=objective.mi_pair,
     )
+
+
+def uses_vid(objective: ObjectiveConfig) -> bool:
+    """Whether the mutual-information term is the one between teacher and student states."""
+    return "ib" in objective.method and objective.beta != 0 and objective.estimator == "vid"
+
+
+def distils(objective: ObjectiveConfig) -> bool:
+    """Whether the teacher's token distributions are distilled."""
+    return "kd" in objective.method and objective.gamma != 0
 
 
 def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
     """What each term's *sum* is multiplied with, given a step's global counts (`data.Plan.counts`)."""
     if objective.method == "finetune":
         return Weights(ce_predict=1.0 / counts["predict"])
+    predict = objective.alpha / counts["predict"]
+    explain = (1.0 - objective.alpha) / max(1, counts["explain"])
+    gamma = objective.gamma if distils(objective) else 0.0
     return Weights(
-        ce_predict=objective.alpha / counts["predict"],
-        ce_explain=(1.0 - objective.alpha) / max(1, counts["explain"]),
+        ce_predict=predict,
+        ce_explain=explain,
         mi=objective.beta / max(1, counts["explained"]) if mi_settings(objective) else 0.0,
+        kd_predict=gamma * predict,
+        kd_explain=gamma * explain,
     )
 
 
@@ -62,34 +83,97 @@ class _LossHead(nn.Module):
         self.bias = head.bias
 
     def forward(
-        self, predict: Stream, explain: Stream | None, weights: Weights, mi: MISettings | None
+        self,
+        predict: Stream,
+        explain: Stream | None,
+        weights: Weights,
+        mi: MISettings | None,
+        teacher: Teacher | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return head_loss(predict, explain, self.weight, self.bias, weights=weights, mi=mi)
+        return head_loss(predict, explain, self.weight, self.bias, weights=weights, mi=mi, teacher=teacher)
+
+
+class VidMap(nn.Module):
+    """What the variational bound between teacher and student states learns, and throws away at export.
+
+    t ~ N(W s + b, diag exp(g)) for a question token's student state s [D] and teacher state
+    t [D_teacher] (Ahn et al., CVPR 2019, arXiv 1904.05835). Its parameters are an optimizer
+    group of their own, without weight decay (`engine`).
+    """
+
+    def __init__(self, width: int, teacher_width: int, seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = nn.Parameter(torch.randn(teacher_width, width, generator=generator) * width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(teacher_width))
+        self.log_variance = nn.Parameter(torch.zeros(teacher_width))
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """Sum over tokens: 0-d fp32, nats a teacher dimension."""
+        return vid_loss(student, teacher, self.weight, self.bias, self.log_variance)
 
 
 class Distillation(nn.Module):
     """What the engine wraps: the student, its head and the loss, in one forward."""
 
-    def __init__(self, model: nn.Module, objective: ObjectiveConfig) -> None:
+    def __init__(
+        self, model: nn.Module, objective: ObjectiveConfig, *, teacher_width: int = 0, seed: int = 0
+    ) -> None:
+        """`teacher_width`: size of the teacher's question states, for the estimator vid."""
         super().__init__()
         self.model = model
         self.head = _LossHead(model.get_output_embeddings())
+        self.objective = objective
         self.mi = mi_settings(objective)
+        width = model.get_input_embeddings().embedding_dim
+        self.vid = VidMap(width, teacher_width, seed) if uses_vid(objective) else None
 
-    def forward(self, batch: Batch, weights: Weights) -> tuple[Tensor, dict[str, Tensor]]:
-        """The micro-batch's share of the step's total (0-d fp32), and the sums of all terms, detached."""
-        states = models.states(self.model, batch).targets
+    def forward(
+        self,
+        batch: Batch,
+        weights: Weights,
+        signal: TeacherSignal | None = None,
+        question_tokens: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share of the step's total (0-d fp32), and the sums of all terms, detached.
+
+        `question_tokens`: of the whole step, for vid.
+        """
+        states = models.states(self.model, batch)
         streams = {
-            name: Stream(hidden, batch.labels[name], batch.cu[name]) for name, hidden in states.items()
+            name: Stream(hidden, batch.labels[name], batch.cu[name])
+            for name, hidden in states.targets.items()
         }
-        return self.head(streams["predict"], streams.get("explain"), weights, self.mi)
+        total, terms = self.head(
+            streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(signal)
+        )
+        if self.vid is not None:
+            vid = self.vid(states.questions, signal.questions)
+            total = total + (self.objective.beta / question_tokens) * vid
+            terms["vid"] = vid.detach()
+        return total, terms
+
+    def _teacher(self, signal: TeacherSignal | None) -> Teacher | None:
+        if signal is None or not signal.targets:
+            return None
+        return Teacher(
+            predict=signal.targets["predict"],
+            explain=signal.targets["explain"],
+            weight=signal.weight,
+            bias=signal.bias,
+            divergence=self.objective.divergence,
+            beta=self.objective.jsd_beta,
+            temperature=self.objective.kd_temperature,
+        )
 
 
 def means(sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
     """Terms as people read them, from sums and counts of the same steps.
 
-    Cross entropies in nats a token, the mutual-information terms in nats a question.
+    Cross entropies and divergences in nats a token, the mutual-information terms in nats a
+    question; `vid` in nats a question token and teacher dimension.
     """
+    counts = counts | {"vid": counts.get("question_tokens", 0)}
     return {
         name: value / (counts.get(name.rsplit("_", 1)[-1]) or sums.get("mi_questions") or 1)
         for name, value in sums.items()
@@ -101,5 +185,8 @@ def total(objective: ObjectiveConfig, mean: dict[str, float]) -> float:
     """The total loss of the mean terms."""
     if objective.method == "finetune":
         return mean["ce_predict"]
-    value = objective.alpha * mean["ce_predict"] + (1 - objective.alpha) * mean["ce_explain"]
-    return value + objective.beta * mean.get("mi", 0.0)
+    shares = {"predict": objective.alpha, "explain": 1 - objective.alpha}
+    value = sum(share * mean[f"ce_{stream}"] for stream, share in shares.items())
+    if distils(objective):
+        value += objective.gamma * sum(share * mean[f"kd_{stream}"] for stream, share in shares.items())
+    return value + (objective.beta or 0.0) * mean.get("vid", mean.get("mi", 0.0))

@@ -1,0 +1,276 @@
+"""The online teacher: a frozen model that says, in the same job, what it thinks of the student's targets.
+
+It is asked for last hidden states only: those of the question's tokens (for the estimator `vid`)
+and those at the target positions of both streams, from which the head loss recomputes the
+teacher's logits chunk by chunk. Its [N, V] logits never exist at once.
+
+Placements:
+
+- `replica`      every rank holds all of it: no communication, the first choice where it fits
+                 (a frozen model gains nothing from ZeRO but memory); 8-bit weights optionally
+- `zero3`        cut into shares over all ranks, gathered layer by layer
+- `zero3_node`   the same within each node, so that gathering never leaves it
+- `cpu_offload`  zero3 with the shares in CPU memory
+- `cache`        not loaded at all; answers come from `teacher.cache` (`signals`)
+
+The sharded ones use `sharding`: an engine without an optimizer, on the model without its head,
+in a process group of its own. The head is a plain tensor, cut by rows and gathered for a
+micro-batch: outside the engine's hooks a partitioned head would be an empty tensor.
+
+The teacher reads the student's own token sequences, prefixes included, so both share a
+vocabulary and their states pair up position by position.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+
+from ibdistill import distributed, models, presets, sharding
+from ibdistill.config import TeacherConfig
+from ibdistill.data import Batch
+from ibdistill.distributed import World
+from ibdistill.ops.arguments import TeacherStream
+
+logger = logging.getLogger("ibdistill")
+
+SHARDED = ("zero3", "zero3_node", "cpu_offload")
+_PADDING_BIAS = -1e4
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What the teacher says about one micro-batch, whether it was asked just now or long ago."""
+
+    questions: Tensor | None = None
+    """[N_question, D_teacher] states of the predict stream's question tokens; None: not asked for."""
+    targets: dict[str, TeacherStream] = field(default_factory=dict)
+    """Stream -> hidden states [N, D_teacher] or top k at the target positions; empty: not asked for."""
+    weight: Tensor | None = None
+    """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states."""
+    bias: Tensor | None = None
+    """[V]"""
+
+
+class Teacher:
+    """A loaded teacher, in one of the placements."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int,
+        world: World,
+        *,
+        targets: bool,
+    ) -> None:
+        """Load it. Collective.
+
+        Args:
+            tokenizer: the student's; the teacher's must be the same.
+            rows: of the student's head.
+            targets: whether states at target positions, and so the head, are wanted.
+
+        Raises:
+            ValueError: no such model, another vocabulary, does not fit into memory, 8 bits without
+                bitsandbytes or a GPU.
+        """
+        self.config = config
+        self._world = world
+        self._targets = targets
+        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        skeleton = self._skeleton(tokenizer)
+        self.model_config = skeleton.config
+        self.width = skeleton.get_input_embeddings().embedding_dim
+        own_rows = skeleton.get_output_embeddings().weight.shape[0]
+        check_vocabulary(config.model, tokenizer, rows, own_rows)
+        self._rows = rows
+        self._head: Tensor | sharding.RowShard | None = None
+        self._bias: Tensor | None = None
+        if config.load_in_8bit:
+            check_8bit()
+        self.group = self._group()
+        sizes = [p.numel() for p in skeleton.parameters()]
+        if config.check_memory:
+            check_memory(sum(sizes), config, world)
+        if config.placement in SHARDED:
+            self._load_shares(tokenizer, sizes)
+        else:
+            self._load_replica(tokenizer)
+        logger.info(
+            "teacher %s: %.1f M parameters, %s, %s, %.1f MiB a rank",
+            config.model,
+            sum(sizes) / 1e6,
+            config.placement,
+            "8 bits" if config.load_in_8bit else config.precision,
+            self.bytes() / 2**20,
+        )
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> TeacherSignal:
+        """The signal of a micro-batch, on its device. Collective for sharded placements."""
+        states = self._scorer(batch)
+        if not self._targets:
+            return TeacherSignal(questions=states.questions)
+        weight, bias = self.head()
+        targets = {stream: TeacherStream(hidden=hidden) for stream, hidden in states.targets.items()}
+        return TeacherSignal(states.questions, targets, weight, bias)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
+        weight = self._head.gather() if isinstance(self._head, sharding.RowShard) else self._head
+        return fit_rows(weight, self._bias, self._rows)
+
+    def bytes(self) -> int:
+        """Bytes of the teacher's parameters that this rank holds at rest."""
+        held = {
+            id(t): t.numel() * t.element_size() for p in self._scorer.parameters() for t in sharding.held(p)
+        }
+        if isinstance(self._head, sharding.RowShard):
+            return sum(held.values()) + self._head.bytes()
+        return sum(held.values())
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The ranks that share one copy, as a group of the teacher's own; None for a replica."""
+        if self.config.placement not in SHARDED:
+            return None
+        if self.config.placement != "zero3_node":
+            return dist.new_group()
+        members = sharding.node_groups(distributed.gather_objects(socket.gethostname()))
+        groups = [dist.new_group(ranks) for ranks in members]
+        return next(g for g, ranks in zip(groups, members, strict=True) if self._world.rank in ranks)
+
+    def _skeleton(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The teacher's modules without storage."""
+        with torch.device("meta"):
+            return models.empty_model(self.config.model, "teacher.model", len(tokenizer))
+
+    def _load(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The teacher whole, on the CPU (8 bits: on the GPU)."""
+        eight = (
+            {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if self.config.load_in_8bit else {}
+        )
+        model = models.load_model(
+            self.config.model, "teacher.model", len(tokenizer), dtype=self._dtype, **eight
+        )
+        return model.eval().requires_grad_(False)
+
+    def _load_replica(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = self._load(tokenizer)
+        if not self.config.load_in_8bit:
+            model.to(self._world.device)
+        if self._targets:
+            head = model.get_output_embeddings()
+            self._head, self._bias = head.weight, head.bias
+        self._scorer = Scorer(model)
+
+    def _load_shares(self, tokenizer: PreTrainedTokenizerBase, sizes: list[int]) -> None:
+        config = sharding.inference_config(
+            sizes,
+            bf16=self.config.precision == "bf16",
+            offload=self.config.placement == "cpu_offload",
+            world_size=self._world.size,
+        )
+        leads = dist.get_rank(self.group) == 0
+        model = self._load(tokenizer) if leads else self._skeleton(tokenizer).to(self._dtype)
+        if self._targets:
+            head = model.get_output_embeddings()
+            self._head = sharding.RowShard(head.weight, self.group, self._world.device)
+            self._bias = (
+                None if head.bias is None else sharding.broadcast(head.bias, self.group, self._world.device)
+            )
+        model.set_output_embeddings(nn.Identity())
+        self._scorer = sharding.engine(Scorer(sharding.partition(model, self.group, config)), config)
+
+
+class Scorer(nn.Module):
+    """A model's states as one forward, so that an engine's hooks and prefetch trace see it whole."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> models.States:
+        return models.states(self.model, batch)
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int, own_rows: int) -> None:
+    """Raise ValueError unless the teacher reads the student's token ids."""
+    if name in presets.PRESETS:
+        return
+    theirs = models.load_tokenizer(name, "teacher.model")
+    models.check_vocabularies(tokenizer, theirs, rows, own_rows)
+
+
+def fit_rows(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
+    """A head [V_teacher, D] on the student's `rows`: padding rows are cut, or added as never predicted.
+
+    The tokenizers are the same, so rows that only one of the two has are padding.
+    """
+    have = weight.shape[0]
+    if have == rows:
+        return weight, bias
+    if have > rows:
+        return weight[:rows], None if bias is None else bias[:rows]
+    bias = weight.new_zeros(have) if bias is None else bias
+    padding = weight.new_full((rows - have,), _PADDING_BIAS)
+    return torch.cat([weight, weight.new_zeros(rows - have, weight.shape[1])]), torch.cat([bias, padding])
+
+
+def check_8bit() -> None:
+    """Raise ValueError where 8-bit weights cannot work."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "teacher.load_in_8bit needs a CUDA device and the package bitsandbytes "
+            f"(GPU: {'yes' if torch.cuda.is_available() else 'no'}, bitsandbytes: "
+            f"{'installed' if importlib.util.find_spec('bitsandbytes') else 'not installed'}); "
+            "set teacher.load_in_8bit false, or shard the teacher with teacher.placement zero3"
+        )
+
+
+def check_memory(parameters: int, config: TeacherConfig, world: World) -> None:
+    """Raise ValueError if the weights cannot fit where the placement puts them. Collective."""
+    hosts = distributed.gather_objects(socket.gethostname())
+    on_node = hosts.count(hosts[world.rank])
+    width = 1 if config.load_in_8bit else 2 if config.precision == "bf16" else 4
+    whole = parameters * width
+    free = min(distributed.gather_objects(free_memory(world.device, on_node)))
+    free_cpu = min(distributed.gather_objects(free_memory(torch.device("cpu"), on_node)))
+    need = {
+        "replica": (whole, free),
+        "zero3": (whole // world.size, free),
+        "zero3_node": (whole // on_node, free),
+        "cpu_offload": (whole // world.size, free_cpu),
+    }
+    wanted, there = need[config.placement]
+    if wanted <= there:
+        return
+    fits = [name for name, (bytes_, room) in need.items() if bytes_ <= room]
+    raise ValueError(
+        f"teacher.model {config.model} has {parameters / 1e9:.2f} billion parameters; teacher.placement "
+        f"{config.placement} puts {wanted / 2**30:.2f} GiB on a rank, where {there / 2**30:.2f} GiB are free. "
+        + (
+            f"These would fit: {', '.join(fits)}"
+            if fits
+            else f"No placement fits {world.size} ranks; use more"
+        )
+        + ". (--teacher.check_memory false skips this check)"
+    )
+
+
+def free_memory(device: torch.device, ranks_on_node: int) -> int:
+    """Free bytes for one rank: of its GPU, or its part of the node's memory."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = next(
+        line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
+    )
+    return int(available.split()[1]) * 1024 // ranks_on_node
