@@ -11,6 +11,8 @@ from torch import Tensor
 from ibdistill.ops.divergences import DIVERGENCES
 from ibdistill.ops.estimators import DIRECTIONS, ESTIMATORS, POOLS
 
+PAIRS = ("student", "teacher")
+
 IGNORED = -100
 """Label of a position that is left out."""
 
@@ -57,13 +59,30 @@ class MISettings:
     """The stream that gets the gradient; the other is the detached target. both: mean of the two ways."""
     temperature: float = 0.1
     """InfoNCE's."""
+    pair: str = "student"
+    """Whose explain stream the student's predict stream is paired with: student (the paper), or teacher.
+
+    The teacher's pooled distribution is always the detached target, so the gradient reaches the predict
+    stream and `gradient` has no say. Only for estimators on distributions; needs `Teacher.explain`.
+    """
 
     def __post_init__(self):
         check_choice("estimator", self.estimator, ESTIMATORS)
         check_choice("pool", self.pool, POOLS)
         check_choice("gradient", self.gradient, DIRECTIONS)
+        check_choice("pair", self.pair, PAIRS)
+        if self.pair == "teacher" and ESTIMATORS[self.estimator].space != "distribution":
+            raise ValueError(
+                f"pair = 'teacher' can't go with estimator = {self.estimator!r}, which compares hidden states"
+                " of one model; use estimator = 'normalized' or 'paper', or pair = 'student'"
+            )
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature} must be positive")
+
+    @property
+    def directions(self) -> tuple[tuple[str, str], ...]:
+        """(target, estimate) pairs of streams; the term is the mean over them."""
+        return DIRECTIONS["predict" if self.pair == "teacher" else self.gradient]
 
 
 class TeacherStream(NamedTuple):
@@ -160,6 +179,8 @@ def check_arguments(
         raise ValueError(
             "the mutual-information term (mi=...) needs an explain stream; pass mi=None without one"
         )
+    if mi is not None and mi.pair == "teacher":
+        _check_pair(teacher)
     if teacher is not None:
         signals = [s for s in (teacher.predict, teacher.explain) if s is not None]
         shapes = {tuple(None if x is None else x.shape[1:] for x in s) for s in signals}
@@ -167,6 +188,21 @@ def check_arguments(
             raise ValueError("teacher: give one or both streams, both hidden states or both the same top k")
         for name, stream in (("predict", predict), ("explain", explain)):
             _check_teacher(name, getattr(teacher, name), teacher, stream, weight)
+
+
+def _check_pair(teacher: Teacher | None) -> None:
+    """Whether the teacher's explain distributions, at temperature 1, can be had."""
+    if teacher is None or teacher.explain is None:
+        raise ValueError(
+            "mi.pair = 'teacher' needs the teacher's explain stream, and"
+            f" {'there is no teacher' if teacher is None else 'teacher.explain is None'}; give it, or use"
+            " pair = 'student'"
+        )
+    if teacher.explain.ids is not None and teacher.temperature != 1:
+        raise ValueError(
+            f"mi.pair = 'teacher' pools the teacher's probabilities at temperature 1, and its top k is at"
+            f" {teacher.temperature}; use temperature = 1, the teacher's hidden states, or pair = 'student'"
+        )
 
 
 def _check_teacher(

@@ -32,7 +32,7 @@ from ibdistill.ops.arguments import (
     Weights,
     check_arguments,
 )
-from ibdistill.ops.estimators import DIRECTIONS, ESTIMATORS, barber_agakov, pool_states
+from ibdistill.ops.estimators import ESTIMATORS, barber_agakov, pool_states
 
 
 def head_loss_reference(
@@ -74,6 +74,8 @@ def head_loss_reference(
             student = torch.log_softmax(logits / teacher.temperature, -1)
             terms[f"kd_{name}"] = _distil(student, teacher, signal, dtype)[keep].sum()
         values, pool = (hidden, pool_states) if space == "state" else (log_p, pool_logs)
+        if name == "explain" and mi is not None and mi.pair == "teacher":
+            values = _teacher_logs(teacher, signal, weight.shape[0], dtype)
         spans = zip(stream.cu[:-1].tolist(), stream.cu[1:].tolist(), strict=True)
         parts = [values[a:b][keep[a:b]] for a, b in spans]
         if mi is not None:
@@ -97,7 +99,7 @@ def _mi(
         name: torch.stack([rows[b] for b in both]) if both else empty[name] for name, rows in pooled.items()
     }
     terms: dict[str, Tensor] = {}
-    directions = DIRECTIONS[mi.gradient]
+    directions = mi.directions
     for target, estimate in directions:
         values = estimator.function(
             stacked[target].detach(), stacked[estimate], temperature=mi.temperature, group=group
@@ -119,13 +121,27 @@ def pool_logs(log_p: Tensor, pool: str) -> Tensor:
     return torch.logsumexp(log_p, 0) - torch.log(torch.tensor(float(len(log_p)), dtype=log_p.dtype))
 
 
+def _teacher_logits(teacher: Teacher, signal: TeacherStream, dtype: torch.dtype) -> Tensor:
+    logits = signal.hidden.to(dtype) @ teacher.weight.to(dtype).T
+    return (logits if teacher.bias is None else logits + teacher.bias.to(dtype)).detach()
+
+
+def _teacher_logs(teacher: Teacher, signal: TeacherStream, vocabulary: int, dtype: torch.dtype) -> Tensor:
+    """The teacher's log probabilities at temperature 1, [N, V]; a top k's tail in equal shares."""
+    if signal.hidden is not None:
+        return torch.log_softmax(_teacher_logits(teacher, signal, dtype), -1)
+    q = signal.probabilities.detach().to(dtype)
+    n, k = q.shape
+    tail = (1 - q.sum(-1, keepdim=True)).clamp_min(SMALLEST_PROBABILITY) / max(vocabulary - k, 1)
+    full = tail.expand(n, vocabulary).scatter(1, signal.ids, q)
+    return full.clamp_min(torch.finfo(dtype).tiny).log()
+
+
 def _distil(student: Tensor, teacher: Teacher, signal: TeacherStream, dtype: torch.dtype) -> Tensor:
     """T^2 times the divergence of each position, [N], from the student's log probabilities at T."""
     if signal.hidden is not None:
-        logits = signal.hidden.to(dtype) @ teacher.weight.to(dtype).T
-        if teacher.bias is not None:
-            logits = logits + teacher.bias.to(dtype)
-        log_q, log_p = torch.log_softmax(logits.detach() / teacher.temperature, -1), student
+        logits = _teacher_logits(teacher, signal, dtype)
+        log_q, log_p = torch.log_softmax(logits / teacher.temperature, -1), student
     else:
         # k + 1 buckets: the tokens, and what is left of each distribution
         rest = torch.logsumexp(student.scatter(1, signal.ids, -torch.inf), -1, keepdim=True)

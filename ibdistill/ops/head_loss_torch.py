@@ -34,7 +34,10 @@ from torch import Tensor
 
 from ibdistill.ops.arguments import IGNORED, SMALLEST_PROBABILITY, Call
 from ibdistill.ops.divergences import DIVERGENCES
-from ibdistill.ops.estimators import DIRECTIONS, ESTIMATORS, barber_agakov, pool_states
+from ibdistill.ops.estimators import ESTIMATORS, barber_agakov, pool_states
+from ibdistill.ops.linear import ChunkedLinear
+
+STREAMS = ("predict", "explain")
 
 BLOCK_ROWS = 16
 """Rows that the mean pool and distillation work on at once: temporaries small beside the chunk."""
@@ -101,45 +104,6 @@ def _groups(rows: _Rows, size: int, whole_questions: bool) -> Iterator[tuple[int
             first = b + 1
 
 
-class _Head:
-    """The products with the output head, and its gradients, in the dtype that suits the device."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs=(False, False, False)):
-        self.hidden = hidden
-        self.accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        # oneDNN's bf16 products on a CPU without AMX are slower than its fp32 ones (measured 1.4
-        # times, Xeon with avx512_bf16), and round the logits: there the head is copied to fp32 once
-        slow = weight.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
-        self.weight = weight.to(self.accumulator) if slow else weight
-        self.bias = bias
-        self.d_hidden = torch.zeros_like(hidden, dtype=self.accumulator) if needs[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=self.accumulator) if needs[1] else None
-        self.d_bias = torch.zeros_like(bias, dtype=self.accumulator) if needs[2] else None
-
-    def logits(self, a: int, b: int, out: Tensor) -> Tensor:
-        """hidden W^T + b of the rows a to b into the first rows of `out`."""
-        hidden, out = self.hidden[a:b], out[: b - a]
-        if self.weight.dtype == out.dtype:
-            torch.mm(hidden.to(out.dtype), self.weight.T, out=out)
-        else:
-            out.copy_(hidden @ self.weight.T)
-        if self.bias is not None:
-            out.add_(self.bias)
-        return out
-
-    def add_gradients(self, dz: Tensor, a: int, b: int) -> None:
-        """Of the rows a to b: write dz W into d_hidden, add dz^T hidden and sum dz to the head's."""
-        hidden, low = self.hidden[a:b], dz.to(self.weight.dtype)
-        if self.d_hidden is not None:
-            self.d_hidden[a:b] = low @ self.weight
-        if self.d_weight is not None and low.dtype == self.d_weight.dtype:
-            self.d_weight.addmm_(low.T, hidden.to(low.dtype))
-        elif self.d_weight is not None:
-            self.d_weight.add_(low.T @ hidden)
-        if self.d_bias is not None:
-            self.d_bias.add_(dz.sum(0))
-
-
 class _GivenLogits:
     """In the place of a head where the streams hold logits [N, V]: rows are copied, not multiplied."""
 
@@ -157,8 +121,8 @@ class _GivenLogits:
             yield i, stream, here, self.order[a:b][here] - first
             first += stream.shape[0]
 
-    def logits(self, a: int, b: int, out: Tensor) -> Tensor:
-        """The logits of the rows a to b into the first rows of `out`."""
+    def forward(self, a: int, b: int, out: Tensor) -> Tensor:
+        """Copy the logits of the rows a to b into the first rows of `out`."""
         for _, stream, here, there in self._rows(a, b):
             out[here] = stream[there].to(out.dtype)
         return out[: b - a]
@@ -181,16 +145,18 @@ def compute(
     if weight is None:
         head = _GivenLogits(call, rows, any(needs))
     else:
-        head = _Head(torch.cat(streams)[rows.order], weight, bias, (needs[0] or needs[1], needs[2], needs[3]))
+        head = ChunkedLinear(
+            torch.cat(streams)[rows.order], weight, bias, (needs[0] or needs[1], needs[2], needs[3])
+        )
     dtype, vocabulary = head.accumulator, (streams[0].shape[1] if weight is None else weight.shape[0])
     scale = torch.full_like(rows.labels, call.weights.ce_predict, dtype=dtype)
     scale.masked_fill_(rows.is_explain, call.weights.ce_explain)
     cross_entropy, correct = torch.empty_like(scale), torch.empty_like(scale)
-    distiller = None if call.teacher is None else _Distiller(call, rows, dtype)
+    distiller = None if call.teacher is None else _Distiller(call, rows, vocabulary, dtype)
     buffers = 1 if distiller is None else 2
     size = max(1, call.chunk_bytes // (vocabulary * dtype.itemsize * buffers))
     buffer = streams[0].new_empty(max(1, min(size, len(rows.order))), vocabulary, dtype=dtype)
-    pooler = None
+    pooler, paired = None, call.mi is not None and call.mi.pair == "teacher"
     if call.mi is not None and ESTIMATORS[call.mi.estimator].space == "distribution":
         pooler = _Pooler(call, rows, buffer, differentiate=any(needs) and call.weights.mi != 0)
     for start, stop, first, last in _groups(rows, size, pooler is not None):
@@ -198,17 +164,20 @@ def compute(
         if pooler is not None:
             pooler.start(first, last)
         for a, b in chunks:
-            log_p = _log_probabilities(head, a, b, buffer)
+            log_p = log_probabilities(head, a, b, buffer)
             label_log_p = log_p.gather(1, rows.labels[a:b, None])[:, 0]
             cross_entropy[a:b] = -label_log_p
             correct[a:b] = label_log_p == log_p.amax(-1)
-            if pooler is not None:
+            if paired:
+                pooler.pool(log_p, a, b, ("predict",))
+                pooler.pool(distiller.log_probabilities(a, b), a, b, ("explain",))
+            elif pooler is not None:
                 pooler.pool(log_p, a, b)
         if pooler is not None:
             pooler.estimate()
         for a, b in chunks if any(needs) or distiller is not None else ():
             if len(chunks) > 1:
-                log_p = _log_probabilities(head, a, b, buffer)
+                log_p = log_probabilities(head, a, b, buffer)
             if distiller is not None:
                 d_distil = distiller.distil(log_p, a, b)
             if not any(needs):
@@ -241,9 +210,9 @@ def compute(
     return total, terms, _finish_gradients(call, rows, head, needs)
 
 
-def _log_probabilities(head: _Head | _GivenLogits, a: int, b: int, out: Tensor) -> Tensor:
+def log_probabilities(head: ChunkedLinear | _GivenLogits, a: int, b: int, out: Tensor) -> Tensor:
     """log_softmax of the logits of the rows a to b, in the first rows of `out`."""
-    out = head.logits(a, b, out)
+    out = head.forward(a, b, out)
     # in place: each row is read whole before any of it is written
     return torch.log_softmax(out, -1, out=out)
 
@@ -251,7 +220,7 @@ def _log_probabilities(head: _Head | _GivenLogits, a: int, b: int, out: Tensor) 
 def state_terms(call: Call, rows: _Rows, hidden: Tensor, d_hidden: Tensor | None) -> dict[str, Tensor]:
     """Terms of an estimator on pooled hidden states; adds its gradient to d_hidden. No logits in it."""
     questions = [(p, e, end) for p, e, end in rows.bounds if p < e < end]
-    directions = DIRECTIONS[call.mi.gradient]
+    directions = call.mi.directions
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     states = hidden.to(dtype, copy=True).requires_grad_(d_hidden is not None)
     terms: dict[str, Tensor] = {}
@@ -274,7 +243,7 @@ def state_terms(call: Call, rows: _Rows, hidden: Tensor, d_hidden: Tensor | None
     return terms | {"mi_questions": terms["mi"].new_tensor(float(len(questions)))}
 
 
-def _finish_gradients(call: Call, rows: _Rows, head: _Head, needs: list[bool]) -> list[Tensor | None]:
+def _finish_gradients(call: Call, rows: _Rows, head: ChunkedLinear, needs: list[bool]) -> list[Tensor | None]:
     """Gradients in the inputs' order, shapes and dtypes. Ignored rows get zeros."""
     d_hidden = head.d_hidden
     gradients: list[Tensor | None] = [None, None, head.d_weight, head.d_bias]
@@ -298,7 +267,7 @@ class _Pooler:
     def __init__(self, call: Call, rows: _Rows, buffer: Tensor, differentiate: bool):
         self.call, self.rows, self.differentiate = call, rows, differentiate
         self.estimator = ESTIMATORS[call.mi.estimator].function
-        self.directions = DIRECTIONS[call.mi.gradient]
+        self.directions = call.mi.directions
         self.is_max = call.mi.pool == "max"
         self.columns = torch.arange(buffer.shape[1], device=buffer.device)
         self.new_zeros = lambda *shape: buffer.new_zeros(shape)
@@ -321,16 +290,17 @@ class _Pooler:
         )
         self.gradients = {}
 
-    def _segments(self, a: int, b: int) -> Iterator[tuple[int, str, int, int]]:
+    def _segments(self, a: int, b: int, names) -> Iterator[tuple[int, str, int, int]]:
         """The parts of the questions' sequences in the rows a to b: (question, stream, from, to)."""
         for i, span in enumerate(self.spans):
-            for name, (start, stop) in span.items():
+            for name in names:
+                start, stop = span[name]
                 if max(start, a) < min(stop, b):
                     yield i, name, max(start, a), min(stop, b)
 
-    def pool(self, log_p: Tensor, a: int, b: int) -> None:
-        """Pool the log probabilities [b - a, V] of the rows a to b."""
-        for i, name, start, stop in self._segments(a, b):
+    def pool(self, log_p: Tensor, a: int, b: int, names: tuple[str, ...] = STREAMS) -> None:
+        """Pool the log probabilities [b - a, V] of the rows a to b of these streams."""
+        for i, name, start, stop in self._segments(a, b, names):
             pooled, part = self.pooled[name][i], log_p[start - a : stop - a]
             if not self.is_max:
                 for block in part.split(BLOCK_ROWS):
@@ -363,14 +333,16 @@ class _Pooler:
             if self.call.mi.estimator == "normalized":
                 self.target_sums[d] += torch.softmax(self.pooled[target], -1).sum(0)
 
+    def _receivers(self) -> list[str]:
+        """Streams that get a gradient, in the order of the rows."""
+        return [name for name in STREAMS if name in self.gradients]
+
     def logits_gradient(self, log_p: Tensor, a: int, b: int, scale: Tensor) -> Tensor:
         """Overwrite log probabilities with p (scale - s) + what the pool passes to each position."""
         if self.is_max:
             return self._max_gradient(log_p, a, b, scale)
         done = a
-        for i, name, start, stop in self._segments(a, b):
-            if name not in self.gradients:
-                continue
+        for i, name, start, stop in self._segments(a, b, self._receivers()):
             log_p[done - a : start - a].exp_().mul_(scale[done - a : start - a, None])
             length = self.spans[i][name][1] - self.spans[i][name][0]
             log_sum = self.pooled[name][i] + math.log(length)
@@ -386,9 +358,7 @@ class _Pooler:
     def _max_gradient(self, log_p: Tensor, a: int, b: int, scale: Tensor) -> Tensor:
         won, passed = [], []
         sums = torch.zeros_like(scale)
-        for i, name, start, stop in self._segments(a, b):
-            if name not in self.gradients:
-                continue
+        for i, name, start, stop in self._segments(a, b, self._receivers()):
             winner, gradient = self.winners[name][i] - a, self.gradients[name][i]
             if (start, stop) != self.spans[i][name]:
                 inside = (winner >= start - a) & (winner < stop - a)
@@ -418,7 +388,8 @@ class _Pooler:
 class _Distiller:
     """Divergences from the teacher, chunk by chunk, and their gradients in a buffer of the chunk's size."""
 
-    def __init__(self, call: Call, rows: _Rows, dtype: torch.dtype):
+    def __init__(self, call: Call, rows: _Rows, vocabulary: int, dtype: torch.dtype):
+        self.vocabulary = vocabulary
         self.teacher, self.is_explain = call.teacher, rows.is_explain
         self.losses = torch.zeros(len(rows.labels), dtype=dtype, device=rows.labels.device)
         self.buffer = self.losses.new_empty(0)
@@ -429,7 +400,7 @@ class _Distiller:
         self.factor.masked_fill_(self.is_explain, call.weights.kd_explain).mul_(call.teacher.temperature)
         self.hidden, self.ids, self.probabilities = (self._pack(call, rows, i) for i in range(3))
         if self.hidden is not None:
-            self.head = _Head(self.hidden, call.teacher.weight.detach(), call.teacher.bias)
+            self.head = ChunkedLinear(self.hidden, call.teacher.weight.detach(), call.teacher.bias)
 
     def _pack(self, call: Call, rows: _Rows, field: int) -> Tensor | None:
         """One field of the teacher's streams in the order of the rows; zeros where it has nothing to say."""
@@ -444,13 +415,27 @@ class _Distiller:
         ]
         return torch.cat(parts).detach()[rows.order]
 
+    def log_probabilities(self, a: int, b: int) -> Tensor:
+        """The teacher's at temperature 1 for the rows a to b, [b - a, V]; a top k's tail in equal shares."""
+        out = self._buffer(b - a)
+        if self.hidden is not None:
+            return log_probabilities(self.head, a, b, out)
+        ids, q = self.ids[a:b], self.probabilities[a:b].to(out.dtype)
+        tail = (1 - q.sum(-1, keepdim=True)).clamp_min_(SMALLEST_PROBABILITY) / max(
+            out.shape[1] - ids.shape[1], 1
+        )
+        return out.copy_(tail).scatter_(1, ids, q).clamp_min_(torch.finfo(out.dtype).tiny).log_()
+
+    def _buffer(self, rows: int) -> Tensor:
+        if len(self.buffer) < rows:
+            self.buffer = self.buffer.new_empty(rows, self.vocabulary)
+        return self.buffer[:rows]
+
     def distil(self, log_p: Tensor, a: int, b: int) -> Tensor:
         """Losses of the rows a to b from their log probabilities; their gradients for the logits."""
-        if len(self.buffer) < b - a:
-            self.buffer = torch.empty_like(log_p)
-        out = self.buffer[: b - a]
+        out = self._buffer(b - a)
         if self.hidden is not None:
-            self.head.logits(a, b, out)
+            self.head.forward(a, b, out)
         temperature = self.teacher.temperature
         for row in range(0, b - a, BLOCK_ROWS):
             block = slice(row, min(row + BLOCK_ROWS, b - a))

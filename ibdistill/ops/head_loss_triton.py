@@ -39,7 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ibdistill.ops.arguments import IGNORED, Call, Stream
-from ibdistill.ops.estimators import DIRECTIONS, ESTIMATORS, barber_agakov
+from ibdistill.ops.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.head_loss_torch import pack, state_terms
 
 WARPS = 4
@@ -431,7 +431,8 @@ class _Work:
             {"paper": PAPER, "normalized": NORMALIZED}[call.mi.estimator] if self.pooled else NONE
         )
         self.is_max = self.pooled and call.mi.pool == "max"
-        self.directions = DIRECTIONS[call.mi.gradient] if self.pooled else ()
+        self.directions = call.mi.directions if self.pooled else ()
+        self.paired = self.pooled and call.mi.pair == "teacher"
         self.differentiate = any(needs)
         sides = [name for _, name in self.directions] if call.weights.mi != 0 else []
         self.gets = self._new([n in sides for n in ("predict", "explain")], torch.int32)
@@ -469,10 +470,14 @@ class _Work:
         for i, (a, b) in enumerate(chunks):
             z = self._logits(group, hidden, a, b, i)
             state.statistics(z, a, b)
-            if self.pooled:
-                state.pool(z, a, b)
-            if self.teacher is not None:
-                state.teach(z, self._teacher_logits(group, a, b), a, b)
+            teacher = None if self.teacher is None else self._teacher_logits(group, a, b)
+            if self.paired:
+                state.pool(z, state.lse, a, b, slice(0, None, 2))
+                state.pool(teacher, state.teacher_statistics(teacher, a, b), a, b, slice(1, None, 2))
+            elif self.pooled:
+                state.pool(z, state.lse, a, b)
+            if teacher is not None:
+                state.teach(z, teacher, a, b)
         state.estimate()
         for i, (a, b) in enumerate(chunks if self.differentiate else ()):
             again = len(chunks) > 1 and self.weight is not None
@@ -599,6 +604,8 @@ class _GroupState:
             seen = torch.nn.functional.pad(self.kept.cumsum(0), (1, 0))
             self.lengths = (seen[table[:, 1].long()] - seen[table[:, 0].long()]).int()
             self.both = (self.lengths.view(-1, 2) > 0).all(1)
+        if work.paired:
+            self.paired_lse, self.scratch = (new(self.rows, dtype=torch.float32) for _ in range(2))
         if work.teacher is not None:
             self.student_lse, self.teacher_lse, self.losses, self.means = (
                 new(self.rows, dtype=torch.float32) for _ in range(4)
@@ -622,13 +629,23 @@ class _GroupState:
                 self.work.V, self.work.padded, BLOCK=self.work.row_block, num_warps=WARPS,
             )  # fmt: skip
 
-    def pool(self, z: Tensor, a: int, b: int) -> None:
-        """Carry the pools on with the rows a to b."""
+    def teacher_statistics(self, z: Tensor, a: int, b: int) -> Tensor:
+        """Log-sum-exp of the teacher's rows a to b at temperature 1."""
+        if a < b:
+            row_stats_kernel[(b - a,)](
+                z, z.stride(0), self.labels, self.paired_lse, self.scratch, self.scratch, a,
+                self.work.V, self.work.padded, BLOCK=self.work.row_block, num_warps=WARPS,
+            )  # fmt: skip
+        return self.paired_lse
+
+    def pool(self, z: Tensor, lse: Tensor, a: int, b: int, sequences: slice = slice(None)) -> None:
+        """Carry the pools of these lines of the table on with the rows a to b."""
         work = self.work
-        grid = (len(self.table), triton.cdiv(work.padded, work.column_block))
+        table, lengths = self.table[sequences].contiguous(), self.lengths[sequences].contiguous()
+        grid = (len(table), triton.cdiv(work.padded, work.column_block))
         if a < b:
             pool_kernel[grid](
-                z, z.stride(0), self.labels, self.lse, self.table, self.lengths, self.pooled, self.winners,
+                z, z.stride(0), self.labels, lse, table, lengths, self.pooled, self.winners,
                 self.group.questions, a, b, work.V, work.padded,
                 IS_MAX=work.is_max, BLOCK=work.column_block, num_warps=WARPS,
             )  # fmt: skip

@@ -12,11 +12,17 @@ EVERY_MI = [
         ("paper", "normalized", "infonce"), ("max", "mean"), ("explain", "predict", "both")
     )
 ]
+PAIRED = [
+    MISettings(estimator, pool, pair="teacher")
+    for estimator, pool in itertools.product(("paper", "normalized"), ("max", "mean"))
+]
 WEIGHTS = Weights(ce_predict=0.7, ce_explain=0.4, mi=1.3)
 
 
 def name_of(mi):
-    return "no-mi" if mi is None else f"{mi.estimator}-{mi.pool}-{mi.gradient}"
+    if mi is None:
+        return "no-mi"
+    return f"{mi.estimator}-{mi.pool}-{mi.gradient if mi.pair == 'student' else 'teacher'}"
 
 
 def make_stream(lengths, D, V, *, ignored=0.2, dtype=torch.float64, scale=1.0, generator=None):

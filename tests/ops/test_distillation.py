@@ -1,13 +1,22 @@
 """Distillation from a teacher: divergences, and the lean path against the plain twin."""
 
 import itertools
+import math
 
 import pytest
 import torch
-from head_loss_cases import WEIGHTS, assert_same, evaluate, make_head, make_stream
+from head_loss_cases import PAIRED, WEIGHTS, assert_same, evaluate, make_head, make_stream, name_of
 
 from ibdistill.ops.divergences import DIVERGENCES
-from ibdistill.ops.head_loss import MISettings, Stream, Teacher, TeacherStream, Weights, head_loss
+from ibdistill.ops.head_loss import (
+    MISettings,
+    Stream,
+    Teacher,
+    TeacherStream,
+    Weights,
+    head_loss,
+    logits_loss,
+)
 from ibdistill.ops.head_loss_reference import head_loss_reference
 
 D, V, K = 7, 29, 4
@@ -119,6 +128,74 @@ def test_low_precision_teacher_beside_a_student_in_float32(case, generator):
     student = [Stream(s.hidden.float(), s.labels, s.cu) for s in case[:2]] + [x.float() for x in case[2:]]
     got = evaluate(head_loss, *student, weights=ALL, teacher=low)
     assert_same(got, evaluate(head_loss_reference, *student, weights=ALL, teacher=low), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", [white_box, top_k])
+@pytest.mark.parametrize("chunk_rows", [1, 10, 48, 1000])
+@pytest.mark.parametrize("mi", PAIRED, ids=name_of)
+def test_paired_with_the_teacher_equals_the_twin(case, generator, make, chunk_rows, mi):
+    both = make(case, generator)
+    only_explain = Teacher(None, both.explain, both.weight, both.bias)
+    for teacher in (both, only_explain):
+        for weights in (ALL, Weights(0.7, 0.4, 1.3)):
+            arguments = {"weights": weights, "mi": mi, "teacher": teacher, "upstream": -1.7}
+            got = evaluate(head_loss, *case, **arguments, chunk_bytes=chunk_rows * V * 8)
+            assert_same(got, evaluate(head_loss_reference, *case, **arguments))
+
+
+@pytest.mark.parametrize("function", [head_loss, head_loss_reference])
+@pytest.mark.parametrize("make", [white_box, top_k])
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_the_pair_is_its_formula_and_moves_only_predict(case, generator, function, make, pool):
+    """-sum_b sum_v E'_b[v] log P'_b[v] by a loop over questions, with E of the teacher, P of the student."""
+    predict, explain, weight, bias = case
+    teacher = make(case, generator)
+    hidden = predict.hidden.clone().requires_grad_()
+    want, paper = 0.0, 0.0
+    for b in range(len(PREDICT)):
+        rows = {}
+        for name, stream in (("predict", predict), ("explain", explain)):
+            span = torch.arange(stream.cu[b], stream.cu[b + 1])
+            rows[name] = span[stream.labels[span] >= 0]
+        if not all(len(x) for x in rows.values()):
+            continue
+        p = torch.softmax(hidden[rows["predict"]] @ weight.T + bias, -1)
+        signal = teacher.explain
+        if make is white_box:
+            e = torch.softmax(signal.hidden[rows["explain"]] @ teacher.weight.T + teacher.bias, -1)
+        else:
+            known = signal.probabilities[rows["explain"]]
+            e = ((1 - known.sum(1)) / (V - K))[:, None].repeat(1, V)
+            e.scatter_(1, signal.ids[rows["explain"]], known)
+            torch.testing.assert_close(e.sum(1), torch.ones(len(e), dtype=e.dtype))
+        p, e = (x.max(0).values if pool == "max" else x.mean(0) for x in (p, e))
+        paper = paper + torch.nn.functional.cross_entropy(p[None], e[None], reduction="sum")
+        want = want - (e / e.sum() * (p / p.sum()).log()).sum()
+    for estimator, loss in (("normalized", want), ("paper", paper)):
+        mi = MISettings(estimator, pool, pair="teacher")
+        got = evaluate(function, *case, weights=Weights(0, 0, 1.0), mi=mi, teacher=teacher)
+        torch.testing.assert_close(got[0], loss.detach())
+        torch.testing.assert_close(got[2][0], torch.autograd.grad(loss, hidden, retain_graph=True)[0])
+        assert torch.equal(got[2][1], torch.zeros_like(got[2][1]))
+    assert math.isfinite(got[1]["mi_entropy"])
+
+
+def test_bad_pairs(case, generator):
+    with pytest.raises(ValueError, match="pair = 'twin' is not one of: student, teacher"):
+        MISettings(pair="twin")
+    with pytest.raises(ValueError, match="pair = 'teacher' can't go with estimator = 'infonce'"):
+        MISettings("infonce", pair="teacher")
+    good, few = white_box(case, generator), top_k(case, generator, temperature=2.0)
+    for message, teacher in {
+        "there is no teacher": None,
+        "teacher.explain is None": Teacher(good.predict, None, good.weight, good.bias),
+        "its top k is at 2.0": few,
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            head_loss(*case, weights=WEIGHTS, mi=MISettings(pair="teacher"), teacher=teacher)
+    logits = [s._replace(hidden=torch.zeros(len(s.labels), V)) for s in case[:2]]
+    with pytest.raises(ValueError, match="there is no teacher"):
+        logits_loss(*logits, weights=WEIGHTS, mi=MISettings(pair="teacher"))
 
 
 def test_bad_teachers(case, generator):

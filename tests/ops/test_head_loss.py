@@ -104,7 +104,7 @@ def test_no_grad_makes_no_gradients(case, monkeypatch):
     predict, explain, weight, bias = case
     weight = weight.clone().requires_grad_()
     with torch.no_grad():
-        monkeypatch.setattr(head_loss_torch._Head, "add_gradients", None)
+        monkeypatch.setattr(head_loss_torch.ChunkedLinear, "add_gradients", None)
         total, _ = head_loss(predict, explain, weight, bias, weights=WEIGHTS, mi=MISettings())
     assert not total.requires_grad
     want, _ = head_loss_reference(predict, explain, weight, bias, weights=WEIGHTS, mi=MISettings())

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from head_loss_cases import EVERY_MI, assert_same, evaluate, make_head, make_stream, name_of
+from head_loss_cases import EVERY_MI, PAIRED, assert_same, evaluate, make_head, make_stream, name_of
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -67,6 +67,20 @@ def test_distillation(generator, divergence, mi, sides):
     teacher = Teacher(*signals, *make_head(5, V, torch.float32, generator), divergence, 0.3, 1.7)
     for chunk_rows in (10, 1000):
         check(case, weights=ALL, mi=mi, teacher=teacher, chunk_bytes=chunk_rows * 48 * 4)
+
+
+@pytest.mark.parametrize("mi", PAIRED, ids=name_of)
+@pytest.mark.parametrize("sides", ["both", "explain"])
+@pytest.mark.parametrize("kd", [0.0, 1.1])
+def test_paired_with_the_teacher(generator, mi, sides, kd):
+    case = make(generator)
+    signals = [TeacherStream(torch.randn(len(s.labels), 5, generator=generator)) for s in case[:2]]
+    if sides == "explain":
+        signals[0] = None
+    teacher = Teacher(*signals, *make_head(5, V, torch.float32, generator), "reverse", 0.3, 1.7)
+    weights = Weights(0.7, 0.4, 1.3, 0.6 * kd, -kd)
+    for chunk_rows in (5, 24, 1000):
+        check(case, weights=weights, mi=mi, teacher=teacher, chunk_bytes=chunk_rows * 48 * 4)
 
 
 def as_logits(function):
