@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +19,7 @@ from ibdistill.checkpoint import Checkpoints, TrainState
 from ibdistill.config import Config, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
+from ibdistill.signals import Signals
 
 logger = logging.getLogger("ibdistill")
 
@@ -38,6 +40,7 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     features: data.Features
     plan: data.Plan
+    signals: Signals | None
     engine: deepspeed.DeepSpeedEngine
     whole: models.WholeModel
     checkpoints: Checkpoints
@@ -47,25 +50,25 @@ class Job:
     results: dict[str, Any] = field(default_factory=dict)
     """`SPLIT`: the latest scores by task; `SPLIT_seconds`: how long that took."""
 
-    def batches(self) -> list[data.Batch]:
-        """This rank's micro-batches of the current step, on the CPU."""
-        model_config = self.engine.module.model.config
+    def micro_batches(self) -> list[tuple[np.ndarray, data.Batch]]:
+        """This rank's micro-batches of the current step, on the CPU, with their rows of the features."""
         shares = self.plan.micro_batches(
             self.state.step,
             rank=self.world.rank,
             world_size=self.world.size,
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
         )
-        return [
-            data.collate(
-                self.features,
-                rows,
-                self.streams,
-                pad=self.tokenizer.pad_token_id,
-                start=model_config.decoder_start_token_id,
-            )
-            for rows in shares
-        ]
+        return [(rows, self.collate(rows)) for rows in shares]
+
+    def collate(self, rows: np.ndarray) -> data.Batch:
+        """Some records as the student reads them."""
+        return data.collate(
+            self.features,
+            rows,
+            self.streams,
+            pad=self.tokenizer.pad_token_id,
+            start=self.engine.module.model.config.decoder_start_token_id,
+        )
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -86,9 +89,17 @@ def prepare(config: Config, world: World) -> Job:
     plan = data.Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
     student = models.load_student(config.student, tokenizer, config.run.seed)
 
+    signals = None
+    if wanted := objectives.wanted(config.objective):
+        rows = student.get_output_embeddings().weight.shape[0]
+        signals = Signals(config.teacher, wanted, tokenizer, features, rows, world)
+
     distributed.seed_everything(config.run.seed + world.rank)
     whole = models.WholeModel(student, sharded=engine.zero_stage(config) == 3)
-    student_engine = engine.build_engine(objectives.Distillation(student, config.objective), config, world)
+    module = objectives.Distillation(
+        student, config.objective, teacher_width=signals.width if signals else 0, seed=config.run.seed
+    )
+    student_engine = engine.build_engine(module, config, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)
     state = checkpoints.restore(student_engine) or TrainState()
     board = Board(folder / "tensorboard", world, state.step)
@@ -103,6 +114,7 @@ def prepare(config: Config, world: World) -> Job:
         tokenizer=tokenizer,
         features=features,
         plan=plan,
+        signals=signals,
         engine=student_engine,
         whole=whole,
         checkpoints=checkpoints,

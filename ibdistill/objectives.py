@@ -23,7 +23,7 @@ from ibdistill.config import ObjectiveConfig
 from ibdistill.data import Batch
 from ibdistill.ops.head_loss import MISettings, Stream, Teacher, Weights, head_loss
 from ibdistill.ops.vid import vid_loss
-from ibdistill.teacher import TeacherSignal
+from ibdistill.teacher import TeacherSignal, Wanted
 
 
 def streams_of(objective: ObjectiveConfig) -> Sequence[str]:
@@ -52,6 +52,13 @@ def uses_vid(objective: ObjectiveConfig) -> bool:
 def distils(objective: ObjectiveConfig) -> bool:
     """Whether the teacher's token distributions are distilled."""
     return "kd" in objective.method and objective.gamma != 0
+
+
+def wanted(objective: ObjectiveConfig) -> Wanted | None:
+    """What the objective asks of a teacher; None: nothing."""
+    pairs = "ib" in objective.method and objective.beta != 0 and objective.mi_pair == "teacher"
+    result = Wanted(uses_vid(objective), distils(objective) or pairs, objective.kd_temperature)
+    return result if result.questions or result.targets else None
 
 
 def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:

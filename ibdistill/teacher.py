@@ -59,6 +59,23 @@ class TeacherSignal:
     bias: Tensor | None = None
     """[V]"""
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors of it."""
+        streams = [t for stream in self.targets.values() for t in stream]
+        return [t for t in (self.questions, self.weight, self.bias, *streams) if t is not None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an objective asks of the teacher."""
+
+    questions: bool
+    """States of the question's tokens."""
+    targets: bool
+    """States at the target positions, and the head."""
+    temperature: float = 1.0
+    """Of the distributions, for a teacher's top k."""
+
 
 class Teacher:
     """A loaded teacher, in one of the placements."""
@@ -66,18 +83,16 @@ class Teacher:
     def __init__(
         self,
         config: TeacherConfig,
+        wanted: Wanted,
         tokenizer: PreTrainedTokenizerBase,
         rows: int,
         world: World,
-        *,
-        targets: bool,
     ) -> None:
         """Load it. Collective.
 
         Args:
             tokenizer: the student's; the teacher's must be the same.
             rows: of the student's head.
-            targets: whether states at target positions, and so the head, are wanted.
 
         Raises:
             ValueError: no such model, another vocabulary, does not fit into memory, 8 bits without
@@ -85,7 +100,7 @@ class Teacher:
         """
         self.config = config
         self._world = world
-        self._targets = targets
+        self._wanted = wanted
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         skeleton = self._skeleton(tokenizer)
         self.model_config = skeleton.config
@@ -118,11 +133,11 @@ class Teacher:
     def __call__(self, batch: Batch) -> TeacherSignal:
         """The signal of a micro-batch, on its device. Collective for sharded placements."""
         states = self._scorer(batch)
-        if not self._targets:
-            return TeacherSignal(questions=states.questions)
+        if not self._wanted.targets:
+            return TeacherSignal(states.questions)
         weight, bias = self.head()
         targets = {stream: TeacherStream(hidden=hidden) for stream, hidden in states.targets.items()}
-        return TeacherSignal(states.questions, targets, weight, bias)
+        return TeacherSignal(states.questions if self._wanted.questions else None, targets, weight, bias)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
@@ -167,7 +182,7 @@ class Teacher:
         model = self._load(tokenizer)
         if not self.config.load_in_8bit:
             model.to(self._world.device)
-        if self._targets:
+        if self._wanted.targets:
             head = model.get_output_embeddings()
             self._head, self._bias = head.weight, head.bias
         self._scorer = Scorer(model)
@@ -181,7 +196,7 @@ class Teacher:
         )
         leads = dist.get_rank(self.group) == 0
         model = self._load(tokenizer) if leads else self._skeleton(tokenizer).to(self._dtype)
-        if self._targets:
+        if self._wanted.targets:
             head = model.get_output_embeddings()
             self._head = sharding.RowShard(head.weight, self.group, self._world.device)
             self._bias = (

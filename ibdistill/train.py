@@ -69,6 +69,8 @@ def train(job: Job) -> None:
             if score > state.best_score:
                 state.best_step, state.best_score = state.step, score
         if saves:
+            if job.signals:
+                job.signals.flush()
             saved = job.checkpoints.save(job.engine, state)
             if stop_code:
                 leave(job, stop_code if saved else 1)
@@ -84,17 +86,21 @@ def train_step(job: Job) -> None:
     state, counts = job.state, job.plan.counts(job.state.step)
     weights = objectives.step_weights(job.config.objective, counts)
     start = time.perf_counter()
-    batches = job.batches()
+    micro_batches = job.micro_batches()
     data_seconds = time.perf_counter() - start
 
-    for batch in batches:
-        loss, terms = job.engine(batch.to(job.world.device), weights)
+    for rows, batch in micro_batches:
+        batch = batch.to(job.world.device)
+        signal = job.signals.of(rows, batch) if job.signals else None
+        loss, terms = job.engine(batch, weights, signal, counts["question_tokens"])
         job.engine.backward(loss * job.world.size, scale_wrt_gas=False)
         job.engine.step()
         job.meter.add(batch, terms)
 
     job.meter.end_step(counts, data_seconds)
     state.step += 1
+    if job.signals and state.step % job.plan.steps_per_epoch == 0:
+        job.signals.end_epoch()
     skipped = not job.engine.was_step_applied()
     state.skipped += skipped
     state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
@@ -174,7 +180,11 @@ def close(job: Job) -> None:
 def give_up(job: Job) -> None:
     """Too many skipped steps in a row: name the questions of the last batch and end."""
     job.state.step -= 1
-    ids = [i for part in distributed.gather_objects([b.question_ids for b in job.batches()]) for i in part]
+    ids = [
+        i
+        for part in distributed.gather_objects([b.question_ids for _, b in job.micro_batches()])
+        for i in part
+    ]
     logger.error(
         "%d steps in a row had a non-finite loss or gradient and were skipped. The last one's questions: %s. "
         "The last checkpoint in %s stands; try a smaller optim.lr, or student.precision fp32",

@@ -1,0 +1,335 @@
+"""Where a micro-batch's teacher signal comes from: the teacher, or what it said before.
+
+A teacher's answer to the same tokens under the same settings never changes, so with
+`teacher.cache` the first epoch asks and writes, later ones read. An entry is one record's
+states (or top k), under a key made of its token ids; so a cache serves other seeds,
+subsamples and mixtures too. What it is a cache *of* is its fingerprint; another one is refused.
+
+A step's batch is read only if all of it is there, and asked for as a whole otherwise, and
+entries are written out before every checkpoint: so a run that was interrupted and continued
+asks the same questions in the same batches, and stays bit-identical on a CPU.
+
+The teacher may work on the next micro-batch while the student works on this one. That needs a
+device that does both at once, and no communication on the teacher's side: two NCCL
+communicators under way at the same time may block each other, so sharded teachers do not
+overlap. On a CPU both would share the same cores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedTokenizerBase
+
+from ibdistill import distributed, presets
+from ibdistill.config import TeacherConfig
+from ibdistill.data import Batch, Features
+from ibdistill.distributed import World
+from ibdistill.ops.arguments import TeacherStream
+from ibdistill.signal_cache import SignalCache, key_of
+from ibdistill.records import STREAMS
+from ibdistill.teacher import SHARDED, Teacher, TeacherSignal, Wanted, fit_rows
+
+logger = logging.getLogger("ibdistill")
+
+_HEAD = "head.safetensors"
+
+
+class Signals:
+    """Gives every micro-batch its teacher signal."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        wanted: Wanted,
+        tokenizer: PreTrainedTokenizerBase,
+        features: Features,
+        rows: int,
+        world: World,
+    ) -> None:
+        """Open the cache, and load the teacher unless all of `features` is in it. Collective.
+
+        Args:
+            tokenizer: the student's.
+            features: of the training records.
+            rows: of the student's head.
+
+        Raises:
+            ValueError: see `Teacher` and `SignalCache`; placement cache with records missing.
+        """
+        self._config, self._wanted, self._features, self._world = config, wanted, features, world
+        self._rows = rows
+        self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
+        self._cache = self._open_cache(tokenizer) if config.cache else None
+        missing = self._missing()
+        self.teacher = None
+        if missing:
+            if config.placement == "cache":
+                raise ValueError(
+                    f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; run "
+                    "the same data once with the teacher in another placement, which fills it"
+                )
+            self.teacher = Teacher(config, wanted, tokenizer, rows, world)
+            self.width, self._head = self.teacher.width, None
+            if self._cache is not None:
+                self._keep_head()
+        else:
+            logger.info(
+                "all %d training records are in %s: the teacher is not loaded", len(features), config.cache
+            )
+            self.width, self._head = self._read_head()
+        overlaps = world.device.type == "cuda" and config.placement == "replica"
+        self._stream = torch.cuda.Stream() if overlaps else None
+        if world.device.type == "cuda" and config.placement in SHARDED:
+            logger.info(
+                "the sharded teacher does not overlap with the student: two communicators could block"
+            )
+        self._ahead: tuple[bytes, TeacherSignal] | None = None
+        self._clock = Clock(world.device)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether `start` does anything."""
+        return self._stream is not None
+
+    def of(self, rows: Sequence[int], batch: Batch) -> TeacherSignal:
+        """The signal of a micro-batch, which holds these records of the features. Collective if sharded."""
+        with self._clock.measure("stall"):
+            if self._ahead is not None and self._ahead[0] == np.asarray(rows).tobytes():
+                torch.cuda.current_stream().wait_stream(self._stream)
+                return self._ahead[1]
+            return self._read(rows) or self._ask(rows, batch)
+
+    def start(self, rows: Sequence[int], batch: Batch) -> None:
+        """Let the teacher begin on a micro-batch that `of` will ask for next."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            signal = self._read(rows) or self._ask(rows, batch)
+        for tensor in signal.tensors():  # or the allocator would hand them out while the student reads
+            tensor.record_stream(torch.cuda.current_stream())
+        self._ahead = (np.asarray(rows).tobytes(), signal)
+
+    def timers(self) -> dict[str, float]:
+        """Seconds since the last call: `teacher` at work, `stall` of the student waiting for its signal."""
+        return self._clock.read()
+
+    def end_epoch(self) -> None:
+        """Let every rank see what the others have written. Collective."""
+        if self._cache is not None:
+            self._cache.flush()
+            dist.barrier()
+            self._cache.refresh()
+
+    def flush(self) -> None:
+        """Write out what is not on disk yet. To be called before a checkpoint."""
+        if self._cache is not None:
+            self._cache.flush()
+
+    def _key(self, row: int) -> bytes:
+        features = self._features
+        return key_of(
+            *(table[stream][row] for table in (features.questions, features.targets) for stream in STREAMS)
+        )
+
+    def _missing(self) -> int:
+        """Training records that are not in the cache, the same number on every rank. Collective."""
+        missing = self._cache.missing(self._keys) if self._cache else len(self._features)
+        return distributed.max_over_ranks(missing)
+
+    def _read(self, rows: Sequence[int]) -> TeacherSignal | None:
+        """The cached signal; None if it must be asked for."""
+        if self._cache is None:
+            return None
+        entries = self._cache.get([self._keys[row] for row in rows])
+        if self.teacher is not None and self.teacher.group is not None:
+            # all ranks of a sharded teacher take part in a forward, or none
+            if distributed.max_over_ranks(int(entries is None)):
+                return None
+        if entries is None:
+            return None
+        packed = {
+            name: torch.cat([entry[name] for entry in entries]).to(self._world.device, non_blocking=True)
+            for name in entries[0]
+        }
+        weight, bias = self._head if self._head is not None else self.teacher.head()
+        return self._unpack(packed, weight, bias)
+
+    def _ask(self, rows: Sequence[int], batch: Batch) -> TeacherSignal:
+        assert self.teacher is not None
+        with self._clock.measure("teacher"):
+            signal = self.teacher(self._for_teacher(rows, batch))
+            if self._cache is None:
+                return signal
+            packed = self._pack(signal)
+        lengths = {"questions": self._features.questions["predict"].lengths}
+        lengths |= {stream: self._features.targets[stream].lengths for stream in STREAMS}
+        pieces = {
+            name: tensor.cpu().split([int(lengths[name.split(".")[0]][row]) for row in rows])
+            for name, tensor in packed.items()
+        }
+        for i, row in enumerate(rows):
+            self._cache.put(self._keys[row], {name: parts[i] for name, parts in pieces.items()})
+        return self._unpack(packed, signal.weight, signal.bias)
+
+    def _for_teacher(self, rows: Sequence[int], batch: Batch) -> Batch:
+        """The micro-batch as the teacher's family reads it."""
+        return batch
+
+    def _pack(self, signal: TeacherSignal) -> dict[str, Tensor]:
+        """The signal as the tensors that are kept."""
+        packed = {} if signal.questions is None else {"questions": signal.questions}
+        for stream, target in signal.targets.items():
+            if self._config.cache_form == "states":
+                packed[stream] = target.hidden
+            else:
+                ids, probabilities = top_k(
+                    target.hidden,
+                    signal.weight,
+                    signal.bias,
+                    self._config.cache_top_k,
+                    self._wanted.temperature,
+                )
+                packed |= {f"{stream}.ids": ids.int(), f"{stream}.probabilities": probabilities.half()}
+        return packed
+
+    def _unpack(self, packed: dict[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> TeacherSignal:
+        if not self._wanted.targets:
+            return TeacherSignal(packed["questions"])
+        if self._config.cache_form == "states":
+            targets = {stream: TeacherStream(hidden=packed[stream]) for stream in STREAMS}
+            return TeacherSignal(packed.get("questions"), targets, weight, bias)
+        targets = {
+            stream: TeacherStream(
+                ids=packed[f"{stream}.ids"].long(), probabilities=packed[f"{stream}.probabilities"].float()
+            )
+            for stream in STREAMS
+        }
+        return TeacherSignal(packed.get("questions"), targets)
+
+    def _open_cache(self, tokenizer: PreTrainedTokenizerBase) -> SignalCache:
+        config, wanted = self._config, self._wanted
+        holds = (["question states"] if wanted.questions else []) + (
+            ["target states"] if wanted.targets else []
+        )
+        fingerprint = {
+            "teacher": identity(config.model),
+            "tokenizer": digest(repr(sorted(tokenizer.get_vocab().items())).encode()),
+            "precision": "8bit" if config.load_in_8bit else config.precision,
+            "holds": holds,
+        }
+        if wanted.targets and config.cache_form == "topk":
+            fingerprint |= {"top_k": config.cache_top_k, "temperature": wanted.temperature}
+        return SignalCache(Path(config.cache), fingerprint, rank=self._world.rank)
+
+    def _keep_head(self) -> None:
+        """Write what a later run needs besides the entries. Collective."""
+        weight, bias = self.teacher.head() if self._wanted.targets else (None, None)
+        path = Path(self._config.cache) / _HEAD
+
+        def write() -> None:
+            tensors = {"weight": weight, "bias": bias}
+            tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+            temporary = path.with_suffix(".tmp")
+            save_file(tensors, temporary, metadata={"width": str(self.width)})
+            temporary.replace(path)
+
+        if not path.is_file():
+            distributed.run_on_rank_0(write)
+
+    def _read_head(self) -> tuple[int, tuple[Tensor | None, Tensor | None]]:
+        with safe_open(Path(self._config.cache) / _HEAD, framework="pt") as file:
+            tensors = {name: file.get_tensor(name).to(self._world.device) for name in file.keys()}
+            width = int(file.metadata()["width"])
+        if "weight" not in tensors:
+            return width, (None, None)
+        return width, fit_rows(tensors["weight"], tensors.get("bias"), self._rows)
+
+
+class Clock:
+    """Sums of seconds by name, by events on a GPU, so that measuring does not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Time what happens within, on the current stream."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._spans.setdefault(name, []).append((start, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by name since the last call. Waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        spans, self._spans = self._spans, {}
+        return {
+            name: sum(a.elapsed_time(b) / 1000 if self._on_gpu else b - a for a, b in pairs)
+            for name, pairs in spans.items()
+        }
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def top_k(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, temperature: float, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """The k most probable tokens of each position and their probabilities: [N, k] int64 and fp32.
+
+    Logits exist for `chunk` positions at a time.
+    """
+    found = [
+        torch.softmax(torch.nn.functional.linear(part, weight, bias).float() / temperature, -1).topk(
+            min(k, len(weight))
+        )
+        for part in hidden.split(chunk)
+    ]
+    if not found:
+        return torch.empty(0, k, dtype=torch.int64), torch.empty(0, k)
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
+
+
+def identity(name: str) -> str:
+    """What tells one teacher's weights from another's: a digest of its folder, or the hub's commit.
+
+    Of the weight files it reads names, sizes and both ends, not gigabytes.
+    """
+    if name in presets.PRESETS:
+        return f"preset {name}"
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name} at {AutoConfig.from_pretrained(name)._commit_hash}"
+    parts = [(folder / "config.json").read_bytes()]
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        parts += [path.name.encode(), str(path.stat().st_size).encode()]
+        with path.open("rb") as file:
+            parts.append(file.read(1 << 16))
+            file.seek(-min(1 << 16, path.stat().st_size), 2)
+            parts.append(file.read())
+    return digest(b"\0".join(parts))
+
+
+def digest(content: bytes) -> str:
+    """A short name for some bytes."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
