@@ -18,6 +18,7 @@ from ibdistill.checkpoint import Checkpoints, TrainState
 from ibdistill.config import Config, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
+from ibdistill.plan import Plan
 
 logger = logging.getLogger("ibdistill")
 
@@ -37,7 +38,7 @@ class Job:
     records: tasks.Loaded
     tokenizer: PreTrainedTokenizerBase
     features: data.Features
-    plan: data.Plan
+    plan: Plan
     engine: deepspeed.DeepSpeedEngine
     whole: models.WholeModel
     checkpoints: Checkpoints
@@ -83,7 +84,7 @@ def prepare(config: Config, world: World) -> Job:
     tokenizer = _tokenizer(config, records, folder)
     prefixes = {name: tasks.TASKS[name].prefixes for name in records.test}
     features = data.tokenize(records.train, prefixes, tokenizer, config.data)
-    plan = data.Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    plan = Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
     student = models.load_student(config.student, tokenizer, config.run.seed)
 
     distributed.seed_everything(config.run.seed + world.rank)

@@ -39,7 +39,7 @@ def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
 
 
 def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
-    """What each term's *sum* is multiplied with, given a step's global counts (`data.Plan.counts`)."""
+    """What each term's *sum* is multiplied with, given a step's global counts (`plan.Plan.counts`)."""
     if objective.method == "finetune":
         return Weights(ce_predict=1.0 / counts["predict"])
     return Weights(
