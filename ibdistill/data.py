@@ -194,7 +194,7 @@ def collate(
     start: int | None,
     separator: int | None = None,
 ) -> Batch:
-    """The micro-batch of some records. `models.layout` gives the keyword arguments for a model.
+    """The micro-batch of some records. `families.layout` gives the keyword arguments for a model.
 
     Args:
         pad: the padding token.
@@ -240,7 +240,7 @@ def _decoder_only(
     questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
-    prompts = {stream: [_prompt(row, bos, separator) for row in rows] for stream, rows in questions.items()}
+    prompts = {s: [_prompt(question[:-1], bos, separator) for question in questions[s]] for s in questions}
     pairs = {stream: list(zip(prompts[stream], targets[stream], strict=True)) for stream in prompts}
     rows = [np.concatenate([prompt, target[:-1]]) for rows in pairs.values() for prompt, target in rows]
     input_ids, attention_mask = _pad(rows, pad)
@@ -265,12 +265,12 @@ def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
 
 
 def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:
-    """What a decoder-only model reads before the target; `question` ends with the end token."""
-    return np.array([*([] if bos is None else [bos]), *question[:-1], separator], dtype=np.int64)
+    """What a decoder-only model reads before the target; `question` is without its end token."""
+    return np.array([*([] if bos is None else [bos]), *question, separator], dtype=np.int64)
 
 
 def prompts(
-    texts: Sequence[str],
+    texts: list[str],
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     *,
@@ -283,8 +283,8 @@ def prompts(
     `limit` counts a question's tokens and the separator, not BOS; longer ones lose their end.
     Returns ids and mask, [texts, longest] int64, padded on the left.
     """
-    questions = _encode(texts, tokenizer, limit, "questions")
-    return _pad([_prompt(question, start, separator) for question in questions], pad, left=True)
+    questions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return _pad([_prompt(ids[: limit - 1], start, separator) for ids in questions], pad, left=True)
 
 
 def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:

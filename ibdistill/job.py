@@ -13,7 +13,18 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill import config as configuration
-from ibdistill import data, distributed, engine, models, objectives, presets, settings, tasks, vocabulary
+from ibdistill import (
+    data,
+    distributed,
+    engine,
+    families,
+    models,
+    objectives,
+    presets,
+    settings,
+    tasks,
+    vocabulary,
+)
 from ibdistill.checkpoint import Checkpoints, TrainState
 from ibdistill.config import Config, RunConfig
 from ibdistill.distributed import StopRequest, World
@@ -50,23 +61,14 @@ class Job:
 
     def batches(self) -> list[data.Batch]:
         """This rank's micro-batches of the current step, on the CPU."""
-        model_config = self.engine.module.model.config
+        layout = families.layout(self.engine.module.model, self.tokenizer)
         shares = self.plan.micro_batches(
             self.state.step,
             rank=self.world.rank,
             world_size=self.world.size,
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
         )
-        return [
-            data.collate(
-                self.features,
-                rows,
-                self.streams,
-                pad=self.tokenizer.pad_token_id,
-                start=model_config.decoder_start_token_id,
-            )
-            for rows in shares
-        ]
+        return [data.collate(self.features, rows, self.streams, **layout) for rows in shares]
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -86,6 +88,7 @@ def prepare(config: Config, world: World) -> Job:
     features = data.tokenize(records.train, prefixes, tokenizer, config.data)
     plan = Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
     student = models.load_student(config.student, tokenizer, config.run.seed)
+    models.check_context(student, config.data)
 
     distributed.seed_everything(config.run.seed + world.rank)
     whole = models.WholeModel(student, sharded=engine.zero_stage(config) == 3)
