@@ -124,12 +124,12 @@ class StudentConfig:
     """Rank of LoRA adapters; 0: train all weights."""
     lora_alpha: Positive = 16.0
     """LoRA's scale is `lora_alpha / lora_rank`."""
-    lora_targets: list[str] = field(default_factory=lambda: ["q", "v"])
-    """Names of the linear layers that get adapters."""
+    lora_targets: list[str] = field(default_factory=list)
+    """Names of the linear layers that get adapters; empty: those that peft names for the model's type."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compile: bool = False
-    """torch.compile the encoder and the decoder."""
+    """torch.compile the encoder (if there is one) and the decoder."""
 
 
 @dataclass(kw_only=True)

@@ -1,17 +1,20 @@
-"""From records to batches: token tables, length buckets, a resumable plan, packed targets.
+"""From records to batches: token tables, packed targets, rows for either family of models.
 
-A **plan** is a pure function of its settings: step k of seed s is always the same questions
-in the same order, for any number of ranks and micro-batches. Resuming needs only the number
-of the step, nothing can get lost between workers, and the global token counts of a step,
-by which the losses are divided, are known on every rank without talking.
+Questions and targets are tokenized apart, so both families and every teacher of the same
+vocabulary see the same target tokens and the same question tokens.
 
-Within a batch, records of similar length go to the same micro-batch. With `data.bucket_batches`
-above 1 whole batches are of similar length too: the records of a pool of so many batches are
-sorted by target length, cut into slabs, and each slab is sorted by question length (sorting by
-one length leaves the other one random, and with T5 both cost). That saves padding, but batches
-are then no random sample: where length tells the kind of record, a batch holds one kind. On the
-demo's pretraining it cost nearly everything (validation accuracy 57 % with a pool of 64, 100 %
-without; the student distilled from it 30 % and 67 %; one run each), so the default is 1.
+An encoder-decoder model reads the question, end token included. A decoder-only model reads
+`[BOS] question separator target` in one row:
+
+- BOS is there if the tokenizer by itself puts one in front of a text, as the model was then
+  pretrained with it.
+- The separator stands where the question's end token stands in the other family, so the
+  question tokens of both families pair up one to one. It is the newline token where the
+  vocabulary has one, else the end token. Something has to tell the model that the question is
+  over; the end token is what pretrained decoder-only models have seen *between unrelated
+  texts*, after which they forget, while a line break before an answer is ordinary text.
+- Prompts are built by `_prompt` alone, in training and in decoding, from ids: tokenizing the
+  joined text would merge `?` and newline into one token in many vocabularies (Qwen's).
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ from ibdistill.config import DataConfig
 from ibdistill.records import STREAMS, Record
 
 logger = logging.getLogger("ibdistill")
+
+Rows = dict[str, list[np.ndarray]]
+"""Stream -> token ids of each record."""
 
 
 class Ragged:
@@ -74,8 +80,8 @@ class Features:
 class Batch:
     """One micro-batch of B questions, S streams. Targets are packed: N tokens in all, no padding.
 
-    Question rows of all streams are stacked, predict first, so that one encoder call serves
-    both streams.
+    The rows of all streams are stacked, predict first, so that one call serves both: of the
+    encoder, or of a decoder-only model, whose rows hold the targets too. Padding is on the right.
     """
 
     question_ids: tuple[str, ...]
@@ -84,11 +90,15 @@ class Batch:
     attention_mask: Tensor
     """[S * B, L] int64, 1 where a token is."""
     question_positions: Tensor
-    """[N_question] int64: where the predict stream's question tokens sit in its flattened [B * L]."""
+    """[N_question] int64: where the predict stream's question tokens sit in its flattened [B * L].
+
+    The same tokens in the same order for both families: BOS is left out, and the separator of
+    a decoder-only model stands for the end token of the other family."""
     decoder_input_ids: dict[str, Tensor]
-    """Stream -> [B, T_stream] int64, targets shifted right behind the start token."""
+    """Stream -> [B, T_stream] int64, targets shifted right behind the start token. Decoder-only: empty."""
     positions: dict[str, Tensor]
-    """Stream -> [N_stream] int64: where the real targets sit in the flattened [B * T_stream]."""
+    """Stream -> [N_stream] int64: the places that predict the targets, in the flattened [B * T_stream] of
+    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows."""
     labels: dict[str, Tensor]
     """Stream -> [N_stream] int64."""
     cu: dict[str, Tensor]
@@ -97,7 +107,8 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         """Real (unpadded) tokens that enter the model: questions and targets."""
-        return int(self.attention_mask.sum()) + sum(len(labels) for labels in self.labels.values())
+        decoded = sum(len(self.labels[stream]) for stream in self.decoder_input_ids)
+        return int(self.attention_mask.sum()) + decoded
 
     @property
     def num_positions(self) -> int:
@@ -162,131 +173,125 @@ def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int, wh
     return Ragged(sequences)
 
 
-class Plan:
-    """Which questions each step learns from.
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer by itself puts in front of a text, or None."""
+    first = tokenizer("a").input_ids[0]
+    return first if first == tokenizer.bos_token_id else None
 
-    An epoch is a new permutation of the records, cut into length-bucketed batches in random
-    order; the records that do not fill the last batch sit out, other ones each epoch. In a
-    mixture each task gets its share of every epoch and walks through its own permutations,
-    so a small task may come round several times an epoch.
-    """
 
-    def __init__(self, features: Features, config: DataConfig, *, batch_size: int, seed: int) -> None:
-        """Raises ValueError if an epoch does not fill one batch."""
-        self.batch_size = batch_size
-        self._seed = seed
-        self._features = features
-        self._bucket_batches = config.bucket_batches
-        self._epoch = -1
-        self._members = [
-            np.flatnonzero(features.groups == group) for group in range(int(features.groups.max()) + 1)
-        ]
-        sizes = np.array([len(rows) for rows in self._members], dtype=np.float64)
-        shares = np.array(config.mixture_weights or sizes ** (1 / config.mixture_temperature))
-        self._counts = np.floor(shares / shares.sum() * len(features) + 0.5).astype(int)
-        self.steps_per_epoch = int(self._counts.sum()) // batch_size
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"optim.batch_size is {batch_size}, but there are only {len(features)} training records; "
-                "use a smaller batch or more data"
-            )
-
-    def step(self, step: int) -> np.ndarray:
-        """[batch_size] record indices of step `step` (from 0), ordered by length."""
-        epoch = step // self.steps_per_epoch
-        if self._epoch != epoch:
-            self._epoch, self._batches = epoch, self._plan_epoch(epoch)
-        return self._batches[step % self.steps_per_epoch]
-
-    def micro_batches(
-        self, step: int, *, rank: int, world_size: int, micro_batch_size: int
-    ) -> list[np.ndarray]:
-        """This rank's micro-batches of a step.
-
-        Neighbours in length go to the same micro-step on all ranks, so ranks wait little for
-        each other.
-        """
-        rows = self.step(step).reshape(-1, world_size, micro_batch_size)
-        return list(rows[:, rank])
-
-    def counts(self, step: int) -> dict[str, int]:
-        """Global target tokens of a step by stream; `questions`, `explained` (with a rationale), and
-        `question_tokens` of the predict stream."""
-        rows = self.step(step)
-        lengths = {stream: self._features.targets[stream].lengths[rows] for stream in STREAMS}
-        return {stream: int(lengths[stream].sum()) for stream in STREAMS} | {
-            "questions": len(rows),
-            "explained": int((lengths["explain"] > 0).sum()),
-            "question_tokens": int(self._features.questions["predict"].lengths[rows].sum()),
-        }
-
-    def _draw(self, group: int, epoch: int) -> np.ndarray:
-        """The records of a task in an epoch: the next `count` of its endless permuted walk."""
-        members, count = self._members[group], self._counts[group]
-        start, end = epoch * count, (epoch + 1) * count
-        rounds = range(start // len(members), -(-end // len(members)))
-        walk = np.concatenate(
-            [np.random.default_rng([self._seed, group, r]).permutation(members) for r in rounds]
-            or [members[:0]]
-        )
-        return walk[start - start // len(members) * len(members) :][:count]
-
-    def _plan_epoch(self, epoch: int) -> np.ndarray:
-        """[steps_per_epoch, batch_size] record indices."""
-        rng = np.random.default_rng([self._seed, epoch, 1 << 30])
-        rows = np.concatenate([self._draw(group, epoch) for group in range(len(self._members))])
-        rows = rng.permutation(rows)[: self.steps_per_epoch * self.batch_size]
-        pool = self._bucket_batches * self.batch_size
-        batches = np.concatenate(
-            [self._bucket(rows[start : start + pool]) for start in range(0, len(rows), pool)]
-        )
-        return batches[rng.permutation(len(batches))]
-
-    def _bucket(self, rows: np.ndarray) -> np.ndarray:
-        """A pool of records as batches of similar rationale and question length."""
-        targets = sum(self._features.targets[stream].lengths[rows] for stream in STREAMS)
-        questions = self._features.questions["predict"].lengths[rows]
-        num_batches = len(rows) // self.batch_size
-        slab = self.batch_size * max(1, round(num_batches**0.5))
-        by_target = np.argsort(targets, kind="stable")
-        order = [
-            rows_of_slab[np.argsort(questions[rows_of_slab], kind="stable")]
-            for rows_of_slab in (by_target[start : start + slab] for start in range(0, len(rows), slab))
-        ]
-        return rows[np.concatenate(order)].reshape(num_batches, self.batch_size)
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between question and target in a decoder-only model's row: newline, else the end token."""
+    ids = tokenizer("\n", add_special_tokens=False).input_ids
+    return ids[-1] if ids and tokenizer.decode(ids[-1:]) == "\n" else tokenizer.eos_token_id
 
 
 def collate(
-    features: Features, rows: Sequence[int], streams: Sequence[str], *, pad: int, start: int
+    features: Features,
+    rows: Sequence[int],
+    streams: Sequence[str],
+    *,
+    pad: int,
+    start: int | None,
+    separator: int | None = None,
 ) -> Batch:
-    """The micro-batch of some records. `pad` and `start` are the padding and decoder start tokens."""
-    inputs = [features.questions[stream][row] for stream in streams for row in rows]
-    input_ids, attention_mask = _pad(inputs, pad)
-    question_positions = attention_mask[: len(rows)].flatten().nonzero().squeeze(1)
-    decoder_input_ids, positions, labels, cu = {}, {}, {}, {}
-    for stream in streams:
-        targets = [features.targets[stream][row] for row in rows]
-        shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in targets]
-        decoder_input_ids[stream], mask = _pad(shifted, pad)
-        positions[stream] = mask.flatten().nonzero().squeeze(1)
-        labels[stream] = torch.from_numpy(np.concatenate(targets)).long()
-        cu[stream] = torch.tensor(np.cumsum([0, *map(len, targets)]), dtype=torch.int32)
+    """The micro-batch of some records. `families.layout` gives the keyword arguments for a model.
+
+    Args:
+        pad: the padding token.
+        start: the decoder's start token; for a decoder-only model its BOS, or None.
+        separator: what stands between question and target for a decoder-only model; None for
+            an encoder-decoder model.
+    """
+    questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
+    targets = {stream: [features.targets[stream][row] for row in rows] for stream in streams}
+    if separator is None:
+        inputs = _encoder_decoder(questions, targets, pad, start)
+    else:
+        inputs = _decoder_only(questions, targets, pad, start, separator)
     return Batch(
         question_ids=tuple(features.ids[row] for row in rows),
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        question_positions=question_positions,
-        decoder_input_ids=decoder_input_ids,
-        positions=positions,
-        labels=labels,
-        cu=cu,
+        labels={stream: torch.from_numpy(np.concatenate(targets[stream])).long() for stream in streams},
+        cu={
+            stream: torch.tensor(np.cumsum([0, *map(len, targets[stream])]), dtype=torch.int32)
+            for stream in streams
+        },
+        **inputs,
     )
 
 
-def _pad(sequences: Sequence[np.ndarray], pad: int) -> tuple[Tensor, Tensor]:
+def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int) -> dict[str, Any]:
+    input_ids, attention_mask = _pad([row for rows in questions.values() for row in rows], pad)
+    num_rows = len(questions["predict"])
+    decoder_input_ids, positions = {}, {}
+    for stream, rows in targets.items():
+        shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
+        decoder_input_ids[stream], mask = _pad(shifted, pad)
+        positions[stream] = mask.flatten().nonzero().squeeze(1)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "question_positions": attention_mask[:num_rows].flatten().nonzero().squeeze(1),
+        "decoder_input_ids": decoder_input_ids,
+        "positions": positions,
+    }
+
+
+def _decoder_only(
+    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int
+) -> dict[str, Any]:
+    """Rows of prompt and target; the last target token is predicted, never read."""
+    prompts = {s: [_prompt(question[:-1], bos, separator) for question in questions[s]] for s in questions}
+    pairs = {stream: list(zip(prompts[stream], targets[stream], strict=True)) for stream in prompts}
+    rows = [np.concatenate([prompt, target[:-1]]) for rows in pairs.values() for prompt, target in rows]
+    input_ids, attention_mask = _pad(rows, pad)
+    width, lead = input_ids.shape[1], int(bos is not None)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "question_positions": _places([(lead, len(p) - lead) for p in prompts["predict"]], width),
+        "decoder_input_ids": {},
+        "positions": {
+            stream: _places([(len(prompt) - 1, len(target)) for prompt, target in rows], width)
+            for stream, rows in pairs.items()
+        },
+    }
+
+
+def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
+    """Where each row's (first column, count) lies in the flattened rows."""
+    return torch.from_numpy(
+        np.concatenate([row * width + first + np.arange(count) for row, (first, count) in enumerate(spans)])
+    )
+
+
+def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:
+    """What a decoder-only model reads before the target; `question` is without its end token."""
+    return np.array([*([] if bos is None else [bos]), *question, separator], dtype=np.int64)
+
+
+def prompts(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    *,
+    pad: int,
+    start: int | None,
+    separator: int,
+) -> tuple[Tensor, Tensor]:
+    """Questions for a decoder-only model to answer, the same ids as in its training rows.
+
+    `limit` counts a question's tokens and the separator, not BOS; longer ones lose their end.
+    Returns ids and mask, [texts, longest] int64, padded on the left.
+    """
+    questions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return _pad([_prompt(ids[: limit - 1], start, separator) for ids in questions], pad, left=True)
+
+
+def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
     """[rows, longest] int64 ids, and the mask of real ones. At least one column, for models' sake."""
     lengths = np.array([len(sequence) for sequence in sequences])
     mask = np.arange(max(1, lengths.max(initial=0)))[None, :] < lengths[:, None]
+    mask = mask[:, ::-1] if left else mask
     ids = np.full(mask.shape, pad, dtype=np.int64)
     ids[mask] = np.concatenate(sequences)
     return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -117,19 +117,21 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
 
 
 def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW; no decay on norms, biases and embeddings; relative position biases at their own rate."""
+    """AdamW; no decay on norms, biases, embeddings and vid's map; relative position biases at their rate."""
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = optim.relative_bias_lr_scale if "relative_attention_bias" in name else 1.0
         # under ZeRO-3 the shape of a partitioned parameter is in ds_shape
         decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in embeddings
-        groups.setdefault((scale, optim.weight_decay if decays else 0.0), []).append(parameter)
+        is_vid = name.startswith("vid.")
+        decay = optim.weight_decay if decays and not is_vid else 0.0
+        groups.setdefault((scale, decay, is_vid), []).append(parameter)
     param_groups = [
         {"params": parameters, "lr": optim.lr * scale, "weight_decay": decay}
-        for (scale, decay), parameters in groups.items()
+        for (scale, decay, _), parameters in groups.items()
     ]
     return torch.optim.AdamW(
         param_groups, betas=(optim.adam_beta1, optim.adam_beta2), eps=optim.adam_eps, fused=True

@@ -18,7 +18,7 @@ from sacrebleu.metrics import BLEU
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill import distributed
+from ibdistill import data, distributed, families
 from ibdistill.config import DataConfig
 from ibdistill.distributed import World
 from ibdistill.records import Record
@@ -86,24 +86,28 @@ def decode(
     batch_size: int = 64,
 ) -> list[str]:
     """The greedy answers to `questions` (prefix included), in order. Batches are of similar length."""
+    decoder_only, layout = families.family(model) == families.DECODER_ONLY, families.layout(model, tokenizer)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     answers = [""] * len(questions)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        inputs = tokenizer(
-            [questions[i] for i in rows],
-            padding=True,
-            truncation=True,
-            max_length=max_question_tokens,
-            return_tensors="pt",
-        ).to(device)
+        texts = [questions[i] for i in rows]
+        if decoder_only:
+            input_ids, mask = data.prompts(texts, tokenizer, max_question_tokens, **layout)
+        else:
+            inputs = tokenizer(
+                texts, padding=True, truncation=True, max_length=max_question_tokens, return_tensors="pt"
+            )
+            input_ids, mask = inputs.input_ids, inputs.attention_mask
         output = model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
         )
+        if decoder_only:
+            output = output[:, input_ids.shape[1] :]
         for i, text in zip(rows, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
             answers[i] = text
     return answers

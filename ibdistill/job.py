@@ -14,11 +14,23 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill import config as configuration
-from ibdistill import data, distributed, engine, models, objectives, presets, settings, tasks, vocabulary
+from ibdistill import (
+    data,
+    distributed,
+    engine,
+    families,
+    models,
+    objectives,
+    presets,
+    settings,
+    tasks,
+    vocabulary,
+)
 from ibdistill.checkpoint import Checkpoints, TrainState
 from ibdistill.config import Config, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
+from ibdistill.plan import Plan
 from ibdistill.signals import Signals
 
 logger = logging.getLogger("ibdistill")
@@ -39,7 +51,7 @@ class Job:
     records: tasks.Loaded
     tokenizer: PreTrainedTokenizerBase
     features: data.Features
-    plan: data.Plan
+    plan: Plan
     signals: Signals | None
     engine: deepspeed.DeepSpeedEngine
     whole: models.WholeModel
@@ -62,13 +74,8 @@ class Job:
 
     def collate(self, rows: np.ndarray) -> data.Batch:
         """Some records as the student reads them."""
-        return data.collate(
-            self.features,
-            rows,
-            self.streams,
-            pad=self.tokenizer.pad_token_id,
-            start=self.engine.module.model.config.decoder_start_token_id,
-        )
+        layout = families.layout(self.engine.module.model, self.tokenizer)
+        return data.collate(self.features, rows, self.streams, **layout)
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -86,13 +93,13 @@ def prepare(config: Config, world: World) -> Job:
     tokenizer = _tokenizer(config, records, folder)
     prefixes = {name: tasks.TASKS[name].prefixes for name in records.test}
     features = data.tokenize(records.train, prefixes, tokenizer, config.data)
-    plan = data.Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    plan = Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
     student = models.load_student(config.student, tokenizer, config.run.seed)
+    models.check_context(student, config.data)
 
     signals = None
     if wanted := objectives.wanted(config.objective):
-        rows = student.get_output_embeddings().weight.shape[0]
-        signals = Signals(config.teacher, wanted, tokenizer, features, rows, world)
+        signals = Signals(config.teacher, wanted, tokenizer, features, student, world)
 
     distributed.seed_everything(config.run.seed + world.rank)
     whole = models.WholeModel(student, sharded=engine.zero_stage(config) == 3)

@@ -1,50 +1,48 @@
 """Students: loading, adapting, one forward for both streams, and getting the whole model back.
 
+`families` loads the models themselves.
+
 The head loss works on packed hidden states, so a model's forward here ends before the head:
 `states` gives the decoder's states at the real target positions of each stream.
-Both streams share one encoder call; the decoder runs once a stream, because a label is a few
-tokens long and a rationale a hundred, and padding one to the other would cost more than a
-second call. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of
-modules each step and its prefetch trace completes (a forward of its own for each stream, as
-the reference has it, would not).
+An encoder-decoder's streams share one encoder call; the decoder runs once a stream, because a
+label is a few tokens long and a rationale a hundred, and padding one to the other would cost
+more than a second call. A decoder-only model, whose rows hold the question too, runs once for
+both. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of modules
+each step and its prefetch trace completes (a forward of its own for each stream, as the
+reference has it, would not).
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import deepspeed
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibdistill import presets
-from ibdistill.config import StudentConfig
+from ibdistill.config import DataConfig, StudentConfig
 from ibdistill.data import Batch
-
-logger = logging.getLogger("ibdistill")
-
-FAMILIES = ("t5", "mt5")
-"""Model types whose forward `states` knows."""
+from ibdistill.families import ENCODER_DECODER, family, load_model, load_preset
 
 
 def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
-    """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none."""
+    """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none.
+
+    One without a padding token (GPT-2, Llama) pads with its end token. Masks and positions here
+    come from lengths, never from ids, so a padding token is nowhere mistaken for an end.
+    """
     try:
-        return AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
@@ -54,51 +52,42 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
     tokenizer does not fit it.
     """
     if config.model in presets.PRESETS:
-        dropout = {} if config.dropout is None else {"dropout_rate": config.dropout}
-        model = presets.build(config.model, len(tokenizer), seed, **dropout)
+        model = load_preset(config.model, tokenizer, seed, config.dropout)
     else:
-        model = _load(config, seed)
+        model = load_model(
+            config.model,
+            tokenizer,
+            setting="student.model",
+            dropout=config.dropout,
+            random_seed=seed if config.init == "random" else None,
+        )
     check_fit(model, tokenizer)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if config.lora_rank:
         model = _with_lora(model, config)
     if config.compile:
-        model.get_encoder().compile(dynamic=True)
+        if family(model) == ENCODER_DECODER:
+            model.get_encoder().compile(dynamic=True)
         model.get_decoder().compile(dynamic=True)
     return model.train()  # from_pretrained leaves it in evaluation mode, without dropout
 
 
-def _load(config: StudentConfig, seed: int) -> PreTrainedModel:
-    try:
-        model_config = AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        known = ", ".join(presets.PRESETS)
-        raise ValueError(
-            f"student.model is {config.model!r}: no preset ({known}), and no model could be loaded: {error}"
-        ) from error
-    if model_config.model_type not in FAMILIES:
-        raise ValueError(
-            f"student.model is {config.model!r}, a {model_config.model_type!r} model; supported are "
-            f"{', '.join(FAMILIES)}"
-        )
-    if config.dropout is not None:
-        model_config.dropout_rate = config.dropout
-    if config.init == "random":
-        torch.manual_seed(seed)
-        return AutoModelForSeq2SeqLM.from_config(model_config, dtype=torch.float32)
-    return AutoModelForSeq2SeqLM.from_pretrained(config.model, config=model_config, dtype=torch.float32)
-
-
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless every token id has a row and the special tokens agree."""
+    """Raise ValueError unless every token id has a row and the special tokens agree.
+
+    A decoder-only model may end with another token than it was pretrained with: base models
+    are trained with the tokenizers of their instructed versions.
+    """
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(
             f"student.tokenizer has {len(tokenizer)} tokens but student.model only {rows} embedding rows; "
             "take the model's own tokenizer (leave student.tokenizer empty) or a model of that vocabulary"
         )
-    for name in ("pad_token_id", "eos_token_id"):
+    if tokenizer.eos_token_id is None:
+        raise ValueError("student.tokenizer has no end-of-sequence token, with which every target ends")
+    for name in ("pad_token_id", "eos_token_id") if family(model) == ENCODER_DECODER else ():
         theirs, ours = getattr(model.config, name), getattr(tokenizer, name)
         if theirs != ours:
             raise ValueError(
@@ -107,14 +96,78 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
             )
 
 
+def check_context(model: PreTrainedModel, config: DataConfig) -> None:
+    """Raise ValueError if the longest question and target do not fit a decoder-only model's positions."""
+    if family(model) == ENCODER_DECODER:
+        return  # relative positions
+    have = model.config.max_position_embeddings
+    target = max(config.max_label_tokens, config.max_rationale_tokens)
+    need = 1 + config.max_question_tokens + target  # with BOS
+    if need > have:
+        raise ValueError(
+            f"student.model has {have} positions, but data.max_question_tokens {config.max_question_tokens} "
+            f"with up to {target} target tokens and BOS need {need}; lower data.max_question_tokens to "
+            f"{have - target - 1}, or data.max_rationale_tokens"
+        )
+
+
+def check_vocabularies(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    student_rows: int,
+    teacher_rows: int,
+) -> int:
+    """The number of head rows, counted from 0, that mean the same in student and teacher.
+
+    Rows beyond the tokenizer are padding, and models of one family often differ in it (T5:
+    32100 and 32128, Qwen: 151936 and 152064). Text is tokenized once, by the student's
+    tokenizer, so only what an id stands for has to agree, not how text is split.
+
+    Raises ValueError if an id stands for different tokens, if a tokenizer has more tokens than
+    both models have rows, or if targets would end differently.
+    """
+    ways_out = (
+        "Choose a teacher of the student's vocabulary, or distil through the teacher's text: "
+        "let it write the rationales, and train with teacher.placement none"
+    )
+    sizes = (
+        f"student.tokenizer has {len(student)} tokens (student.model {student_rows} rows), "
+        f"the teacher's {len(teacher)} ({teacher_rows} rows)"
+    )
+    ours, theirs = (
+        {index: text for text, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)
+    )
+    differing = [i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)]
+    if differing:
+        first = min(differing)
+        shown = [repr(v[first]) if first in v else "nothing" for v in (ours, theirs)]
+        raise ValueError(
+            f"{sizes}, and {len(differing)} ids differ. The first is {first}: {shown[0]} for the student, "
+            f"{shown[1]} for the teacher. {ways_out}"
+        )
+    shared = min(student_rows, teacher_rows)
+    if max(ours) >= shared:
+        raise ValueError(
+            f"{sizes}: token {shared}, {ours[shared]!r}, and later ones are not among the {shared} shared "
+            f"rows. {ways_out}"
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        raise ValueError(
+            f"student.tokenizer ends a text with {student.eos_token!r} ({student.eos_token_id}), the "
+            f"teacher's with {teacher.eos_token!r} ({teacher.eos_token_id}), so the teacher would teach the "
+            "student not to end; give the teacher's tokenizer as student.tokenizer"
+        )
+    return shared
+
+
 def _with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        task_type="SEQ_2_SEQ_LM",
+        task_type="SEQ_2_SEQ_LM" if family(model) == ENCODER_DECODER else "CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=config.lora_targets,
+        target_modules=config.lora_targets or None,
         lora_dropout=0.0,
     )
     try:
@@ -136,16 +189,21 @@ class States:
 def states(model: nn.Module, batch: Batch) -> States:
     """One forward of both streams, without the head.
 
-    Padded decoder positions come last in their row, so under the causal mask no real position
-    sees them and they need no mask of their own.
+    Padded positions come last in their row, so under the causal mask no real position sees
+    them: a decoder needs no mask of its own, and positions count from the row's start.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    encoded = base.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+    forward = _encoder_decoder if family(base) == ENCODER_DECODER else _decoder_only
+    return forward(base, batch)
+
+
+def _encoder_decoder(model: PreTrainedModel, batch: Batch) -> States:
+    encoded = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
     streams = list(batch.decoder_input_ids)
     memories = encoded.chunk(len(streams))
     targets = {}
     for stream, memory, mask in zip(streams, memories, batch.attention_mask.chunk(len(streams)), strict=True):
-        decoded = base.get_decoder()(
+        decoded = model.get_decoder()(
             input_ids=batch.decoder_input_ids[stream],
             encoder_hidden_states=memory,
             encoder_attention_mask=mask,
@@ -153,9 +211,19 @@ def states(model: nn.Module, batch: Batch) -> States:
         )[0]
         hidden = decoded.flatten(0, 1).index_select(0, batch.positions[stream])
         # T5 with tied embeddings scales what goes into the head
-        scales = getattr(base.config, "scale_decoder_outputs", False)
-        targets[stream] = hidden * base.config.d_model**-0.5 if scales else hidden
+        scales = getattr(model.config, "scale_decoder_outputs", False)
+        targets[stream] = hidden * model.config.d_model**-0.5 if scales else hidden
     return States(targets, memories[0].flatten(0, 1).index_select(0, batch.question_positions))
+
+
+def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
+    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
+    of_stream = dict(zip(batch.positions, hidden.chunk(len(batch.positions)), strict=True))
+    targets = {
+        stream: rows.flatten(0, 1).index_select(0, batch.positions[stream])
+        for stream, rows in of_stream.items()
+    }
+    return States(targets, of_stream["predict"].flatten(0, 1).index_select(0, batch.question_positions))
 
 
 class WholeModel:
@@ -193,7 +261,8 @@ class WholeModel:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             state[name] = state[first.setdefault(id(parameter), name)]
         model.load_state_dict(state, strict=False, assign=True)
-        return model
+        # the skeleton's buffers, such as rotary frequencies, stayed where the model was made
+        return model.to(parameter.device)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:
@@ -202,39 +271,3 @@ def _skeleton(model: nn.Module) -> nn.Module:
         id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
     }
     return copy.deepcopy(model, memo=weights)
-
-
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write the student for `from_pretrained`: safetensors, tokenizer, and a model card.
-
-    LoRA adapters are merged into a copy of the weights.
-    """
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
-    model.save_pretrained(folder, safe_serialization=True)
-    tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
-
-
-def card(config: str, scores: str) -> str:
-    """The exported student's model card."""
-    return f"""---
-library_name: transformers
-tags: [ibdistill, chain-of-thought, distillation]
----
-
-A student distilled with ibdistill. `predict: QUESTION` gives the label, `explain: QUESTION`
-the rationale. Method: "Learning to Maximize Mutual Information for Chain-of-Thought
-Distillation", Findings of ACL 2024, arXiv 2403.03348.
-
-Scores on the test split:
-
-```json
-{scores}
-```
-
-Configuration:
-
-```yaml
-{config}```
-"""

@@ -62,7 +62,7 @@ def wanted(objective: ObjectiveConfig) -> Wanted | None:
 
 
 def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
-    """What each term's *sum* is multiplied with, given a step's global counts (`data.Plan.counts`)."""
+    """What each term's *sum* is multiplied with, given a step's global counts (`plan.Plan.counts`)."""
     if objective.method == "finetune":
         return Weights(ce_predict=1.0 / counts["predict"])
     predict = objective.alpha / counts["predict"]

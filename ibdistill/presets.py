@@ -19,9 +19,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from transformers import T5ForConditionalGeneration
+    from torch import Tensor
+    from transformers import PreTrainedModel, T5ForConditionalGeneration
 
-# Keyword arguments of T5Config. A preset without `vocab_size` takes the tokenizer's.
+# Keyword arguments of T5Config, or of LlamaConfig. One without `vocab_size` takes the tokenizer's.
 PRESETS: dict[str, dict[str, Any]] = {
     "demo-student": {
         "d_model": 64,
@@ -40,6 +41,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_layers": 2,
         "num_decoder_layers": 2,
         "relative_attention_max_distance": 64,
+    },
+    "demo-student-decoder": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": True,
+    },
+    "demo-teacher-decoder": {
+        "model_type": "llama",
+        "hidden_size": 96,
+        "intermediate_size": 288,
+        "num_attention_heads": 4,
+        "num_hidden_layers": 4,
+        "tie_word_embeddings": True,
     },
     "t5-mini": {
         "d_model": 192,
@@ -66,60 +83,71 @@ SEPARATE_HEAD = ("t5-v1_1-small",)
 _HEAD = "lm_head.weight"
 
 
-def build(name: str, vocab_size: int, seed: int, **overrides: Any) -> T5ForConditionalGeneration:
+def is_decoder_only(name: str) -> bool:
+    """Whether a preset has Llama's shape; else it has T5's."""
+    return PRESETS[name].get("model_type") == "llama"
+
+
+def dropout_field(name: str) -> str:
+    """What the preset's configuration class calls its dropout rate. Llama has attention's alone."""
+    return "attention_dropout" if is_decoder_only(name) else "dropout_rate"
+
+
+def build(name: str, vocab_size: int, seed: int, **overrides: Any) -> PreTrainedModel:
     """A preset with random weights that depend on `seed` alone.
 
     `vocab_size` is the tokenizer's length; a preset with a fixed vocabulary keeps its own.
-    `overrides` are further arguments of T5Config, such as `dropout_rate`.
+    `overrides` are further arguments of T5Config or LlamaConfig, such as `dropout_rate`.
 
     Raises:
         ValueError: unknown preset, or a tokenizer larger than the preset's vocabulary.
     """
-    from transformers import T5Config, T5ForConditionalGeneration
+    from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
     if name not in PRESETS:
         raise ValueError(f"student.model {name!r} is not a preset; choose from {', '.join(PRESETS)}")
     shape = {"vocab_size": vocab_size, **PRESETS[name], **overrides}
-    # Despite its name, `tie_word_embeddings=False` only switches the output scaling off.
-    config = T5Config(**shape, decoder_start_token_id=0, tie_word_embeddings=False)
-    model = T5ForConditionalGeneration(config)
-    if name in SEPARATE_HEAD:
-        untie_head(model)
-    assert (model.lm_head.weight is model.shared.weight) == (name not in SEPARATE_HEAD)
+    if is_decoder_only(name):
+        model = LlamaForCausalLM(LlamaConfig(**shape))
+    else:
+        # Despite its name, `tie_word_embeddings=False` only switches the output scaling off.
+        config = T5Config(**shape, decoder_start_token_id=0, tie_word_embeddings=False)
+        model = T5ForConditionalGeneration(config)
+        if name in SEPARATE_HEAD:
+            untie_head(model)
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    assert tied == (name not in SEPARATE_HEAD)
     initialise(model, seed)
     return model
 
 
-def initialise(model: T5ForConditionalGeneration, seed: int) -> None:
-    """Draw every weight anew, as the module docstring says; T5's scales for the matrices are kept.
+def initialise(model: PreTrainedModel, seed: int) -> None:
+    """Draw every weight of a preset anew, as the module docstring says.
 
-    Whether the head is tied stays as it is. Independent of torch's global generator.
+    T5's matrices keep T5's scales. Whether the head is tied stays as it is. Independent of
+    torch's global generator.
     """
     import torch
 
-    config = model.config
-    inner = config.num_heads * config.d_kv
-    std = {
-        "shared": 0.1,
-        "lm_head": 0.1,
-        "relative_attention_bias": 1.5,
-        "q": (config.d_model * config.d_kv) ** -0.5,
-        "k": config.d_model**-0.5,
-        "v": config.d_model**-0.5,
-        "o": inner**-0.5,
-        "wi": config.d_model**-0.5,
-        "wi_0": config.d_model**-0.5,
-        "wi_1": config.d_model**-0.5,
-        "wo": config.d_ff**-0.5,
-    }
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             module = name.split(".")[-2]
-            if module.endswith("layer_norm"):
+            if "norm" in module:
                 weight.fill_(1.0)
             else:
-                weight.copy_(torch.randn(weight.shape, generator=generator) * std[module])
+                std = _std(model, module, weight)
+                weight.copy_(torch.randn(weight.shape, generator=generator, device="cpu") * std)
+
+
+def _std(model: PreTrainedModel, module: str, weight: Tensor) -> float:
+    if module in ("shared", "embed_tokens", "lm_head"):
+        return 0.1
+    if module == "relative_attention_bias":
+        return 1.5
+    if module == "q":  # T5's attention does not divide by sqrt(d_kv)
+        return (model.config.d_model * model.config.d_kv) ** -0.5
+    return weight.shape[1] ** -0.5
 
 
 def untie_head(model: T5ForConditionalGeneration) -> None:

@@ -48,7 +48,8 @@ def partition(model: nn.Module, group: dist.ProcessGroup, config: dict[str, Any]
 def engine(module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
     """The engine that gathers a partitioned module's parameters around each submodule's forward."""
     built, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
-    return built.eval()
+    built.eval()  # returns None
+    return built
 
 
 def inference_config(parameters: list[int], *, bf16: bool, offload: bool, world_size: int) -> dict[str, Any]:

@@ -31,15 +31,15 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from ibdistill import distributed, presets
+from ibdistill import data, distributed, families, presets
 from ibdistill.config import TeacherConfig
 from ibdistill.data import Batch, Features
 from ibdistill.distributed import World
 from ibdistill.ops.arguments import TeacherStream
-from ibdistill.signal_cache import SignalCache, key_of
 from ibdistill.records import STREAMS
+from ibdistill.signal_cache import SignalCache, key_of
 from ibdistill.teacher import SHARDED, Teacher, TeacherSignal, Wanted, fit_rows
 
 logger = logging.getLogger("ibdistill")
@@ -56,7 +56,7 @@ class Signals:
         wanted: Wanted,
         tokenizer: PreTrainedTokenizerBase,
         features: Features,
-        rows: int,
+        student: PreTrainedModel,
         world: World,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
@@ -64,13 +64,13 @@ class Signals:
         Args:
             tokenizer: the student's.
             features: of the training records.
-            rows: of the student's head.
 
         Raises:
             ValueError: see `Teacher` and `SignalCache`; placement cache with records missing.
         """
         self._config, self._wanted, self._features, self._world = config, wanted, features, world
-        self._rows = rows
+        self._rows = student.get_output_embeddings().weight.shape[0]
+        self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._open_cache(tokenizer) if config.cache else None
         missing = self._missing()
@@ -78,10 +78,10 @@ class Signals:
         if missing:
             if config.placement == "cache":
                 raise ValueError(
-                    f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; run "
-                    "the same data once with the teacher in another placement, which fills it"
+                    f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; "
+                    "run the same data once with the teacher in another placement, which fills it"
                 )
-            self.teacher = Teacher(config, wanted, tokenizer, rows, world)
+            self.teacher = Teacher(config, wanted, tokenizer, self._rows, world)
             self.width, self._head = self.teacher.width, None
             if self._cache is not None:
                 self._keep_head()
@@ -154,11 +154,11 @@ class Signals:
         if self._cache is None:
             return None
         entries = self._cache.get([self._keys[row] for row in rows])
+        lacking = int(entries is None)
         if self.teacher is not None and self.teacher.group is not None:
             # all ranks of a sharded teacher take part in a forward, or none
-            if distributed.max_over_ranks(int(entries is None)):
-                return None
-        if entries is None:
+            lacking = distributed.max_over_ranks(lacking)
+        if lacking:
             return None
         packed = {
             name: torch.cat([entry[name] for entry in entries]).to(self._world.device, non_blocking=True)
@@ -186,7 +186,10 @@ class Signals:
 
     def _for_teacher(self, rows: Sequence[int], batch: Batch) -> Batch:
         """The micro-batch as the teacher's family reads it."""
-        return batch
+        if self.teacher.layout == self._layout:
+            return batch
+        theirs = data.collate(self._features, rows, STREAMS, **self.teacher.layout)
+        return theirs.to(self._world.device)
 
     def _pack(self, signal: TeacherSignal) -> dict[str, Tensor]:
         """The signal as the tensors that are kept."""
@@ -251,7 +254,7 @@ class Signals:
 
     def _read_head(self) -> tuple[int, tuple[Tensor | None, Tensor | None]]:
         with safe_open(Path(self._config.cache) / _HEAD, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).to(self._world.device) for name in file.keys()}
+            tensors = {name: file.get_tensor(name).to(self._world.device) for name in file.keys()}  # noqa: SIM118
             width = int(file.metadata()["width"])
         if "weight" not in tensors:
             return width, (None, None)

@@ -34,7 +34,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
-from ibdistill import distributed, models, presets, sharding
+from ibdistill import distributed, families, models, presets, sharding
 from ibdistill.config import TeacherConfig
 from ibdistill.data import Batch
 from ibdistill.distributed import World
@@ -103,8 +103,8 @@ class Teacher:
         self._wanted = wanted
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         skeleton = self._skeleton(tokenizer)
-        self.model_config = skeleton.config
         self.width = skeleton.get_input_embeddings().embedding_dim
+        self.layout = families.layout(skeleton, tokenizer)
         own_rows = skeleton.get_output_embeddings().weight.shape[0]
         check_vocabulary(config.model, tokenizer, rows, own_rows)
         self._rows = rows
@@ -132,12 +132,12 @@ class Teacher:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherSignal:
         """The signal of a micro-batch, on its device. Collective for sharded placements."""
-        states = self._scorer(batch)
+        targets, questions = self._scorer(batch)
         if not self._wanted.targets:
-            return TeacherSignal(states.questions)
+            return TeacherSignal(questions)
         weight, bias = self.head()
-        targets = {stream: TeacherStream(hidden=hidden) for stream, hidden in states.targets.items()}
-        return TeacherSignal(states.questions if self._wanted.questions else None, targets, weight, bias)
+        streams = {stream: TeacherStream(hidden=hidden) for stream, hidden in targets.items()}
+        return TeacherSignal(questions if self._wanted.questions else None, streams, weight, bias)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
@@ -164,18 +164,21 @@ class Teacher:
         return next(g for g, ranks in zip(groups, members, strict=True) if self._world.rank in ranks)
 
     def _skeleton(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        """The teacher's modules without storage."""
-        with torch.device("meta"):
-            return models.empty_model(self.config.model, "teacher.model", len(tokenizer))
+        return families.empty_model(self.config.model, tokenizer, "teacher.model")
 
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         """The teacher whole, on the CPU (8 bits: on the GPU)."""
-        eight = (
-            {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)} if self.config.load_in_8bit else {}
-        )
-        model = models.load_model(
-            self.config.model, "teacher.model", len(tokenizer), dtype=self._dtype, **eight
-        )
+        if self.config.model in presets.PRESETS:
+            model = families.load_preset(self.config.model, tokenizer, seed=0).to(self._dtype)
+        else:
+            bits = BitsAndBytesConfig(load_in_8bit=True) if self.config.load_in_8bit else None
+            model = families.load_model(
+                self.config.model,
+                tokenizer,
+                setting="teacher.model",
+                dtype=self._dtype,
+                **({"quantization_config": bits} if bits else {}),
+            )
         return model.eval().requires_grad_(False)
 
     def _load_replica(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -213,8 +216,10 @@ class Scorer(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch) -> models.States:
-        return models.states(self.model, batch)
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """`models.States` as plain containers: DeepSpeed's hooks do not look into others."""
+        states = models.states(self.model, batch)
+        return states.targets, states.questions
 
 
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int, own_rows: int) -> None:
@@ -271,7 +276,7 @@ def check_memory(parameters: int, config: TeacherConfig, world: World) -> None:
     fits = [name for name, (bytes_, room) in need.items() if bytes_ <= room]
     raise ValueError(
         f"teacher.model {config.model} has {parameters / 1e9:.2f} billion parameters; teacher.placement "
-        f"{config.placement} puts {wanted / 2**30:.2f} GiB on a rank, where {there / 2**30:.2f} GiB are free. "
+        f"{config.placement} puts {wanted / 2**30:.2f} GiB on a rank, and {there / 2**30:.2f} GiB are free. "
         + (
             f"These would fit: {', '.join(fits)}"
             if fits

@@ -20,7 +20,7 @@ import fire
 import torch.distributed as dist
 
 from ibdistill import config as configuration
-from ibdistill import distributed, evaluation, metrics, models, objectives, settings
+from ibdistill import distributed, evaluation, export, metrics, objectives, settings
 from ibdistill.config import Config
 from ibdistill.distributed import EXIT_DIVERGED
 from ibdistill.job import Job, prepare
@@ -160,8 +160,8 @@ def close(job: Job) -> None:
     evaluate(job, "test", config.run.test_limit)
     if config.run.export:
         with job.whole() as model:
-            card = models.card(configuration.to_yaml(config), json.dumps(job.results.get("test"), indent=2))
-            models.export(model, job.tokenizer, job.folder / "student", card)
+            card = export.card(configuration.to_yaml(config), json.dumps(job.results.get("test"), indent=2))
+            export.write(model, job.tokenizer, job.folder / "student", card)
     if job.world.rank == 0:
         result = {
             "method": config.objective.method,

@@ -10,7 +10,7 @@ import torch
 from test_data import features_of
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from ibdistill import data, models, vocabulary
+from ibdistill import data, export, models, vocabulary
 from ibdistill.config import ObjectiveConfig, StudentConfig
 from ibdistill.objectives import Distillation
 
@@ -138,7 +138,7 @@ def test_lora_trains_adapters_only_and_exports_merged_weights(tmp_path):
                 parameter.normal_()
     after = models.states(student, batch).targets["predict"]
     assert (after - before).abs().max() > 1e-3
-    models.export(student, tokenizer, tmp_path / "out", "card")
+    export.write(student, tokenizer, tmp_path / "out", "card")
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(models.states(loaded, batch).targets["predict"], after, rtol=1e-4, atol=1e-4)
 

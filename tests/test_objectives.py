@@ -9,6 +9,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from ibdistill import data, objectives
 from ibdistill.config import DataConfig, ObjectiveConfig
+from ibdistill.plan import Plan
 
 SHAPE = dict(
     vocab_size=20_000, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
@@ -36,7 +37,7 @@ def test_loss_and_gradients_equal_two_forwards_with_transformers_loss(method, ti
     model = T5ForConditionalGeneration(T5Config(**SHAPE, tie_word_embeddings=tie)).double().eval()
     objective = ObjectiveConfig(method=method, alpha=0.3, beta=0.0)
     features = random_features(40)
-    plan = data.Plan(features, DataConfig(), batch_size=6, seed=0)
+    plan = Plan(features, DataConfig(), batch_size=6, seed=0)
     streams = objectives.streams_of(objective)
     batch = data.collate(features, plan.step(0), streams, pad=0, start=0)
 

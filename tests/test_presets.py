@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from transformers import T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, T5Config, T5ForConditionalGeneration
 
-from ibdistill.presets import PRESETS, SEPARATE_HEAD, build, initialise, untie_head
+from ibdistill.presets import PRESETS, SEPARATE_HEAD, build, initialise, is_decoder_only, untie_head
 
-SMALL = [name for name in PRESETS if name not in SEPARATE_HEAD]
+T5 = [name for name in PRESETS if name not in SEPARATE_HEAD and not is_decoder_only(name)]
+LLAMA = [name for name in PRESETS if is_decoder_only(name)]
 
 
 def separate(model):
@@ -19,7 +20,15 @@ def logits(model):
     return model(input_ids=questions, labels=targets).logits
 
 
-@pytest.mark.parametrize(("name", "count"), [("demo-student", 181_696), ("demo-teacher", 444_448)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("demo-student", 181_696),
+        ("demo-teacher", 444_448),
+        ("demo-student-decoder", 177_024),
+        ("demo-teacher-decoder", 505_344),
+    ],
+)
 def test_sizes(name, count):
     assert sum(p.numel() for p in build(name, 263, 0).parameters()) == count
 
@@ -33,7 +42,7 @@ def test_t5_v1_1_small_has_the_true_shape():
     assert sum(p.numel() for p in model.parameters()) == 76_961_152
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", T5)
 def test_standard_deviations(name):
     model = build(name, 4000, 0)
     d_model = model.config.d_model
@@ -44,6 +53,26 @@ def test_standard_deviations(name):
     expected = (d_model * model.config.d_kv) ** -0.5
     assert layer.SelfAttention.q.weight.std().item() == pytest.approx(expected, rel=0.05)
     assert torch.equal(layer.layer_norm.weight, torch.ones(d_model))
+
+
+@pytest.mark.parametrize("name", LLAMA)
+def test_decoder_only_presets(name, tmp_path):
+    """Tied embeddings of 0.1, matrices of fan_in ** -0.5, norms of 1; saving keeps all of it."""
+    model = build(name, 4000, 0, attention_dropout=0.3, eos_token_id=5).eval()
+    width, layer = model.config.hidden_size, model.model.layers[0]
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.std().item() == pytest.approx(0.1, rel=0.02)
+    for linear in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.up_proj):
+        assert linear.weight.std().item() == pytest.approx(width**-0.5, rel=0.05)
+    inner = model.config.intermediate_size
+    assert layer.mlp.down_proj.weight.std().item() == pytest.approx(inner**-0.5, rel=0.05)
+    assert torch.equal(layer.input_layernorm.weight, torch.ones(width))
+    assert (model.config.attention_dropout, model.config.eos_token_id) == (0.3, 5)
+    model.save_pretrained(tmp_path)
+    again, ids = AutoModelForCausalLM.from_pretrained(tmp_path), torch.arange(20)[None]
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    assert not torch.equal(build(name, 4000, 1).lm_head.weight, model.lm_head.weight)
 
 
 @pytest.fixture
@@ -60,7 +89,7 @@ def reloaded(model, folder):
     return T5ForConditionalGeneration.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", T5)
 def test_tied_head_without_output_scaling_survives_saving(name, tmp_path):
     model = build(name, 263, 0)
     again = reloaded(model, tmp_path)

@@ -41,6 +41,7 @@ from torch.nn.utils.rnn import pad_sequence
 from ibdistill import config, data, distributed, engine, job, objectives, presets, tasks, train, vocabulary
 from ibdistill.checkpoint import TrainState
 from ibdistill.metrics import Meter
+from ibdistill.plan import Plan
 
 PAD, IGNORED, CLIP_NORM, LR, PIECES = 0, -100, 1.0, 5e-5, 4000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -141,7 +142,7 @@ class Case:
     zero: str
 
     def __post_init__(self) -> None:
-        self.plan = data.Plan(
+        self.plan = Plan(
             self.features, config.DataConfig(bucket_batches=64), batch_size=self.batch_size, seed=0
         )
         self.steps = min(self.steps, self.plan.steps_per_epoch)

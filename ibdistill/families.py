@@ -1,0 +1,162 @@
+"""The two families of models, and loading any of their members.
+
+A model type is in `FAMILIES` if its base model's forward gives the states that its head
+takes, so that `models.states` needs to know nothing else about it; the tests hold every type
+to that, on its own logits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from ibdistill import data, presets
+
+ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
+FAMILIES = dict.fromkeys(("t5", "mt5"), ENCODER_DECODER) | dict.fromkeys(
+    ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3"),
+    DECODER_ONLY,
+)
+"""Model type -> family, of all supported types."""
+
+_SCALES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "logits_mup_width_multiplier",
+)
+# T5's; GPT-2's three; everybody else's two
+_DROPOUTS = ("dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "dropout")
+
+
+def family(model: torch.nn.Module | PreTrainedConfig) -> str:
+    """`encoder-decoder` or `decoder-only`, of a supported model or its configuration."""
+    return FAMILIES[getattr(model, "config", model).model_type]
+
+
+def layout(
+    model: torch.nn.Module | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int | None]:
+    """The keyword arguments of `data.collate` for a model or its configuration."""
+    if family(model) == ENCODER_DECODER:
+        config = getattr(model, "config", model)
+        return {"pad": tokenizer.pad_token_id, "start": config.decoder_start_token_id}
+    return {
+        "pad": tokenizer.pad_token_id,
+        "start": data.bos_of(tokenizer),
+        "separator": data.separator_of(tokenizer),
+    }
+
+
+def load_config(name: str, setting: str) -> PreTrainedConfig:
+    """A model's configuration by hub name or folder.
+
+    Raises ValueError, naming `setting`, if there is none, if the type is not supported, or if
+    the model does something to its logits that our loss on the head's weights would miss.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        known = f"no preset ({', '.join(presets.PRESETS)}), and " if setting == "student.model" else ""
+        raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {error}") from error
+    for field in _SCALES:
+        if (value := getattr(config, field, None)) not in (None, 1):
+            raise ValueError(
+                f"{setting} is {name!r}, a {config.model_type!r} model with {field} {value} between its head "
+                "and its logits, which is not supported; take a model without"
+            )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{setting} is {name!r}, a {config.model_type!r} model; supported are {', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def load_preset(
+    name: str, tokenizer: PreTrainedTokenizerBase, seed: int, dropout: float | None = None
+) -> PreTrainedModel:
+    """A preset, with random weights, for a tokenizer."""
+    overrides = {} if dropout is None else {presets.dropout_field(name): dropout}
+    if presets.is_decoder_only(name):
+        overrides |= {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
+    return decodes_greedily(presets.build(name, len(tokenizer), seed, **overrides), tokenizer)
+
+
+def empty_model(name: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> PreTrainedModel:
+    """The modules of a model or preset on the meta device: shapes, no storage.
+
+    A head that the checkpoint keeps apart from the embeddings counts as tied here, since T5's
+    configuration does not tell.
+    """
+    with torch.device("meta"):
+        if name in presets.PRESETS:
+            return load_preset(name, tokenizer, seed=0)
+        config = load_config(name, setting)
+        return _auto_class(config).from_config(config)
+
+
+def load_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    setting: str,
+    dropout: float | None = None,
+    random_seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A model with its head, by hub name or folder; the student's or a teacher's.
+
+    The head is `get_output_embeddings()`; what is below it, `get_decoder()` and in the
+    encoder-decoder family `get_encoder()`.
+
+    Args:
+        setting: what messages call `name`.
+        dropout: replaces the model's own rates.
+        random_seed: the model's shape with new random weights.
+        kwargs: further ones of `from_pretrained`, such as `quantization_config`.
+
+    Raises:
+        ValueError: as `load_config` does.
+    """
+    config = load_config(name, setting)
+    if dropout is not None:
+        for field in set(_DROPOUTS) & set(config.to_dict()):
+            setattr(config, field, dropout)
+    if random_seed is None:
+        model = _auto_class(config).from_pretrained(name, config=config, dtype=dtype, **kwargs)
+    else:
+        torch.manual_seed(random_seed)
+        model = _auto_class(config).from_config(config, dtype=dtype)
+    return decodes_greedily(model, tokenizer)
+
+
+def decodes_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The same model, whose `generate` is greedy and ends with the tokenizer's end token.
+
+    Published decoder-only models bring sampling temperatures and repetition penalties along,
+    and the latter change greedy decoding too.
+    """
+    if family(model) == DECODER_ONLY:
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return model
+
+
+def _auto_class(config: PreTrainedConfig) -> type:
+    return AutoModelForSeq2SeqLM if family(config) == ENCODER_DECODER else AutoModelForCausalLM

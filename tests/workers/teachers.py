@@ -1,0 +1,103 @@
+"""Steps with every placement of the teacher; run through the launcher by test_teacher.
+
+For each placement and ZeRO stage of the student: the gradients of one global batch and what
+there is to know about the teacher, to FOLDER/PLACEMENT_zeroS_Rranks.pt.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from deepspeed.utils import safe_get_full_grad
+
+from ibdistill import config, distributed, sharding, train
+from ibdistill.job import prepare
+
+SETTINGS = {
+    "data.subsample": 64,
+    "data.max_label_tokens": 16,
+    "data.max_rationale_tokens": 48,
+    "student.dropout": 0.0,
+    "teacher.model": "demo-teacher",
+    "teacher.precision": "fp32",
+    "objective.method": "ib+kd",
+    "objective.divergence": "jsd",
+    "objective.kd_temperature": 2.0,
+    "objective.beta": 0.7,
+    "optim.batch_size": 8,
+    "optim.micro_batch_size": 2,
+    "optim.clip_norm": 0.0,
+}
+
+
+def checksum(teacher) -> list[float]:
+    """Of the tensors that this rank holds; a share that is whole elsewhere is looked at here only."""
+    held = [t for p in teacher._scorer.parameters() for t in sharding.held(p)]
+    return [float(t.double().abs().sum()) for t in held]
+
+
+def first_step(job) -> dict[str, torch.Tensor]:
+    """Take one step; parameter -> full gradient."""
+    gradients: dict[str, torch.Tensor] = {}
+    step = job.engine.step
+
+    def keep_gradients_and_step() -> None:
+        if job.engine.is_gradient_accumulation_boundary():
+            for name, parameter in job.engine.module.named_parameters():
+                gradients[name] = safe_get_full_grad(parameter).clone()
+        step()
+
+    job.engine.step = keep_gradients_and_step
+    train.train_step(job)
+    job.engine.step = step
+    return gradients
+
+
+def main(folder: Path, cases: list[str]) -> None:
+    world = distributed.init()
+    linear = torch.nn.functional.linear
+    for case in cases:
+        placement, stage = case.split(":")
+        if placement == "zero3_node":  # two nodes of two ranks each
+            socket.gethostname = lambda: f"node{world.rank // 2}"
+        name = f"{placement}_zero{stage}_{world.size}ranks"
+        settings = SETTINGS | {
+            "teacher.placement": placement,
+            "deepspeed.config": f"zero{stage}",
+            "run.dir": str(folder / name),
+        }
+        job = prepare(config.load(None, settings), world)
+        teacher = job.signals.teacher
+        before, replaced = checksum(teacher), torch.nn.functional.linear is not linear
+        gradients = first_step(job)
+        for _ in range(3):
+            train.train_step(job)
+        memory = []
+        for _ in range(200 // len(cases) if "--grow" in sys.argv else 0):
+            train.train_step(job)
+            memory.append(psutil.Process().memory_info().rss)
+        engine = getattr(teacher._scorer, "optimizer", None)
+        facts = {
+            "gradients": gradients if world.rank == 0 else None,
+            "unchanged": before == checksum(teacher),
+            "no_gradient": all(p.grad is None for p in teacher._scorer.parameters()),
+            "complete": engine and engine.param_coordinator.is_complete_trace(),
+            "bytes": teacher.bytes(),
+            "memory": memory,
+            "linear_replaced": replaced,
+            "optimized": sum(p.numel() for g in job.engine.optimizer.param_groups for p in g["params"]),
+        }
+        facts = distributed.gather_objects(facts)
+        if world.rank == 0:
+            torch.save(facts, folder / f"{name}.pt")
+        job.engine.destroy()
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
+    main(Path(arguments[0]), arguments[1:])
