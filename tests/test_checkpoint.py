@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-from contextlib import contextmanager
 
 import pytest
-from harness import same, steps, weights
+from harness import full_disk, same, steps, weights
 
 from ibdistill import checkpoint
 
@@ -81,17 +79,6 @@ def test_the_last_ones_and_the_best_are_kept(make_job):
     kept = sorted(path.name for path in job.checkpoints.folder.iterdir())
     assert kept == ["step-00000002", "step-00000004", "step-00000005"]
     assert job.checkpoints.restore(job.engine, 2).step == 2
-
-
-@contextmanager
-def full_disk(free_bytes: int):
-    """Writes beyond so many bytes a file fail, as on a full disk, really and in this process only."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("obstacle", ["full disk", "folder cannot be made"])
