@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,12 @@ from torch import Tensor
 from ibdistill.ops.divergences import DIVERGENCES
 from ibdistill.ops.estimators import DIRECTIONS, ESTIMATORS, POOLS
 
+STREAMS = ("predict", "explain")
+
 PAIRS = ("student", "teacher")
+
+BLOCK_ROWS = 16
+"""Rows that the mean pool and distillation work on at once: temporaries small beside the chunk."""
 
 IGNORED = -100
 """Label of a position that is left out."""
@@ -33,17 +38,20 @@ class Stream(NamedTuple):
 
 @dataclass(frozen=True)
 class Weights:
-    """What each sum is multiplied with in the total."""
+    """What each sum is multiplied with in the total.
 
-    ce_predict: float
+    Under torch.compile a float is a constant, and another one compiles anew; 0-d CPU tensors do as well.
+    """
+
+    ce_predict: float | Tensor
     """Of the predict stream's cross entropy (a sum over tokens)."""
-    ce_explain: float = 0.0
+    ce_explain: float | Tensor = 0.0
     """Of the explain stream's cross entropy (a sum over tokens)."""
-    mi: float = 0.0
+    mi: float | Tensor = 0.0
     """Of the mutual-information term (a sum over questions). InfoNCE: the same on all ranks."""
-    kd_predict: float = 0.0
+    kd_predict: float | Tensor = 0.0
     """Of the predict stream's divergence from the teacher (a sum over tokens)."""
-    kd_explain: float = 0.0
+    kd_explain: float | Tensor = 0.0
     """Of the explain stream's divergence from the teacher (a sum over tokens)."""
 
 
@@ -127,6 +135,11 @@ class Teacher:
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature} must be positive")
 
+    @property
+    def is_top_k(self) -> bool:
+        """Whether it is known by its top k, not by hidden states."""
+        return any(s is not None and s.ids is not None for s in (self.predict, self.explain))
+
 
 class Call(NamedTuple):
     """One checked call of the head loss."""
@@ -136,10 +149,7 @@ class Call(NamedTuple):
     weights: Weights
     mi: MISettings | None
     teacher: Teacher | None
-    group: Any
     chunk_bytes: int
-    differentiate: bool
-    """Whether gradients may be needed (false under no_grad)."""
 
 
 def check_choice(name: str, value: str, choices) -> None:
@@ -259,7 +269,13 @@ def _check_stream(name: str, stream: Stream, weight: Tensor) -> None:
         )
     if cu.ndim != 1 or cu.shape[0] < 1 or cu.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{name}.cu must be [B + 1] int32 offsets, not {list(cu.shape)} {cu.dtype}")
-    # a look at values would make the host wait for a GPU
+
+
+def check_values(name: str, stream: Stream | None, vocabulary: int) -> None:
+    """Raise ValueError if offsets or labels are out of bounds; a GPU's aren't looked at, that would wait."""
+    if stream is None:
+        return
+    hidden, labels, cu = stream
     if cu.device.type == "cpu":
         offsets = cu.tolist()
         if offsets[0] != 0 or offsets[-1] != hidden.shape[0] or offsets != sorted(offsets):
@@ -269,8 +285,8 @@ def _check_stream(name: str, stream: Stream, weight: Tensor) -> None:
             )
     if labels.device.type == "cpu" and labels.numel():
         low, high = labels[labels != IGNORED].aminmax() if bool((labels != IGNORED).any()) else (0, 0)
-        if low < 0 or high >= weight.shape[0]:
+        if low < 0 or high >= vocabulary:
             raise ValueError(
                 f"{name}.labels lie between {int(low)} and {int(high)}; they must be {IGNORED} (ignored) or"
-                f" in [0, V) = [0, {weight.shape[0]})"
+                f" in [0, V) = [0, {vocabulary})"
             )

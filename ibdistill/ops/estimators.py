@@ -113,16 +113,29 @@ def infonce(
     return {"mi": loss, "mi_bound": math.log(max(candidates.shape[0], 1)) - loss.detach()}
 
 
+def paper_gradient(target: Tensor, estimate: Tensor) -> Tensor:
+    """d (sum of `paper`'s mi) / d estimate, [B, V]: E (sum P softmax(E) - P)."""
+    e, p = estimate.exp(), target.exp()
+    return torch.softmax(e, -1).mul_(p.sum(-1, keepdim=True)).sub_(p).mul_(e)
+
+
+def normalized_gradient(target: Tensor, estimate: Tensor) -> Tensor:
+    """d (sum of `normalized`'s mi) / d estimate, [B, V]: E' - P'."""
+    return torch.softmax(estimate, -1).sub_(torch.softmax(target, -1))
+
+
 class Estimator(NamedTuple):
     """An estimator and what it works on."""
 
     function: Callable[..., dict[str, Tensor]]
     space: Literal["distribution", "state"]
+    gradient: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Of the sum of mi for a `distribution` estimate; where autograd can't look, inside the head loss."""
 
 
 ESTIMATORS = {
-    "paper": Estimator(paper, "distribution"),
-    "normalized": Estimator(normalized, "distribution"),
+    "paper": Estimator(paper, "distribution", paper_gradient),
+    "normalized": Estimator(normalized, "distribution", normalized_gradient),
     "infonce": Estimator(infonce, "state"),
 }
 

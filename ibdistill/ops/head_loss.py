@@ -10,17 +10,13 @@ backward pass only multiplies them by the upstream gradient.
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-from functools import cache
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ibdistill.ops import head_loss_torch
+from ibdistill.ops import custom, head_loss_torch
 from ibdistill.ops.arguments import (
     IGNORED,
     Call,
@@ -30,9 +26,11 @@ from ibdistill.ops.arguments import (
     TeacherStream,
     Weights,
     check_arguments,
-    check_choice,
+    check_values,
 )
 from ibdistill.ops.estimators import ESTIMATORS
+from ibdistill.ops.implementation import choose
+from ibdistill.ops.states import state_terms
 
 __all__ = [
     "IGNORED",
@@ -48,10 +46,6 @@ __all__ = [
 CHUNK_BYTES = 32 << 20
 """Default bound of the buffers of logits. Measured at V = 32128, D = 512, 640 rows, float32, 2 cores:
 the products of 4 and 8 MiB have too few rows (1.3 to 2 times the time), above 32 MiB nothing is won."""
-
-IMPLEMENTATIONS = ("auto", "triton", "torch")
-
-logger = logging.getLogger(__name__)
 
 
 def head_loss(
@@ -104,7 +98,7 @@ def head_loss(
             explain, impl = triton where it can't run.
     """
     check_arguments(predict, explain, weight, bias, mi, teacher)
-    return _dispatch(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes)
+    return _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes)
 
 
 def logits_loss(
@@ -138,77 +132,137 @@ def logits_loss(
     # a head that maps V logits to V logits has the right shape, dtype and device, and takes no memory
     stand_in = predict.hidden.new_empty(()).expand(predict.hidden.shape[1], predict.hidden.shape[1])
     check_arguments(predict, explain, stand_in, None, mi, None)
-    return _dispatch(predict, explain, None, None, weights, mi, None, None, impl, chunk_bytes)
+    return _run(predict, explain, None, None, weights, mi, None, None, impl, chunk_bytes)
 
 
-def _dispatch(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes):
-    check_choice("impl", impl, IMPLEMENTATIONS)
+def _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes):
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes = {chunk_bytes} must be positive")
-    call = Call(predict, explain, weights, mi, teacher, group, chunk_bytes, torch.is_grad_enabled())
-    compute = _choose(call, impl)
-    terms: dict[str, Tensor] = {}
-    explain_hidden = None if explain is None else explain.hidden
-    return _HeadLoss.apply(predict.hidden, explain_hidden, weight, bias, call, compute, terms), terms
+    differentiated = (predict.hidden, None if explain is None else explain.hidden, weight, bias)
+    pooled = None if mi is None or ESTIMATORS[mi.estimator].space == "state" else mi
+    total, *values = _head_loss(
+        *differentiated,
+        *(predict.labels, predict.cu),
+        *((None, None) if explain is None else (explain.labels, explain.cu)),
+        torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in vars(weights).values()]),
+        "" if pooled is None else f"{mi.estimator} {mi.pool} {mi.gradient} {mi.pair}",
+        *_flat(teacher),
+        impl,
+        chunk_bytes,
+        custom.needs_of(differentiated),
+    )
+    names = _term_names(explain is not None, pooled, teacher)
+    terms = {name: value.detach() for name, value in zip(names, values, strict=False)}
+    if mi is not None and pooled is None:
+        states = state_terms(predict, explain, mi, group)
+        total = total + weights.mi * states["mi"]
+        terms |= {name: value.detach() for name, value in states.items()}
+    return total, terms
 
 
-class _HeadLoss(torch.autograd.Function):
-    """Gradients are made in the forward pass; the backward pass multiplies copies by the upstream scalar."""
+# a custom op's annotations become its schema, which knows Optional[Tensor] only by this name
+@torch.library.custom_op("ibdistill::head_loss", mutates_args=())
+def _head_loss(
+    predict: Tensor,
+    explain: Optional[Tensor],  # noqa: UP045
+    weight: Optional[Tensor],  # noqa: UP045
+    bias: Optional[Tensor],  # noqa: UP045
+    predict_labels: Tensor,
+    predict_cu: Tensor,
+    explain_labels: Optional[Tensor],  # noqa: UP045
+    explain_cu: Optional[Tensor],  # noqa: UP045
+    weights: Tensor,
+    mi: str,
+    teacher: Sequence[Optional[Tensor]],  # noqa: UP045
+    divergence: str,
+    beta: float,
+    temperature: float,
+    impl: str,
+    chunk_bytes: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Total, terms in the order of `_term_names`, gradients. Arguments as in `head_loss`, flattened."""
+    streams = [Stream(predict.detach(), predict_labels, predict_cu), None]
+    if explain is not None:
+        streams[1] = Stream(explain.detach(), explain_labels, explain_cu)
+    for name, stream in zip(("predict", "explain"), streams, strict=True):
+        check_values(name, stream, predict.shape[1] if weight is None else weight.shape[0])
+    call = Call(
+        *streams,
+        Weights(*weights.tolist()),
+        _settings(mi),
+        _teacher(teacher, divergence, beta, temperature),
+        chunk_bytes,
+    )
+    if choose("head loss", impl, predict, _lacks(call)) == "triton":
+        from ibdistill.ops.head_loss_triton import compute
+    else:
+        compute = head_loss_torch.compute
+    head = [None if x is None else x.detach() for x in (weight, bias)]
+    with torch.autocast(predict.device.type, enabled=False):
+        total, terms, gradients = compute(call, *head, list(needs))
+    names = _term_names(explain is not None, call.mi, call.teacher)
+    assert terms.keys() == set(names), (terms.keys(), names)
+    return [
+        total,
+        *(terms[name] for name in names),
+        *(g for g, need in zip(gradients, needs, strict=True) if need),
+    ]
 
-    @staticmethod
-    def forward(ctx, predict_hidden, explain_hidden, weight, bias, call: Call, compute, terms):
-        # needs_input_grad doesn't know about no_grad, and grad mode is always off in here
-        needs = [call.differentiate and need for need in ctx.needs_input_grad[:4]]
-        head = [None if x is None else x.detach() for x in (weight, bias)]
-        with torch.autocast(predict_hidden.device.type, enabled=False):
-            total, values, gradients = compute(call, *head, needs)
-        terms.update(values)
-        ctx.save_for_backward(*(g if need else None for g, need in zip(gradients, needs, strict=True)))
-        return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor):
-        return *(None if g is None else g * upstream for g in ctx.saved_tensors), None, None, None
+@_head_loss.register_fake
+def _fake(
+    predict, explain, weight, bias, predict_labels, predict_cu, explain_labels, explain_cu,
+    weights, mi, teacher, divergence, beta, temperature, impl, chunk_bytes, needs,
+):  # fmt: skip
+    dtype = torch.float64 if predict.dtype == torch.float64 else torch.float32
+    names = _term_names(explain is not None, _settings(mi), _teacher(teacher, divergence, beta, temperature))
+    sums = [predict.new_empty((), dtype=dtype) for _ in range(1 + len(names))]
+    return sums + custom.fake_gradients((predict, explain, weight, bias), needs)
 
 
-def _choose(call: Call, impl: str):
-    """The implementation's `compute`."""
-    if impl == "torch":
-        return head_loss_torch.compute
-    reason = _why_not_triton(call)
-    if impl == "triton" and reason is not None:
-        raise ValueError(f"impl = 'triton' can't run: {reason}; use impl = 'torch' (or 'auto')")
-    if impl == "auto" and reason is None and call.predict.hidden.device.type != "cuda":
-        reason = "the tensors are on a CPU, and its interpreter is for tests only"
-    if impl == "auto":
-        _log_choice(reason)
-    if reason is not None:
-        return head_loss_torch.compute
-    from ibdistill.ops import head_loss_triton
-
-    return head_loss_triton.compute
+custom.differentiable_once(_head_loss)
 
 
-def _why_not_triton(call: Call) -> str | None:
-    """None if the Triton implementation can take this call, else why not. ROCm is cuda to torch."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if call.predict.hidden.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "the tensors are not on a GPU, and TRITON_INTERPRET=1 is not set"
-    if call.predict.hidden.dtype == torch.float64:
-        return "it has no float64"
-    teacher = call.teacher
-    if teacher is not None and any(
-        s is not None and s.ids is not None for s in (teacher.predict, teacher.explain)
-    ):
+def _settings(mi: str) -> MISettings | None:
+    if not mi:
+        return None
+    estimator, pool, gradient, pair = mi.split()
+    return MISettings(estimator, pool, gradient, pair=pair)
+
+
+def _flat(teacher: Teacher | None) -> tuple[list[Tensor | None], str, float, float]:
+    if teacher is None:
+        return [None] * 8, "forward", 0.5, 1.0
+    tensors = [*(teacher.predict or TeacherStream()), *(teacher.explain or TeacherStream())]
+    tensors = [None if x is None else x.detach() for x in (*tensors, teacher.weight, teacher.bias)]
+    return tensors, teacher.divergence, teacher.beta, teacher.temperature
+
+
+def _teacher(
+    tensors: Sequence[Tensor | None], divergence: str, beta: float, temperature: float
+) -> Teacher | None:
+    """What `_flat` has flattened."""
+    if all(x is None for x in tensors):
+        return None
+    streams = [TeacherStream(*tensors[i : i + 3]) for i in (0, 3)]
+    streams = [None if all(x is None for x in stream) else stream for stream in streams]
+    return Teacher(*streams, *tensors[6:], divergence, beta, temperature)
+
+
+def _term_names(has_explain: bool, mi: MISettings | None, teacher: Teacher | None) -> list[str]:
+    streams = ["predict", "explain"] if has_explain else ["predict"]
+    names = [f"{kind}_{stream}" for stream in streams for kind in ("ce", "correct")]
+    if mi is not None:
+        extra = {"paper": "mi_constant", "normalized": "mi_bound"}[mi.estimator]
+        names += ["mi", "mi_entropy", extra, "mi_questions"]
+    if teacher is not None:
+        names += [f"kd_{stream}" for stream in streams if getattr(teacher, stream) is not None]
+    return names
+
+
+def _lacks(call: Call) -> str | None:
+    """What of a call the Triton implementation can't do."""
+    if call.teacher is not None and call.teacher.is_top_k:
         return "a teacher's top k is only in the torch implementation"
     return None
-
-
-@cache
-def _log_choice(reason: str | None) -> None:
-    if reason is None:
-        logger.info("head loss: the Triton implementation")
-    else:
-        logger.info("head loss: the torch implementation (%s)", reason)

@@ -31,6 +31,7 @@ from ibdistill.ops.arguments import (
     TeacherStream,
     Weights,
     check_arguments,
+    check_values,
 )
 from ibdistill.ops.estimators import ESTIMATORS, barber_agakov, pool_states
 
@@ -53,6 +54,8 @@ def head_loss_reference(
     torch.bfloat16 gives what eager torch would do in bfloat16.
     """
     check_arguments(predict, explain, weight, bias, mi, teacher)
+    for name, stream in (("predict", predict), ("explain", explain)):
+        check_values(name, stream, weight.shape[0])
     dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
     streams = {"predict": predict} | ({} if explain is None else {"explain": explain})
     space = "none" if mi is None else ESTIMATORS[mi.estimator].space

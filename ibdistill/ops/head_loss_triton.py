@@ -39,8 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ibdistill.ops.arguments import IGNORED, Call, Stream
-from ibdistill.ops.estimators import ESTIMATORS, barber_agakov
-from ibdistill.ops.head_loss_torch import pack, state_terms
+from ibdistill.ops.estimators import barber_agakov
 
 WARPS = 4
 SUMS = 9
@@ -406,8 +405,6 @@ def compute(
         for group in groups:
             work.group(group, lines[group.lines[0] : group.lines[1]])
         terms = work.terms()
-        if call.mi is not None and not work.pooled:
-            terms |= work.add_state_terms()
     factors = vars(call.weights)
     total = sum(factors[name] * terms[name] for name in factors if name in terms)
     return total, terms, work.gradients()
@@ -426,7 +423,7 @@ class _Work:
         self.V = example.shape[1] if weight is None else weight.shape[0]
         self.padded = self.V if weight is None else triton.cdiv(self.V, 16) * 16
         self.row_block, self.column_block = blocks(self.V, example.element_size())
-        self.pooled = call.mi is not None and ESTIMATORS[call.mi.estimator].space == "distribution"
+        self.pooled = call.mi is not None
         self.estimator = (
             {"paper": PAPER, "normalized": NORMALIZED}[call.mi.estimator] if self.pooled else NONE
         )
@@ -559,19 +556,6 @@ class _Work:
     def _marginal_entropy(self, target_sum: Tensor) -> Tensor:
         """`barber_agakov` with a number of questions that stays on the device."""
         return barber_agakov(target_sum, self._new(0.0), self.questions)
-
-    def add_state_terms(self) -> dict[str, Tensor]:
-        """Terms of an estimator on hidden states; adds its gradient."""
-        rows = pack(self.call)
-        hidden = torch.cat(self.hidden)[rows.order]
-        need = self.d_hidden[0] is not None
-        gradient = torch.zeros_like(hidden, dtype=torch.float32) if need else None
-        terms = state_terms(self.call, rows, hidden, gradient)
-        if need:
-            whole = torch.cat(self.d_hidden).float()
-            whole[rows.order] += gradient
-            self.d_hidden = [part.to(self.dtype) for part in whole.split(self.counts)]
-        return terms
 
     def gradients(self) -> list[Tensor | None]:
         """In the order and the dtype of the inputs."""

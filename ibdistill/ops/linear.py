@@ -47,3 +47,8 @@ class ChunkedLinear:
             self.d_weight.add_(low.T @ hidden)
         if self.d_bias is not None:
             self.d_bias.add_(dy.sum(0))
+
+
+def log_softmax_(z: Tensor) -> Tensor:
+    """log_softmax of each row, in place: each row is read whole before any of it is written."""
+    return torch.log_softmax(z, -1, out=z)

@@ -21,17 +21,17 @@ that's when r is there: r exists only for as many tokens as fit `chunk_bytes`, a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ibdistill.ops.arguments import check_choice
+from ibdistill.ops import custom
+from ibdistill.ops.implementation import choose
 from ibdistill.ops.linear import ChunkedLinear
 
 CHUNK_BYTES = 8 << 20
 """Default bound of the buffer of residuals."""
-
-IMPLEMENTATIONS = ("auto", "torch")
 
 
 def vid_loss(
@@ -52,7 +52,8 @@ def vid_loss(
         weight: the map's matrix W [D_t, D].
         bias: b [D_t].
         log_variance: g [D_t], logarithm of the variance of each of the teacher's dimensions.
-        impl: torch, or auto, which chooses.
+        impl: triton (on a GPU, or anywhere under TRITON_INTERPRET=1), torch, or auto: triton for tensors on
+            a GPU where triton is installed, but not for float64.
         chunk_bytes: at most this much memory for residuals (at least one token's).
 
     All may be float32, bfloat16, float16 or float64, each its own; sums are accumulated in float32
@@ -64,13 +65,13 @@ def vid_loss(
         may be called again with retain_graph.
 
     Raises:
-        ValueError: shapes, dtypes or devices that don't fit, unknown impl.
+        ValueError: shapes, dtypes or devices that don't fit, unknown impl, impl = triton where it can't run.
     """
     _check(student, teacher, weight, bias, log_variance)
-    check_choice("impl", impl, IMPLEMENTATIONS)
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes = {chunk_bytes} must be positive")
-    return _Vid.apply(student, teacher, weight, bias, log_variance, chunk_bytes, torch.is_grad_enabled())
+    parameters = student, weight, bias, log_variance
+    return _vid_loss(*parameters, teacher.detach(), impl, chunk_bytes, custom.needs_of(parameters))[0]
 
 
 def vid_loss_reference(
@@ -81,54 +82,82 @@ def vid_loss_reference(
     return 0.5 * (residual**2 * torch.exp(-log_variance) + log_variance).mean(-1).sum()
 
 
-class _Vid(torch.autograd.Function):
-    """Gradients are made in the forward pass; the backward pass multiplies copies by the upstream scalar."""
+@torch.library.custom_op("ibdistill::vid_loss", mutates_args=())
+def _vid_loss(
+    student: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    log_variance: Tensor,
+    teacher: Tensor,
+    impl: str,
+    chunk_bytes: int,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The sum and the gradients."""
+    absorb = absorb_torch
+    if choose("VID loss", impl, weight) == "triton":
+        from ibdistill.ops.vid_triton import absorb
+    with torch.autocast(student.device.type, enabled=False):
+        return compute(student, weight, bias, log_variance, teacher, absorb, chunk_bytes, list(needs))
 
-    @staticmethod
-    def forward(ctx, student, teacher, weight, bias, log_variance, chunk_bytes, differentiate):
-        needs = [differentiate and ctx.needs_input_grad[i] for i in (0, 2, 3, 4)]
-        with torch.autocast(student.device.type, enabled=False):
-            total, gradients = compute(student, teacher, weight, bias, log_variance, chunk_bytes, needs)
-        inputs = (student, weight, bias, log_variance)
-        ctx.save_for_backward(
-            *(g.to(x.dtype) if need else None for g, x, need in zip(gradients, inputs, needs, strict=True))
-        )
-        return total
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, upstream: Tensor):
-        student, *rest = (None if g is None else g * upstream for g in ctx.saved_tensors)
-        return student, None, *rest, None, None
+@_vid_loss.register_fake
+def _fake(student, weight, bias, log_variance, teacher, impl, chunk_bytes, needs):
+    total = student.new_empty((), dtype=torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    return [total, *custom.fake_gradients((student, weight, bias, log_variance), needs)]
+
+
+custom.differentiable_once(_vid_loss)
 
 
 def compute(
     student: Tensor,
-    teacher: Tensor,
     weight: Tensor,
     bias: Tensor,
     log_variance: Tensor,
+    teacher: Tensor,
+    absorb: Callable,
     chunk_bytes: int,
     needs: list[bool],
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The sum, and the gradients of student, weight, bias and log_variance in the accumulator's dtype."""
-    linear = ChunkedLinear(student, weight, bias, needs[:3])
+) -> list[Tensor]:
+    """The sum, and the gradients that are needed of student, weight, bias and log_variance.
+
+    `absorb(y, bias, teacher, precision, squares, d_bias)` does the rest of a chunk's work once y = W s is
+    there: adds the columns' sums of squared residuals to squares, and, unless d_bias is None, turns y into
+    e and adds its columns' sums to d_bias.
+    """
+    linear = ChunkedLinear(student, weight, None, (needs[0], needs[1], False))
     dtype, (tokens, width) = linear.accumulator, teacher.shape
     g = log_variance.to(dtype)
-    precision = torch.exp(-g)
-    squares = torch.zeros_like(g)
-    size = max(1, chunk_bytes // (width * dtype.itemsize))
-    buffer = student.new_empty(min(size, tokens), width, dtype=dtype)
+    precision, squares = torch.exp(-g), torch.zeros_like(g)
+    d_bias = torch.zeros_like(g) if any(needs[:3]) else None
+    exact = absorb is absorb_torch
+    buffer_dtype = dtype if exact else linear.weight.dtype
+    size = max(1, chunk_bytes // (width * buffer_dtype.itemsize))
+    buffer = student.new_empty(min(size, tokens), width, dtype=buffer_dtype)
     for a in range(0, tokens, size):
         b = min(a + size, tokens)
-        residual = linear.forward(a, b, buffer).sub_(teacher[a:b])
-        # a norm needs no second buffer for the squares
-        squares.add_(torch.linalg.vector_norm(residual, dim=0).square_())
-        if any(needs[:3]):
-            linear.add_gradients(residual.mul_(precision / width), a, b)
+        y = linear.forward(a, b, buffer)
+        absorb(y, bias, teacher[a:b], precision, squares, d_bias)
+        if d_bias is not None:
+            linear.add_gradients(y, a, b)
     total = 0.5 / width * (squares @ precision + tokens * g.sum())
     d_log_variance = 0.5 / width * (tokens - squares * precision)
-    return total, [linear.d_hidden, linear.d_weight, linear.d_bias, d_log_variance]
+    gradients = (linear.d_hidden, linear.d_weight, d_bias, d_log_variance)
+    inputs = (student, weight, bias, log_variance)
+    return [total, *(d.to(x.dtype) for d, x, need in zip(gradients, inputs, needs, strict=True) if need)]
+
+
+def absorb_torch(
+    y: Tensor, bias: Tensor, teacher: Tensor, precision: Tensor, squares: Tensor, d_bias: Tensor | None
+) -> None:
+    """See `compute`."""
+    residual = y.add_(bias).sub_(teacher)
+    # a norm needs no second buffer for the squares
+    squares.add_(torch.linalg.vector_norm(residual, dim=0).square_())
+    if d_bias is not None:
+        residual.mul_(precision / len(precision))
+        d_bias.add_(residual.sum(0))
 
 
 def _check(student: Tensor, teacher: Tensor, weight: Tensor, bias: Tensor, log_variance: Tensor) -> None:
