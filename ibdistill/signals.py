@@ -44,7 +44,7 @@ from ibdistill.teacher import SHARDED, Teacher, TeacherSignal, Wanted, fit_rows
 
 logger = logging.getLogger("ibdistill")
 
-_HEAD = "head.safetensors"
+_HEAD = "head.tensors"  # safetensors, under a name that the cache does not take for a shard
 
 
 class Signals:
@@ -73,6 +73,7 @@ class Signals:
         self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._open_cache(tokenizer) if config.cache else None
+        self._writes, self._told = True, False
         missing = self._missing()
         self.teacher = None
         if missing:
@@ -129,14 +130,27 @@ class Signals:
     def end_epoch(self) -> None:
         """Let every rank see what the others have written. Collective."""
         if self._cache is not None:
-            self._cache.flush()
+            self.flush()
             dist.barrier()
             self._cache.refresh()
+            if not self._told:
+                self._told = True
+                logger.info("%s", self._cache.summary())
 
     def flush(self) -> None:
         """Write out what is not on disk yet. To be called before a checkpoint."""
-        if self._cache is not None:
-            self._cache.flush()
+        if self._cache is not None and self._writes:
+            with self._write_errors():
+                self._cache.flush()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """A full disk ends the cache's growth, not the run."""
+        try:
+            yield
+        except OSError as error:
+            self._writes = False
+            logger.error("%s. The run goes on and asks the teacher for what is not there", error)
 
     def _key(self, row: int) -> bytes:
         features = self._features
@@ -174,15 +188,21 @@ class Signals:
             if self._cache is None:
                 return signal
             packed = self._pack(signal)
+        if self._writes:
+            self._put(rows, packed)
+        return self._unpack(packed, signal.weight, signal.bias)
+
+    def _put(self, rows: Sequence[int], packed: dict[str, Tensor]) -> None:
+        """Keep each record's part."""
         lengths = {"questions": self._features.questions["predict"].lengths}
         lengths |= {stream: self._features.targets[stream].lengths for stream in STREAMS}
         pieces = {
             name: tensor.cpu().split([int(lengths[name.split(".")[0]][row]) for row in rows])
             for name, tensor in packed.items()
         }
-        for i, row in enumerate(rows):
-            self._cache.put(self._keys[row], {name: parts[i] for name, parts in pieces.items()})
-        return self._unpack(packed, signal.weight, signal.bias)
+        with self._write_errors():
+            for i, row in enumerate(rows):
+                self._cache.put(self._keys[row], {name: parts[i] for name, parts in pieces.items()})
 
     def _for_teacher(self, rows: Sequence[int], batch: Batch) -> Batch:
         """The micro-batch as the teacher's family reads it."""

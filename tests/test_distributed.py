@@ -84,13 +84,21 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
         "run.test_limit": 11,
         "deepspeed.config": f"zero{stage}",
     }
+    teacher = {
+        "teacher.placement": "zero3",
+        "teacher.model": "demo-teacher",
+        "objective.method": "ib+kd",
+    }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    if stage == 3:
+        settings |= teacher
+    caches = {run: {"teacher.cache": f"{run}_cache"} if stage == 3 else {} for run in (whole, broken)}
     log = tmp_path / "whole.log"
-    assert launch([TRAIN, *as_arguments(tiny(whole, **settings))], ranks=2, log=log) == 0, log.read_text()[
-        -4000:
-    ]
+    assert launch([TRAIN, *as_arguments(tiny(whole, **settings, **caches[whole]))], ranks=2, log=log) == 0, (
+        log.read_text()[-4000:]
+    )
 
-    command = [TRAIN, *as_arguments(tiny(broken, **settings))]
+    command = [TRAIN, *as_arguments(tiny(broken, **settings, **caches[broken]))]
     kill_at = random.randrange(6, 20)
     print(f"kill -9 after step {kill_at}")
     log = tmp_path / "killed.log"

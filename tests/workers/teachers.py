@@ -6,6 +6,7 @@ there is to know about the teacher, to FOLDER/PLACEMENT_zeroS_Rranks.pt.
 
 from __future__ import annotations
 
+import hashlib
 import socket
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import psutil
 import torch
 from deepspeed.utils import safe_get_full_grad
 
-from ibdistill import config, distributed, sharding, train
+from ibdistill import config, distributed, train
 from ibdistill.job import prepare
 
 SETTINGS = {
@@ -34,10 +35,10 @@ SETTINGS = {
 }
 
 
-def checksum(teacher) -> list[float]:
-    """Of the tensors that this rank holds; a share that is whole elsewhere is looked at here only."""
-    held = [t for p in teacher._scorer.parameters() for t in sharding.held(p)]
-    return [float(t.double().abs().sum()) for t in held]
+def checksum(teacher) -> list[str]:
+    """Digests of what this rank keeps of the teacher: shares, or whole parameters."""
+    kept = [getattr(p, "ds_tensor", p) for p in teacher._scorer.parameters()]
+    return [hashlib.sha256(t.detach().numpy().tobytes()).hexdigest() for t in kept]
 
 
 def first_step(job) -> dict[str, torch.Tensor]:
@@ -59,8 +60,8 @@ def first_step(job) -> dict[str, torch.Tensor]:
 
 def main(folder: Path, cases: list[str]) -> None:
     world = distributed.init()
-    linear = torch.nn.functional.linear
     for case in cases:
+        linear = torch.nn.functional.linear
         placement, stage = case.split(":")
         if placement == "zero3_node":  # two nodes of two ranks each
             socket.gethostname = lambda: f"node{world.rank // 2}"
@@ -77,7 +78,7 @@ def main(folder: Path, cases: list[str]) -> None:
         for _ in range(3):
             train.train_step(job)
         memory = []
-        for _ in range(200 // len(cases) if "--grow" in sys.argv else 0):
+        for _ in range(200 if case == "zero3:2" else 0):
             train.train_step(job)
             memory.append(psutil.Process().memory_info().rss)
         engine = getattr(teacher._scorer, "optimizer", None)
@@ -99,5 +100,5 @@ def main(folder: Path, cases: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--")]
-    main(Path(arguments[0]), arguments[1:])
+    folder, *cases = [a for a in sys.argv[1:] if not a.startswith("--")]
+    main(Path(folder), cases)
