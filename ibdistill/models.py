@@ -266,7 +266,7 @@ class WholeModel:
             state[name] = state[first.setdefault(id(parameter), name)]
         model.load_state_dict(state, strict=False, assign=True)
         # the skeleton's buffers, such as rotary frequencies, stayed where the model was made
-        return model.to(parameter.device)
+        return model.to(state[name].device)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

@@ -322,6 +322,28 @@ def test_gradient_checkpointing_does_not_change_gradients(folder, model_type):
         torch.testing.assert_close(gradients[1][n], gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen2"])
+def test_a_compiled_student_says_the_same(folder, monkeypatch, model_type):
+    """Through dynamo only; inductor's C++ would take minutes to build on two cores."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="eager", **kw)
+    )
+    name, tokenizer = folder(model_type)
+    eager, compiled = (
+        models.load_student(StudentConfig(model=name, compile=on), tokenizer, 0).eval()
+        for on in (False, True)
+    )
+    assert compiled.get_decoder()._compiled_call_impl and not eager.get_decoder()._compiled_call_impl
+    for lengths in ([(9, 2, 7), (4, 5, 0)], [(13, 1, 3), (6, 2, 2), (5, 5, 20)]):
+        batch = data.collate(
+            features_of(lengths), range(len(lengths)), STREAMS, pad=0, start=None, separator=5
+        )
+        with torch.no_grad():
+            ours, expected = (models.states(m, batch).targets["explain"] for m in (compiled, eager))
+        torch.testing.assert_close(ours, expected)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
