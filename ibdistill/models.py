@@ -140,16 +140,18 @@ def check_vocabularies(
     differing = [i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)]
     if differing:
         first = min(differing)
+        if not any(i in ours and i in theirs for i in differing):
+            ways_out += ". Or give the larger tokenizer as student.tokenizer, if student.model has the rows"
         shown = [repr(v[first]) if first in v else "nothing" for v in (ours, theirs)]
         raise ValueError(
             f"{sizes}, and {len(differing)} ids differ. The first is {first}: {shown[0]} for the student, "
             f"{shown[1]} for the teacher. {ways_out}"
         )
     shared = min(student_rows, teacher_rows)
-    if max(ours) >= shared:
+    if beyond := [i for i in ours if i >= shared]:
         raise ValueError(
-            f"{sizes}: token {shared}, {ours[shared]!r}, and later ones are not among the {shared} shared "
-            f"rows. {ways_out}"
+            f"{sizes}: {len(beyond)} tokens, from {min(beyond)}, {ours[min(beyond)]!r}, on, are not among "
+            f"the {shared} shared rows. {ways_out}"
         )
     if student.eos_token_id != teacher.eos_token_id:
         raise ValueError(
@@ -262,7 +264,7 @@ class WholeModel:
             state[name] = state[first.setdefault(id(parameter), name)]
         model.load_state_dict(state, strict=False, assign=True)
         # the skeleton's buffers, such as rotary frequencies, stayed where the model was made
-        return model.to(parameter.device)
+        return model.to(state[name].device)
 
 
 def _skeleton(model: nn.Module) -> nn.Module:

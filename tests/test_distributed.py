@@ -23,9 +23,8 @@ def gradients(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     folder = tmp_path_factory.mktemp("gradients")
     for ranks in RANKS:
         log = folder / f"{ranks}.log"
-        code = launch(
-            [str(ROOT / "tests/workers/gradients.py"), str(folder), "2"], ranks=ranks, log=log, timeout=400
-        )
+        arguments = [str(ROOT / "tests/workers/gradients.py"), str(folder), "2", "demo-student"]
+        code = launch(arguments, ranks=ranks, log=log, timeout=400)
         assert code == 0, log.read_text()[-4000:]
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 

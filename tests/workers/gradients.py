@@ -12,12 +12,13 @@ from ibdistill import config, distributed, train
 from ibdistill.job import prepare
 
 
-def main(folder: Path, micro_batch_size: int) -> None:
+def main(folder: Path, micro_batch_size: int, model: str) -> None:
     world = distributed.init()
     settings = {
         "data.subsample": 64,
         "data.max_label_tokens": 16,
         "data.max_rationale_tokens": 48,
+        "student.model": model,
         "student.dropout": 0.0,
         "objective.method": "ib",
         "objective.beta": 0.3,
@@ -48,4 +49,4 @@ def main(folder: Path, micro_batch_size: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-2]), int(sys.argv[-1]))
+    main(Path(sys.argv[-3]), int(sys.argv[-2]), sys.argv[-1])
