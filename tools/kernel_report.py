@@ -3,31 +3,35 @@
     python tools/kernel_report.py            # all targets
     python tools/kernel_report.py --targets sm_90 --V 50257
 
-The launches are recorded, not described a second time: the head loss runs on CPU tensors of the real shape
+The launches are recorded, not described a second time: the losses run on CPU tensors of the real shape
 class (bfloat16, given V) with every kernel replaced by a recorder, so argument types, alignment, block sizes
 and warps are those of a real call. Each launch is compiled for each target. The report fails (exit code 1) on
 
-- register spills or local memory on sm_90,
-- blocks of logits moved by less than 16 bytes per thread and instruction (NVIDIA targets; the single logit
-  of a row's label is not a block; given logits whose rows aren't multiples of 16 bytes can't do better),
+- register spills or local memory on sm_90 and gfx942,
+- blocks of logits (or of VID's residuals) moved by less than 16 bytes per thread and instruction; the single
+  logit of a row's label is not a block; given logits whose rows aren't multiples of 16 bytes can't do better,
 - shared memory above the target's limit,
 - more than 8 bytes moved per bfloat16 logit, forward and backward, cross entropy and max-pooled term
-  together, in the logits entry. Counted in the compiler's own IR: the kernels' loops visit each logit once,
-  so every load or store of a block of logits in it is one movement of each logit.
+  together, in the logits entry, and more than 6 per element of VID. Counted in the compiler's own IR: the
+  kernels' loops visit each logit once, so every load or store of a block of logits in it is one movement.
 
 The last table is a prediction from that count and the vendors' bandwidths, not a measurement.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
@@ -40,7 +44,8 @@ TARGETS = {
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 BANDWIDTH = {"A100 80GB": 2.04e12, "H100 SXM": 3.35e12, "B200": 8.0e12}
 """Bytes per second, vendors' data sheets."""
-BYTES_PER_LOGIT = 8
+LIMITS = {"logits, CE + paper, max": 8, "VID, D_t = 1024": 6}
+"""Bytes per bfloat16 element."""
 
 
 class Launch(NamedTuple):
@@ -66,23 +71,20 @@ class Recorder:
         return launch
 
 
-def record(V: int, dtype: torch.dtype, lengths: tuple[int, ...] = (3, 3)) -> dict[str, list[Launch]]:
+def record(
+    V: int, dtype: torch.dtype, lengths: tuple[int, ...] = (3, 3), lanes: int = 32, D: int = 16
+) -> dict[str, list[Launch]]:
     """Case -> the launches of one call of it, with questions of these lengths in both streams."""
-    from ibdistill.ops import head_loss_triton as module
+    from ibdistill.ops import head_loss_triton, launch, vid, vid_triton
     from ibdistill.ops.arguments import Call, MISettings, Stream, Teacher, TeacherStream, Weights
 
-    names = [name for name in vars(module) if name.endswith("_kernel")]
-    kernels = {name: getattr(module, name) for name in names}
-    launches: list[Launch] = []
-    for name, kernel in kernels.items():
-        setattr(module, name, Recorder(kernel, launches))
-    D = 16
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
     labels = torch.zeros(sum(lengths), dtype=torch.int64)
     hidden = Stream(torch.zeros(sum(lengths), D, dtype=dtype), labels, cu)
     logits = Stream(torch.zeros(sum(lengths), V, dtype=dtype), labels, cu)
     weight = torch.zeros(V, D, dtype=dtype)
     signal = TeacherStream(hidden.hidden)
+    white = Teacher(signal, signal, weight)
     cases: dict[str, tuple[Any, ...]] = {
         "logits, CE + paper, max": (logits, MISettings(), None),
         "logits, CE + normalized, mean": (logits, MISettings("normalized", "mean"), None),
@@ -90,22 +92,39 @@ def record(V: int, dtype: torch.dtype, lengths: tuple[int, ...] = (3, 3)) -> dic
         "head, CE + paper, max": (hidden, MISettings(), None),
         "head, CE + normalized, max": (hidden, MISettings("normalized"), None),
         "head, CE + paper, mean": (hidden, MISettings("paper", "mean"), None),
+        "head, CE + normalized, max, teacher": (hidden, MISettings("normalized", pair="teacher"), white),
     }
     for divergence in ("forward", "reverse", "jsd"):
-        teacher = Teacher(signal, signal, weight, divergence=divergence)
+        teacher = dataclasses.replace(white, divergence=divergence)
         cases[f"head, CE + KD {divergence}"] = (hidden, None, teacher)
         cases[f"head, CE + paper, max + KD {divergence}"] = (hidden, MISettings(), teacher)
     out = {}
-    try:
+    with recorded(head_loss_triton, vid_triton) as launches, mock.patch.object(launch, "LANES", lanes):
         for case, (stream, mi, teacher) in cases.items():
-            call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, None, 32 << 20, True)
+            call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, 32 << 20)
             head = None if case.startswith("logits") else weight
-            module.compute(call, head, None, [True, True, head is not None, False])
+            head_loss_triton.compute(call, head, None, [True, True, head is not None, False])
             out[case], launches[:] = list(launches), []
-    finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+        # as on a GPU: the product in the states' dtype
+        with mock.patch.object(torch.cpu, "_is_amx_tile_supported", lambda: True):
+            for case, width in (("VID, D_t = 1024", 1024), ("VID, D_t = 768", 768)):
+                vector, states = torch.zeros(width), torch.zeros(sum(lengths), width, dtype=dtype)
+                arguments = (hidden.hidden, torch.zeros(width, D, dtype=dtype), vector, vector, states)
+                vid.compute(*arguments, vid_triton.absorb, 32 << 20, [True] * 4)
+                out[case], launches[:] = list(launches), []
     return out
+
+
+@contextlib.contextmanager
+def recorded(*modules: Any) -> Iterator[list[Launch]]:
+    """The launches of the modules' kernels, none of which run."""
+    launches: list[Launch] = []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                recorder = Recorder(getattr(module, name), launches)
+                stack.enter_context(mock.patch.object(module, name, recorder))
+        yield launches
 
 
 def compile_launch(launch: Launch, target: str):
@@ -186,11 +205,14 @@ def moves(compiled, dtype: torch.dtype) -> tuple[int, int, int]:
 def wide(mix: Counter, target: str, reads: int, writes: int, single: int) -> str | None:
     """What is wrong with the widths of the global accesses, or None. 16-bit accesses are logits cut small."""
     if target.startswith("gfx"):
-        return None
-    loads = sum(n for name, n in mix.items() if name.startswith("LDG") and ".128" in name)
-    stores = sum(n for name, n in mix.items() if name.startswith("STG") and ".128" in name)
+        load, store, full = r"(global|buffer|flat)_load_", r"(global|buffer|flat)_store_", "dwordx4"
+        small = r"_(short|ushort|byte|ubyte|sbyte)"
+    else:
+        load, store, full, small = "LDG", "STG", ".128", r"\.[US](8|16)\b"
+    loads = sum(n for name, n in mix.items() if re.match(load, name) and full in name)
+    stores = sum(n for name, n in mix.items() if re.match(store, name) and full in name)
     narrow = {
-        k: n for k, n in mix.items() if k.startswith(("LDG", "STG")) and re.search(r"\.[US](8|16)\b", k)
+        name: n for name, n in mix.items() if re.match(f"{load}|{store}", name) and re.search(small, name)
     }
     if sum(narrow.values()) > single or loads < reads or stores < writes:
         return f"{loads} loads and {stores} stores of 16 bytes for {reads} and {writes}, narrow: {narrow}"
@@ -207,35 +229,45 @@ def main(targets: str | tuple[str, ...] = tuple(TARGETS), V: int = 32128, dtype:
     """Compile, check and print. See the top of this file."""
     targets = (targets,) if isinstance(targets, str) else targets
     kind = getattr(torch, dtype)
-    failures, per_logit, seen = [], {}, {}
+    failures, per_logit = [], {}
     print(f"{'kernel':20} {'constants':34} {'target':7} regs spill shared occup.  instructions")
-    for case, launches in record(V, kind).items():
-        moved = 0
-        for launch in {(x.kernel.__name__, str(constants_of(x))): x for x in launches}.values():
-            name, constants = launch.kernel.__name__, constants_of(launch)
-            for target in targets:
-                key = (name, str(constants), target, shapes_of(launch))
-                if key not in seen:
-                    compiled = compile_launch(launch, target)
-                    code, (reads, writes, single) = machine_code(compiled, target), moves(compiled, kind)
-                    seen[key] = reads + writes
-                    padded = case.startswith("head") or V * kind.itemsize % 16 == 0
-                    problem = wide(code["mix"], target, reads, writes, single) if padded else None
-                    failures += check(f"{name} {constants} on {target}", target, code, problem)
-                    print(line(name, constants, target, code, launch.options["num_warps"]))
-            moved += seen[(name, str(constants), targets[0], shapes_of(launch))]
-        per_logit[case] = moved * kind.itemsize
-    print(
-        "\nbytes moved per logit, forward + backward (besides [B, V] arrays: 36 bytes per sequence and entry)"
-    )
+    for target in targets:
+        seen: dict[tuple, int] = {}
+        for case, launches in record(V, kind, lanes=TARGETS[target][2]).items():
+            moved = 0
+            for launch in {key_of(x): x for x in launches}.values():
+                if key_of(launch) not in seen:
+                    seen[key_of(launch)] = inspect(launch, case, target, V, kind, failures)
+                moved += seen[key_of(launch)]
+            per_logit[case] = moved * kind.itemsize
+    print("\nbytes moved per logit or residual, forward + backward; besides, [B, V] arrays: 36 bytes per")
+    print("sequence and entry, and VID's partial sums")
     for case, moved in per_logit.items():
         print(f"  {case:38} {moved}")
-    if dtype == "bfloat16" and per_logit["logits, CE + paper, max"] > BYTES_PER_LOGIT:
-        failures.append(f"more than {BYTES_PER_LOGIT} bytes per logit")
+    for case, limit in LIMITS.items() if dtype == "bfloat16" else ():
+        if per_logit[case] > limit:
+            failures.append(f"{case}: more than {limit} bytes per element")
     predict(V, per_logit["logits, CE + paper, max"])
     print("\n" + ("FAILED:\n  " + "\n  ".join(failures) if failures else "all checks passed"))
     if failures:
         sys.exit(1)
+
+
+def key_of(launch: Launch) -> tuple:
+    """Launches with the same key are one compilation."""
+    return launch.kernel.__name__, str(constants_of(launch)), shapes_of(launch)
+
+
+def inspect(launch: Launch, case: str, target: str, V: int, kind: torch.dtype, failures: list[str]) -> int:
+    """Compile, check and print one launch; how often it moves a block of logits."""
+    name, constants = launch.kernel.__name__, constants_of(launch)
+    compiled = compile_launch(launch, target)
+    code, (reads, writes, single) = machine_code(compiled, target), moves(compiled, kind)
+    aligned = not case.startswith("logits") or V * kind.itemsize % 16 == 0
+    problem = wide(code["mix"], target, reads, writes, single) if aligned else None
+    failures += check(f"{name} {constants} on {target}", target, code, problem)
+    print(line(name, constants, target, code, launch.options["num_warps"]))
+    return reads + writes
 
 
 def predict(V: int, moved: int) -> None:
@@ -267,7 +299,7 @@ def shapes_of(launch: Launch) -> tuple:
 def check(where: str, target: str, code: dict, problem: str | None) -> list[str]:
     """The failures of one compiled kernel."""
     out = [f"{where}: {problem}"] if problem else []
-    if target == "sm_90" and code["spills"]:
+    if target in ("sm_90", "gfx942") and code["spills"]:
         out.append(f"{where}: {code['spills']} bytes of local memory")
     if code["shared"] > SHARED_LIMIT[target]:
         out.append(f"{where}: {code['shared']} bytes of shared memory, {SHARED_LIMIT[target]} exist")

@@ -130,7 +130,7 @@ def logits_loss(
     if predict.hidden.ndim != 2:
         raise ValueError(f"predict.hidden must be logits [N, V], not {list(predict.hidden.shape)}")
     # a head that maps V logits to V logits has the right shape, dtype and device, and takes no memory
-    stand_in = predict.hidden.new_empty(()).expand(predict.hidden.shape[1], predict.hidden.shape[1])
+    stand_in = predict.hidden.new_zeros(()).expand(predict.hidden.shape[1], predict.hidden.shape[1])
     check_arguments(predict, explain, stand_in, None, mi, None)
     return _run(predict, explain, None, None, weights, mi, None, None, impl, chunk_bytes)
 

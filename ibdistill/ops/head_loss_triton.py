@@ -20,10 +20,8 @@ sequence: first row, last row + 1, question, stream (0 predict, 1 explain). A ch
 whose logits start at z. Nothing here waits for the device, no sum is made with atomics, so results are
 reproducible to the bit, and no count of tokens is a constant of a kernel.
 
-Block sizes (V, D, dtype, device). 16 bytes per thread and load are what a GPU moves best, so a block has
-16 bytes of z for each thread, or twice that for rows, which need more loads in flight per program: there's
-one program per row, against V / block programs per sequence for columns. D only matters to the GEMM. The
-buffer's rows are padded to a multiple of 16 elements, or a V like 50257 would make loads 2 bytes wide.
+Block sizes are in `launch`. The buffer's rows are padded to a multiple of 16 elements, or a V like 50257
+would make loads 2 bytes wide.
 """
 
 from __future__ import annotations
@@ -38,10 +36,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ibdistill.ops import launch
 from ibdistill.ops.arguments import IGNORED, Call, Stream
 from ibdistill.ops.estimators import barber_agakov
 
-WARPS = 4
 SUMS = 9
 """Per question, of pooled P, E: sum (2), sum exp (2), sum P E, sum x log x (2), sum P log E, sum E log P."""
 
@@ -333,13 +331,6 @@ def gradient_kernel(
         out_row += out_stride
 
 
-def blocks(V: int, itemsize: int) -> tuple[int, int]:
-    """Elements of a block of a row, and of columns: see the top of this file."""
-    column = 16 // itemsize * 32 * WARPS
-    widest = triton.next_power_of_2(max(V, 16))
-    return min(2 * column, widest), min(column, widest)
-
-
 class _Group(NamedTuple):
     """Rows that are worked on together: whole questions if something is pooled."""
 
@@ -422,7 +413,11 @@ class _Work:
         self.device, self.dtype = example.device, example.dtype
         self.V = example.shape[1] if weight is None else weight.shape[0]
         self.padded = self.V if weight is None else triton.cdiv(self.V, 16) * 16
-        self.row_block, self.column_block = blocks(self.V, example.element_size())
+        itemsize = example.element_size()
+        self.row_block, self.column_block = (
+            launch.row_block(self.V, itemsize),
+            launch.column_block(self.V, itemsize),
+        )
         self.pooled = call.mi is not None
         self.estimator = (
             {"paper": PAPER, "normalized": NORMALIZED}[call.mi.estimator] if self.pooled else NONE
@@ -610,7 +605,7 @@ class _GroupState:
         if a < b:
             row_stats_kernel[(b - a,)](
                 z, z.stride(0), self.labels, self.lse, self.ce, self.correct, a,
-                self.work.V, self.work.padded, BLOCK=self.work.row_block, num_warps=WARPS,
+                self.work.V, self.work.padded, BLOCK=self.work.row_block, num_warps=launch.WARPS,
             )  # fmt: skip
 
     def teacher_statistics(self, z: Tensor, a: int, b: int) -> Tensor:
@@ -618,20 +613,21 @@ class _GroupState:
         if a < b:
             row_stats_kernel[(b - a,)](
                 z, z.stride(0), self.labels, self.paired_lse, self.scratch, self.scratch, a,
-                self.work.V, self.work.padded, BLOCK=self.work.row_block, num_warps=WARPS,
+                self.work.V, self.work.padded, BLOCK=self.work.row_block, num_warps=launch.WARPS,
             )  # fmt: skip
         return self.paired_lse
 
     def pool(self, z: Tensor, lse: Tensor, a: int, b: int, sequences: slice = slice(None)) -> None:
         """Carry the pools of these lines of the table on with the rows a to b."""
         work = self.work
-        table, lengths = self.table[sequences].contiguous(), self.lengths[sequences].contiguous()
+        # clones, because a view's first element may lie where loads can't be wide: another compilation
+        table, lengths = self.table[sequences].clone(), self.lengths[sequences].clone()
         grid = (len(table), triton.cdiv(work.padded, work.column_block))
         if a < b:
             pool_kernel[grid](
                 z, z.stride(0), self.labels, lse, table, lengths, self.pooled, self.winners,
                 self.group.questions, a, b, work.V, work.padded,
-                IS_MAX=work.is_max, BLOCK=work.column_block, num_warps=WARPS,
+                IS_MAX=work.is_max, BLOCK=work.column_block, num_warps=launch.WARPS,
             )  # fmt: skip
 
     def teach(self, z: Tensor, teacher: Tensor, a: int, b: int) -> None:
@@ -640,7 +636,7 @@ class _GroupState:
         teach_kernel[(b - a,)](
             z, teacher, z.stride(0), self.student_lse, self.teacher_lse, self.losses, self.means, a,
             work.V, work.padded, 1 / settings.temperature, settings.beta,
-            DIVERGENCE=_divergence(settings), BLOCK=work.row_block, num_warps=WARPS,
+            DIVERGENCE=_divergence(settings), BLOCK=work.row_block, num_warps=launch.WARPS,
         )  # fmt: skip
 
     def estimate(self) -> None:
@@ -664,7 +660,7 @@ class _GroupState:
         parts = self.lse.new_empty(*grid, SUMS)
         pooled_sums_kernel[grid](
             self.pooled, self.both.int(), parts, questions, work.V, work.padded,
-            BLOCK=work.column_block, num_warps=WARPS,
+            BLOCK=work.column_block, num_warps=launch.WARPS,
         )  # fmt: skip
         self.sums = parts.sum(1)
         columns = self.sums.unbind(1)
@@ -699,7 +695,7 @@ class _GroupState:
             lines = self.table[side::2].contiguous()
             winner_sums_kernel[(len(lines), splits)](
                 lines, self.pooled, self.winners, self.sums, parts, self.group.questions, work.V, work.padded,
-                work.pool_scale, ESTIMATOR=work.estimator, BLOCK=work.column_block, num_warps=WARPS,
+                work.pool_scale, ESTIMATOR=work.estimator, BLOCK=work.column_block, num_warps=launch.WARPS,
             )  # fmt: skip
         self.won = parts.sum(1)
 
@@ -712,7 +708,7 @@ class _GroupState:
         mean_sums_kernel[(b - a,)](
             z, z.stride(0), self.labels, self.lse, owners, self.lengths, self.pooled, self.sums, work.gets,
             self.won, self.group.questions, a, work.V, work.padded, work.pool_scale,
-            ESTIMATOR=work.estimator, BLOCK=work.row_block, num_warps=WARPS,
+            ESTIMATOR=work.estimator, BLOCK=work.row_block, num_warps=launch.WARPS,
         )  # fmt: skip
 
     def gradient(self, z: Tensor, out: Tensor, teacher: Tensor | None, a: int, b: int) -> None:
@@ -733,7 +729,8 @@ class _GroupState:
             a, b, work.V, work.padded, work.pool_scale,
             1 / settings.temperature if settings else 1.0, settings.beta if settings else 0.5,
             ESTIMATOR=work.estimator if work.passes else NONE, IS_MAX=work.is_max,
-            DIVERGENCE=_divergence(settings) if settings else NONE, BLOCK=work.column_block, num_warps=WARPS,
+            DIVERGENCE=_divergence(settings) if settings else NONE,
+            BLOCK=work.column_block, num_warps=launch.WARPS,
         )  # fmt: skip
 
 

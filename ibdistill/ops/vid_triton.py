@@ -6,8 +6,8 @@ column sums, of squared residuals and of e, give the loss and the gradients of b
 block of columns and ROWS rows and writes partial sums; torch adds these in a fixed order, so that results
 are reproducible to the bit.
 
-Block sizes (D_t, dtype, device): 16 bytes of y for each thread, as in `head_loss_triton`; ROWS such that the
-partial sums add 8 / ROWS bytes per element and 2048 tokens of 1024 dimensions still make 128 programs.
+Blocks of columns are in `launch`. ROWS is such that the partial sums add no more than 16 / ROWS = 1 byte per
+element, written and read, and 2048 tokens of 1024 dimensions still make 128 programs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ibdistill.ops import launch
+
 ROWS = 16
-WARPS = 4
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -60,13 +61,14 @@ def absorb(
     """See `vid.compute`."""
     rows, width = y.shape
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
-    block = min(16 // y.element_size() * 32 * WARPS, triton.next_power_of_2(max(width, 16)))
+    block = launch.column_block(width, y.element_size())
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(width, block))
     parts = squares.new_empty(grid[0], 2, width)
     with torch.cuda.device(y.device) if y.device.type == "cuda" else contextlib.nullcontext():
         residual_kernel[grid](
-            y, y.stride(0), teacher, teacher.stride(0), bias, precision, parts, rows, width, 1 / width,
-            ROWS=ROWS, WRITE=d_bias is not None, BLOCK=block, num_warps=WARPS,
+            y, y.stride(0), teacher, teacher.stride(0), bias.float(), precision, parts,
+            rows, width, 1 / width,
+            ROWS=ROWS, WRITE=d_bias is not None, BLOCK=block, num_warps=launch.WARPS,
         )  # fmt: skip
     squares.add_(parts[:, 0].sum(0))
     if d_bias is not None:

@@ -24,19 +24,31 @@ def test_all_checks_pass(V, capsys):
     assert "all checks passed" in out and "logits, CE + paper, max                8" in out
 
 
-def test_a_narrow_load_is_found(capsys):
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_narrow_load_is_found(target):
     """Given logits whose rows aren't padded: V = 50257 leaves nothing wider than 2 bytes."""
-    launches = kernel_report.record(50257, torch.bfloat16)["logits, CE + paper, max"]
-    compiled = kernel_report.compile_launch(launches[0], "sm_90")
-    code = kernel_report.machine_code(compiled, "sm_90")
-    assert kernel_report.wide(code["mix"], "sm_90", *kernel_report.moves(compiled, torch.bfloat16))
+    launches = kernel_report.record(50257, torch.bfloat16, lanes=kernel_report.TARGETS[target][2])
+    compiled = kernel_report.compile_launch(launches["logits, CE + paper, max"][0], target)
+    code = kernel_report.machine_code(compiled, target)
+    assert kernel_report.wide(code["mix"], target, *kernel_report.moves(compiled, torch.bfloat16))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("case", ["VID, D_t = 1024", "head, CE + paper, max + KD jsd"])
+def test_targets_differ_in_lanes_and_both_pass(target, case):
+    """64 lanes need blocks twice as large for the same 16 bytes per thread."""
+    lanes = kernel_report.TARGETS[target][2]
+    failures = []
+    for launch in kernel_report.record(32128, torch.bfloat16, lanes=lanes)[case]:
+        kernel_report.inspect(launch, case, target, 32128, torch.bfloat16, failures)
+    assert failures == []
 
 
 def test_token_counts_never_recompile():
     """Launches of batches with other lengths and numbers of questions are the same to the compiler."""
     keys = [
         {
-            (x.kernel.__name__, str(kernel_report.constants_of(x)), kernel_report.shapes_of(x))
+            kernel_report.key_of(x)
             for launches in kernel_report.record(32128, torch.bfloat16, lengths).values()
             for x in launches
         }
