@@ -18,7 +18,8 @@
 #   143  saved after SIGTERM (scancel); never requeued
 #   137  a rank was killed; srun's line in the log names it
 #
-# Environment: IBDISTILL_VENV (see slurm/env.sh), MAX_RESTARTS (5), DRY_RUN.
+# Environment: IBDISTILL_VENV (see slurm/env.sh), MAX_RESTARTS (5), DRY_RUN. The log is JOBNAME-JOBID.log in the
+# folder of submission, where it can always be opened, and RUN/logs/JOBID.log is a link to it.
 #
 # Options on sbatch's command line win over these:
 #SBATCH --job-name=ibdistill
@@ -44,9 +45,9 @@ fail() { # CODE MESSAGE
 source slurm/env.sh
 set -u
 
-if [ -n "${SWEEP:-}" ]; then # an element of slurm/sweep.sh: the settings of one line of its grid
-  read -r -a element < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP/grid.txt")
-  set -- "$@" "${element[@]:1}" --run.dir "$SWEEP/${element[0]}"
+if [ -n "${IBDISTILL_SWEEP:-}" ]; then # an element of slurm/sweep.sh: the settings of one line of its grid
+  read -r -a element < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$IBDISTILL_SWEEP/grid.txt")
+  set -- "$@" "${element[@]:1}" --run.dir "$IBDISTILL_SWEEP/${element[0]}"
 fi
 run=$(python slurm/preflight.py "$@")
 
@@ -65,8 +66,9 @@ unset RANK LOCAL_RANK WORLD_SIZE
 export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 # since Slurm 22.05 srun no longer takes this over from sbatch
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-# compiled operators: the default cache in the home directory is rebuilt whenever environments take turns
-export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$(realpath "$IBDISTILL_VENV")/torch_extensions}
+# operators that DeepSpeed compiles: the default place, in the home directory, is rebuilt whenever
+# environments take turns
+export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${VIRTUAL_ENV:-$PWD/.venv}/torch_extensions}
 
 # --label puts the rank before every line; a rank that fails takes the others along at once
 command=(srun --kill-on-bad-exit=1 --label python -u ibdistill/train.py "$@")

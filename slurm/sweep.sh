@@ -26,7 +26,7 @@ elements() { # LINE_NUMBER NAME SETTINGS... of each run of a grid
 source slurm/env.sh
 set -u
 
-table() { # SWEEP
+table() { # FOLDER
   local finished=() missing=() name
   while read -r _ name _; do
     if [ -f "$1/$name/result.json" ]; then finished+=("$1/$name"); else missing+=("$name"); fi
@@ -58,11 +58,11 @@ grid=$1
 shift
 [ -f "$grid" ] || fail "no grid file $grid"
 name=$(basename "$grid")
-SWEEP=${SWEEP_DIR:-runs/${name%.*}}
-export SWEEP
+folder=${SWEEP_DIR:-runs/${name%.*}}
+export IBDISTILL_SWEEP=$folder # distill.sh takes its line from there
 
-if [ -f "$SWEEP/job" ] && [ -n "$(squeue --noheader --jobs="$(cat "$SWEEP/job")" 2> /dev/null)" ]; then
-  fail "$SWEEP is being worked on by job $(cat "$SWEEP/job"); wait for it, or scancel it first"
+if [ -f "$folder/job" ] && [ -n "$(squeue --noheader --jobs="$(cat "$folder/job")" 2> /dev/null)" ]; then
+  fail "$folder is being worked on by job $(cat "$folder/job"); wait for it, or scancel it first"
 fi
 names=$(elements "$grid" | awk '{ print $2 }')
 twice=$(sort <<< "$names" | uniq -d | xargs)
@@ -72,24 +72,24 @@ todo=()
 while read -r number name rest; do
   [[ $name =~ ^[A-Za-z0-9][A-Za-z0-9._=,+-]*$ ]] ||
     fail "$grid:$number: '$name' is no name for a run; start the line with one of letters, digits and . _ = , + -"
-  [ ! -f "$SWEEP/$name/result.json" ] || continue
+  [ ! -f "$folder/$name/result.json" ] || continue
   read -r -a settings <<< "$rest"
-  python slurm/preflight.py "$@" "${settings[@]}" --run.dir "$SWEEP/$name" > /dev/null < /dev/null ||
+  python slurm/preflight.py "$@" "${settings[@]}" --run.dir "$folder/$name" > /dev/null < /dev/null ||
     fail "$grid:$number: run $name has wrong settings"
   todo+=("$number")
 done < <(elements "$grid")
 
-mkdir -p "$SWEEP/logs"
-cmp -s "$grid" "$SWEEP/grid.txt" || cp "$grid" "$SWEEP/grid.txt"
+mkdir -p "$folder/logs"
+cmp -s "$grid" "$folder/grid.txt" || cp "$grid" "$folder/grid.txt"
 if [ ${#todo[@]} -eq 0 ]; then
-  echo "all runs of $SWEEP are finished"
-  table "$SWEEP"
+  echo "all runs of $folder are finished"
+  table "$folder"
   exit
 fi
 numbers=$(IFS=, && echo "${todo[*]}")
-job=$(sbatch --parsable "${options[@]}" --array="$numbers%$at_once" --output="$SWEEP/logs/%A_%a.log" slurm/distill.sh "$@")
-echo "$job" > "$SWEEP/job"
+job=$(sbatch --parsable "${options[@]}" --array="$numbers%$at_once" --output="$folder/logs/%A_%a.log" slurm/distill.sh "$@")
+echo "$job" > "$folder/job"
 sbatch --parsable "${shared[@]}" --job-name=ibdistill-table --time=10 --dependency="afterany:$job" \
-  --output="$SWEEP/logs/table-%j.log" slurm/sweep.sh --table "$SWEEP" > /dev/null
+  --output="$folder/logs/table-%j.log" slurm/sweep.sh --table "$folder" > /dev/null
 echo "job $job: ${#todo[@]} of $(wc -l <<< "$names") runs, at most $at_once at a time (lines $numbers of $grid)"
-echo "logs: $SWEEP/logs/${job}_LINE.log   table: $SWEEP/table.txt   stop: scancel $job"
+echo "logs: $folder/logs/${job}_LINE.log   table: $folder/table.txt   stop: scancel $job"
