@@ -7,7 +7,13 @@ Parse, prepare, loop, close. The same command continues an interrupted run. Exit
 SIGTERM.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+import signal
+
+# Kept pending until `StopRequest` can take it: the imports below last seconds, in which it would kill.
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
 
 import json
 import logging
@@ -205,4 +211,7 @@ def leave(job: Job, code: int) -> None:
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    try:
+        fire.Fire(main)
+    except SystemExit as end:
+        distributed.exit_at_once(end.code)

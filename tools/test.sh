@@ -5,8 +5,8 @@ set -euo pipefail
 source "$(dirname "$0")/setup.sh" dev
 export OMP_NUM_THREADS=1
 
-ruff format --check ibdistill tests tools
-ruff check ibdistill tests tools
+ruff format --check ibdistill slurm tests tools
+ruff check ibdistill slurm tests tools
 if [ $# -eq 0 ]; then
   TRITON_INTERPRET=1 python -m pytest tests/ops/test_head_loss_triton.py
 fi

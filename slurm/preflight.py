@@ -1,0 +1,28 @@
+"""Check a run's settings and print its folder: python slurm/preflight.py RECIPE [--section.field value ...]
+
+Takes a fraction of a second, since it needs no torch: a typing error should cost neither a
+wait in the queue nor the start of all ranks.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import fire
+
+from ibdistill import config
+
+
+def main(recipe: str | None = None, *extra: Any, **overrides: Any) -> None:
+    if extra:
+        raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
+    print(config.load(recipe, overrides).run.dir)
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,140 @@
+"""Jobs on two machines: cancelled, signalled, preempted, killed, crashed, and as good as undisturbed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+from slurm_cluster import Job, run_settings, wait_for
+
+# one thread a rank, as the launcher's runs have: another number of threads sums in another order
+RANKS_2 = ("--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1")
+RANKS_4 = ("--nodes=2", *RANKS_2)
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(step, total loss) of every step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars("loss/total")]
+
+
+def check_same(run: Path, reference: Path) -> None:
+    """The same loss at every step, the same final weights to the last bit, the same result."""
+    assert [step for step, _ in curve(run)] == list(range(1, 81))
+    assert curve(run) == curve(reference)
+    weights = "student/model.safetensors"
+    assert (run / weights).read_bytes() == (reference / weights).read_bytes()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (run, reference)]
+    for result in results:
+        del result["seconds"], result["test_seconds"]
+    assert results[0] == results[1]
+
+
+def newest_checkpoint(run: Path) -> str:
+    return max((path.parent.name for path in run.glob("checkpoints/step-*/complete.json")), default="")
+
+
+def is_gone(job: Job) -> bool:
+    return job.shows()["JobState"] == "CANCELLED" and not job.cluster.run("squeue", "-h").stdout.strip()
+
+
+def test_one_machine_cancelled_then_signalled_at_the_start_and_in_the_middle(
+    cluster, tmp_path, uninterrupted
+):
+    run = tmp_path / "run"
+    job = cluster.distill(*RANKS_2, settings=run_settings(run))
+    job.wait_for_step(12)
+    cluster.run("scancel", job.id)
+    wait_for("cancelled", lambda: is_gone(job), 60, job.path)
+    saved = newest_checkpoint(run)
+    assert saved > "step-00000010", "SIGTERM saves"
+    time.sleep(8)  # a requeued job starts after 6 s
+    assert is_gone(job) and "restart 1" not in job.log()
+
+    job = cluster.distill(*RANKS_2, settings=run_settings(run))
+    wait_for("a rank", job.ranks, 60, job.path)
+    cluster.run("scancel", "-s", "USR1", job.id)  # it is importing
+    job.wait_for_text(", restart 1:")
+    assert "stopped by SIGUSR1" in job.log()
+    job.wait_for_step(30)
+    cluster.run("scancel", "-s", "USR1", job.id)
+    job.wait_for_text(", restart 2:")
+    assert newest_checkpoint(run) > "step-00000030"
+    job.wait_for_state("COMPLETED")
+    assert (run / "logs" / f"{job.id}.log").resolve() == job.path.resolve()
+    check_same(run, uninterrupted(2, 2))
+
+
+def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    job = cluster.distill(*RANKS_4, settings=run_settings(run))
+    job.wait_for_step(12)
+    urgent = cluster.submit("--partition=urgent", "--gpus-per-node=2", "--wrap=sleep 1")
+    urgent.wait_for_state("COMPLETED")
+    assert job.shows()["JobState"] in ("PENDING", "RUNNING")
+    job.wait_for_state("COMPLETED")
+    assert job.shows()["Restarts"] == "1"
+    assert "stopped by SIGUSR1 (exit code 85); requeued" in job.log() and "resumed from" in job.log()
+    check_same(run, uninterrupted(4, 2))
+
+
+def test_two_machines_with_zero3_a_rank_killed_then_a_machine_crashed(cluster, tmp_path, uninterrupted):
+    run = tmp_path / "run"
+    job = cluster.distill(*RANKS_4, settings=run_settings(run, stage=3))
+    job.wait_for_step(12)
+    job.ranks()[3].kill()
+    seconds = job.wait_for_state("FAILED")
+    print(f"kill -9 of rank 3: failed after {seconds:.1f} s")
+    assert seconds < 10
+    assert "srun: error: node2: task 3: Killed" in job.log()
+    assert not job.ranks() and job.shows()["Restarts"] == "0"
+
+    job = cluster.distill(*RANKS_4, settings=run_settings(run, stage=3))
+    job.wait_for_text("resumed from")
+    job.wait_for_step(32)
+    cluster.machine("crash", "node2")
+    seconds = job.wait_for_state("PENDING")
+    print(f"crash of node2: requeued after {seconds:.1f} s")
+    cluster.machine("boot", "node2")
+    job.wait_for_state("COMPLETED")
+    assert job.shows()["Restarts"] == "1" and job.log().count("resumed from") == 2
+    check_same(run, uninterrupted(4, 3))
+
+
+def test_a_job_that_restarts_without_a_new_checkpoint_stops_itself(cluster, tmp_path):
+    job = cluster.distill("--gpus-per-node=0", settings=run_settings(tmp_path / "run"), MAX_RESTARTS="1")
+    for restart in (0, 1):
+        job.wait_for_text(f", restart {restart}:")
+        cluster.run("scontrol", "requeue", job.id)
+    job.wait_for_state("FAILED", timeout=60)
+    assert job.shows()["ExitCode"] == "4:0"
+    assert "2 restarts in a row without a new checkpoint (newest: none), so this job stops" in job.log()
+
+
+def check_fails_quickly(job: Job, message: str) -> None:
+    job.wait_for_state("FAILED", timeout=60)
+    shown = job.shows()
+    assert shown["ExitCode"] == "2:0" and shown["RunTime"] < "00:00:15"
+    assert message in job.log() and "Traceback" not in job.log() and "0: " not in job.log()
+
+
+def test_mistakes_are_told_before_ranks_start(cluster, tmp_path):
+    settings = run_settings(tmp_path / "run")
+    cpu = "--gpus-per-node=0"
+    job = cluster.distill(cpu, settings=settings, recipe="demoo")
+    check_fails_quickly(job, "error: no recipe 'demoo'")
+    job = cluster.distill(cpu, settings=settings | {"optim.lrr": 1})
+    check_fails_quickly(job, "error: unknown setting 'optim.lrr'")
+    job = cluster.distill(cpu, settings=settings, IBDISTILL_VENV=str(tmp_path))
+    check_fails_quickly(job, f"error: no virtual environment in {tmp_path}")
+    job = cluster.distill("--gpus-per-node=2", settings=settings)
+    check_fails_quickly(job, "error: 2 GPUs and 1 tasks on a node; one task drives one GPU")
+    job = cluster.distill(cpu, f"--chdir={tmp_path}", settings=settings)
+    check_fails_quickly(job, "is not the repository's root")
+    assert not (tmp_path / "run").exists()
+    refused = cluster.run("sbatch", "--gpus-per-node=3", "--ntasks-per-node=3", "slurm/distill.sh", "demo")
+    assert refused.returncode == 1 and "Requested node configuration is not available" in refused.stderr

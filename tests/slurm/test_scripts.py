@@ -1,0 +1,72 @@
+"""The scripts where there is no cluster: lint, dry run, TensorBoard."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import urllib.request
+
+import psutil
+from harness import ROOT
+from slurm_cluster import clean_env, lacking, wait_for
+
+from ibdistill.distributed import free_port
+
+
+def bash(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", *arguments], capture_output=True, text=True, timeout=60, cwd=ROOT, env=clean_env() | env
+    )
+
+
+def test_shellcheck_has_no_complaint():
+    if not shutil.which("shellcheck"):
+        lacking("shellcheck is not installed")
+    scripts = sorted(path.relative_to(ROOT) for path in ROOT.glob("**/slurm/*.sh"))
+    assert len(scripts) == 5
+    done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_dry_run_checks_the_settings_and_shows_the_command():
+    shown = bash("slurm/distill.sh", "cqa", "--data.path", "a folder", DRY_RUN="1")
+    assert shown.returncode == 0, shown.stderr
+    assert "run folder runs/cqa; 1 nodes x 1 ranks" in shown.stdout
+    assert (
+        "srun --kill-on-bad-exit=1 --label python -u ibdistill/train.py cqa --data.path a\\ folder"
+        in shown.stdout
+    )
+    wrong = bash("slurm/distill.sh", "cqa", "--optim.lr", "-1", DRY_RUN="1")
+    assert wrong.returncode == 2 and "error: optim.lr is -1" in wrong.stderr
+    outside = bash("slurm/distill.sh", "cqa")
+    assert outside.returncode == 2 and "error: not in a job; use sbatch" in outside.stderr
+
+
+def test_tensorboard_listens_on_loopback_only(tmp_path):
+    port = free_port()
+    output = tmp_path / "log"
+    with output.open("w") as log:
+        process = psutil.Popen(
+            ["bash", "slurm/tensorboard.sh", str(tmp_path), str(port)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=ROOT,
+            env=clean_env() | {"PYTHONUNBUFFERED": "1"},
+        )
+    try:
+
+        def listens() -> list[str]:
+            assert process.poll() is None, output.read_text()
+            sockets = process.net_connections("tcp")
+            return [s.laddr.ip for s in sockets if s.status == "LISTEN" and s.laddr.port == port]
+
+        wait_for("TensorBoard listens", listens, 120, output)
+        assert listens() == ["127.0.0.1"]
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/data/environment", timeout=60) as answer:
+            assert answer.status == 200
+        assert f"ssh -N -L {port}:localhost:{port} " in output.read_text()
+        assert os.path.basename(process.exe()).startswith("python")  # no shell stays in between
+    finally:
+        process.kill()
+        process.wait()
