@@ -164,14 +164,14 @@ def decode(
     return [answers[i] for i in range(len(questions))]
 
 
-def scores(predictions: Sequence[Prediction], embedding_model: str = "") -> dict[str, float]:
+def scores(predictions: Sequence[Prediction], encoder: rationale_quality.Encoder = None) -> dict[str, float]:
     """All scores of one task's predictions, by name.
 
     - `accuracy`, a share;
     - `confidence`, `ece`, `ece_mass`, `ece_adaptive`, `brier`, `aurc`: `calibration.summary` of the whole
       label, and the same of its first token under `first_token_...`;
     - if rationales were decoded: `rationale_bleu`, `rationale_chrf`, `rationale_rouge_l`,
-      `rationale_words` (`rationale_quality.text_scores`), with `embedding_model` `rationale_cosine`,
+      `rationale_words` (`rationale_quality.text_scores`), with an `encoder` `rationale_cosine`,
       all over the records that have a reference rationale; and `rationale_quality.faithfulness` over all.
     """
     correct = [p.correct for p in predictions]
@@ -184,8 +184,8 @@ def scores(predictions: Sequence[Prediction], embedding_model: str = "") -> dict
     if compared:
         pair = [p.rationale for p in compared], [p.record.rationale for p in compared]
         texts = rationale_quality.text_scores(*pair)
-        if embedding_model:
-            texts["cosine"] = rationale_quality.embedding_cosine(embedding_model, *pair)
+        if encoder is not None:
+            texts["cosine"] = rationale_quality.embedding_cosine(encoder, *pair)
         result |= {f"rationale_{name}": value for name, value in texts.items()}
     if explained:
         result |= rationale_quality.faithfulness(

@@ -38,8 +38,20 @@ FAMILIES = ("t5", "mt5")
 """Model types whose forward `target_states` knows."""
 
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
+
+
 def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none."""
+    # transformers makes an empty tokenizer from a folder that holds a model's config only
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(
+            f"{setting} is {name!r}, which holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; "
+            "save one there with tokenizer.save_pretrained"
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from sacrebleu.metrics import BLEU, CHRF
@@ -38,6 +39,8 @@ _PIECE = re.compile(
     r"|(?P<sign>[-+*/()\u00d7\u00b7\u2217\u00f7\u2013\u2212]|(?<![^\W\d_])[xX](?=\s*[$(\d]))"
     r"|(?P<equals>=)|(?P<unreadable>%|of\b)|(?P<word>[^\W\d_]+)|(?P<other>\n|\S)"
 )
+Encoder = Any
+"""A `sentence_transformers.SentenceTransformer`; the package is optional."""
 _LONE_NUMBER = re.compile(r"[\s$(]*[-+]?[\s$]*[\d.,]+[\s)]*")
 _MAX_UNIT_WORDS = 3
 
@@ -208,18 +211,21 @@ def rouge_l(text: str, reference: str) -> float:
     return 2 * lengths[-1] / (len(ours) + len(theirs)) if ours and theirs else 0.0
 
 
-def embedding_cosine(model: str, rationales: Sequence[str], references: Sequence[str]) -> float:
-    """Mean cosine (-1..1) of each rationale's and its reference's embedding by a local sentence-transformers
-    model. Raises ValueError if the package or the folder is missing."""
+def load_encoder(folder: str) -> Encoder:
+    """A local sentence-transformers model. Raises ValueError if the package or the folder is missing."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ValueError(
             "eval.embedding_model needs the package sentence-transformers: pip install sentence-transformers"
         ) from None
-    if not Path(model).is_dir():
-        raise ValueError(f"eval.embedding_model is {model!r}; it must be the folder of a downloaded model")
-    encoder = SentenceTransformer(model)
+    if not Path(folder).is_dir():
+        raise ValueError(f"eval.embedding_model is {folder!r}; it must be the folder of a downloaded model")
+    return SentenceTransformer(folder)
+
+
+def embedding_cosine(encoder: Encoder, rationales: Sequence[str], references: Sequence[str]) -> float:
+    """Mean cosine (-1..1) of each rationale's and its reference's sentence embedding."""
     ours, theirs = (
         torch.as_tensor(encoder.encode(list(texts), show_progress_bar=False))
         for texts in (rationales, references)

@@ -140,13 +140,14 @@ def test_embedding_cosine_is_the_mean_over_pairs(monkeypatch, tmp_path):
             return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder))
-    cosine = quality.embedding_cosine(str(tmp_path), ["aa", "b"], ["aa", "bbb"])
+    encoder = quality.load_encoder(str(tmp_path))
+    cosine = quality.embedding_cosine(encoder, ["aa", "b"], ["aa", "bbb"])
     assert cosine == pytest.approx((1 + 4 / (2**0.5 * 10**0.5)) / 2, abs=1e-6)
     with pytest.raises(ValueError, match="must be the folder of a downloaded model"):
-        quality.embedding_cosine(str(tmp_path / "none"), ["a"], ["a"])
+        quality.load_encoder(str(tmp_path / "none"))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match="pip install sentence-transformers"):
-        quality.embedding_cosine(str(tmp_path), ["a"], ["a"])
+        quality.load_encoder(str(tmp_path))
 
 
 def test_reasoning_steps_are_computations_or_clauses():
