@@ -44,6 +44,12 @@ class RunConfig:
     """Seed of initialisation, data order and dropout."""
     log_every: AtLeastOne = 10
     """Steps between two console lines and TensorBoard points."""
+    tensorboard: bool = True
+    """Write TensorBoard events; false also leaves out figures and the measurement of the terms' gradients."""
+    term_gradients_every: NotNegativeInt = 100
+    """Steps between two measurements of the norm of each term's gradient; 0: never."""
+    peak_tflops: NotNegative = 0.0
+    """Peak rate of one device, in 10^12 operations a second, for `speed/mfu`; 0: measured once."""
     eval_every: NotNegativeInt = 0
     """Steps between two evaluations on the validation split; 0: only at the end."""
     eval_limit: NotNegativeInt = 0

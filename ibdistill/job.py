@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill import config as configuration
 from ibdistill import data, distributed, engine, models, objectives, presets, settings, tasks, vocabulary
+from ibdistill.alarms import Alarms
 from ibdistill.checkpoint import Checkpoints, TrainState
-from ibdistill.config import Config, RunConfig
+from ibdistill.config import Config, DataConfig, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
 
@@ -46,6 +47,12 @@ class Job:
     meter: Meter
     results: dict[str, Any] = field(default_factory=dict)
     """`SPLIT`: the latest scores by task; `SPLIT_seconds`: how long that took."""
+    alarms: Alarms = field(default_factory=Alarms)
+
+    def measures_gradients(self) -> bool:
+        """Whether each term's gradient is measured at the current step."""
+        every = self.config.run.term_gradients_every if self.config.run.tensorboard else 0
+        return every > 0 and self.state.step % every == 0
 
     def batches(self) -> list[data.Batch]:
         """This rank's micro-batches of the current step, on the CPU."""
@@ -91,8 +98,14 @@ def prepare(config: Config, world: World) -> Job:
     student_engine = engine.build_engine(objectives.Distillation(student, config.objective), config, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)
     state = checkpoints.restore(student_engine) or TrainState()
-    board = Board(folder / "tensorboard", world, state.step)
+    board = Board(
+        folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
+    )
     board.text("config", configuration.to_yaml(config), state.step)
+    board.scalars(data_scalars(features, config.data), state.step)
+    alarms = Alarms()
+    if world.rank == 0:
+        alarms.check_labels(records.train)
     return Job(
         config=config,
         world=world,
@@ -109,7 +122,22 @@ def prepare(config: Config, world: World) -> Job:
         state=state,
         board=board,
         meter=Meter(),
+        alarms=alarms,
     )
+
+
+def data_scalars(features: data.Features, config: DataConfig) -> dict[str, float]:
+    """`data/truncated_share_WHAT`: share of the training texts that fill their limit, so that they were cut
+    (or, rarely, just fit)."""
+    limits = {
+        "questions": (features.questions["predict"], config.max_question_tokens),
+        "labels": (features.targets["predict"], config.max_label_tokens),
+        "rationales": (features.targets["explain"], config.max_rationale_tokens),
+    }
+    return {
+        f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
+        for name, (texts, limit) in limits.items()
+    }
 
 
 def _open_folder(folder: Path, config: Config) -> None:
