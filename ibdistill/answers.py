@@ -100,6 +100,11 @@ def same_text(prediction: str, record: Record) -> bool:
     return _plain(prediction) == _plain(record.gold)
 
 
+def options(record: Record) -> list[str]:
+    """The texts of a multiple-choice question's options, without their letters."""
+    return [text for _, text in _OPTION.findall(record.question)]
+
+
 def same_choice(prediction: str, record: Record) -> bool:
     """As `same_text`; an option of the question may also be named by its letter: `(b) bank`, `(b)`, `b`."""
     options = dict(_OPTION.findall(record.question))

@@ -44,6 +44,12 @@ class RunConfig:
     """Seed of initialisation, data order and dropout."""
     log_every: AtLeastOne = 10
     """Steps between two console lines and TensorBoard points."""
+    tensorboard: bool = True
+    """Write TensorBoard events; false also leaves out figures and the measurement of the terms' gradients."""
+    term_gradients_every: NotNegativeInt = 100
+    """Steps between two measurements of the norm of each term's gradient; 0: never."""
+    peak_tflops: NotNegative = 0.0
+    """Peak rate of one device, in 10^12 operations a second, for `speed/mfu`; 0: measured once."""
     eval_every: NotNegativeInt = 0
     """Steps between two evaluations on the validation split; 0: only at the end."""
     eval_limit: NotNegativeInt = 0
@@ -233,6 +239,34 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How `evaluate_student.py` evaluates, and where to."""
+
+    dir: str = ""
+    """Folder for `result.json`, `predictions.jsonl` and plots. Empty: `evaluation/STUDENT-TASK`."""
+    split: Literal["test", "valid"] = "test"
+    """Which records are answered."""
+    limit: NotNegativeInt = 0
+    """Answer at most this many records; 0: all of them."""
+    batch_size: AtLeastOne = 64
+    """Records decoded together on one rank."""
+    rationales: bool = True
+    """Decode and score rationales too; false: labels only."""
+    predictions: str = ""
+    """Score this file of predictions instead of decoding with a student."""
+    embedding_model: str = ""
+    """Folder of a sentence-transformers model, for `rationale_cosine`. Empty: none."""
+
+
+@dataclass(kw_only=True)
+class StudentEvaluation:
+    """All sections of an evaluation by `evaluate_student.py`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
 def load(recipe: str | None, overrides: dict[str, Any]) -> Config:

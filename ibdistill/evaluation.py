@@ -1,7 +1,7 @@
 """Greedy decoding of a split over all ranks, and its scores.
 
-Rank r decodes records r, r + world size, ...; shares may be uneven. The texts are gathered,
-so every rank computes the same scores from all of them, each record counted exactly once.
+Rank r decodes records r, r + world size, ...; shares may be uneven. The answers are gathered,
+so scores are computed from all of them, each record counted exactly once.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from sacrebleu.metrics import BLEU
-from torch import nn
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from ibdistill import data, distributed, families
+from ibdistill import calibration, data, distributed, families, rationale_quality
 from ibdistill.config import DataConfig
 from ibdistill.distributed import World
+from ibdistill.formats import read_rows
 from ibdistill.records import Record
 from ibdistill.tasks import TASKS
 
@@ -36,6 +36,45 @@ class Prediction:
     rationale: str | None
     """None if the explain stream was not decoded."""
     correct: bool
+    confidence: float
+    """Of the label: see `calibration`."""
+    first_confidence: float
+    """Of the label's first token."""
+
+    @property
+    def implied(self) -> list[str]:
+        """The labels that the rationale implies; empty where the task has no rule (`rationale_quality`)."""
+        rule = rationale_quality.IMPLIED.get(self.record.task)
+        return rule(self.rationale, self.record) if rule and self.rationale is not None else []
+
+
+class Answer(NamedTuple):
+    """What the student generates in one stream, and the probabilities it gave it."""
+
+    text: str
+    confidence: float
+    """Of the whole answer, the end token included if it was reached within the limit."""
+    first_confidence: float
+    """Of its first token."""
+
+
+class _Confidence(LogitsProcessor):
+    """Notes the log-probability of each step's greedy token; keeps [B] a step, not [B, V]."""
+
+    def __init__(self) -> None:
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.log_probs.append(scores.amax(-1) - scores.logsumexp(-1))
+        return scores
+
+    def of(self, generated: Tensor, eos: int) -> tuple[list[float], list[float]]:
+        """(whole, first token) probabilities [B]; `generated` [B, T] may hold padding behind `eos`."""
+        ends = generated == eos
+        is_real = ends.cumsum(1) - ends.long() == 0
+        log_probs = torch.stack(self.log_probs, dim=1).double()
+        whole = torch.where(is_real, log_probs, 0.0).sum(1).exp()
+        return whole.tolist(), log_probs[:, 0].exp().tolist()
 
 
 def evaluate(
@@ -47,7 +86,12 @@ def evaluate(
     world: World,
     batch_size: int = 64,
 ) -> list[Prediction]:
-    """Decode `records`, all of one task. Collective; every rank gets all predictions, in order."""
+    """Decode `records`, all of one task. Collective; every rank gets all predictions, in order.
+
+    Raises ValueError if there are none.
+    """
+    if not records:
+        raise ValueError("there are no records to evaluate: the split is empty, or its limit is 0")
     mine = range(world.rank, len(records), world.size)
     limits = {"predict": config.max_label_tokens, "explain": config.max_rationale_tokens}
     prefixes = TASKS[records[0].task].prefixes
@@ -65,13 +109,21 @@ def evaluate(
     }
     labels = decoded["predict"]
     rationales = decoded.get("explain", [None] * len(labels))
-    share = {i: texts for i, *texts in zip(mine, labels, rationales, strict=True)}
-    texts = {i: pair for part in distributed.gather_objects(share) for i, pair in part.items()}
-    is_correct = TASKS[records[0].task].is_correct
-    return [
-        Prediction(record, *texts[i], correct=is_correct(texts[i][0], record))
-        for i, record in enumerate(records)
-    ]
+    share = {i: pair for i, *pair in zip(mine, labels, rationales, strict=True)}
+    answers = {i: pair for part in distributed.gather_objects(share) for i, pair in part.items()}
+    return [prediction(record, *answers[i]) for i, record in enumerate(records)]
+
+
+def prediction(record: Record, label: Answer, rationale: Answer | None) -> Prediction:
+    """The scored prediction of one record."""
+    return Prediction(
+        record,
+        label.text,
+        None if rationale is None else rationale.text,
+        correct=TASKS[record.task].is_correct(label.text, record),
+        confidence=label.confidence,
+        first_confidence=label.first_confidence,
+    )
 
 
 @torch.no_grad()
@@ -84,11 +136,11 @@ def decode(
     max_new_tokens: int,
     device: torch.device,
     batch_size: int = 64,
-) -> list[str]:
+) -> list[Answer]:
     """The greedy answers to `questions` (prefix included), in order. Batches are of similar length."""
     decoder_only, layout = families.family(model) == families.DECODER_ONLY, families.layout(model, tokenizer)
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
-    answers = [""] * len(questions)
+    answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         texts = [questions[i] for i in rows]
@@ -99,35 +151,55 @@ def decode(
                 texts, padding=True, truncation=True, max_length=max_question_tokens, return_tensors="pt"
             )
             input_ids, mask = inputs.input_ids, inputs.attention_mask
+        confidence = _Confidence()
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             num_beams=1,
+            logits_processor=LogitsProcessorList([confidence]),
         )
         if decoder_only:
             output = output[:, input_ids.shape[1] :]
-        for i, text in zip(rows, tokenizer.batch_decode(output, skip_special_tokens=True), strict=True):
-            answers[i] = text
-    return answers
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        probabilities = confidence.of(output[:, -len(confidence.log_probs) :], tokenizer.eos_token_id)
+        answers |= {i: Answer(*parts) for i, *parts in zip(rows, texts, *probabilities, strict=True)}
+    return [answers[i] for i in range(len(questions))]
 
 
-def scores(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Accuracy (share, 0..1) and, if rationales were decoded, their BLEU (0..100, sacrebleu's default)."""
-    result = {"accuracy": sum(p.correct for p in predictions) / len(predictions)}
-    explained = [p for p in predictions if p.record.rationale and p.rationale is not None]
+def scores(predictions: Sequence[Prediction], encoder: rationale_quality.Encoder = None) -> dict[str, float]:
+    """All scores of one task's predictions, by name.
+
+    - `accuracy`, a share;
+    - `confidence`, `ece`, `ece_mass`, `ece_adaptive`, `brier`, `aurc`: `calibration.summary` of the whole
+      label, and the same of its first token under `first_token_...`;
+    - if rationales were decoded: `rationale_bleu`, `rationale_chrf`, `rationale_rouge_l`,
+      `rationale_words` (`rationale_quality.text_scores`), with an `encoder` `rationale_cosine`,
+      all over the records that have a reference rationale; and `rationale_quality.faithfulness` over all.
+    """
+    correct = [p.correct for p in predictions]
+    result = {"accuracy": sum(correct) / len(predictions)}
+    result |= calibration.summary([p.confidence for p in predictions], correct)
+    first = calibration.summary([p.first_confidence for p in predictions], correct)
+    result |= {f"first_token_{name}": value for name, value in first.items()}
+    explained = [p for p in predictions if p.rationale is not None]
+    compared = [p for p in explained if p.record.rationale]
+    if compared:
+        pair = [p.rationale for p in compared], [p.record.rationale for p in compared]
+        texts = rationale_quality.text_scores(*pair)
+        if encoder is not None:
+            texts["cosine"] = rationale_quality.embedding_cosine(encoder, *pair)
+        result |= {f"rationale_{name}": value for name, value in texts.items()}
     if explained:
-        bleu = BLEU(force=True).corpus_score(
-            [p.rationale for p in explained], [[p.record.rationale for p in explained]]
+        result |= rationale_quality.faithfulness(
+            [p.label for p in explained], [p.rationale for p in explained], [p.record for p in explained]
         )
-        result["rationale_bleu"] = bleu.score
-        result["rationale_words"] = sum(len(p.rationale.split()) for p in explained) / len(explained)
     return result
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """One JSON object a line: id, question, gold, label, correct, gold_rationale, rationale."""
+    """One JSON object a line; `read_predictions` reads it back."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         for p in predictions:
@@ -141,6 +213,42 @@ def _as_row(p: Prediction) -> dict[str, Any]:
         "gold": p.record.gold,
         "label": p.label,
         "correct": p.correct,
+        "confidence": p.confidence,
+        "first_confidence": p.first_confidence,
         "gold_rationale": p.record.rationale,
         "rationale": p.rationale,
+        "implied": p.implied,
     }
+
+
+def read_predictions(path: Path, records: Sequence[Record]) -> list[Prediction]:
+    """The predictions of a file, scored anew against `records` of one task.
+
+    Raises ValueError if the file is missing, is none of predictions, or is of other records.
+    """
+    by_id = {record.id: record for record in records}
+    task = records[0].task
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; predictions of a run are in RUN/predictions/step-*/")
+    predictions = []
+    for where, row in read_rows(path):
+        try:
+            name, label, rationale = row["id"], row["label"], row["rationale"]
+            confidences = float(row["confidence"]), float(row["first_confidence"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{where}: not a prediction ({type(error).__name__}: {error}); each line needs id, label, "
+                "rationale, confidence and first_confidence"
+            ) from None
+        if name not in by_id:
+            raise ValueError(
+                f"{where}: {name!r} is none of the {len(records)} records of task {task!r} that are "
+                "evaluated; give the data settings that the predictions were made with"
+            )
+        if row.get("question") != by_id[name].question:
+            raise ValueError(f"{where}: {name!r} has another question in the data that is loaded now")
+        explained = None if rationale is None else Answer(rationale, 1.0, 1.0)
+        predictions.append(prediction(by_id[name], Answer(label, *confidences), explained))
+    if not predictions:
+        raise ValueError(f"{path} is empty: there are no predictions to evaluate")
+    return predictions

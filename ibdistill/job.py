@@ -26,8 +26,9 @@ from ibdistill import (
     tasks,
     vocabulary,
 )
+from ibdistill.alarms import Alarms
 from ibdistill.checkpoint import Checkpoints, TrainState
-from ibdistill.config import Config, RunConfig
+from ibdistill.config import Config, DataConfig, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
 from ibdistill.plan import Plan
@@ -61,16 +62,31 @@ class Job:
     meter: Meter
     results: dict[str, Any] = field(default_factory=dict)
     """`SPLIT`: the latest scores by task; `SPLIT_seconds`: how long that took."""
+    alarms: Alarms = field(default_factory=Alarms)
+
+    def measures_gradients(self) -> bool:
+        """Whether each term's gradient is measured at the current step."""
+        every = self.config.run.term_gradients_every if self.config.run.tensorboard else 0
+        return every > 0 and self.state.step % every == 0
 
     def micro_batches(self) -> list[tuple[np.ndarray, data.Batch]]:
         """This rank's micro-batches of the current step, on the CPU, with their rows of the features."""
-        shares = self.plan.micro_batches(
-            self.state.step,
+        return [(rows, self.collate(rows)) for rows in self._shares(self.state.step)]
+
+    def following(self, index: int) -> tuple[np.ndarray, data.Batch] | None:
+        """The micro-batch after number `index` of the current step, on the device; None after the last step."""
+        shares = self._shares(self.state.step)[index + 1 :]
+        if not shares and self.state.step + 1 < self.config.optim.max_steps:
+            shares = self._shares(self.state.step + 1)
+        return (shares[0], self.collate(shares[0]).to(self.world.device)) if shares else None
+
+    def _shares(self, step: int) -> list[np.ndarray]:
+        return self.plan.micro_batches(
+            step,
             rank=self.world.rank,
             world_size=self.world.size,
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
         )
-        return [(rows, self.collate(rows)) for rows in shares]
 
     def collate(self, rows: np.ndarray) -> data.Batch:
         """Some records as the student reads them."""
@@ -109,8 +125,14 @@ def prepare(config: Config, world: World) -> Job:
     student_engine = engine.build_engine(module, config, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)
     state = checkpoints.restore(student_engine) or TrainState()
-    board = Board(folder / "tensorboard", world, state.step)
+    board = Board(
+        folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
+    )
     board.text("config", configuration.to_yaml(config), state.step)
+    board.scalars(data_scalars(features, config.data), state.step)
+    alarms = Alarms()
+    if world.rank == 0:
+        alarms.check_labels(records.train)
     return Job(
         config=config,
         world=world,
@@ -128,7 +150,22 @@ def prepare(config: Config, world: World) -> Job:
         state=state,
         board=board,
         meter=Meter(),
+        alarms=alarms,
     )
+
+
+def data_scalars(features: data.Features, config: DataConfig) -> dict[str, float]:
+    """`data/truncated_share_WHAT`: share of the training texts that fill their limit, so that they were cut
+    (or, rarely, just fit)."""
+    limits = {
+        "questions": (features.questions["predict"], config.max_question_tokens),
+        "labels": (features.targets["predict"], config.max_label_tokens),
+        "rationales": (features.targets["explain"], config.max_rationale_tokens),
+    }
+    return {
+        f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
+        for name, (texts, limit) in limits.items()
+    }
 
 
 def _open_folder(folder: Path, config: Config) -> None:

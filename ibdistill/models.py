@@ -18,6 +18,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import deepspeed
 import torch
@@ -29,6 +30,11 @@ from ibdistill.config import DataConfig, StudentConfig
 from ibdistill.data import Batch
 from ibdistill.families import ENCODER_DECODER, family, load_model, load_preset
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
+
 
 def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none.
@@ -36,6 +42,12 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     One without a padding token (GPT-2, Llama) pads with its end token. Masks and positions here
     come from lengths, never from ids, so a padding token is nowhere mistaken for an end.
     """
+    # transformers makes an empty tokenizer from a folder that holds a model's config only
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(
+            f"{setting} is {name!r}, which holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; "
+            "save one there with tokenizer.save_pretrained"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:

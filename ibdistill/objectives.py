@@ -14,6 +14,8 @@ the same as in ordinary finetuning.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from ibdistill import models
 from ibdistill.config import ObjectiveConfig
 from ibdistill.data import Batch
+from ibdistill.metrics import GRADIENT
 from ibdistill.ops.head_loss import MISettings, Stream, Teacher, Weights, head_loss
 from ibdistill.ops.vid import vid_loss
 from ibdistill.teacher import TeacherSignal, Wanted
@@ -88,6 +91,8 @@ class _LossHead(nn.Module):
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
+        self.measures = False
+        """Whether the next forward also measures each term's gradient (`term_gradients`)."""
 
     def forward(
         self,
@@ -97,7 +102,48 @@ class _LossHead(nn.Module):
         mi: MISettings | None,
         teacher: Teacher | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        return head_loss(predict, explain, self.weight, self.bias, weights=weights, mi=mi, teacher=teacher)
+        arguments = predict, explain, self.weight, self.bias
+        total, terms = head_loss(*arguments, weights=weights, mi=mi, teacher=teacher)
+        if self.measures:
+            terms |= term_gradients(*arguments, weights, mi=mi, teacher=teacher)
+        return total, terms
+
+
+def term_gradients(
+    predict: Stream,
+    explain: Stream | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Weights,
+    *,
+    mi: MISettings | None,
+    **rest: Any,
+) -> dict[str, Tensor]:
+    """`gradient_TERM` -> squared norm of d (weight x TERM) / d (target states), 0-d fp32, for terms in use.
+
+    Taken where all terms meet, the states that enter the head, so that one head loss a term is the
+    cost and no engine takes part. Micro-batches and ranks hold different states of one sum, so
+    the squares of a step add up to that of the global batch. `rest` goes to `head_loss`.
+    """
+    squares = {}
+    nothing = Weights(**dict.fromkeys(asdict(weights), 0.0))
+    for name, factor in asdict(weights).items():
+        if factor == 0:
+            continue
+        streams = [s and s._replace(hidden=s.hidden.detach().requires_grad_()) for s in (predict, explain)]
+        with torch.enable_grad():
+            loss, _ = head_loss(
+                *streams,
+                weight.detach(),
+                None if bias is None else bias.detach(),
+                weights=replace(nothing, **{name: factor}),
+                mi=mi if name == "mi" else None,
+                **rest,
+            )
+        hidden = [s.hidden for s in streams if s is not None]
+        gradients = torch.autograd.grad(loss, hidden, allow_unused=True)
+        squares[f"{GRADIENT}{name}"] = sum(g.float().square().sum() for g in gradients if g is not None)
+    return squares
 
 
 class VidMap(nn.Module):

@@ -19,16 +19,30 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from statistics import mean
 from typing import Any
 
 import fire
+import torch
 import torch.distributed as dist
 
 from ibdistill import config as configuration
-from ibdistill import distributed, evaluation, export, metrics, objectives, settings
+from ibdistill import (
+    distributed,
+    evaluation,
+    evaluation_report,
+    export,
+    hardware,
+    metrics,
+    objectives,
+    settings,
+)
 from ibdistill.config import Config
 from ibdistill.distributed import EXIT_DIVERGED
+from ibdistill.evaluation import Prediction
 from ibdistill.job import Job, prepare
 
 logger = logging.getLogger("ibdistill")
@@ -91,19 +105,22 @@ def train_step(job: Job) -> None:
     """
     state, counts = job.state, job.plan.counts(job.state.step)
     weights = objectives.step_weights(job.config.objective, counts)
+    job.engine.module.head.measures = job.measures_gradients()
     start = time.perf_counter()
     micro_batches = job.micro_batches()
     data_seconds = time.perf_counter() - start
 
-    for rows, batch in micro_batches:
+    for index, (rows, batch) in enumerate(micro_batches):
         batch = batch.to(job.world.device)
         signal = job.signals.of(rows, batch) if job.signals else None
+        if job.signals and job.signals.overlaps and (following := job.following(index)):
+            job.signals.start(*following)
         loss, terms = job.engine(batch, weights, signal, counts["question_tokens"])
         job.engine.backward(loss * job.world.size, scale_wrt_gas=False)
         job.engine.step()
         job.meter.add(batch, terms)
 
-    job.meter.end_step(counts, data_seconds)
+    job.meter.end_step(counts, data_seconds, norm=job.engine.get_global_grad_norm())
     state.step += 1
     if job.signals and state.step % job.plan.steps_per_epoch == 0:
         job.signals.end_epoch()
@@ -114,28 +131,45 @@ def train_step(job: Job) -> None:
 
 def log(job: Job) -> None:
     """Scalars to TensorBoard and one console line."""
+    config, step = job.config, job.state.step
+    dtype = torch.bfloat16 if config.student.precision == "bf16" else torch.float32
+    peak = 1e12 * config.run.peak_tflops or hardware.measured_peak(job.world.device, dtype)
     interval = job.meter.close_interval()
     job.state.tokens += interval.tokens
     terms = objectives.means(interval.terms, interval.counts)
-    scalars = {"loss/total": objectives.total(job.config.objective, terms)}
+    scalars = {"loss/total": objectives.total(config.objective, terms)}
     scalars |= {metrics.tag(name): value for name, value in terms.items()}
-    scalars |= interval.speed(job.world)
+    if terms.get("mi"):
+        scalars["mi/constant_share"] = metrics.constant_share(terms["mi"], terms.get("mi_constant", 0.0))
+    scalars |= interval.gradient_scalars(config.optim.clip_norm)
+    teacher = job.signals.timers() if job.signals else {}
+    scalars |= interval.speed(job.world, teacher.get("stall", 0.0))
+    scalars |= {f"speed/{name}_s": seconds / interval.steps for name, seconds in teacher.items()}
+    operations = hardware.operations_per_token(job.engine.module.model)
+    scalars["speed/mfu"] = interval.utilization(operations, peak, job.world)
+    scalars["memory/peak_gib"] = (
+        distributed.max_over_ranks(hardware.peak_memory(job.world.device)) / hardware.GIB
+    )
+    scalars["memory/model_states_gib"] = hardware.model_states(job.engine) / hardware.GIB
     scalars["optim/lr"] = job.engine.get_lr()[0]
     scalars["optim/skipped_steps"] = job.state.skipped
-    scalars["grad/norm"] = float(job.engine.get_global_grad_norm() or 0.0)
-    scalars["data/epoch"] = job.state.step / job.plan.steps_per_epoch
-    job.board.scalars(scalars, job.state.step)
+    scalars["data/epoch"] = step / job.plan.steps_per_epoch
+    job.board.scalars(scalars, step)
     losses = "  ".join(f"{tag.removeprefix('loss/')} {v:.4f}" for tag, v in scalars.items() if "loss/" in tag)
     logger.info(
-        "step %d/%d  %s  grad %.3g  lr %.3g  %.0f tokens/s  %.2f s/step",
-        job.state.step,
-        job.config.optim.max_steps,
+        "step %d/%d  %s  grad %.3g  lr %.3g  %.0f tokens/s  %.2f s/step  eta %s",
+        step,
+        config.optim.max_steps,
         losses,
         scalars["grad/norm"],
         scalars["optim/lr"],
         scalars["speed/tokens_per_s"],
         scalars["speed/step_s"],
+        timedelta(seconds=round(scalars["speed/step_s"] * (config.optim.max_steps - step))),
     )
+    job.board.advance(step)
+    if job.world.rank == 0:
+        job.alarms.check(scalars, step)
 
 
 def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
@@ -147,15 +181,28 @@ def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
             predictions = evaluation.evaluate(
                 model, job.tokenizer, records[: limit or None], job.streams, job.config.data, job.world
             )
-            scores[task] = evaluation.scores(predictions)
-            if job.world.rank == 0:
-                path = job.folder / "predictions" / f"step-{job.state.step:08d}" / f"{split}_{task}.jsonl"
-                evaluation.write_predictions(path, predictions)
-    for task, values in scores.items():
-        job.board.scalars({f"eval/{split}_{task}_{k}": v for k, v in values.items()}, job.state.step)
-        logger.info("%s %s  %s", split, task, "  ".join(f"{k} {v:.4g}" for k, v in values.items()))
-    job.results |= {split: scores, f"{split}_seconds": round(time.perf_counter() - start, 1)}
+            scores[task] = distributed.run_on_rank_0(partial(show, job, f"{split}_{task}", predictions))
+    seconds = time.perf_counter() - start
+    job.meter.exclude(seconds)
+    job.results |= {split: scores, f"{split}_seconds": round(seconds, 1)}
     return {task: values["accuracy"] for task, values in scores.items()}
+
+
+def show(job: Job, name: str, predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Score one task's predictions; the scores, the predictions, figures and samples where people look."""
+    step, folder = job.state.step, job.folder / "predictions"
+    scores = evaluation.scores(predictions)
+    evaluation.write_predictions(folder / f"step-{step:08d}" / f"{name}.jsonl", predictions)
+    job.board.scalars({f"eval/{name}_{key}": value for key, value in scores.items()}, step)
+    if job.config.run.tensorboard:
+        figures = evaluation_report.figures(predictions, f"{name}, step {step}")
+        curve = evaluation_report.learning_curve(folder, f"{name}.jsonl", step)
+        figures |= {"accuracy_by_length": curve} if curve else {}
+        job.board.figures({f"{name}/{key}": figure for key, figure in figures.items()}, step)
+        job.board.text(f"{name}/samples", evaluation_report.samples(predictions), step, markdown=True)
+    brief = ("accuracy", "ece", "rationale_bleu", "rationale_rouge_l", "faithful")
+    logger.info("%s  %s", name, "  ".join(f"{key} {scores[key]:.4g}" for key in brief if key in scores))
+    return scores
 
 
 def close(job: Job) -> None:
@@ -180,6 +227,13 @@ def close(job: Job) -> None:
             **{split: scores for split, scores in job.results.items()},
         }
         metrics.write_json(job.folder / "result.json", result)
+    final = {
+        f"eval/{split}_{task}_{name}": value
+        for split in ("valid", "test")
+        for task, scores in job.results.get(split, {}).items()
+        for name, value in scores.items()
+    }
+    job.board.hparams(metrics.hyperparameters(settings.to_flat(config)), final)
     logger.info("done: %s", job.folder / "result.json")
 
 

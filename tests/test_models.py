@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -195,12 +196,15 @@ def test_decode_is_greedy_and_keeps_the_order():
         device=torch.device("cpu"),
         batch_size=3,
     )
-    for question, text in zip(questions, together, strict=True):
+    for question, (text, confidence, first) in zip(questions, together, strict=True):
         ids = tokenizer(question, return_tensors="pt").input_ids
-        out = [model.config.decoder_start_token_id]
+        out, probabilities = [model.config.decoder_start_token_id], []
         for _ in range(6):
             logits = model(input_ids=ids, decoder_input_ids=torch.tensor([out])).logits[0, -1]
             out.append(int(np.argmax(logits.detach().numpy())))
+            probabilities.append(float(logits.detach().double().softmax(-1)[out[-1]]))
             if out[-1] == tokenizer.eos_token_id:
                 break
         assert text == tokenizer.decode(out, skip_special_tokens=True)
+        assert confidence == pytest.approx(math.prod(probabilities), rel=1e-5)
+        assert first == pytest.approx(probabilities[0], rel=1e-5)

@@ -60,7 +60,7 @@ def test_a_non_finite_step_is_skipped_and_counted(make_job, monkeypatch, config,
 
 
 def test_after_too_many_skipped_steps_the_run_ends_and_names_the_questions(make_job, monkeypatch, caplog):
-    job = make_job(**{"run.max_skipped_steps": 3, "run.save_every": 2})
+    job = make_job(**{"run.max_skipped_steps": 3, "run.save_every": 2, "run.term_gradients_every": 0})
     honest = objectives.head_loss
     calls = []
 

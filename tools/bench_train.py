@@ -153,6 +153,7 @@ class Case:
     def settings(self, precision: str = "fp32") -> config.Config:
         overrides = {"objective.method": self.method, "optim.batch_size": self.batch_size, "optim.lr": LR}
         overrides |= {"student.precision": precision, "deepspeed.config": self.zero}
+        overrides["run.term_gradients_every"] = 0
         return config.load(None, overrides)
 
     def model(self, **overrides):

@@ -1,0 +1,142 @@
+"""Does a student know when it is right? Confidence against correctness of whole answers.
+
+A confidence is a probability that the student gave its own greedy answer: the *sequence*
+confidence is that of the whole answer, the product of its tokens' probabilities, end token
+included; the *first-token* confidence is that of its first token alone. An answer is correct
+by the rule of its task. Everything here is a function of these two arrays, one entry an answer:
+`confidence` [n] in [0, 1] and `correct` [n] 0 or 1. The public code of this field compares an
+answer's tokens with a single predicted token, so its accuracy is always 0.
+
+Equal confidences are interchangeable: where a measure needs an order (bins of equal mass,
+coverage), each answer of a tie counts with the tie's mean correctness, so that the order of the
+records changes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+BINS = 15
+"""Bins of `ece` and `ece_mass`, as in Guo et al., ICML 2017."""
+
+
+@dataclass(frozen=True)
+class Bins:
+    """Answers in bins of confidence; empty bins are left out."""
+
+    edges: np.ndarray
+    """[bins, 2] lowest and highest confidence: a bin's limits (equal width) or what it holds (equal mass)."""
+    count: np.ndarray
+    """[bins] answers; a tie's share in equal-mass bins."""
+    confidence: np.ndarray
+    """[bins] mean confidence."""
+    accuracy: np.ndarray
+    """[bins] mean correctness."""
+
+    @property
+    def error(self) -> float:
+        """The calibration error of these bins: mean over answers of |accuracy - confidence| of their bin."""
+        gaps = np.abs(self.accuracy - self.confidence)
+        return float((self.count * gaps).sum() / self.count.sum())
+
+
+def checked(confidence: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Both as float64 [n]. Raises ValueError: nothing there, lengths that differ, values out of range."""
+    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
+        raise ValueError(
+            f"confidence has shape {confidence.shape} and correct {correct.shape}; they must be two lists of "
+            "the same length, one entry an answer, and not empty"
+        )
+    # a product of rounded probabilities may exceed 1 by a few units in the last place
+    if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():
+        raise ValueError(
+            f"confidences lie in {confidence.min()} .. {confidence.max()}; they must be in [0, 1]"
+        )
+    if not np.isin(correct, (0, 1)).all():
+        raise ValueError("correct must hold only 0 and 1")
+    return confidence.clip(0, 1), correct
+
+
+def equal_width(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> Bins:
+    """Bins [i / bins, (i + 1) / bins), the last one closed."""
+    confidence, correct = checked(confidence, correct)
+    limits = np.linspace(0, 1, bins + 1)
+    index = np.searchsorted(limits[1:-1], confidence, side="right")
+    count = np.bincount(index, minlength=bins)
+    used = np.flatnonzero(count)
+    sums = [np.bincount(index, weights, minlength=bins)[used] for weights in (confidence, correct)]
+    edges = np.stack([limits[used], limits[used + 1]], axis=1)
+    return Bins(edges, count[used], *(part / count[used] for part in sums))
+
+
+def equal_mass(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> Bins:
+    """Bins of n / bins answers each, up to one; with fewer answers than bins, one answer a bin."""
+    return _split(*_ordered(*checked(confidence, correct)), bins)
+
+
+def adaptive(confidence: ArrayLike, correct: ArrayLike) -> Bins:
+    """Bins of equal mass, as many as keep their accuracies from falling as confidence rises.
+
+    The monotonic sweep of Roelofs et al., "Mitigating Bias in Calibration Error Estimation",
+    AISTATS 2022: add bins until an accuracy is below that of the bin before it. A fixed number
+    of bins overestimates the error where each holds few answers.
+    """
+    ordered = _ordered(*checked(confidence, correct))
+    best = _split(*ordered, 1)
+    for bins in range(2, len(ordered[0]) + 1):
+        finer = _split(*ordered, bins)
+        if (np.diff(finer.accuracy) < 0).any():
+            break
+        best = finer
+    return best
+
+
+def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
+    """Mean squared difference of confidence and correctness, of the answer that was given."""
+    confidence, correct = checked(confidence, correct)
+    return float(np.square(confidence - correct).mean())
+
+
+def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """(coverage, risk), both [n]: answering only the k most confident questions, k = 1 .. n.
+
+    Coverage is k / n, risk the share of wrong answers among those k (El-Yaniv and Wiener, JMLR 2010).
+    """
+    _, correct = _ordered(*checked(confidence, correct))
+    answered = np.arange(1, len(correct) + 1)
+    return answered / len(correct), np.cumsum(1 - correct[::-1]) / answered
+
+
+def summary(confidence: ArrayLike, correct: ArrayLike) -> dict[str, float]:
+    """All measures as shares: `confidence` (mean), `ece`, `ece_mass` (`BINS` bins of equal width, of equal
+    mass), `ece_adaptive`, `brier`, and `aurc`, the mean risk over all coverages (smaller is better)."""
+    _, risk = risk_coverage(confidence, correct)
+    return {
+        "confidence": float(checked(confidence, correct)[0].mean()),
+        "ece": equal_width(confidence, correct).error,
+        "ece_mass": equal_mass(confidence, correct).error,
+        "ece_adaptive": adaptive(confidence, correct).error,
+        "brier": brier(confidence, correct),
+        "aurc": float(risk.mean()),
+    }
+
+
+def _ordered(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By rising confidence, with each tie's mean correctness in place of its members' own."""
+    values, tie, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    means = np.bincount(tie, correct) / count
+    return np.repeat(values, count), np.repeat(means, count)
+
+
+def _split(confidence: np.ndarray, correct: np.ndarray, bins: int) -> Bins:
+    """Ordered answers in bins whose sizes differ by at most one, larger ones first."""
+    bins = min(bins, len(confidence))
+    size, larger = divmod(len(confidence), bins)
+    count = np.where(np.arange(bins) < larger, size + 1, size)
+    start = np.cumsum(count) - count
+    means = [np.add.reduceat(values, start) / count for values in (confidence, correct)]
+    return Bins(np.stack([confidence[start], confidence[start + count - 1]], axis=1), count, *means)

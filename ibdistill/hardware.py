@@ -1,0 +1,72 @@
+"""What a step asks of the device, and what the device has: operations, peak rate, memory."""
+
+from __future__ import annotations
+
+import resource
+import time
+from functools import cache
+
+import deepspeed
+import torch
+from torch import nn
+
+GIB = 2**30
+
+
+def operations_per_token(model: nn.Module) -> tuple[int, int]:
+    """Floating point operations of one training step for a token of a question and of a target.
+
+    6 for each weight that the token meets: 2 in the forward pass, 4 in the backward pass (Kaplan et al.,
+    arXiv 2001.08361, section 2.1). Attention's own products are left out, and so is what is computed
+    twice under `student.gradient_checkpointing`. Question tokens of an encoder-decoder model meet its
+    encoder, target tokens its decoder and head; those of a decoder-only model meet all blocks.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    if base.config.is_encoder_decoder:
+        question = _weights(base.get_encoder()) - _weights(embedding)
+        target = _weights(base.get_decoder()) - _weights(embedding)
+    else:
+        tied = embedding.weight is head.weight
+        question = target = _weights(base) - _weights(embedding) - (0 if tied else _weights(head))
+    return 6 * question, 6 * (target + _weights(head))
+
+
+def _weights(module: nn.Module) -> int:
+    """Number of weights, also where ZeRO-3 has partitioned them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+
+@cache
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Best rate of a large square product on this device, in operations a second. Takes a moment, once."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * size**3 / best
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the allocator's high-water mark since the last call, else that of the process's
+    resident set since its start."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def model_states(engine: deepspeed.DeepSpeedEngine) -> int:
+    """Bytes of weights, master weights and optimizer states on this rank; gradients are left out."""
+    tensors = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
+    optimizer = engine.basic_optimizer
+    tensors += [p for group in optimizer.param_groups for p in group["params"]]
+    tensors += [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(storages.values())
