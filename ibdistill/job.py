@@ -74,7 +74,7 @@ class Job:
         return [(rows, self.collate(rows)) for rows in self._shares(self.state.step)]
 
     def following(self, index: int) -> tuple[np.ndarray, data.Batch] | None:
-        """The micro-batch after number `index` of the current step, on the device; None after the last step."""
+        """The micro-batch after number `index` of the current step, on the device; None at the very end."""
         shares = self._shares(self.state.step)[index + 1 :]
         if not shares and self.state.step + 1 < self.config.optim.max_steps:
             shares = self._shares(self.state.step + 1)
