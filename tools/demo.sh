@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
-# The main job end to end on the embedded corpus, with 2 processes: pretrain a tiny T5 (the stand-in
-# for a downloaded one), then distil it from 300 labelled problems with three methods.
-# What is finished is not run again: `rm -r runs/demo` starts over. Arguments go to each distillation.
+# The main job end to end on the embedded corpus, with 2 processes:
+#   pretrain   a tiny T5, the stand-in for a downloaded one; teacher and students start from it
+#   teacher    learns from all 16,000 labelled problems, both streams
+#   students   learn from 300: finetune, dss, and ib with the teacher in the job, sharded by ZeRO-3
+# What is finished is not run again: `rm -r runs/demo` starts over. Arguments go to each student.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS=1
 
 runs=runs/demo
 train() { # name, then train.py's arguments; the launcher's own chatter stays in the log
+  echo "== $1"
   mkdir -p "$runs"
   if ! deepspeed --num_gpus 2 ibdistill/train.py "${@:2}" --run.dir "$runs/$1" > >(
     tee "$runs/$1.log" | grep --line-buffered -E '^[0-9:]{8} |^error'
@@ -16,15 +19,16 @@ train() { # name, then train.py's arguments; the launcher's own chatter stays in
     exit 1
   fi
 }
+student() { # method, then further arguments
+  train "$1" demo --student.model "$runs/pretrain/student" --objective.method "$1" --run.log_every 50 "${@:2}"
+}
 
-echo "== pretrain"
 train pretrain demo_pretrain
-for method in finetune dss ib; do
-  echo "== $method"
-  train "$method" demo --student.model "$runs/pretrain/student" --objective.method "$method" \
-    --run.log_every 50 "$@"
-done
+train teacher demo_teacher --student.model "$runs/pretrain/student"
+student finetune "$@"
+student dss "$@"
+student ib --teacher.placement zero3 --teacher.model "$runs/teacher/student" "$@"
 echo
-python tools/compare_runs.py "$runs"/finetune "$runs"/dss "$runs"/ib
+python tools/compare_runs.py "$runs"/{teacher,finetune,dss,ib}
 echo
 echo "curves: tensorboard --logdir $runs"
