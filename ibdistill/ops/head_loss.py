@@ -19,6 +19,7 @@ from torch import Tensor
 from ibdistill.ops import custom, head_loss_torch
 from ibdistill.ops.arguments import (
     IGNORED,
+    LARGEST_K,
     Call,
     MISettings,
     Stream,
@@ -79,8 +80,8 @@ def head_loss(
         group: InfoNCE's process group; None: the default group, or this process alone if there is
             none. With InfoNCE all ranks of the group must call, each with any number of questions.
         impl: triton (on a GPU, or anywhere under TRITON_INTERPRET=1), torch, or auto: triton for
-            tensors on a GPU where triton is installed and knows the case (not float64, not a
-            teacher's top k), else torch. The choice of auto is logged once.
+            tensors on a GPU where triton is installed and knows the case (not float64, not more
+            than the top 256 of a teacher in bfloat16), else torch. The choice of auto is logged once.
         chunk_bytes: at most this much memory for logits (at least one row of them).
 
     Returns:
@@ -263,6 +264,10 @@ def _term_names(has_explain: bool, mi: MISettings | None, teacher: Teacher | Non
 
 def _lacks(call: Call) -> str | None:
     """What of a call the Triton implementation can't do."""
-    if call.teacher is not None and call.teacher.is_top_k:
-        return "a teacher's top k is only in the torch implementation"
+    if call.teacher is None or not call.teacher.is_top_k:
+        return None
+    signal = call.teacher.predict or call.teacher.explain
+    dtype, k = call.predict.hidden.dtype, signal.ids.shape[1]
+    if k > LARGEST_K.get(dtype, k):
+        return f"with {dtype} it takes at most the top {LARGEST_K[dtype]} of a teacher, not {k}"
     return None
