@@ -44,9 +44,14 @@ __all__ = [
     "logits_loss",
 ]
 
-CHUNK_BYTES = 32 << 20
-"""Default bound of the buffers of logits. Measured at V = 32128, D = 512, 640 rows, float32, 2 cores:
-the products of 4 and 8 MiB have too few rows (1.3 to 2 times the time), above 32 MiB nothing is won."""
+CHUNK_BYTES = {"cpu": 20 << 20, "gpu": 256 << 20}
+"""Default bound of the buffers of logits.
+
+CPU: measured at V = 32128, D = 512, float32: from 160 rows (20 MiB) on the products' time per row no longer
+falls; with 80 rows it's a quarter more. GPU: every chunk reads and writes the head's gradient, which with R
+rows of bfloat16 logits is 12 V D bytes beside the 8 V R of the kernels' passes: a share of 1.5 D / R, so that
+R must be large against D. 256 MiB are 4177 rows at V = 32128, 883 at V = 151936. Counted, not measured.
+"""
 
 
 def head_loss(
@@ -60,7 +65,7 @@ def head_loss(
     teacher: Teacher | None = None,
     group: Any = None,
     impl: str = "auto",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of cross entropies, mutual-information term and distillation (DESIGN 2).
 
@@ -82,7 +87,7 @@ def head_loss(
         impl: triton (on a GPU, or anywhere under TRITON_INTERPRET=1), torch, or auto: triton for
             tensors on a GPU where triton is installed and knows the case (not float64, not more
             than the top 256 of a teacher in bfloat16), else torch. The choice of auto is logged once.
-        chunk_bytes: at most this much memory for logits (at least one row of them).
+        chunk_bytes: at most this much memory for logits (at least one row of them); None: CHUNK_BYTES.
 
     Returns:
         total: 0-d float32 (float64 for float64), with gradients for the hidden states, weight and
@@ -109,7 +114,7 @@ def logits_loss(
     weights: Weights,
     mi: MISettings | None = None,
     impl: str = "auto",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`head_loss` for logits that exist already, to be dropped into other trainers.
 
@@ -137,6 +142,8 @@ def logits_loss(
 
 
 def _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes):
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES["cpu" if predict.hidden.device.type == "cpu" else "gpu"]
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes = {chunk_bytes} must be positive")
     differentiated = (predict.hidden, None if explain is None else explain.hidden, weight, bias)
