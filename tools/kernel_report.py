@@ -75,7 +75,7 @@ def record(
     V: int, dtype: torch.dtype, lengths: tuple[int, ...] = (3, 3), lanes: int = 32, D: int = 16
 ) -> dict[str, list[Launch]]:
     """Case -> the launches of one call of it, with questions of these lengths in both streams."""
-    from ibdistill.ops import head_loss_triton, launch, vid, vid_triton
+    from ibdistill.ops import head_loss_launches, head_loss_triton, launch, teaching_triton, vid, vid_triton
     from ibdistill.ops.arguments import Call, MISettings, Stream, Teacher, TeacherStream, Weights
 
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -94,12 +94,15 @@ def record(
         "head, CE + paper, mean": (hidden, MISettings("paper", "mean"), None),
         "head, CE + normalized, max, teacher": (hidden, MISettings("normalized", pair="teacher"), white),
     }
+    few = TeacherStream(None, labels[:, None], torch.ones(len(labels), 1))
+    cases["head, CE + paper, max + KD top k"] = (hidden, MISettings(), Teacher(few, few))
     for divergence in ("forward", "reverse", "jsd"):
         teacher = dataclasses.replace(white, divergence=divergence)
         cases[f"head, CE + KD {divergence}"] = (hidden, None, teacher)
         cases[f"head, CE + paper, max + KD {divergence}"] = (hidden, MISettings(), teacher)
     out = {}
-    with recorded(head_loss_triton, vid_triton) as launches, mock.patch.object(launch, "LANES", lanes):
+    modules = (head_loss_launches, teaching_triton, vid_triton)
+    with recorded(*modules) as launches, mock.patch.object(launch, "LANES", lanes):
         for case, (stream, mi, teacher) in cases.items():
             call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, 32 << 20)
             head = None if case.startswith("logits") else weight

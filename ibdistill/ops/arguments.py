@@ -15,8 +15,12 @@ STREAMS = ("predict", "explain")
 
 PAIRS = ("student", "teacher")
 
+LARGEST_K = {torch.bfloat16: 1 << 8, torch.float16: 1 << 11, torch.float32: 1 << 24}
+"""Triton notes a token's place in the top k in the logits' dtype, where it must be exact."""
+
 BLOCK_ROWS = 16
-"""Rows that the mean pool and distillation work on at once: temporaries small beside the chunk."""
+"""Rows that the mean pool and distillation work on at once, temporaries small beside the chunk, and rows of a
+program of the gradient kernel where there are no sequences to follow."""
 
 IGNORED = -100
 """Label of a position that is left out."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from ibdistill.ops import custom, head_loss_torch
 from ibdistill.ops.arguments import (
     IGNORED,
+    LARGEST_K,
     Call,
     MISettings,
     Stream,
@@ -43,9 +44,14 @@ __all__ = [
     "logits_loss",
 ]
 
-CHUNK_BYTES = 32 << 20
-"""Default bound of the buffers of logits. Measured at V = 32128, D = 512, 640 rows, float32, 2 cores:
-the products of 4 and 8 MiB have too few rows (1.3 to 2 times the time), above 32 MiB nothing is won."""
+CHUNK_BYTES = {"cpu": 20 << 20, "gpu": 256 << 20}
+"""Default bound of the buffers of logits.
+
+CPU: measured at V = 32128, D = 512, float32: from 160 rows (20 MiB) on the products' time per row no longer
+falls; with 80 rows it's a quarter more. GPU: every chunk reads and writes the head's gradient, which with R
+rows of bfloat16 logits is 12 V D bytes beside the 8 V R of the kernels' passes: a share of 1.5 D / R, so that
+R must be large against D. 256 MiB are 4177 rows at V = 32128, 883 at V = 151936. Counted, not measured.
+"""
 
 
 def head_loss(
@@ -59,7 +65,7 @@ def head_loss(
     teacher: Teacher | None = None,
     group: Any = None,
     impl: str = "auto",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Weighted sum of cross entropies, mutual-information term and distillation (DESIGN 2).
 
@@ -79,9 +85,9 @@ def head_loss(
         group: InfoNCE's process group; None: the default group, or this process alone if there is
             none. With InfoNCE all ranks of the group must call, each with any number of questions.
         impl: triton (on a GPU, or anywhere under TRITON_INTERPRET=1), torch, or auto: triton for
-            tensors on a GPU where triton is installed and knows the case (not float64, not a
-            teacher's top k), else torch. The choice of auto is logged once.
-        chunk_bytes: at most this much memory for logits (at least one row of them).
+            tensors on a GPU where triton is installed and knows the case (not float64, not more
+            than the top 256 of a teacher in bfloat16), else torch. The choice of auto is logged once.
+        chunk_bytes: at most this much memory for logits (at least one row of them); None: CHUNK_BYTES.
 
     Returns:
         total: 0-d float32 (float64 for float64), with gradients for the hidden states, weight and
@@ -108,7 +114,7 @@ def logits_loss(
     weights: Weights,
     mi: MISettings | None = None,
     impl: str = "auto",
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`head_loss` for logits that exist already, to be dropped into other trainers.
 
@@ -136,6 +142,8 @@ def logits_loss(
 
 
 def _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes):
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES["cpu" if predict.hidden.device.type == "cpu" else "gpu"]
     if chunk_bytes <= 0:
         raise ValueError(f"chunk_bytes = {chunk_bytes} must be positive")
     differentiated = (predict.hidden, None if explain is None else explain.hidden, weight, bias)
@@ -263,6 +271,10 @@ def _term_names(has_explain: bool, mi: MISettings | None, teacher: Teacher | Non
 
 def _lacks(call: Call) -> str | None:
     """What of a call the Triton implementation can't do."""
-    if call.teacher is not None and call.teacher.is_top_k:
-        return "a teacher's top k is only in the torch implementation"
+    if call.teacher is None or not call.teacher.is_top_k:
+        return None
+    signal = call.teacher.predict or call.teacher.explain
+    dtype, k = call.predict.hidden.dtype, signal.ids.shape[1]
+    if k > LARGEST_K.get(dtype, k):
+        return f"with {dtype} it takes at most the top {LARGEST_K[dtype]} of a teacher, not {k}"
     return None

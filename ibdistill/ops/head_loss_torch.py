@@ -141,7 +141,7 @@ def compute(
 def _finish_gradients(call: Call, rows: Rows, head: ChunkedLinear, needs: list[bool]) -> list[Tensor | None]:
     """Gradients in the inputs' order, shapes and dtypes. Ignored rows get zeros."""
     d_hidden = head.d_hidden
-    gradients: list[Tensor | None] = [None, None, head.d_weight, head.d_bias]
+    gradients: list[Tensor | None] = [None, None, head.weight_gradient(), head.d_bias]
     dtype = call.predict.hidden.dtype
     if d_hidden is not None:
         split = [call.predict.hidden.shape[0], 0 if call.explain is None else call.explain.hidden.shape[0]]

@@ -22,7 +22,9 @@ class ChunkedLinear:
         self.weight = weight.to(self.accumulator) if slow or hidden.dtype != weight.dtype else weight
         self.bias = bias
         self.d_hidden = torch.zeros_like(hidden, dtype=self.accumulator) if needs[0] else None
-        self.d_weight = torch.zeros_like(weight, dtype=self.accumulator) if needs[1] else None
+        # filled by the first product: zeros first would be one more pass over a tensor as large as the head
+        self.d_weight = torch.empty_like(weight, dtype=self.accumulator) if needs[1] else None
+        self.has_rows = False
         self.d_bias = torch.zeros_like(bias, dtype=self.accumulator) if needs[2] else None
 
     def forward(self, a: int, b: int, out: Tensor) -> Tensor:
@@ -41,12 +43,28 @@ class ChunkedLinear:
         hidden, low = self.hidden[a:b], dy.to(self.weight.dtype)
         if self.d_hidden is not None:
             self.d_hidden[a:b] = low @ self.weight
-        if self.d_weight is not None and low.dtype == self.d_weight.dtype:
-            self.d_weight.addmm_(low.T, hidden.to(low.dtype))
-        elif self.d_weight is not None:
-            self.d_weight.add_(low.T @ hidden)
+        if self.d_weight is not None:
+            self._add_product(low.T, hidden.to(low.dtype))
         if self.d_bias is not None:
             self.d_bias.add_(dy.sum(0))
+
+    def _add_product(self, left: Tensor, right: Tensor) -> None:
+        exact = left.dtype == self.d_weight.dtype
+        if exact and self.has_rows:
+            self.d_weight.addmm_(left, right)
+        elif exact:
+            torch.mm(left, right, out=self.d_weight)
+        elif self.has_rows:
+            self.d_weight.add_(left @ right)
+        else:
+            self.d_weight.copy_(left @ right)
+        self.has_rows = True
+
+    def weight_gradient(self) -> Tensor | None:
+        """Of all rows so far."""
+        if self.d_weight is not None and not self.has_rows:
+            self.d_weight.zero_()
+        return self.d_weight
 
 
 def log_softmax_(z: Tensor) -> Tensor:

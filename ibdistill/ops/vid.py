@@ -143,7 +143,7 @@ def compute(
             linear.add_gradients(y, a, b)
     total = 0.5 / width * (squares @ precision + tokens * g.sum())
     d_log_variance = 0.5 / width * (tokens - squares * precision)
-    gradients = (linear.d_hidden, linear.d_weight, d_bias, d_log_variance)
+    gradients = (linear.d_hidden, linear.weight_gradient(), d_bias, d_log_variance)
     inputs = (student, weight, bias, log_variance)
     return [total, *(d.to(x.dtype) for d, x, need in zip(gradients, inputs, needs, strict=True) if need)]
 

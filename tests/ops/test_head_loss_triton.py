@@ -56,30 +56,61 @@ def test_equals_the_twin(generator, mi, chunk_rows):
     check(make(generator), weights=ALL, mi=mi, upstream=-1.7, chunk_bytes=chunk_rows * 48 * 4)
 
 
+def white_box(case, generator, sides, *settings):
+    signals = [TeacherStream(torch.randn(len(s.labels), 5, generator=generator)) for s in case[:2]]
+    head = make_head(5, V, torch.float32, generator)
+    return Teacher(*(s if on else None for s, on in zip(signals, sides, strict=True)), *head, *settings)
+
+
+def top_k(case, generator, sides, *settings, k=4, V=V):
+    signals = []
+    for stream in case[:2]:
+        q = torch.softmax(2 * torch.randn(len(stream.labels), V, generator=generator), -1)
+        signals.append(TeacherStream(None, *reversed(q.topk(k))))
+    streams = (s if on else None for s, on in zip(signals, sides, strict=True))
+    return Teacher(*streams, None, None, *settings)
+
+
+SIDES = {"both": (1, 1), "predict": (1, 0), "explain": (0, 1)}
+
+
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 @pytest.mark.parametrize("mi", [None, MISettings("normalized", gradient="both")], ids=name_of)
-@pytest.mark.parametrize("sides", ["both", "predict", "explain"])
-def test_distillation(generator, divergence, mi, sides):
+@pytest.mark.parametrize("sides", SIDES)
+@pytest.mark.parametrize("teacher", [white_box, top_k])
+def test_distillation(generator, teacher, divergence, mi, sides):
     case = make(generator)
-    signals = [TeacherStream(torch.randn(len(s.labels), 5, generator=generator)) for s in case[:2]]
-    if sides != "both":
-        signals[0 if sides == "explain" else 1] = None
-    teacher = Teacher(*signals, *make_head(5, V, torch.float32, generator), divergence, 0.3, 1.7)
-    for chunk_rows in (10, 1000):
+    teacher = teacher(case, generator, SIDES[sides], divergence, 0.3, 1.7)
+    for chunk_rows in (20, 1000):
         check(case, weights=ALL, mi=mi, teacher=teacher, chunk_bytes=chunk_rows * 48 * 4)
 
 
-@pytest.mark.parametrize("mi", PAIRED, ids=name_of)
-@pytest.mark.parametrize("sides", ["both", "explain"])
-@pytest.mark.parametrize("kd", [0.0, 1.1])
-def test_paired_with_the_teacher(generator, mi, sides, kd):
+@pytest.mark.parametrize("k", [1, V])
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_the_smallest_and_the_largest_top_k(generator, divergence, k):
     case = make(generator)
-    signals = [TeacherStream(torch.randn(len(s.labels), 5, generator=generator)) for s in case[:2]]
-    if sides == "explain":
-        signals[0] = None
-    teacher = Teacher(*signals, *make_head(5, V, torch.float32, generator), "reverse", 0.3, 1.7)
-    weights = Weights(0.7, 0.4, 1.3, 0.6 * kd, -kd)
-    for chunk_rows in (5, 24, 1000):
+    # with k = V the tail is empty, and float32 keeps no more of it than the twin's float64 floor says
+    teacher = top_k(case, generator, (1, 1), divergence, 0.3, 1.0, k=k)
+    weights = Weights(0.7, 0.4, 1.3, 0.6 if k < V else 0.0, 0.0)
+    check(case, weights=weights, teacher=teacher, close={"rtol": 1e-4, "atol": 1e-3 if k == V else 2e-5})
+
+
+def test_a_block_of_nothing_but_the_top_k(generator, monkeypatch):
+    """The tail's log-sum-exp starts with a block that has none of it."""
+    monkeypatch.setattr("ibdistill.ops.launch.LANES", 1)
+    monkeypatch.setattr("ibdistill.ops.launch.LOADS", 1)
+    case = make(generator)
+    ids = torch.arange(16).expand(len(case[0].labels), 16).clone()
+    teacher = Teacher(TeacherStream(None, ids, torch.full(ids.shape, 1 / 17)))
+    check(case, weights=ALL, teacher=teacher)
+
+
+@pytest.mark.parametrize("mi", PAIRED, ids=name_of)
+@pytest.mark.parametrize("teacher, sides", [(white_box, "both"), (white_box, "explain"), (top_k, "both")])
+def test_paired_with_the_teacher(generator, mi, teacher, sides):
+    case = make(generator)
+    teacher = teacher(case, generator, SIDES[sides], "reverse", 0.3)
+    for chunk_rows, weights in ((24, ALL), (1000, Weights(0.7, 0.4, 1.3))):
         check(case, weights=weights, mi=mi, teacher=teacher, chunk_bytes=chunk_rows * 48 * 4)
 
 
@@ -203,10 +234,11 @@ def test_refusals(generator, monkeypatch):
     case = make(generator)
     with pytest.raises(ValueError, match="impl = 'triton' can't run: it has no float64; use impl = 'torch'"):
         head_loss(*double(case), weights=ALL, impl="triton")
-    ids = torch.zeros(len(case[0].labels), 1, dtype=torch.int64)
-    teacher = Teacher(TeacherStream(None, ids, torch.ones(ids.shape)))
-    with pytest.raises(ValueError, match="a teacher's top k is only in the torch implementation"):
-        head_loss(*case, weights=ALL, teacher=teacher, impl="triton")
+    low = [s._replace(hidden=s.hidden.bfloat16()) for s in case[:2]] + [x.bfloat16() for x in case[2:]]
+    ids = torch.arange(257).expand(len(case[0].labels), 257)
+    teacher = Teacher(TeacherStream(None, ids, torch.ones(ids.shape) / 257))
+    with pytest.raises(ValueError, match="with torch.bfloat16 it takes at most the top 256 .*, not 257"):
+        head_loss(*low, weights=ALL, teacher=teacher, impl="triton")
     if not torch.cuda.is_available():
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="not on a GPU, and TRITON_INTERPRET=1 is not set"):
