@@ -47,8 +47,14 @@ def block(job: Job, is_on: bool) -> float:
     return time.perf_counter() - start
 
 
-def main(preset: str = "demo-student", method: str = "ib", batch_size: int = 16, rounds: int = 5) -> None:
-    """`preset`: a shape of `presets.PRESETS`; `rounds`: of 100 steps of each variant."""
+def main(
+    preset: str = "demo-student",
+    method: str = "ib",
+    batch_size: int = 16,
+    rounds: int = 5,
+    steps: int = PERIOD,
+) -> None:
+    """`preset`: a shape of `presets.PRESETS`; `rounds`: of `steps` steps of each variant."""
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as root:
@@ -56,7 +62,7 @@ def main(preset: str = "demo-student", method: str = "ib", batch_size: int = 16,
             name: build(Path(root) / name, preset, method, batch_size, world, name == "on")
             for name in ("off", "on")
         }
-        blocks = PERIOD // BLOCK
+        blocks = steps // BLOCK
         best = {name: np.full(blocks, np.inf) for name in jobs}
         for turn in range(-1, rounds * blocks):  # the first turn warms up
             for name, job in jobs.items():
@@ -67,8 +73,8 @@ def main(preset: str = "demo-student", method: str = "ib", batch_size: int = 16,
                     best[name][turn % blocks] = min(best[name][turn % blocks], seconds)
         for job in jobs.values():
             job.board.close()
-    step = {name: float(seconds.sum()) / PERIOD for name, seconds in best.items()}
-    print(f"{preset}, {method}, batch {batch_size}, {rounds} rounds of {PERIOD} steps, {world.size} ranks")
+    step = {name: float(seconds.sum()) / steps for name, seconds in best.items()}
+    print(f"{preset}, {method}, batch {batch_size}, {rounds} rounds of {steps} steps, {world.size} ranks")
     print(f"off {1000 * step['off']:.2f} ms/step, on {1000 * step['on']:.2f} ms/step")
     print(f"monitoring costs {step['on'] / step['off'] - 1:.2%} of the step time")
 
