@@ -34,7 +34,7 @@ GRADIENT = "gradient_"
 _LAYOUT = {
     "training": {
         "losses": ["Multiline", ["loss/.*"]],
-        "mutual information": ["Multiline", ["mi/(bound|entropy|constant)"]],
+        "mutual information": ["Multiline", ["mi/(bound|entropy|constant)$"]],
         "share of the gradient": ["Multiline", ["grad/share_.*"]],
         "token accuracy": ["Multiline", ["accuracy/.*"]],
     },
@@ -279,9 +279,15 @@ def tag(term: str) -> str:
     return f"loss/{rest if kind == 'ce' else term}"
 
 
-def hyperparameters(settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings that make a difference to the result: all but those of `run`, and the seed."""
-    return {k: v for k, v in settings.items() if not k.startswith("run.") or k == "run.seed"}
+def hyperparameters(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """What tells a sweep's runs apart: the objective, the seed, and whatever is not at its default."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if name.startswith("objective.")
+        or name == "run.seed"
+        or (value != defaults[name] and not name.startswith("run."))
+    }
 
 
 def constant_share(term: float, constant: float) -> float:

@@ -233,7 +233,8 @@ def close(job: Job) -> None:
         for task, scores in job.results.get(split, {}).items()
         for name, value in scores.items()
     }
-    job.board.hparams(metrics.hyperparameters(settings.to_flat(config)), final)
+    flat, defaults = settings.to_flat(config), settings.to_flat(Config())
+    job.board.hparams(metrics.hyperparameters(flat, defaults), final)
     logger.info("done: %s", job.folder / "result.json")
 
 

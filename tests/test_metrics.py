@@ -168,15 +168,17 @@ def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path)
     board = Board(tmp_path / "on", world, 0)
     board.text("config", "a: 1\n  b: 2", 0)
     board.figures({"reliability": plots.reliability([0.5], [1], "t")}, 3)
-    flat = {"run.dir": "x", "run.seed": 3, "optim.lr": 0.1, "data.path": None, "lora": ["q", "v"]}
-    board.hparams(metrics.hyperparameters(flat), {"eval/test_demo_accuracy": 0.5})
+    flat = {"run.dir": "x", "run.seed": 3, "optim.lr": 0.1, "data.path": None, "student.lora_targets": ["q"]}
+    flat |= {"objective.beta": 0.1}
+    defaults = flat | {"run.dir": "", "optim.lr": 0.2, "data.path": "y", "run.seed": 0}
+    board.hparams(metrics.hyperparameters(flat, defaults), {"eval/test_demo_accuracy": 0.5})
     board.close()
     found = events(tmp_path / "on")
     assert {"config/text_summary", "custom_scalars__config__"} <= set(found.Tags()["tensors"])
     assert found.Images("reliability")[0].step == 3
     content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     written = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert set(written) == {"run.seed", "optim.lr", "data.path", "lora"}
+    assert set(written) == {"run.seed", "optim.lr", "data.path", "objective.beta"}
     assert written["data.path"].string_value == "None" and written["optim.lr"].number_value == 0.1
 
     board = Board(tmp_path / "off", world, 0, off=True)
