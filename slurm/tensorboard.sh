@@ -5,10 +5,12 @@ set -eo pipefail
 runs=${1:-runs}
 # a port of one's own, so that two users of a login node do not meet
 port=${2:-$((10000 + UID % 20000))}
-if [ ! -d "$runs" ]; then
-  echo "error: no folder $runs; usage: slurm/tensorboard.sh [RUNS] [PORT]" >&2
+fail() {
+  echo "error: $*" >&2
   exit 2
-fi
+}
+[ -f slurm/env.sh ] || fail "$PWD is not the repository's root; start from there"
+[ -d "$runs" ] || fail "no folder $runs; usage: bash slurm/tensorboard.sh [RUNS] [PORT]"
 source slurm/env.sh
 echo "on your own machine:  ssh -N -L $port:localhost:$port $(id -un)@$(hostname)"
 echo "and in its browser:   http://localhost:$port"
