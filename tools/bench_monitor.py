@@ -65,7 +65,7 @@ def main(
         blocks = steps // BLOCK
         best = {name: np.full(blocks, np.inf) for name in jobs}
         for turn in range(-1, rounds * blocks):  # the first turn warms up
-            for name, job in jobs.items():
+            for name, job in sorted(jobs.items(), reverse=turn % 2 == 0):  # neither always goes first
                 if turn == 0:
                     job.state.step = 0
                 seconds = block(job, name == "on")
