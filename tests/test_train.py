@@ -150,7 +150,9 @@ def test_the_command_line_refuses_before_it_trains(tmp_path):
 def test_help_lists_recipes_and_settings():
     shown = run_command("--help")
     assert shown.returncode == 0
-    assert "cqa, demo" in shown.stdout and "--objective.alpha  (float, in (0, 1]; default 0.5)" in shown.stdout
+    assert (
+        "cqa, demo" in shown.stdout and "--objective.alpha  (float, in (0, 1]; default 0.5)" in shown.stdout
+    )
 
 
 def test_a_finished_run_is_not_run_again(make_job, tmp_path):
