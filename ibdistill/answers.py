@@ -71,7 +71,7 @@ def parse_amount(text: str) -> tuple[str, str] | None:
 
 
 def parse_text(text: str) -> tuple[str, str] | None:
-    """Any task: `It is wet. The answer is an umbrella.` -> the reason, `an umbrella`, the rest of the line."""
+    """Any task: `It rains. The answer is an umbrella.` -> the reason, `an umbrella`, the rest of the line."""
     parts = _split(_before(text, "Q:"), "So the answer is", "The answer is", "####", "Answer:")
     label = parts[1].split("\n")[0].strip().removesuffix(".").strip() if parts else ""
     return (parts[0], label) if parts and label else None

@@ -166,8 +166,8 @@ class TeacherConfig:
     keep: Literal["all", "agree"] = "all"
     """agree: of these, train only on those that it answers with the ground truth."""
     template: str = ""
-    """How it is asked: a text with `{question}` in it, or a file of one, to which it gives rationale and label in
-    one answer; empty: the task's two prefixes, as a student is asked."""
+    """How it is asked: a text with `{question}` in it, or a file of one, to which it gives rationale and
+    label in one answer; empty: by the task's two prefixes, as a student is asked."""
     temperature: NotNegative = 0.0
     """Of its writing, drawn with `run.seed`; 0: greedy decoding."""
     max_unparsed: ClosedShare = 0.5

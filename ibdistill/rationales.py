@@ -9,16 +9,9 @@ It is asked in one of two ways:
 All of it happens before the first training step. Scoring and writing in turns would cost a
 sharded teacher its prefetch trace at every change.
 
-What it wrote is kept, so that an interrupted run goes on where it stopped and the same data is
-never asked about twice:
-
-    FOLDER/fingerprint.json      what wrote the texts, and how
-           rank-R-RANDOM.jsonl   one record a line: the texts as they came, and what was read from them
-           summary.json          the counts of the last complete pass
-
-A line is a record, under a key made of its prompts, and every process appends to a file of its
-own: a crash costs the batch under way, and neither ranks nor the elements of a job array need
-locks. Parsing and `teacher.keep` happen when the texts are read, so other rules need no new texts.
+What it wrote is kept (`rationale_texts`), so that an interrupted run goes on where it stopped and
+the same data is never asked about twice. Parsing and `teacher.keep` happen when the texts are read,
+so other rules need no new texts.
 
 A sampled text depends on `run.seed` and the record, not on the batch or on the number of ranks
 (but for rounding: padding changes the last bits of a model's outputs).
@@ -27,10 +20,7 @@ A sampled text depends on `run.seed` and the record, not on the batch or on the 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import re
 import sys
 import uuid
 from collections import Counter
@@ -45,27 +35,29 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill import answers, distributed, evaluation, families, metrics, presets, signals, teacher
+from ibdistill import distributed, evaluation, families, metrics, presets, signals, teacher
 from ibdistill.config import Config
 from ibdistill.distributed import StopRequest, World
 from ibdistill.evaluation import Sampling
-from ibdistill.formats import NLI_LABELS
-from ibdistill.records import STREAMS, Record, map_numbers
-from ibdistill.signal_cache import FINGERPRINT, differences, write_file
+from ibdistill.rationale_texts import (
+    FORMAT,
+    Texts,
+    append,
+    key_of,
+    open_cache,
+    parse,
+    prompts_of,
+    read_template,
+    read_texts,
+)
+from ibdistill.records import Record
 from ibdistill.tasks import TASKS
 from ibdistill.teacher import SHARDED, Teacher, Wanted
 
 logger = logging.getLogger("ibdistill")
 
-FORMAT = "ibdistill-rationales-1"
-QUESTION = "{question}"
 ENOUGH = 64
 """Answers after which the share of unparsable ones is looked at before all are there."""
-_CHOICES = dict.fromkeys(("esnli", "anli1", "anli2", "anli3"), lambda record: NLI_LABELS) | {
-    "cqa": answers.options
-}
-Texts = dict[str, str]
-"""What the teacher wrote about a record: `predict` and `explain`, or, to a template, `answer`."""
 
 
 class Written(NamedTuple):
@@ -105,7 +97,7 @@ def write(
     settings = config.teacher
     template = read_template(config)
     folder = Path(settings.rationale_cache or Path(config.run.dir) / "rationales")
-    distributed.run_on_rank_0(lambda: _open(folder, fingerprint(config, template)))
+    distributed.run_on_rank_0(lambda: open_cache(folder, fingerprint(config, template)))
     asked = [r for r in records if settings.rationales == "all" or not (r.rationale and r.label)]
     prompts = {key_of(prompt): prompt for r in asked for prompt in [prompts_of(r, template)]}
     texts = distributed.run_on_rank_0(lambda: read_texts(folder))
@@ -178,35 +170,13 @@ def read(
             own = config.data.label_source != "teacher"
             kept.append(replace(record, rationale=rationale, label=record.label if own else label))
     asked = sum(n for name, n in counts.items() if name.endswith("asked"))
-    _check_share(config, asked, len(bad), bad)
+    _check_share(config, asked, bad)
     if not kept and not partial:
         raise ValueError(
             f"teacher.keep {settings.keep} leaves none of the {asked} records that the teacher was asked "
             f"about ({dict(counts)}); take teacher.keep all, or a better teacher"
         )
     return kept, dict(counts)
-
-
-def read_template(config: Config) -> str:
-    """The text of `teacher.template`; empty: there is none. Raises ValueError if it cannot be used."""
-    given = config.teacher.template
-    if not given:
-        return ""
-    text = given
-    if QUESTION not in given:
-        if not Path(given).is_file():
-            raise ValueError(f"teacher.template is {given!r}: neither a text with {QUESTION} nor a file")
-        text = Path(given).read_text()
-    if text.count(QUESTION) != 1:
-        raise ValueError(
-            f"teacher.template {given!r} has {QUESTION} {text.count(QUESTION)} times; put it once"
-        )
-    names = [config.data.task] if isinstance(config.data.task, str) else config.data.task
-    if without := [name for name in names if TASKS[name].parse_llm is None]:
-        raise ValueError(
-            f"teacher.template: task {', '.join(without)} has no parser for such answers; leave it empty"
-        )
-    return text
 
 
 def fingerprint(config: Config, template: str) -> dict[str, Any]:
@@ -225,50 +195,6 @@ def fingerprint(config: Config, template: str) -> dict[str, Any]:
         "max_rationale_tokens": config.data.max_rationale_tokens,
     }
     return found | ({"seed": config.run.seed} if settings.temperature else {})
-
-
-def prompts_of(record: Record, template: str) -> Texts:
-    """What the teacher is asked; with a template, about the question's own numbers (`map_numbers`)."""
-    if template:
-        return {"answer": template.replace(QUESTION, _unmapped(record).question)}
-    return {stream: TASKS[record.task].prefixes[stream] + record.question for stream in STREAMS}
-
-
-def key_of(prompts: Texts) -> str:
-    """Names a record's texts: 32 hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(prompts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def parse(texts: Texts, record: Record) -> tuple[str, str] | None:
-    """(rationale, label) from what the teacher wrote; None: it has no rationale, or no label that could answer
-    the question (an equation with a value, an option, a relation)."""
-    if "answer" not in texts:
-        parts = texts["explain"].strip(), texts["predict"].strip()
-    elif parts := TASKS[record.task].parse_llm(texts["answer"]):
-        parts = parts[0], parts[1]
-        if record.quantities:
-            mapped = map_numbers(replace(_unmapped(record), rationale=parts[0], label=parts[1]))
-            parts = mapped.rationale, mapped.label
-    if not parts or not all(parts):
-        return None
-    choices = _CHOICES[record.task](record) if record.task in _CHOICES else [parts[1]]
-    is_correct = TASKS[record.task].is_correct  # an equation without a value does not even equal itself
-    return parts if any(is_correct(parts[1], replace(record, gold=choice)) for choice in choices) else None
-
-
-def read_texts(folder: Path) -> dict[str, Texts]:
-    """All that is in a cache, by key. A line that a crash cut off is left out, and asked again."""
-    found: dict[str, Texts] = {}
-    for path in sorted(folder.glob("rank-*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line) if line else None
-            except ValueError:
-                logger.warning("%s has an unfinished line, which is ignored", path)
-                continue
-            if row:
-                found.setdefault(row["key"], row["texts"])
-    return found
 
 
 class _Desk:
@@ -302,29 +228,28 @@ class _Desk:
         something for nothing, since all ranks take part in each of its forwards.
         """
         size, ranks = self._config.teacher.write_batch_size, self._world.size
-        mine: dict[str, Texts] = {}
-        counts = torch.zeros(2, dtype=torch.int64)
-        bad: list[tuple[Record, Texts]] = []
+        written: dict[str, Texts] = {}
+        unparsed: list[tuple[Record, Texts]] = []
         for start in range(0, len(todo), size * ranks):
             batch = todo[start : start + size * ranks][self._world.rank :: ranks]
+            rows, error = [], ""
             if batch or self._sharded:
-                answers = self._ask([(key, prompt) for _, key, prompt in batch or todo[:1]])
-                rows = [(*item[:2], texts) for item, texts in zip(batch, answers, strict=False)]
-                self._keep(rows)
-                mine |= {key: texts for _, key, texts in rows}
-                failed = [(record, texts) for record, _, texts in rows if parse(texts, record) is None]
-                bad += failed[: 2 - len(bad)]
-                counts += torch.tensor([len(rows), len(failed)])
-            asked, unparsed = distributed.sum_over_ranks(counts).tolist()
-            logger.info("teacher's text: %d of %d records, %d unparsable", asked, len(todo), unparsed)
-            if asked >= ENOUGH and unparsed > self._config.teacher.max_unparsed * asked:
-                examples = [example for part in distributed.gather_objects(bad) for example in part]
-                _check_share(self._config, asked, unparsed, examples)
+                texts = self._ask([(key, prompt) for _, key, prompt in batch or todo[:1]])
+                rows = [(*item[:2], text) for item, text in zip(batch, texts, strict=False)]
+                error = self._keep(rows)
+            for rows_, error_ in distributed.gather_objects((rows, error)):
+                if error_:
+                    raise ValueError(error_)
+                written |= {key: texts for _, key, texts in rows_}
+                unparsed += [(record, texts) for record, _, texts in rows_ if parse(texts, record) is None]
+            logger.info("teacher's text: %d of %d, %d unparsable", len(written), len(todo), len(unparsed))
+            if len(written) >= ENOUGH:
+                _check_share(self._config, len(written), unparsed)
             if code := stop.agreed():
-                logger.warning("stopped by a signal after %d records, exit code %d", asked, code)
+                logger.warning("stopped by a signal after %d records, exit code %d", len(written), code)
                 dist.barrier()
                 sys.exit(code)
-        return {key: texts for part in distributed.gather_objects(mine) for key, texts in part.items()}
+        return written
 
     def _ask(self, batch: list[tuple[str, Texts]]) -> list[Texts]:
         """The texts for one batch of (key, prompts)."""
@@ -353,24 +278,16 @@ class _Desk:
         draws = [_generator(f"{seed} {key}").random(limit, dtype=np.float32) for key in keys]
         return Sampling(self._config.teacher.temperature, torch.from_numpy(np.stack(draws)))
 
-    def _keep(self, rows: list[tuple[Record, str, Texts]]) -> None:
-        lines = []
-        for record, key, texts in rows:
-            rationale, label = parse(texts, record) or (None, None)
-            read = {"rationale": rationale, "label": label}
-            row = {"key": key, "id": record.id, "question": record.question, **read, "texts": texts}
-            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    def _keep(self, rows: list[tuple[Record, str, Texts]]) -> str:
+        """Write them out; what went wrong."""
         try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(lines))
-                file.flush()
-                os.fsync(file.fileno())
+            append(self._path, rows)
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"teacher.rationale_cache {self._folder} takes no more texts: {error.strerror}; free some space. "
-                "What was written before is good, and the same command goes on from there",
-            ) from error
+            return (
+                f"teacher.rationale_cache {self._path.parent} takes no more texts: {error.strerror}; "
+                "free some space. What was written before is good, and the same command goes on from there"
+            )
+        return ""
 
 
 def _generator(name: str) -> np.random.Generator:
@@ -378,43 +295,18 @@ def _generator(name: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
 
 
-def _unmapped(record: Record) -> Record:
-    """The record with its own numbers again in question and gold label."""
-
-    def fill(text: str) -> str:
-        return re.sub(r"\bn(\d+)\b", lambda m: dict(enumerate(record.quantities)).get(int(m[1]), m[0]), text)
-
-    return replace(record, question=fill(record.question), gold=fill(record.gold), quantities=())
-
-
-def _check_share(config: Config, asked: int, unparsed: int, bad: Sequence[tuple[Record, Texts]]) -> None:
+def _check_share(config: Config, asked: int, unparsed: Sequence[tuple[Record, Texts]]) -> None:
     """Raise ValueError, with two examples, if too many answers cannot be read."""
     settings = config.teacher
-    if unparsed <= settings.max_unparsed * asked:
+    if len(unparsed) <= settings.max_unparsed * asked:
         return
-    examples = "; ".join(f"asked {record.question[:200]!r} it wrote {texts}" for record, texts in bad[:2])
-    raise ValueError(
-        f"{unparsed} of {asked} answers of teacher.model {settings.model} ({unparsed / asked:.0%}) have no "
-        f"rationale and label, more than teacher.max_unparsed {settings.max_unparsed:.0%}. For example, "
-        f"{examples}. Change teacher.template or the model, with another teacher.rationale_cache, or allow "
-        "more with teacher.max_unparsed"
+    examples = "; ".join(
+        f"asked {record.question[:200]!r} it wrote { ({name: text[:200] for name, text in texts.items()}) }"
+        for record, texts in unparsed[:2]
     )
-
-
-def _open(folder: Path, here: dict[str, Any]) -> None:
-    """Make the cache, or check that it is of the same kind."""
-    path = folder / FINGERPRINT
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            write_file(path, (json.dumps(here, indent=2) + "\n").encode())
-        there = json.loads(path.read_text())
-    except OSError as error:
-        raise ValueError(f"teacher.rationale_cache {folder} cannot be written: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; delete {folder} or choose another folder") from error
-    if found := differences(there, here):
-        raise ValueError(
-            f"teacher.rationale_cache {folder} was written by something else: {found}. "
-            "Choose another folder, or delete that one to have it written again"
-        )
+    raise ValueError(
+        f"{len(unparsed)} of {asked} answers of teacher.model {settings.model} "
+        f"({len(unparsed) / asked:.0%}) have no rationale and label, more than teacher.max_unparsed "
+        f"{settings.max_unparsed}. For example, {examples}. Change teacher.template or the model, with "
+        "another teacher.rationale_cache, or raise teacher.max_unparsed"
+    )

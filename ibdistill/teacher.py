@@ -97,7 +97,7 @@ class Teacher:
         """Load it. Collective.
 
         Args:
-            tokenizer: the student's; the teacher's must be the same. Before there is a student, the teacher's.
+            tokenizer: the student's; the teacher's must be the same. Without a student: the teacher's.
             rows: of the student's head; None: `pair` it with a student before it is asked for signals.
 
         Raises:
