@@ -304,7 +304,10 @@ def test_a_job_trains_on_what_the_teacher_wrote(world, asked):
         ),
         ({"teacher.max_unparsed": 1.5}, "teacher.max_unparsed is 1.5; it must be in \\[0, 1\\]"),
         ({"teacher.model": "/no/such"}, "teacher.model is '/no/such': no model could be loaded"),
-        ({"teacher.model": "t5-small-shape"}, "."),
+        (
+            {"teacher.model": "t5-mini"},
+            "the preset .t5-mini., which has no text to write: its weights are random",
+        ),
     ],
 )
 def test_contradictions_are_named(world, asked, settings, message):
@@ -372,7 +375,7 @@ def two_ranks(expert, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("temperature", [0.0, 3.0])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_two_ranks_with_a_sharded_teacher_write_what_one_process_writes(world, asked, two_ranks, temperature):
     """5 records in batches of 2: the last round has one for rank 0 and none for rank 1."""
     from workers.writers import SETTINGS

@@ -31,7 +31,7 @@ def main(folder: Path, expert: str) -> None:
     world = distributed.init()
     linear = torch.nn.functional.linear
     shared = SETTINGS | {"teacher.model": expert, "teacher.placement": "zero3"}
-    for temperature in (0.0, 3.0):
+    for temperature in (0.0, 1.5):
         cache = {
             "teacher.temperature": temperature,
             "teacher.rationale_cache": f"{folder}/texts-{temperature}",
