@@ -123,8 +123,12 @@ def read_jsonl(data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Exa
     unlabelled = data.label_source == "teacher" and path.is_dir()
 
     def fields(row: dict[str, Any]) -> tuple[str, str, str]:
-        label = optional(row, data.label_field) if unlabelled else field_text(row, data.label_field)
-        return field_text(row, data.question_field), label, optional(row, data.rationale_field)
+        label = optional if unlabelled else field_text
+        return (
+            field_text(row, data.question_field),
+            label(row, data.label_field),
+            optional(row, data.rationale_field),
+        )
 
     rows = {split: read_rows(file) for split, file in files.items()}
     return _examples("jsonl", fields, rows, unlabelled=("train",) if unlabelled else ())
