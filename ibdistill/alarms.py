@@ -71,9 +71,10 @@ class Alarms:
     def check_labels(self, records: Sequence[Record]) -> None:
         """The labels to train on, where they are an LLM's (`data.label_source`), against the ground truth."""
         for task in dict.fromkeys(record.task for record in records):
-            own = [record for record in records if record.task == task]
-            agreement = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
-            self.check_teacher(agreement, chance(own), task)
+            own = [record for record in records if record.task == task and record.gold]
+            if own:
+                agreement = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
+                self.check_teacher(agreement, chance(own), task)
 
     def _check_share(self, term: str, share: float, step: int) -> None:
         weights = "objective.beta for mi, objective.gamma for kd, objective.alpha for the streams"

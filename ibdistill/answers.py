@@ -70,6 +70,13 @@ def parse_amount(text: str) -> tuple[str, str] | None:
     return (parts[0], label[0].rstrip(",")) if parts and label else None
 
 
+def parse_text(text: str) -> tuple[str, str] | None:
+    """Any task: `It rains. The answer is an umbrella.` -> the reason, `an umbrella`, the rest of the line."""
+    parts = _split(_before(text, "Q:"), "So the answer is", "The answer is", "####", "Answer:")
+    label = parts[1].split("\n")[0].strip().removesuffix(".").strip() if parts else ""
+    return (parts[0], label) if parts and label else None
+
+
 def _before(text: str, leak: str) -> str:
     """The text without the next question that the LLM went on to invent."""
     return text.partition(leak)[0].strip()

@@ -23,6 +23,7 @@ DS_CONFIGS = Path(__file__).parent.parent / "ds_configs"
 Positive = Annotated[float, Rule(lambda v: v > 0, "above 0")]
 NotNegative = Annotated[float, Rule(lambda v: v >= 0, "0 or more")]
 Share = Annotated[float, Rule(lambda v: 0 < v <= 1, "in (0, 1]")]
+ClosedShare = Annotated[float, Rule(lambda v: 0 <= v <= 1, "in [0, 1]")]
 OpenShare = Annotated[float, Rule(lambda v: 0 < v < 1, "between 0 and 1, both excluded")]
 Decay = Annotated[float, Rule(lambda v: 0 <= v < 1, "in [0, 1)")]
 ShareOrCount = Annotated[
@@ -78,8 +79,10 @@ class DataConfig:
     """Task, or several for a mixture: see `tasks.TASKS`."""
     path: str | None = None
     """Folder or file that holds the data; none: the demo's generator, or the hub by the task's name."""
-    label_source: Literal["gt", "llm"] = "gt"
-    """Training labels from the ground truth or from the LLM's output. Scores always use the ground truth."""
+    label_source: Literal["gt", "llm", "teacher"] = "gt"
+    """Training labels from the ground truth, from the LLM's output, or, where the teacher writes
+    (`teacher.rationales`), from the teacher; `jsonl` training records may then lack one. Scores always
+    use the ground truth."""
     llm: Literal["palm", "gpt-neox"] = "palm"
     """Whose rationales (and labels) to read from the DSS data release."""
     question_field: str = "question"
@@ -140,7 +143,7 @@ class StudentConfig:
 
 @dataclass(kw_only=True)
 class TeacherConfig:
-    """The online teacher: a frozen model that scores the student's targets in the same job."""
+    """The online teacher: a frozen model that writes rationales and scores the student's targets."""
 
     placement: Literal["none", "replica", "zero3", "zero3_node", "cpu_offload", "cache"] = "none"
     """Where its weights live: see `teacher`. none: the rationales come with the data and that is all."""
@@ -158,6 +161,21 @@ class TeacherConfig:
     """Tokens a position for `cache_form` topk; the rest is kept as one number, the tail."""
     check_memory: bool = True
     """Refuse a teacher that cannot fit, before it is loaded."""
+    rationales: Literal["none", "missing", "all"] = "none"
+    """Training records that it explains and answers: none, those without a rationale or label, or all."""
+    keep: Literal["all", "agree"] = "all"
+    """agree: of these, train only on those that it answers with the ground truth."""
+    template: str = ""
+    """How it is asked: a text with `{question}` in it, or a file of one, to which it gives rationale and
+    label in one answer; empty: by the task's two prefixes, as a student is asked."""
+    temperature: NotNegative = 0.0
+    """Of its writing, drawn with `run.seed`; 0: greedy decoding."""
+    max_unparsed: ClosedShare = 0.5
+    """Stop if more than this share of its answers has no rationale and label."""
+    write_batch_size: AtLeastOne = 32
+    """Records that one rank asks it about together."""
+    rationale_cache: str = ""
+    """Folder of what it wrote; empty: `RUN/rationales`."""
 
 
 @dataclass(kw_only=True)
@@ -311,22 +329,28 @@ def _check_teacher(config: Config) -> None:
     if objective.beta is None:
         objective.beta = 1.0 if objective.estimator == "vid" else 0.1
     wanted = needs_teacher(objective)
-    if wanted and not online:
+    writes = teacher.rationales != "none"
+    asks = wanted + [f"teacher.rationales {teacher.rationales}"] * writes
+    if asks and not online:
         raise ValueError(
-            f"{' and '.join(wanted)} needs an online teacher; set teacher.placement and teacher.model"
+            f"{' and '.join(asks)} needs an online teacher; set teacher.placement and teacher.model"
         )
-    if online and not wanted:
+    if config.data.label_source == "teacher" and not writes:
+        raise ValueError("data.label_source is 'teacher'; set teacher.rationales to missing or all")
+    if online and not asks:
         raise ValueError(
             f"teacher.placement is {teacher.placement!r}, but objective.method {objective.method} with "
             f"estimator {objective.estimator} does not use a teacher; choose kd, ib or ib+kd, "
-            "or placement none"
+            "let it write (teacher.rationales), or placement none"
         )
     if online and not teacher.model:
         raise ValueError(
             f"teacher.placement is {teacher.placement!r} and teacher.model is empty: which model?"
         )
-    if teacher.placement == "cache" and not teacher.cache:
-        raise ValueError("teacher.placement is 'cache'; name its folder in teacher.cache")
+    if teacher.placement == "cache":
+        for needed, name in ((wanted, "cache"), (writes, "rationale_cache")):
+            if needed and not getattr(teacher, name):
+                raise ValueError(f"teacher.placement is 'cache'; name its folder in teacher.{name}")
     if teacher.load_in_8bit and teacher.placement != "replica":
         raise ValueError(
             f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "

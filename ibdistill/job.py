@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -22,6 +23,7 @@ from ibdistill import (
     models,
     objectives,
     presets,
+    rationales,
     settings,
     tasks,
     vocabulary,
@@ -33,6 +35,7 @@ from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
 from ibdistill.plan import Plan
 from ibdistill.signals import Signals
+from ibdistill.teacher import Teacher, Wanted
 
 logger = logging.getLogger("ibdistill")
 
@@ -104,18 +107,24 @@ def prepare(config: Config, world: World) -> Job:
     engine.split_batch(config.optim, world.size)
     engine.read_ds_config(config.deepspeed.config)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
-    streams = objectives.streams_of(config.objective)
-    records = tasks.load(config.data, needs_rationale="explain" in streams)
+    streams, wanted = objectives.streams_of(config.objective), objectives.wanted(config.objective)
+    writes = config.teacher.rationales != "none"
+    records = tasks.load(config.data, needs_rationale="explain" in streams and not writes)
+    teacher = None
+    if config.student.tokenizer == "train" and writes:  # on the teacher's words too
+        records, teacher = _written(config, records, world, stop, wanted)
     tokenizer = _tokenizer(config, records, folder)
+    student = models.load_student(config.student, tokenizer, config.run.seed)
+    models.check_context(student, config.data)
+    if config.student.tokenizer != "train" and writes:
+        pair = tokenizer, student.get_output_embeddings().weight.shape[0]
+        records, teacher = _written(config, records, world, stop, wanted, pair)
     prefixes = {name: tasks.TASKS[name].prefixes for name in records.test}
     features = data.tokenize(records.train, prefixes, tokenizer, config.data)
     plan = Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
-    student = models.load_student(config.student, tokenizer, config.run.seed)
-    models.check_context(student, config.data)
-
     signals = None
-    if wanted := objectives.wanted(config.objective):
-        signals = Signals(config.teacher, wanted, tokenizer, features, student, world)
+    if wanted:
+        signals = Signals(config.teacher, wanted, tokenizer, features, student, world, teacher)
 
     distributed.seed_everything(config.run.seed + world.rank)
     whole = models.WholeModel(student, sharded=engine.zero_stage(config) == 3)
@@ -152,6 +161,20 @@ def prepare(config: Config, world: World) -> Job:
         meter=Meter(),
         alarms=alarms,
     )
+
+
+def _written(
+    config: Config,
+    records: tasks.Loaded,
+    world: World,
+    stop: StopRequest,
+    wanted: Wanted | None,
+    student: tuple[PreTrainedTokenizerBase, int] | None = None,
+) -> tuple[tasks.Loaded, Teacher | None]:
+    """The records with what the teacher wrote, and the teacher if it is loaded and still needed."""
+    written = rationales.write(config, records.train, world, stop, wanted=wanted, student=student)
+    report = records.report | written.counts
+    return dataclasses.replace(records, train=written.records, report=report), written.teacher
 
 
 def data_scalars(features: data.Features, config: DataConfig) -> dict[str, float]:

@@ -138,6 +138,18 @@ class RowShard:
         return self._share.numel() * self._share.element_size()
 
 
+class GatheredHead(nn.Module):
+    """A head that is whole only while it is applied."""
+
+    def __init__(self, weight: RowShard, bias: Tensor | None) -> None:
+        super().__init__()
+        self._weight, self._bias = weight, bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] -> [..., V]. Collective."""
+        return nn.functional.linear(hidden, self._weight.gather(), self._bias)
+
+
 class _OneAtATime(nn.Module):
     """A module whose parameters get storage when they are asked for, for `zero.Init` to cut them up."""
 

@@ -174,7 +174,7 @@ class SignalCache:
             content[f"offsets/{name}"] = torch.tensor([0, *map(len, parts)]).cumsum(0)
         path = self.folder / f"shard-{self._rank:05d}-{uuid.uuid4().hex}.safetensors"
         try:
-            _write(path, save(content, self._metadata))
+            write_file(path, save(content, self._metadata))
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -210,7 +210,7 @@ class SignalCache:
     def _clean(self) -> None:
         """Remove what crashed writers have left, and raise OSError if the folder cannot be written."""
         probe = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-        _write(probe, bytes(4096))
+        write_file(probe, bytes(4096))
         now = probe.stat().st_mtime  # by the clock of the file server, as the others' times
         probe.unlink()
         for path in self.folder.glob(f"{TEMPORARY}*"):
@@ -232,21 +232,15 @@ class SignalCache:
             # Ranks that get here at once write the same. If not, the last one wins here, and the fingerprint
             # in every shard keeps the other's answers out.
             if not others:
-                _write(path, (json.dumps(self._fingerprint, indent=2) + "\n").encode())
+                write_file(path, (json.dumps(self._fingerprint, indent=2) + "\n").encode())
         try:
             there = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged; delete {self.folder} or choose another folder") from error
         here = self._fingerprint
-        differences = [
-            f"{key} is {json.dumps(there[key]) if key in there else 'absent'} there "
-            f"and {json.dumps(here[key]) if key in here else 'absent'} here"
-            for key in sorted(there | here)
-            if key not in there or key not in here or there[key] != here[key]
-        ]
-        if differences:
+        if found := differences(there, here):
             raise ValueError(
-                f"signal cache {self.folder} was made by something else: {'; '.join(differences)}. "
+                f"signal cache {self.folder} was made by something else: {found}. "
                 "Choose another folder, or delete that one to compute its answers again"
             )
 
@@ -281,7 +275,17 @@ class SignalCache:
             )
 
 
-def _write(path: Path, content: bytes) -> None:
+def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """What differs between two fingerprints, for a message; empty if nothing does."""
+    return "; ".join(
+        f"{key} is {json.dumps(there[key]) if key in there else 'absent'} there "
+        f"and {json.dumps(here[key]) if key in here else 'absent'} here"
+        for key in sorted(there | here)
+        if key not in there or key not in here or there[key] != here[key]
+    )
+
+
+def write_file(path: Path, content: bytes) -> None:
     """All of the file or none of it, also if the power fails."""
     temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
     try:

@@ -58,12 +58,14 @@ class Signals:
         features: Features,
         student: PreTrainedModel,
         world: World,
+        teacher: Teacher | None = None,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
 
         Args:
             tokenizer: the student's.
             features: of the training records.
+            teacher: one that is loaded already, for `wanted` among others.
 
         Raises:
             ValueError: see `Teacher` and `SignalCache`; placement cache with records missing.
@@ -82,7 +84,9 @@ class Signals:
                     f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; "
                     "run the same data once with the teacher in another placement, which fills it"
                 )
-            self.teacher = Teacher(config, wanted, tokenizer, self._rows, world)
+            self.teacher = teacher or Teacher(config, wanted, tokenizer, self._rows, world)
+            if teacher is not None:
+                teacher.pair(tokenizer, self._rows)
             self.width, self._head = self.teacher.width, None
             if self._cache is not None:
                 self._keep_head()

@@ -15,7 +15,7 @@ Questions are written as that release writes them, so that figures can be compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -96,7 +96,8 @@ def read(source: Source, data: DataConfig, *, needs_rationale: bool) -> dict[str
 def read_jsonl(data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
     """The user's own JSON lines: a folder with train, test and perhaps valid.jsonl, or one file.
 
-    One file is split: a tenth of it is the test split, always the same.
+    One file is split: a tenth of it is the test split, always the same. Records of a train.jsonl may
+    lack a label where the teacher gives it.
 
     Raises:
         ValueError: no `data.path`, missing files, or a bad line.
@@ -116,11 +117,21 @@ def read_jsonl(data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Exa
                 "train.jsonl, test.jsonl and perhaps valid.jsonl; or name one file, which is then split"
             )
 
-    def fields(row: dict[str, Any]) -> tuple[str, str, str]:
-        rationale = field_text(row, data.rationale_field) if row.get(data.rationale_field) is not None else ""
-        return field_text(row, data.question_field), field_text(row, data.label_field), rationale
+    def optional(row: dict[str, Any], key: str) -> str:
+        return field_text(row, key) if row.get(key) is not None else ""
 
-    return _examples("jsonl", fields, {split: read_rows(file) for split, file in files.items()})
+    unlabelled = data.label_source == "teacher" and path.is_dir()
+
+    def fields(row: dict[str, Any]) -> tuple[str, str, str]:
+        label = optional if unlabelled else field_text
+        return (
+            field_text(row, data.question_field),
+            label(row, data.label_field),
+            optional(row, data.rationale_field),
+        )
+
+    rows = {split: read_rows(file) for split, file in files.items()}
+    return _examples("jsonl", fields, rows, unlabelled=("train",) if unlabelled else ())
 
 
 def read_demo(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
@@ -171,14 +182,17 @@ def _hub_rows(source: Source) -> dict[str, list[Row]]:
     }
 
 
-def _examples(name: str, fields: Callable, splits: dict[str, list[Row]]) -> dict[str, list[Example]]:
-    """Rows to examples; splits a test split off where the source has none."""
+def _examples(
+    name: str, fields: Callable, splits: dict[str, list[Row]], unlabelled: Collection[str] = ()
+) -> dict[str, list[Example]]:
+    """Rows to examples; splits a test split off where the source has none. Splits in `unlabelled` may lack
+    labels."""
     examples: dict[str, list[Example]] = {}
     for split, rows in splits.items():
         if not rows:
             raise ValueError(f"the {split} split of task {name!r} is empty; give a file with records")
         examples[split] = [
-            Example(_record(name, f"{name}/{split}/{i}", fields, row, where), where)
+            Example(_record(name, f"{name}/{split}/{i}", fields, row, where, split in unlabelled), where)
             for i, (where, row) in enumerate(rows)
         ]
     if "test" not in examples:
@@ -186,7 +200,7 @@ def _examples(name: str, fields: Callable, splits: dict[str, list[Row]]) -> dict
     return examples
 
 
-def _record(task: str, id: str, fields: Callable, row: Any, where: str) -> Record:
+def _record(task: str, id: str, fields: Callable, row: Any, where: str, unlabelled: bool) -> Record:
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     try:
@@ -198,7 +212,7 @@ def _record(task: str, id: str, fields: Callable, row: Any, where: str) -> Recor
     except (ValueError, TypeError) as error:
         raise ValueError(f"{where}: {error}") from None
     for key, text in (("question", question), ("label", label)):
-        if not text.strip():
+        if not text.strip() and not (unlabelled and key == "label"):
             raise ValueError(f"{where}: the {key} is empty; every record needs one")
     return Record(id, task, question, label.strip(), rationale.strip(), gold=label.strip())
 

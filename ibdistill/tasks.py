@@ -116,7 +116,9 @@ TASKS: dict[str, Task] = {
     "anli1": _anli(1),
     "anli2": _anli(2),
     "anli3": _anli(3),
-    "jsonl": Task(name="jsonl", read=sources.read_jsonl, is_correct=answers.same_text),
+    "jsonl": Task(
+        name="jsonl", read=sources.read_jsonl, is_correct=answers.same_text, parse_llm=answers.parse_text
+    ),
 }
 
 
@@ -211,7 +213,10 @@ def _load_task(
         for split, examples in splits.items()
     }
     if "valid" not in resolved:
-        resolved["train"], resolved["valid"] = sources.hold_out(resolved["train"], data.valid_share)
+        labelled = [item for item in resolved["train"] if item.record.label]
+        unlabelled = [item for item in resolved["train"] if not item.record.label]
+        labelled, resolved["valid"] = sources.hold_out(labelled, data.valid_share)
+        resolved["train"] = labelled + unlabelled
     # Only demo_pretrain has no test split: a stand-in for pretraining is no benchmark.
     resolved.setdefault("test", resolved["valid"])
     train = resolved["train"]

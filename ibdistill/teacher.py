@@ -18,23 +18,27 @@ in a process group of its own. The head is a plain tensor, cut by rows and gathe
 micro-batch: outside the engine's hooks a partitioned head would be an empty tensor.
 
 The teacher reads the student's own token sequences, prefixes included, so both share a
-vocabulary and their states pair up position by position.
+vocabulary and their states pair up position by position. Only for the text that it writes
+(`rationales`) it may have a tokenizer of its own.
 """
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import logging
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
-from ibdistill import distributed, families, models, presets, sharding
+from ibdistill import distributed, families, models, presets, sharding, vocabulary
 from ibdistill.config import TeacherConfig
 from ibdistill.data import Batch
 from ibdistill.distributed import World
@@ -75,6 +79,8 @@ class Wanted:
     """States at the target positions, and the head."""
     temperature: float = 1.0
     """Of the distributions, for a teacher's top k."""
+    text: bool = False
+    """Text that it writes."""
 
 
 class Teacher:
@@ -85,14 +91,14 @@ class Teacher:
         config: TeacherConfig,
         wanted: Wanted,
         tokenizer: PreTrainedTokenizerBase,
-        rows: int,
+        rows: int | None,
         world: World,
     ) -> None:
         """Load it. Collective.
 
         Args:
-            tokenizer: the student's; the teacher's must be the same.
-            rows: of the student's head.
+            tokenizer: the student's; the teacher's must be the same. Without a student: the teacher's.
+            rows: of the student's head; None: `pair` it with a student before it is asked for signals.
 
         Raises:
             ValueError: no such model, another vocabulary, does not fit into memory, 8 bits without
@@ -104,10 +110,10 @@ class Teacher:
         self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
         skeleton = self._skeleton(tokenizer)
         self.width = skeleton.get_input_embeddings().embedding_dim
-        self.layout = families.layout(skeleton, tokenizer)
-        own_rows = skeleton.get_output_embeddings().weight.shape[0]
-        check_vocabulary(config.model, tokenizer, rows, own_rows)
-        self._rows = rows
+        self._model_config = skeleton.config
+        self._own_rows = skeleton.get_output_embeddings().weight.shape[0]
+        if rows is not None:
+            self.pair(tokenizer, rows)
         self._head: Tensor | sharding.RowShard | None = None
         self._bias: Tensor | None = None
         if config.load_in_8bit:
@@ -129,6 +135,12 @@ class Teacher:
             self.bytes() / 2**20,
         )
 
+    def pair(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Let it answer a student's token sequences. Raises ValueError if their vocabularies differ."""
+        check_vocabulary(self.config.model, tokenizer, rows, self._own_rows)
+        self.layout = families.layout(self._model_config, tokenizer)
+        self._rows = rows
+
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherSignal:
         """The signal of a micro-batch, on its device. Collective for sharded placements."""
@@ -143,6 +155,39 @@ class Teacher:
         """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
         weight = self._head.gather() if isinstance(self._head, sharding.RowShard) else self._head
         return fit_rows(weight, self._bias, self._rows)
+
+    @contextmanager
+    def speaking(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[nn.Module]:
+        """The model with its head, to generate text with; `tokenizer` is the teacher's own.
+
+        A sharded one's layers, and its head, are gathered for each token on all ranks: all must
+        call `generate` equally often, with `synced_gpus`. It bypasses the engine's forward, so
+        nothing is prefetched, and the trace starts anew with the next signals.
+        """
+        model = getattr(self._scorer, "module", self._scorer).model
+        # a rank that built the modules without the checkpoint has not read its settings
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        )
+        head = model.get_output_embeddings()
+        if isinstance(self._head, sharding.RowShard):
+            model.set_output_embeddings(sharding.GatheredHead(self._head, self._bias))
+        try:
+            yield model
+        finally:
+            model.set_output_embeddings(head)
+
+    def close(self) -> None:
+        """Give its memory back. Collective if sharded."""
+        if self.config.placement in SHARDED:
+            self._scorer.destroy()
+        del self._scorer, self._head
+        gc.collect()
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def bytes(self) -> int:
         """Bytes of the teacher's parameters that this rank holds at rest."""
@@ -199,7 +244,7 @@ class Teacher:
         )
         leads = dist.get_rank(self.group) == 0
         model = self._load(tokenizer) if leads else self._skeleton(tokenizer).to(self._dtype)
-        if self._wanted.targets:
+        if self._wanted.targets or self._wanted.text:
             head = model.get_output_embeddings()
             self._head = sharding.RowShard(head.weight, self.group, self._world.device)
             self._bias = (
@@ -220,6 +265,17 @@ class Scorer(nn.Module):
         """`models.States` as plain containers: DeepSpeed's hooks do not look into others."""
         states = models.states(self.model, batch)
         return states.targets, states.questions
+
+
+def own_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the text that a teacher writes. Raises ValueError if it has none."""
+    if name not in presets.PRESETS:
+        return models.load_tokenizer(name, "teacher.model")
+    if name.startswith("demo-"):
+        return vocabulary.demo_tokenizer()
+    raise ValueError(
+        f"teacher.model is the preset {name!r}, which has no text to write: its weights are random"
+    )
 
 
 def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int, own_rows: int) -> None:

@@ -1,0 +1,65 @@
+"""Let the teacher write rationales for a run's training records, and nothing else:
+
+    deepspeed --num_gpus 2 ibdistill/write_rationales.py RECIPE --teacher.model M --teacher.placement P ...
+    python ibdistill/write_rationales.py RECIPE --part 0/8 ...
+
+Settings are those of the run (`train.py --help`); `teacher.rationales` is missing or all. The
+texts go to `teacher.rationale_cache`, or else `RUN/rationales`, where the run itself finds
+them; with `teacher.placement cache` it then needs no teacher. The same command goes on where
+it stopped. `--part i/n` does the i-th (from 0) of n shares, of which n independent processes or
+jobs may write to one folder. Exit codes: 0 done, 2 bad input, 85 and 143 stopped by SIGUSR1
+and SIGTERM.
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import signal
+
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as in train.py
+
+import re
+from typing import Any
+
+import fire
+import torch.distributed as dist
+
+from ibdistill import config as configuration
+from ibdistill import distributed, rationales, tasks
+from ibdistill.distributed import StopRequest
+
+
+def main(
+    recipe: str | None = None, *extra: Any, part: str = "0/1", local_rank: int = -1, **overrides: Any
+) -> None:
+    """Write. The launcher passes `local_rank`; the environment says the same."""
+    world = distributed.init()
+    if overrides.pop("help", False) or overrides.pop("h", False):
+        if world.rank == 0:
+            print(__doc__)
+        return
+    with distributed.user_errors():
+        if extra:
+            raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
+        share = part_of(part)
+        config = configuration.load(recipe, overrides)
+        if config.teacher.rationales == "none":
+            raise ValueError("teacher.rationales is 'none'; set it to missing or all")
+        records = tasks.load(config.data, needs_rationale=False)
+        rationales.write(config, records.train, world, StopRequest(), part=share)
+    dist.destroy_process_group()
+
+
+def part_of(part: str) -> tuple[int, int]:
+    """`2/8` -> (2, 8). Raises ValueError for what is no part."""
+    found = re.fullmatch(r"(\d+)/(\d+)", str(part))
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"--part is {part!r}; it must be i/n with 0 <= i < n, such as 0/8")
+    return int(found[1]), int(found[2])
+
+
+if __name__ == "__main__":
+    try:
+        fire.Fire(main)
+    except SystemExit as end:
+        distributed.exit_at_once(end.code)

@@ -1,0 +1,76 @@
+"""Two ranks with a sharded teacher that writes, then scores; run through the launcher by test_rationales.
+
+Texts to FOLDER/texts-TEMPERATURE, what there is to know about the scoring to FOLDER/facts.pt.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+SETTINGS = {
+    "data.subsample": 5,
+    "data.max_label_tokens": 32,
+    "data.max_rationale_tokens": 64,
+    "teacher.precision": "fp32",
+    "teacher.rationales": "all",
+    "teacher.write_batch_size": 2,
+    "teacher.max_unparsed": 1.0,
+}
+
+
+def main(folder: Path, expert: str) -> None:
+    from teachers import checksum
+
+    from ibdistill import config, distributed, rationales, tasks, train
+    from ibdistill.distributed import StopRequest
+    from ibdistill.job import prepare
+
+    world = distributed.init()
+    linear = torch.nn.functional.linear
+    shared = SETTINGS | {"teacher.model": expert, "teacher.placement": "zero3"}
+    for temperature in (0.0, 1.5):
+        cache = {
+            "teacher.temperature": temperature,
+            "teacher.rationale_cache": f"{folder}/texts-{temperature}",
+        }
+        loaded = config.load(None, shared | cache)
+        records = tasks.load(loaded.data, needs_rationale=False).train
+        rationales.write(loaded, records, world, StopRequest())
+
+    training = {"objective.method": "ib+kd", "optim.batch_size": 4, "student.dropout": 0.0}
+    jobs = []
+    for name in ("wrote", "never"):  # the second one finds its texts in the cache
+        settings = shared | training | {"run.dir": f"{folder}/{name}"}
+        settings |= {"teacher.rationale_cache": f"{folder}/both", "data.label_source": "teacher"}
+        jobs.append(prepare(config.load(None, settings), world))
+    before = checksum(jobs[0].signals.teacher)
+    error = 0.0
+    for _ in range(4):
+        signals = []
+        for job in jobs:
+            rows, batch = job.micro_batches()[0]
+            signals.append(job.signals.of(rows, batch).tensors())
+        differences = [float((a - b).abs().max()) for a, b in zip(*signals, strict=True)]
+        error = max(error, *differences)
+        train.train_step(jobs[0])
+        jobs[1].state.step += 1
+    coordinator = jobs[0].signals.teacher._scorer.optimizer.param_coordinator
+    facts = {
+        "complete": coordinator.is_complete_trace(),
+        "unchanged": before == checksum(jobs[0].signals.teacher),
+        "same_teacher": jobs[0].signals.teacher is not None,
+        "error": error,
+        "linear_replaced": torch.nn.functional.linear is not linear,
+    }
+    facts = distributed.gather_objects(facts)
+    if world.rank == 0:
+        torch.save(facts, folder / "facts.pt")
+    torch.distributed.barrier()
+
+
+if __name__ == "__main__":
+    folder, expert = [a for a in sys.argv[1:] if not a.startswith("--")]
+    main(Path(folder), expert)
