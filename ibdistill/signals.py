@@ -58,12 +58,15 @@ class Signals:
         features: Features,
         student: PreTrainedModel,
         world: World,
+        *,
+        grows: bool = False,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
 
         Args:
             tokenizer: the student's.
             features: of the training records.
+            grows: whether `follow` will bring other ones, for which a teacher is needed in any case.
 
         Raises:
             ValueError: see `Teacher` and `SignalCache`; placement cache with records missing.
@@ -76,7 +79,7 @@ class Signals:
         self._writes, self._told = True, False
         missing = self._missing()
         self.teacher = None
-        if missing:
+        if missing or grows:
             if config.placement == "cache":
                 raise ValueError(
                     f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; "
@@ -99,6 +102,14 @@ class Signals:
             )
         self._ahead: tuple[bytes, TeacherSignal] | None = None
         self._clock = Clock(world.device)
+
+    def follow(self, features: Features, unchanged: int) -> None:
+        """From now on rows are those of other features, which begin with the first `unchanged` of these."""
+        self._features = features
+        if self._cache is not None:
+            new = range(unchanged, len(features))
+            self._keys = self._keys[:unchanged] + [self._key(row) for row in new]
+        self._ahead = None  # its rows were those of the old features
 
     @property
     def overlaps(self) -> bool:
