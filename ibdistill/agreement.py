@@ -33,7 +33,6 @@ from ibdistill.formats import field_text, read_rows
 from ibdistill.rationale_quality import IMPLIED, agrees
 from ibdistill.records import Record, map_numbers
 
-
 FOLDER = "agree"
 
 

@@ -372,7 +372,7 @@ def _check_agreement(config: Config) -> None:
     if config.teacher.placement == "cache":
         raise ValueError(
             "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
-            "teacher.placement (with teacher.cache it still asks only for what is new)"
+            "teacher.placement"
         )
 
 

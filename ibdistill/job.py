@@ -13,7 +13,6 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill import config as configuration
 from ibdistill import (
     agreement,
     data,
@@ -27,6 +26,7 @@ from ibdistill import (
     tasks,
     vocabulary,
 )
+from ibdistill import config as configuration
 from ibdistill.alarms import Alarms
 from ibdistill.checkpoint import Checkpoints, TrainState
 from ibdistill.config import Config, DataConfig, RunConfig

@@ -76,7 +76,8 @@ class Signals:
         self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._open_cache(tokenizer) if config.cache else None
-        self._writes, self._told = True, False
+        self._reads = self._writes = True
+        self._told = False
         missing = self._missing()
         self.teacher = None
         if missing or grows:
@@ -104,11 +105,12 @@ class Signals:
         self._clock = Clock(world.device)
 
     def follow(self, features: Features, unchanged: int) -> None:
-        """From now on rows are those of other features, which begin with the first `unchanged` of these."""
-        self._features = features
-        if self._cache is not None:
-            new = range(unchanged, len(features))
-            self._keys = self._keys[:unchanged] + [self._key(row) for row in new]
+        """From now on rows are those of other features, which begin with the first `unchanged` of these.
+
+        If there are more the teacher is asked for all of them and the cache is left alone: entries
+        of text that changes during a run would be read by a resumed run where the first one asked.
+        """
+        self._features, self._reads = features, len(features) == unchanged
         self._ahead = None  # its rows were those of the old features
 
     @property
@@ -176,7 +178,7 @@ class Signals:
 
     def _read(self, rows: Sequence[int]) -> TeacherSignal | None:
         """The cached signal; None if it must be asked for."""
-        if self._cache is None:
+        if self._cache is None or not self._reads:
             return None
         entries = self._cache.get([self._keys[row] for row in rows])
         lacking = int(entries is None)
@@ -199,7 +201,7 @@ class Signals:
             if self._cache is None:
                 return signal
             packed = self._pack(signal)
-        if self._writes:
+        if self._reads and self._writes:
             self._put(rows, packed)
         return self._unpack(packed, signal.weight, signal.bias)
 

@@ -29,7 +29,6 @@ import fire
 import torch
 import torch.distributed as dist
 
-from ibdistill import config as configuration
 from ibdistill import (
     agreement,
     distributed,
@@ -41,6 +40,7 @@ from ibdistill import (
     objectives,
     settings,
 )
+from ibdistill import config as configuration
 from ibdistill.config import Config
 from ibdistill.distributed import EXIT_DIVERGED
 from ibdistill.evaluation import Prediction
