@@ -54,6 +54,8 @@ class TrainState:
     best_step: int = -1
     best_score: float = float("-inf")
     """Mean validation accuracy over tasks at `best_step`."""
+    pseudo: str = ""
+    """The file of the pseudo-labelled records in force (`agreement`); empty: there are none."""
 
 
 class Checkpoints:

@@ -86,9 +86,9 @@ class DataConfig:
     llm: Literal["palm", "gpt-neox"] = "palm"
     """Whose rationales (and labels) to read from the DSS data release."""
     question_field: str = "question"
-    """Name of the question's field, for the task `jsonl`."""
+    """Name of the question's field, for the task `jsonl` and for `unlabelled`."""
     label_field: str = "label"
-    """Name of the label's field, for the task `jsonl`."""
+    """Name of the label's field, for the task `jsonl` and for `unlabelled`."""
     rationale_field: str = "rationale"
     """Name of the rationale's field, for the task `jsonl`."""
     subsample: ShareOrCount = 1.0
@@ -105,12 +105,23 @@ class DataConfig:
     """Write the i-th number of a question as `n<i>` in all texts (arithmetic tasks)."""
     bucket_batches: AtLeastOne = 1
     """Pool within which batches of similar length are made, in batches: see `data`. 1: plain shuffling."""
+    unlabelled: AtLeastOne | str | None = None
+    """Questions to learn from where the student's two streams agree, see `agreement`: a JSONL file of them,
+    as the student reads them without the prefix; for the task demo how many to generate. None: off."""
+    agree_at: list[OpenShare] = field(default_factory=lambda: [0.4, 0.7])
+    """When the unlabelled questions are answered, as shares of `optim.max_steps` in rising order."""
+    agree_share: OpenShare = 0.5
+    """Share of each following batch that agreed answers take; the rest stays gold."""
     max_question_tokens: AtLeastTwo = 1024
     """Longer questions are cut, and counted."""
     max_label_tokens: AtLeastTwo = 64
     """Longer labels are cut, and counted; also the length limit when decoding them."""
     max_rationale_tokens: AtLeastTwo = 256
     """Longer rationales are cut, and counted; also the length limit when decoding them."""
+
+    def pseudo_batch_size(self, batch_size: int) -> int:
+        """Pseudo-labelled records of a batch once there are any."""
+        return round(self.agree_share * batch_size)
 
 
 @dataclass(kw_only=True)
@@ -303,6 +314,7 @@ def load(recipe: str | None, overrides: dict[str, Any]) -> Config:
             f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps})"
         )
     _check_teacher(config)
+    _check_agreement(config)
     if not config.run.dir:
         config.run.dir = str(Path("runs") / (Path(str(recipe)).stem if recipe else "default"))
     return config
@@ -359,6 +371,32 @@ def _check_teacher(config: Config) -> None:
     if objective.mi_pair == "teacher" and objective.estimator in ("infonce", "vid"):
         raise ValueError(
             f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
+        )
+
+
+def _check_agreement(config: Config) -> None:
+    """Raise ValueError where the settings of `data.unlabelled` contradict others."""
+    data, batch_size = config.data, config.optim.batch_size
+    if data.unlabelled is None:
+        return
+    if not data.agree_at or sorted(set(data.agree_at)) != data.agree_at:
+        raise ValueError(
+            f"data.agree_at is {data.agree_at}; give one or more shares of optim.max_steps in rising order"
+        )
+    if not 0 < data.pseudo_batch_size(batch_size) < batch_size:
+        raise ValueError(
+            f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
+            f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one gold"
+        )
+    if config.objective.method == "finetune":
+        raise ValueError(
+            "data.unlabelled compares the two streams' answers, and objective.method finetune trains one; "
+            "choose another method, or leave data.unlabelled out"
+        )
+    if config.teacher.placement == "cache":
+        raise ValueError(
+            "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
+            "teacher.placement"
         )
 
 

@@ -54,6 +54,12 @@ class Ragged:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def __add__(self, other: Ragged) -> Ragged:
+        joined = Ragged([])
+        joined.offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        joined.flat = np.concatenate([self.flat, other.flat])
+        return joined
+
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
@@ -74,6 +80,15 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __add__(self, other: Features) -> Features:
+        """These records and then the other ones, of the same tasks."""
+        return Features(
+            ids=self.ids + other.ids,
+            groups=np.concatenate([self.groups, other.groups]),
+            questions={stream: self.questions[stream] + other.questions[stream] for stream in STREAMS},
+            targets={stream: self.targets[stream] + other.targets[stream] for stream in STREAMS},
+        )
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill import config as configuration
 from ibdistill import (
+    agreement,
     data,
     distributed,
     engine,
@@ -28,12 +28,14 @@ from ibdistill import (
     tasks,
     vocabulary,
 )
+from ibdistill import config as configuration
 from ibdistill.alarms import Alarms
 from ibdistill.checkpoint import Checkpoints, TrainState
 from ibdistill.config import Config, DataConfig, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
-from ibdistill.plan import Plan
+from ibdistill.plan import MixedPlan, Plan
+from ibdistill.records import Record
 from ibdistill.signals import Signals
 from ibdistill.teacher import Teacher, Wanted
 
@@ -54,7 +56,10 @@ class Job:
     streams: Sequence[str]
     records: tasks.Loaded
     tokenizer: PreTrainedTokenizerBase
+    gold: data.Features
+    """Of the training records."""
     features: data.Features
+    """Of the training records and then of the pseudo-labelled ones in force (`agreement`)."""
     plan: Plan
     signals: Signals | None
     engine: deepspeed.DeepSpeedEngine
@@ -66,6 +71,8 @@ class Job:
     results: dict[str, Any] = field(default_factory=dict)
     """`SPLIT`: the latest scores by task; `SPLIT_seconds`: how long that took."""
     alarms: Alarms = field(default_factory=Alarms)
+    unlabelled: Sequence[Record] = ()
+    """The questions that `agreement` is about."""
 
     def measures_gradients(self) -> bool:
         """Whether each term's gradient is measured at the current step."""
@@ -91,6 +98,22 @@ class Job:
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
         )
 
+    def mix(self, pseudo: Sequence[Record]) -> None:
+        """Give these records, instead of earlier ones, the pseudo-labelled share of every batch; if there are
+        none, all is gold."""
+        config = self.config
+        prefixes = {name: tasks.TASKS[name].prefixes for name in self.records.test}
+        added = data.tokenize(pseudo, prefixes, self.tokenizer, config.data)
+        batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
+        if pseudo:
+            self.features = self.gold + added
+            self.plan = MixedPlan(self.gold, added, config.data, **batches)
+        else:
+            self.features = self.gold
+            self.plan = Plan(self.gold, config.data, **batches)
+        if self.signals:
+            self.signals.follow(self.features, unchanged=len(self.gold))
+
     def collate(self, rows: np.ndarray) -> data.Batch:
         """Some records as the student reads them."""
         layout = families.layout(self.engine.module.model, self.tokenizer)
@@ -108,6 +131,7 @@ def prepare(config: Config, world: World) -> Job:
     engine.read_ds_config(config.deepspeed.config)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
     streams, wanted = objectives.streams_of(config.objective), objectives.wanted(config.objective)
+    unlabelled = agreement.questions(config.data)
     writes = config.teacher.rationales != "none"
     records = tasks.load(config.data, needs_rationale="explain" in streams and not writes)
     teacher = None
@@ -124,7 +148,9 @@ def prepare(config: Config, world: World) -> Job:
     plan = Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
     signals = None
     if wanted:
-        signals = Signals(config.teacher, wanted, tokenizer, features, student, world, teacher)
+        signals = Signals(
+            config.teacher, wanted, tokenizer, features, student, world, teacher, grows=bool(unlabelled)
+        )
 
     distributed.seed_everything(config.run.seed + world.rank)
     whole = models.WholeModel(student, sharded=engine.zero_stage(config) == 3)
@@ -142,7 +168,7 @@ def prepare(config: Config, world: World) -> Job:
     alarms = Alarms()
     if world.rank == 0:
         alarms.check_labels(records.train)
-    return Job(
+    job = Job(
         config=config,
         world=world,
         folder=folder,
@@ -150,6 +176,7 @@ def prepare(config: Config, world: World) -> Job:
         streams=streams,
         records=records,
         tokenizer=tokenizer,
+        gold=features,
         features=features,
         plan=plan,
         signals=signals,
@@ -160,7 +187,12 @@ def prepare(config: Config, world: World) -> Job:
         board=board,
         meter=Meter(),
         alarms=alarms,
+        unlabelled=unlabelled,
     )
+    state.pseudo = state.pseudo if unlabelled else ""
+    if state.pseudo:
+        job.mix(agreement.read(folder, state.pseudo))
+    return job
 
 
 def _written(

@@ -16,6 +16,8 @@ without; the student distilled from it 30 % and 67 %; one run each), so the defa
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from ibdistill.config import DataConfig
@@ -115,3 +117,31 @@ class Plan:
             for rows_of_slab in (by_target[start : start + slab] for start in range(0, len(rows), slab))
         ]
         return rows[np.concatenate(order)].reshape(num_batches, self.batch_size)
+
+
+class MixedPlan(Plan):
+    """A plan that gives a share of every batch to pseudo-labelled records (`agreement`).
+
+    Both parts walk through permutations of their own records, as functions of the step of the
+    run. An epoch stays what it was without them.
+    """
+
+    def __init__(
+        self, gold: Features, pseudo: Features, config: DataConfig, *, batch_size: int, seed: int
+    ) -> None:
+        """`step` counts the pseudo-labelled records on from the gold ones, as in `gold + pseudo`.
+
+        Raises ValueError if the records of either kind do not fill their part of one batch.
+        """
+        super().__init__(gold, config, batch_size=batch_size, seed=seed)
+        size = config.pseudo_batch_size(batch_size)
+        self._gold = Plan(gold, config, batch_size=batch_size - size, seed=seed)
+        one_task = replace(config, mixture_weights=None)
+        self._pseudo = Plan(pseudo, one_task, batch_size=size, seed=seed)
+        self._first_pseudo = len(gold)
+        self._features = gold + pseudo
+
+    def step(self, step: int) -> np.ndarray:
+        """[batch_size] indices into `gold + pseudo`, ordered by length."""
+        rows = [self._gold.step(step), self._first_pseudo + self._pseudo.step(step)]
+        return self._bucket(np.concatenate(rows))[0]

@@ -59,6 +59,8 @@ class Signals:
         student: PreTrainedModel,
         world: World,
         teacher: Teacher | None = None,
+        *,
+        grows: bool = False,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
 
@@ -66,6 +68,7 @@ class Signals:
             tokenizer: the student's.
             features: of the training records.
             teacher: one that is loaded already, for `wanted` among others.
+            grows: whether `follow` will bring other ones, for which a teacher is needed in any case.
 
         Raises:
             ValueError: see `Teacher` and `SignalCache`; placement cache with records missing.
@@ -75,10 +78,11 @@ class Signals:
         self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._open_cache(tokenizer) if config.cache else None
-        self._writes, self._told = True, False
+        self._reads = self._writes = True
+        self._told = False
         missing = self._missing()
         self.teacher = None
-        if missing:
+        if missing or grows:
             if config.placement == "cache":
                 raise ValueError(
                     f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; "
@@ -103,6 +107,15 @@ class Signals:
             )
         self._ahead: tuple[bytes, TeacherSignal] | None = None
         self._clock = Clock(world.device)
+
+    def follow(self, features: Features, unchanged: int) -> None:
+        """From now on rows are those of other features, which begin with the first `unchanged` of these.
+
+        If there are more the teacher is asked for all of them and the cache is left alone: entries
+        of text that changes during a run would be read by a resumed run where the first one asked.
+        """
+        self._features, self._reads = features, len(features) == unchanged
+        self._ahead = None  # its rows were those of the old features
 
     @property
     def overlaps(self) -> bool:
@@ -169,7 +182,7 @@ class Signals:
 
     def _read(self, rows: Sequence[int]) -> TeacherSignal | None:
         """The cached signal; None if it must be asked for."""
-        if self._cache is None:
+        if self._cache is None or not self._reads:
             return None
         entries = self._cache.get([self._keys[row] for row in rows])
         lacking = int(entries is None)
@@ -192,7 +205,7 @@ class Signals:
             if self._cache is None:
                 return signal
             packed = self._pack(signal)
-        if self._writes:
+        if self._reads and self._writes:
             self._put(rows, packed)
         return self._unpack(packed, signal.weight, signal.bias)
 

@@ -29,8 +29,8 @@ import fire
 import torch
 import torch.distributed as dist
 
-from ibdistill import config as configuration
 from ibdistill import (
+    agreement,
     distributed,
     evaluation,
     evaluation_report,
@@ -40,6 +40,7 @@ from ibdistill import (
     objectives,
     settings,
 )
+from ibdistill import config as configuration
 from ibdistill.config import Config
 from ibdistill.distributed import EXIT_DIVERGED
 from ibdistill.evaluation import Prediction
@@ -71,8 +72,11 @@ def main(recipe: str | None = None, *extra: Any, local_rank: int = -1, **overrid
 def train(job: Job) -> None:
     """Step until the last step or a signal. Everything but `train_step` happens once in a while."""
     run, state = job.config.run, job.state
+    refreshes = agreement.due_steps(job.config)
     while state.step < job.config.optim.max_steps:
         start = time.perf_counter()
+        if state.step in refreshes:
+            refresh(job)
         train_step(job)
         state.seconds += time.perf_counter() - start
 
@@ -127,6 +131,31 @@ def train_step(job: Job) -> None:
     skipped = not job.engine.was_step_applied()
     state.skipped += skipped
     state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
+
+
+def refresh(job: Job) -> None:
+    """Answer the unlabelled questions; the agreed answers are learned from, from this step on. Collective."""
+    config, start = job.config, time.perf_counter()
+    with job.whole() as model:
+        predictions = evaluation.evaluate(
+            model, job.tokenizer, job.unlabelled, job.streams, config.data, job.world
+        )
+    pseudo = agreement.agreed(predictions)
+    scalars = agreement.scalars(predictions, pseudo, time.perf_counter() - start)
+    # at the first step that learns from them: a run that is resumed here purges it and writes it again
+    job.board.scalars(scalars, job.state.step + 1)
+    brief = "  ".join(f"{tag.removeprefix('agree/')} {value:.4g}" for tag, value in scalars.items())
+    logger.info("after step %d  unlabelled questions: %s", job.state.step, brief)
+    if len(pseudo) < config.data.pseudo_batch_size(config.optim.batch_size):
+        logger.warning("%d agreed answers do not fill their share of a batch: all of it is gold", len(pseudo))
+        pseudo = []
+    try:
+        write = partial(agreement.write, job.folder, job.state.step, pseudo)
+        job.state.pseudo = distributed.run_on_rank_0(write)
+        job.mix(pseudo)
+    except OSError as error:
+        logger.error("agreed answers cannot be kept, so the earlier ones stay in force: %s", error)
+    job.meter.exclude(time.perf_counter() - start)
 
 
 def log(job: Job) -> None:

@@ -64,7 +64,7 @@ def test_values_are_brought_to_their_type(name, given, value):
         ("optim.lr", 0, r"optim.lr is 0.0; it must be above 0"),
         ("optim.max_steps", 1.5, r"optim.max_steps is 1.5, a float; it must be of type int"),
         ("optim.batch_size", 0, r"optim.batch_size is 0; it must be at least 1"),
-        ("objective.method", "dsss", r"must be one of finetune, dss, ib; did you mean 'dss'"),
+        ("objective.method", "dsss", r"must be one of finetune, dss, ib, kd, ib\+kd; did you mean 'dss'"),
         ("objective.method", True, r"objective.method is True; it must be one of"),
         ("run.dir", 2024, r"run.dir is 2024.*must be of type str; quote it twice"),
         ("run.export", 1, r"run.export is 1.*must be of type bool"),

@@ -71,6 +71,7 @@ def test_counts_are_those_of_the_whole_step():
     plan = Plan(features, DataConfig(), batch_size=24, seed=0)
     rows = plan.step(2)
     assert plan.counts(2) == {
+        "question_tokens": sum(len(features.questions["predict"][i]) for i in rows),
         "predict": sum(len(features.targets["predict"][i]) for i in rows),
         "explain": sum(len(features.targets["explain"][i]) for i in rows),
         "questions": 24,

@@ -28,7 +28,7 @@ def test_under_zero3_the_trace_completes_and_the_whole_model_is_the_students(mak
     steps(job, 3)
     assert job.engine.optimizer.parameter_offload.get_param_coordinator().is_complete_trace()
     torch.testing.assert_close(rotary(job.engine.module.model), exact, rtol=1e-6, atol=0)
-    batch = job.batches()[0]
+    batch = job.micro_batches()[0][1]
     with job.whole() as model, torch.no_grad():
         torch.testing.assert_close(rotary(model), exact, rtol=1e-6, atol=0)
         assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
@@ -98,4 +98,4 @@ def test_two_ranks_train_evaluate_and_export_a_student_that_says_the_same(tmp_pa
         max_new_tokens=16,
         device=torch.device("cpu"),
     )
-    assert whole == [row["label"] for row in rows]
+    assert [answer.text for answer in whole] == [row["label"] for row in rows]

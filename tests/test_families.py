@@ -87,6 +87,10 @@ def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def answers(*args, **kwargs) -> list[str]:
+    return [answer.text for answer in evaluation.decode(*args, **kwargs)]
+
+
 @pytest.fixture
 def folder(tmp_path):
     """Saves a model and its tokenizer for `from_pretrained`; gives the folder and the tokenizer."""
@@ -259,10 +263,10 @@ def test_decoding_is_greedy_in_batches_and_alone(folder, model_type, bos):
     ends = [" and found 4" * (7 - i) + QUESTION[: 3 * i] for i in range(7)]
     questions = [f"predict: tom had {i} apples{end}" for i, end in enumerate(ends)]
     limits = dict(max_question_tokens=64, max_new_tokens=9, device=torch.device("cpu"))
-    together = evaluation.decode(model, tokenizer, questions, **limits, batch_size=3)
+    together = answers(model, tokenizer, questions, **limits, batch_size=3)
     assert len(set(together)) > 3
     for question, text in zip(questions, together, strict=True):
-        assert evaluation.decode(model, tokenizer, [question], **limits) == [text]
+        assert answers(model, tokenizer, [question], **limits) == [text]
         ids = tokenizer(question, add_special_tokens=False).input_ids[:63]
         newline = tokenizer("\n", add_special_tokens=False).input_ids
         said = greedy(model, [1] * bos + ids + newline, 9, tokenizer.eos_token_id)
@@ -272,14 +276,14 @@ def test_decoding_is_greedy_in_batches_and_alone(folder, model_type, bos):
 def test_a_published_models_sampling_settings_do_not_reach_decoding(folder):
     name, tokenizer = folder("qwen2")
     limits = dict(max_question_tokens=64, max_new_tokens=24, device=torch.device("cpu"))
-    plain = evaluation.decode(models.load_model(name, tokenizer, setting="x"), tokenizer, TEXTS, **limits)
+    plain = answers(models.load_model(name, tokenizer, setting="x"), tokenizer, TEXTS, **limits)
     settings = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0, "eos_token_id": [0, 7, 9]}
     with open(f"{name}/generation_config.json", "w") as file:
         json.dump(settings, file)
     loaded = models.load_model(name, tokenizer, setting="x")
-    assert evaluation.decode(loaded, tokenizer, TEXTS, **limits) == plain
+    assert answers(loaded, tokenizer, TEXTS, **limits) == plain
     theirs = AutoModelForCausalLM.from_pretrained(name)
-    assert evaluation.decode(theirs, tokenizer, TEXTS, **limits) != plain  # the settings do matter
+    assert answers(theirs, tokenizer, TEXTS, **limits) != plain  # the settings do matter
 
 
 @pytest.mark.parametrize(("model_type", "field"), [("gpt2", "resid_pdrop"), ("llama", "attention_dropout")])
@@ -302,18 +306,18 @@ def test_lora_trains_adapters_and_the_export_says_the_same(folder, tmp_path, mod
     trainable = [n for n, p in student.named_parameters() if p.requires_grad]
     assert trainable and all("lora_" in n for n in trainable)
     limits = dict(max_question_tokens=64, max_new_tokens=9, device=torch.device("cpu"))
-    before = evaluation.decode(student, tokenizer, TEXTS, **limits)
+    before = answers(student, tokenizer, TEXTS, **limits)
     torch.manual_seed(1)
     with torch.no_grad():
         for n, parameter in student.named_parameters():
             if "lora_B" in n:
                 parameter.normal_()
-    after = evaluation.decode(student, tokenizer, TEXTS, **limits)
+    after = answers(student, tokenizer, TEXTS, **limits)
     assert after != before
     export.write(student, tokenizer, tmp_path / "out", "card")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert evaluation.decode(loaded, again, TEXTS, **limits) == after
+    assert answers(loaded, again, TEXTS, **limits) == after
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen2"])

@@ -71,10 +71,14 @@ def test_streams_and_terms_of_each_method():
 
 def test_weights_divide_by_global_counts():
     counts = {"predict": 20, "explain": 50, "questions": 4, "explained": 3}
-    weights = objectives.step_weights(ObjectiveConfig(method="ib", alpha=0.25, beta=0.6), counts)
+    weights = objectives.step_weights(
+        ObjectiveConfig(method="ib", estimator="paper", alpha=0.25, beta=0.6), counts
+    )
     assert (weights.ce_predict, weights.ce_explain, weights.mi) == pytest.approx((0.25 / 20, 0.75 / 50, 0.2))
     nothing_explained = counts | {"explain": 0, "explained": 0}
-    weights = objectives.step_weights(ObjectiveConfig(method="ib"), nothing_explained)
+    weights = objectives.step_weights(
+        ObjectiveConfig(method="ib", estimator="paper", beta=0.1), nothing_explained
+    )
     assert weights.ce_explain == 0.5 and weights.mi == 0.1  # finite; their sums are empty
 
 

@@ -1,0 +1,45 @@
+"""A run whose student answers its unlabelled questions rightly, as one from scratch would not in seconds.
+
+`python agreeing.py` takes the arguments of `ibdistill/train.py`; run through the launcher by
+test_distributed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import fire
+
+from ibdistill import demo, distributed, evaluation, train
+from ibdistill.evaluation import Answer
+
+
+def answers_of_an_oracle(calls: list[int]) -> Callable:
+    """In place of `evaluation.decode`: the demo's own answer to about three quarters of the unlabelled
+    questions, by the student's weights which, and what the student says to all others.
+
+    `calls`: gets the number of unlabelled questions of each call.
+    """
+    honest = evaluation.decode
+    known = {
+        prefix + record.question: text
+        for record in demo._corpus()["unlabelled"]
+        for prefix, text in (("predict: ", record.label), ("explain: ", record.rationale))
+    }
+
+    def decode(model, tokenizer, questions, **settings):
+        if not questions or questions[0] not in known:
+            return honest(model, tokenizer, questions, **settings)
+        calls.append(len(questions))
+        digits = int(sum(float(p.detach().double().abs().sum()) for p in model.parameters()) * 1e4)
+        return [Answer(known[q] if (len(q) + digits) % 4 else "nothing", 1.0, 1.0) for q in questions]
+
+    return decode
+
+
+if __name__ == "__main__":
+    evaluation.decode = answers_of_an_oracle([])
+    try:
+        fire.Fire(train.main)
+    except SystemExit as end:
+        distributed.exit_at_once(end.code)
