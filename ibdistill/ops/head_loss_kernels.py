@@ -303,9 +303,9 @@ def gradient_kernel(
             y = tl.load(teacher_row, mask=inside, other=0.0).to(tl.float32)
             log_p = x * inverse_temperature - tl.load(student_lse + t)
             if DIVERGENCE == _TOP_K:
-                place = tl.where(o_v < V, y, 0.0).to(tl.int32)
-                own = tl.load(own_row + place - 1, mask=place > 0, other=0.0)
-                d = tl.where(place > 0, own, tl.exp(log_p) * tl.load(means + t))
+                mark = tl.where(o_v < V, y, 0.0).to(tl.int32)
+                own = tl.load(own_row + mark - 1, mask=mark > 0, other=0.0)
+                d = tl.where(mark > 0, own, tl.exp(log_p) * tl.load(means + t))
             else:
                 log_q = y * inverse_temperature - tl.load(teacher_lse + t)
                 if DIVERGENCE == _FORWARD:

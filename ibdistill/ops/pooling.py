@@ -12,8 +12,8 @@ from ibdistill.ops.arguments import BLOCK_ROWS, STREAMS, Call
 from ibdistill.ops.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.packing import Rows
 
-MARKS = 64
-"""Positions that a max is taken over at once: their marks, a byte each, are small beside the chunk."""
+MARKS = 16
+"""Positions that a max is taken over at once: their marks are a byte each."""
 
 
 def first_max(block: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
