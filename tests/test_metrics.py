@@ -117,7 +117,7 @@ def test_gradients_are_measured_when_due_and_averaged_over_those_steps(make_job)
 def test_an_interval_s_scalars(make_job):
     made = make_job(**{"optim.clip_norm": 1.0})
     meter, world = Meter(), made.world
-    batch = [batch for _, batch in made.micro_batches()][0]
+    batch = next(batch for _, batch in made.micro_batches())
     for norm in (0.5, torch.tensor(2.0), 3.0):
         meter.add(batch, {"ce_predict": torch.tensor(2.0)})
         meter.end_step({"predict": 4}, 0.1, norm=norm, teacher=0.2, stall=0.05)
