@@ -136,10 +136,10 @@ class Cluster:
 
 
 def run_settings(folder: Path, stage: int = 2, **overrides: object) -> dict[str, object]:
-    """A run of 80 short steps with a checkpoint every 10."""
+    """A run of 60 short steps with a checkpoint every 10."""
     return tiny(folder) | {
         "objective.method": "ib",
-        "optim.max_steps": 80,
+        "optim.max_steps": 60,
         "run.save_every": 10,
         "run.test_limit": 4,
         "deepspeed.config": f"zero{stage}",

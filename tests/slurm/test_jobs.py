@@ -24,7 +24,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 def check_same(run: Path, reference: Path) -> None:
     """The same loss at every step, the same final weights to the last bit, the same result."""
-    assert [step for step, _ in curve(run)] == list(range(1, 81))
+    assert [step for step, _ in curve(run)] == list(range(1, 61))
     assert curve(run) == curve(reference)
     weights = "student/model.safetensors"
     assert (run / weights).read_bytes() == (reference / weights).read_bytes()
@@ -96,10 +96,12 @@ def test_two_machines_with_zero3_a_rank_killed_then_a_machine_crashed(cluster, t
     job = cluster.distill(*RANKS_4, settings=run_settings(run, stage=3))
     job.wait_for_text("resumed from")
     job.wait_for_step(32)
-    cluster.machine("crash", "node2")
+    # The machine with the batch script. When the other one crashes, srun cancels the step because of rank 0's
+    # failure, and Slurm 22.05 delivers that to node2 a minute later: by then to the restarted job.
+    cluster.machine("crash", "node1")
     seconds = job.wait_for_state("PENDING")
-    print(f"crash of node2: requeued after {seconds:.1f} s")
-    cluster.machine("boot", "node2")
+    print(f"crash of node1: requeued after {seconds:.1f} s")
+    cluster.machine("boot", "node1")
     job.wait_for_state("COMPLETED")
     assert job.shows()["Restarts"] == "1" and job.log().count("resumed from") == 2
     check_same(run, uninterrupted(4, 3))
