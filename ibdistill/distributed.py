@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
+import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -76,6 +77,9 @@ def init(timeout_minutes: int = 30) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    # On a CPU DeepSpeed would compile an operator for tensor parallelism, which is not used here. Besides
+    # the time, a process killed meanwhile leaves a lock in the cache that every later run waits for.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     _start_logging(rank)
     return World(rank, size, local_rank, device)
 

@@ -103,9 +103,6 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    # On a CPU DeepSpeed would compile an operator for tensor parallelism, which is not used here. Besides
-    # the time, a process killed meanwhile leaves a lock in the cache that every later run waits for.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = _optimizer(module, config.optim)
     if unsharded_fp32:
         _guard(optimizer, config.optim.clip_norm)

@@ -5,9 +5,11 @@ A teacher's answer to the same tokens under the same settings never changes, so 
 states (or top k), under a key made of its token ids; so a cache serves other seeds,
 subsamples and mixtures too. What it is a cache *of* is its fingerprint; another one is refused.
 
-A step's batch is read only if all of it is there, and asked for as a whole otherwise, and
-entries are written out before every checkpoint: so a run that was interrupted and continued
-asks the same questions in the same batches, and stays bit-identical on a CPU.
+A micro-batch is read only if all of it is there, and asked for as a whole otherwise; a record
+keeps its first answer, and entries are written out before every checkpoint. So a run that was
+interrupted and continued stays bit-identical on a CPU: what it finds in the cache and what it
+asks again comes from the same batches. (Not where a mixture repeats a record within an epoch:
+two ranks may then have asked in different batches.)
 
 The teacher may work on the next micro-batch while the student works on this one. That needs a
 device that does both at once, and no communication on the teacher's side: two NCCL
@@ -39,7 +41,7 @@ from ibdistill.data import Batch, Features
 from ibdistill.distributed import World
 from ibdistill.ops.arguments import TeacherStream
 from ibdistill.records import STREAMS
-from ibdistill.signal_cache import SignalCache, key_of
+from ibdistill.signal_cache import Entry, SignalCache, key_of
 from ibdistill.teacher import SHARDED, Teacher, TeacherSignal, Wanted, fit_rows
 
 logger = logging.getLogger("ibdistill")
@@ -128,14 +130,14 @@ class Signals:
             if self._ahead is not None and self._ahead[0] == np.asarray(rows).tobytes():
                 torch.cuda.current_stream().wait_stream(self._stream)
                 return self._ahead[1]
-            return self._read(rows) or self._ask(rows, batch)
+            return self._signal(rows, batch)
 
     def start(self, rows: Sequence[int], batch: Batch) -> None:
         """Let the teacher begin on a micro-batch that `of` will ask for next."""
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            signal = self._read(rows) or self._ask(rows, batch)
+            signal = self._signal(rows, batch)
         for tensor in signal.tensors():  # or the allocator would hand them out while the student reads
             tensor.record_stream(torch.cuda.current_stream())
         self._ahead = (np.asarray(rows).tobytes(), signal)
@@ -180,46 +182,62 @@ class Signals:
         missing = self._cache.missing(self._keys) if self._cache else len(self._features)
         return distributed.max_over_ranks(missing)
 
-    def _read(self, rows: Sequence[int]) -> TeacherSignal | None:
-        """The cached signal; None if it must be asked for."""
-        if self._cache is None or not self._reads:
-            return None
-        entries = self._cache.get([self._keys[row] for row in rows])
-        lacking = int(entries is None)
-        if self.teacher is not None and self.teacher.group is not None:
-            # all ranks of a sharded teacher take part in a forward, or none
-            lacking = distributed.max_over_ranks(lacking)
-        if lacking:
-            return None
-        packed = {
-            name: torch.cat([entry[name] for entry in entries]).to(self._world.device, non_blocking=True)
-            for name in entries[0]
-        }
-        weight, bias = self._head if self._head is not None else self.teacher.head()
-        return self._unpack(packed, weight, bias)
-
-    def _ask(self, rows: Sequence[int], batch: Batch) -> TeacherSignal:
+    def _signal(self, rows: Sequence[int], batch: Batch) -> TeacherSignal:
+        """From the cache if all of it is there, else the teacher is asked for the whole micro-batch."""
+        known = self._known(rows)
+        if self._complete(known):
+            weight, bias = self._head if self._head is not None else self.teacher.head()
+            return self._unpack(self._join(known), weight, bias)
         assert self.teacher is not None
         with self._clock.measure("teacher"):
             signal = self.teacher(self._for_teacher(rows, batch))
             if self._cache is None:
                 return signal
             packed = self._pack(signal)
-        if self._reads and self._writes:
-            self._put(rows, packed)
+        if self._reads:
+            # a record keeps its first answer: another batch's padding would change its last bits
+            entries = [old or new for old, new in zip(known, self._pieces(rows, packed), strict=True)]
+            new = [(row, entry) for row, old, entry in zip(rows, known, entries, strict=True) if old is None]
+            self._put(new if self._writes else [])
+            if any(known):
+                packed = self._join(entries)
         return self._unpack(packed, signal.weight, signal.bias)
 
-    def _put(self, rows: Sequence[int], packed: dict[str, Tensor]) -> None:
-        """Keep each record's part."""
+    def _known(self, rows: Sequence[int]) -> list[Entry | None]:
+        """What the cache has of each record."""
+        if self._cache is None or not self._reads:
+            return [None] * len(rows)
+        return [found[0] if (found := self._cache.get([self._keys[row]])) else None for row in rows]
+
+    def _complete(self, known: list[Entry | None]) -> bool:
+        """Whether nothing has to be asked for. Collective if sharded: then all ranks ask, or none."""
+        lacking = int(None in known)
+        reads = self._cache is not None and self._reads
+        if reads and self.teacher is not None and self.teacher.group is not None:
+            lacking = distributed.max_over_ranks(lacking)
+        return not lacking
+
+    def _put(self, entries: list[tuple[int, Entry]]) -> None:
+        with self._write_errors():
+            for row, entry in entries:
+                self._cache.put(self._keys[row], entry)
+
+    def _join(self, entries: list[Entry]) -> dict[str, Tensor]:
+        """The records' parts as one packed tensor a name, on the device."""
+        return {
+            name: torch.cat([entry[name] for entry in entries]).to(self._world.device, non_blocking=True)
+            for name in entries[0]
+        }
+
+    def _pieces(self, rows: Sequence[int], packed: dict[str, Tensor]) -> list[Entry]:
+        """Each record's part of packed tensors, on the CPU."""
         lengths = {"questions": self._features.questions["predict"].lengths}
         lengths |= {stream: self._features.targets[stream].lengths for stream in STREAMS}
-        pieces = {
+        parts = {
             name: tensor.cpu().split([int(lengths[name.split(".")[0]][row]) for row in rows])
             for name, tensor in packed.items()
         }
-        with self._write_errors():
-            for i, row in enumerate(rows):
-                self._cache.put(self._keys[row], {name: parts[i] for name, parts in pieces.items()})
+        return [{name: pieces[i] for name, pieces in parts.items()} for i in range(len(rows))]
 
     def _for_teacher(self, rows: Sequence[int], batch: Batch) -> Batch:
         """The micro-batch as the teacher's family reads it."""
@@ -280,14 +298,15 @@ class Signals:
         path = Path(self._config.cache) / _HEAD
 
         def write() -> None:
+            if path.is_file():
+                return
             tensors = {"weight": weight, "bias": bias}
             tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
             temporary = path.with_suffix(".tmp")
             save_file(tensors, temporary, metadata={"width": str(self.width)})
             temporary.replace(path)
 
-        if not path.is_file():
-            distributed.run_on_rank_0(write)
+        distributed.run_on_rank_0(write)
 
     def _read_head(self) -> tuple[int, tuple[Tensor | None, Tensor | None]]:
         with safe_open(Path(self._config.cache) / _HEAD, framework="pt") as file:

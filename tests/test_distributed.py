@@ -63,19 +63,7 @@ def scalar_steps(folder: Path, tag: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("stage", "signal_number", "exit_code"),
-    [
-        (2, signal.SIGUSR1, 85),
-        pytest.param(
-            3,
-            signal.SIGTERM,
-            143,
-            marks=pytest.mark.xfail(
-                strict=False,
-                reason="open: with a teacher and its cache, a resumed run differs in the last bits",
-            ),
-        ),
-    ],
+    ("stage", "signal_number", "exit_code"), [(2, signal.SIGUSR1, 85), (3, signal.SIGTERM, 143)]
 )
 def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     tmp_path, stage, signal_number, exit_code

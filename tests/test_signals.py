@@ -77,6 +77,23 @@ def test_records_left_over_by_an_epoch_are_asked_for_later(make_job, tmp_path, a
     assert 1 <= len(asked) <= 4
 
 
+def test_a_record_keeps_its_first_answer_in_a_batch_that_is_asked_again(make_job, tmp_path):
+    """And the rows beside it get theirs: the batch equals one that is asked without a cache, to rounding."""
+    job = make_job(**ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
+    first = job.signals.of([3, 5], job.collate([3, 5]))
+    kept = [{name: t + 1 for name, t in job.signals._cache.get([job.signals._keys[5]])[0].items()}]
+    job.signals._cache._buffer[job.signals._keys[5]] = kept[0]
+    mixed = job.signals.of([9, 5, 3], job.collate([9, 5, 3]))
+    plain = make_job(tmp_path / "plain", **ONLINE).signals.of([9, 5, 3], job.collate([9, 5, 3]))
+    for stream in ("predict", "explain"):
+        cu = job.collate([9, 5, 3]).cu[stream].tolist()
+        ours, theirs = mixed.targets[stream].hidden, plain.targets[stream].hidden
+        assert torch.equal(ours[cu[1] : cu[2]], kept[0][stream])
+        assert torch.equal(ours[cu[2] :], first.targets[stream].hidden[: cu[3] - cu[2]])
+        torch.testing.assert_close(ours[: cu[1]], theirs[: cu[1]])
+        torch.testing.assert_close(ours[cu[2] :], theirs[cu[2] :])
+
+
 @pytest.mark.parametrize(("k", "tolerance"), [(268, 1e-3), (32, 0.5)])
 def test_top_k_says_nearly_what_the_states_say(make_job, tmp_path, k, tolerance):
     whole = make_job(tmp_path / "whole", **ONLINE)
