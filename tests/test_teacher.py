@@ -70,11 +70,16 @@ def test_the_teachers_config_does_not_reach_the_student(facts):
         assert sum(rank["optimized"] for rank in facts[case]) == pytest.approx(whole, rel=1e-3)
 
 
-@pytest.mark.xfail(strict=False, reason="open: a rank grew by 2.2 MB over 120 steps; not yet known why")
 def test_memory_does_not_grow(facts):
+    """Over the last 160 of 220 steps: tensors by 4 bytes a step, the norms until the next logging step.
+
+    The process's own size wanders by up to 7 MiB, with a teacher and without; parameters that were gathered
+    and not let go would add 3.4 MiB a step.
+    """
     for rank in facts["zero3:2"]:
-        early, late = rank["memory"][60:80], rank["memory"][-20:]
-        assert min(late) - max(early) < 2 << 20, rank["memory"][::20]
+        resident, living = zip(*rank["memory"][2:], strict=True)
+        assert living[-1] - living[0] <= 4 * 160, living
+        assert resident[-1] - resident[0] < 16 << 20, resident
 
 
 @pytest.mark.parametrize(

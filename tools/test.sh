@@ -8,6 +8,6 @@ export OMP_NUM_THREADS=1
 ruff format --check ibdistill slurm tests tools
 ruff check ibdistill slurm tests tools
 if [ $# -eq 0 ]; then
-  TRITON_INTERPRET=1 python -m pytest tests/ops/test_head_loss_triton.py
+  TRITON_INTERPRET=1 python -m pytest tests/ops/test_head_loss_triton.py tests/ops/test_vid_triton.py
 fi
 python -m pytest "$@"

@@ -48,4 +48,5 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     # nobody reads it again unless the graph is kept, and a head's gradient is as large as the head
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream
-    return gradient.mul_(upstream)
+    # detached: as an output of the op it would hold on to the op's inputs for as long as somebody keeps it
+    return gradient.detach().mul_(upstream)

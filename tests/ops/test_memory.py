@@ -92,3 +92,11 @@ def test_the_gradient_is_scaled_in_place_only_if_the_graph_goes(case):
         (last,) = torch.autograd.grad(2 * total, weight)
     assert torch.equal(kept, last)
     assert [g.data_ptr() == out.data_ptr() for g, out in scaled] == [False, True]
+
+
+def test_a_gradient_that_is_kept_does_not_keep_the_graph(case):
+    predict, explain, weight, bias = case
+    hidden = predict.hidden.detach().requires_grad_()
+    total, _ = head_loss(predict._replace(hidden=hidden), explain, weight, bias, weights=WEIGHTS)
+    (gradient,) = torch.autograd.grad(total, hidden)
+    assert not gradient.requires_grad and gradient.grad_fn is None

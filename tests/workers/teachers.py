@@ -6,6 +6,8 @@ there is to know about the teacher, to FOLDER/PLACEMENT_zeroS_Rranks.pt.
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import hashlib
 import socket
 import sys
@@ -39,6 +41,15 @@ def checksum(teacher) -> list[str]:
     """Digests of what this rank keeps of the teacher: shares, or whole parameters."""
     kept = [getattr(p, "ds_tensor", p) for p in teacher._scorer.parameters()]
     return [hashlib.sha256(t.detach().numpy().tobytes()).hexdigest() for t in kept]
+
+
+def in_use() -> tuple[int, int]:
+    """Bytes of this process in memory, without what the allocator merely keeps; bytes of living tensors."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    tensors = {id(t): t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+    living = sum(t.numel() * t.element_size() for t in tensors.values())
+    return psutil.Process().memory_info().rss, living
 
 
 def first_step(job) -> dict[str, torch.Tensor]:
@@ -78,9 +89,10 @@ def main(folder: Path, cases: list[str]) -> None:
         for _ in range(3):
             train.train_step(job)
         memory = []
-        for _ in range(200 if case == "zero3:2" else 0):
+        for step in range(220 if case == "zero3:2" else 0):
             train.train_step(job)
-            memory.append(psutil.Process().memory_info().rss)
+            if step % 20 == 19:
+                memory.append(in_use())
         engine = getattr(teacher._scorer, "optimizer", None)
         facts = {
             "gradients": gradients if world.rank == 0 else None,
