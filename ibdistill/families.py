@@ -7,6 +7,8 @@ to that, on its own logits.
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -160,3 +162,28 @@ def decodes_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
 
 def _auto_class(config: PreTrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if family(config) == ENCODER_DECODER else AutoModelForCausalLM
+
+
+def identity(name: str) -> str:
+    """What tells one teacher's weights from another's: a digest of its folder, or the hub's commit.
+
+    Of the weight files it reads names, sizes and both ends, not gigabytes.
+    """
+    if name in presets.PRESETS:
+        return f"preset {name}"
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name} at {AutoConfig.from_pretrained(name)._commit_hash}"
+    parts = [(folder / "config.json").read_bytes()]
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        parts += [path.name.encode(), str(path.stat().st_size).encode()]
+        with path.open("rb") as file:
+            parts.append(file.read(1 << 16))
+            file.seek(-min(1 << 16, path.stat().st_size), 2)
+            parts.append(file.read())
+    return digest(b"\0".join(parts))
+
+
+def digest(content: bytes) -> str:
+    """A short name for some bytes."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,10 +1,13 @@
-"""What a step asks of the device, and what the device has: operations, peak rate, memory."""
+"""What a step asks of the device, and what the device has: operations, peak rate, memory, time."""
 
 from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
+from typing import Any
 
 import deepspeed
 import torch
@@ -70,3 +73,37 @@ def model_states(engine: deepspeed.DeepSpeedEngine) -> int:
     tensors += [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
+
+
+class Clock:
+    """Sums of seconds by name, by events on a GPU, so that measuring does not wait for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._spans: dict[str, list[tuple[Any, Any]]] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        """Time what happens within, on the current stream."""
+        start = self._now()
+        try:
+            yield
+        finally:
+            self._spans.setdefault(name, []).append((start, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by name since the last call. Waits for the device."""
+        if self._on_gpu:
+            torch.cuda.synchronize()
+        spans, self._spans = self._spans, {}
+        return {
+            name: sum(a.elapsed_time(b) / 1000 if self._on_gpu else b - a for a, b in pairs)
+            for name, pairs in spans.items()
+        }
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill import distributed, evaluation, families, metrics, presets, signals, teacher
+from ibdistill import distributed, evaluation, families, metrics, presets, teacher
 from ibdistill.config import Config
 from ibdistill.distributed import StopRequest, World
 from ibdistill.evaluation import Sampling
@@ -186,7 +186,7 @@ def fingerprint(config: Config, template: str) -> dict[str, Any]:
         families.load_config(settings.model, "teacher.model")
     found = {
         "format": FORMAT,
-        "teacher": signals.identity(settings.model),
+        "teacher": families.identity(settings.model),
         "precision": "8bit" if settings.load_in_8bit else settings.precision,
         "template": template or "prefixes",
         "temperature": settings.temperature,

@@ -19,13 +19,10 @@ overlap. On a CPU both would share the same cores.
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +30,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ibdistill import data, distributed, families, presets
+from ibdistill import data, distributed, families, hardware
 from ibdistill.config import TeacherConfig
 from ibdistill.data import Batch, Features
 from ibdistill.distributed import World
@@ -108,7 +105,7 @@ class Signals:
                 "the sharded teacher does not overlap with the student: two communicators could block"
             )
         self._ahead: tuple[bytes, TeacherSignal] | None = None
-        self._clock = Clock(world.device)
+        self._clock = hardware.Clock(world.device)
 
     def follow(self, features: Features, unchanged: int) -> None:
         """From now on rows are those of other features, which begin with the first `unchanged` of these.
@@ -283,8 +280,8 @@ class Signals:
             ["target states"] if wanted.targets else []
         )
         fingerprint = {
-            "teacher": identity(config.model),
-            "tokenizer": digest(repr(sorted(tokenizer.get_vocab().items())).encode()),
+            "teacher": families.identity(config.model),
+            "tokenizer": families.digest(repr(sorted(tokenizer.get_vocab().items())).encode()),
             "precision": "8bit" if config.load_in_8bit else config.precision,
             "holds": holds,
         }
@@ -317,40 +314,6 @@ class Signals:
         return width, fit_rows(tensors["weight"], tensors.get("bias"), self._rows)
 
 
-class Clock:
-    """Sums of seconds by name, by events on a GPU, so that measuring does not wait for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._spans: dict[str, list[tuple[Any, Any]]] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Time what happens within, on the current stream."""
-        start = self._now()
-        try:
-            yield
-        finally:
-            self._spans.setdefault(name, []).append((start, self._now()))
-
-    def read(self) -> dict[str, float]:
-        """Seconds by name since the last call. Waits for the device."""
-        if self._on_gpu:
-            torch.cuda.synchronize()
-        spans, self._spans = self._spans, {}
-        return {
-            name: sum(a.elapsed_time(b) / 1000 if self._on_gpu else b - a for a, b in pairs)
-            for name, pairs in spans.items()
-        }
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
 def top_k(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, temperature: float, chunk: int = 1024
 ) -> tuple[Tensor, Tensor]:
@@ -364,31 +327,4 @@ def top_k(
         )
         for part in hidden.split(chunk)
     ]
-    if not found:
-        return torch.empty(0, k, dtype=torch.int64), torch.empty(0, k)
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
-
-
-def identity(name: str) -> str:
-    """What tells one teacher's weights from another's: a digest of its folder, or the hub's commit.
-
-    Of the weight files it reads names, sizes and both ends, not gigabytes.
-    """
-    if name in presets.PRESETS:
-        return f"preset {name}"
-    folder = Path(name)
-    if not folder.is_dir():
-        return f"{name} at {AutoConfig.from_pretrained(name)._commit_hash}"
-    parts = [(folder / "config.json").read_bytes()]
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        parts += [path.name.encode(), str(path.stat().st_size).encode()]
-        with path.open("rb") as file:
-            parts.append(file.read(1 << 16))
-            file.seek(-min(1 << 16, path.stat().st_size), 2)
-            parts.append(file.read())
-    return digest(b"\0".join(parts))
-
-
-def digest(content: bytes) -> str:
-    """A short name for some bytes."""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

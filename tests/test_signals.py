@@ -143,7 +143,7 @@ def test_weights_have_an_identity(tmp_path):
     tokenizer = vocabulary.demo_tokenizer()
     for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
         families.load_preset("demo-student", tokenizer, seed).save_pretrained(tmp_path / folder)
-    names = [signals.identity(str(tmp_path / folder)) for folder in "abc"]
+    names = [families.identity(str(tmp_path / folder)) for folder in "abc"]
     assert names[0] == names[1] != names[2]
 
 

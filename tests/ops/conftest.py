@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from head_loss_cases import EXPLAIN, PREDICT, D, V, make_head, make_stream
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +23,11 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def generator():
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def case(generator):
+    """Two streams of every awkward length, and a head, in fp64."""
+    predict = make_stream(PREDICT, D, V, generator=generator)
+    explain = make_stream(EXPLAIN, D, V, generator=generator)
+    return predict, explain, *make_head(D, V, generator=generator)

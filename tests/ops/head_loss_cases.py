@@ -12,6 +12,12 @@ EVERY_MI = [
         ("paper", "normalized", "infonce"), ("max", "mean"), ("explain", "predict", "both")
     )
 ]
+
+D, V = 7, 29
+ROW = V * 8
+# question 4 has no rationale, question 5 no label; the explain sequence of question 1 is the longest
+PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]
+MIS = [None, *EVERY_MI]
 PAIRED = [
     MISettings(estimator, pool, pair="teacher")
     for estimator, pool in itertools.product(("paper", "normalized"), ("max", "mean"))

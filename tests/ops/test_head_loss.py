@@ -4,7 +4,19 @@ import math
 
 import pytest
 import torch
-from head_loss_cases import EVERY_MI, WEIGHTS, assert_same, evaluate, make_head, make_stream, name_of
+from head_loss_cases import (
+    EVERY_MI,
+    MIS,
+    ROW,
+    WEIGHTS,
+    D,
+    V,
+    assert_same,
+    evaluate,
+    make_head,
+    make_stream,
+    name_of,
+)
 
 from ibdistill.ops import head_loss_torch
 from ibdistill.ops.head_loss import (
@@ -15,19 +27,6 @@ from ibdistill.ops.head_loss import (
     head_loss,
 )
 from ibdistill.ops.head_loss_reference import head_loss_reference
-
-D, V = 7, 29
-ROW = V * 8
-# question 4 has no rationale, question 5 no label; the explain sequence of question 1 is the longest
-PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]
-MIS = [None, *EVERY_MI]
-
-
-@pytest.fixture
-def case(generator):
-    predict = make_stream(PREDICT, D, V, generator=generator)
-    explain = make_stream(EXPLAIN, D, V, generator=generator)
-    return predict, explain, *make_head(D, V, generator=generator)
 
 
 @pytest.mark.parametrize("chunk_rows", [0, 5, 24, 1000])

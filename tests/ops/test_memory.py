@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from head_loss_cases import EVERY_MI, WEIGHTS, evaluate, make_head, make_stream, name_of
+from head_loss_cases import MIS, WEIGHTS, evaluate, make_head, make_stream, name_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibdistill.ops import custom, head_loss_torch
@@ -10,19 +10,6 @@ from ibdistill.ops import head_loss as head_loss_module
 from ibdistill.ops.arguments import Call
 from ibdistill.ops.head_loss import CHUNK_BYTES, MISettings, head_loss
 from ibdistill.ops.head_loss_reference import head_loss_reference
-
-D, V = 7, 29
-ROW = V * 8
-# question 4 has no rationale, question 5 no label; the explain sequence of question 1 is the longest
-PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]
-MIS = [None, *EVERY_MI]
-
-
-@pytest.fixture
-def case(generator):
-    predict = make_stream(PREDICT, D, V, generator=generator)
-    explain = make_stream(EXPLAIN, D, V, generator=generator)
-    return predict, explain, *make_head(D, V, generator=generator)
 
 
 class LogitsWatch(TorchDispatchMode):

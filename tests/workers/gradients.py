@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import torch
-from deepspeed.utils import safe_get_full_grad
+from one_step import gradients_of_step
 
-from ibdistill import config, distributed, train
+from ibdistill import config, distributed
 from ibdistill.job import prepare
 
 
@@ -31,17 +31,7 @@ def main(folder: Path, micro_batch_size: int, model: str) -> None:
         name = f"zero{stage}_{world.size}ranks"
         settings |= {"deepspeed.config": f"zero{stage}", "run.dir": str(folder / name)}
         job = prepare(config.load(None, settings), world)
-        gradients: dict[str, torch.Tensor] = {}
-        step = job.engine.step
-
-        def keep_gradients_and_step(job=job, gradients=gradients, step=step) -> None:
-            if job.engine.is_gradient_accumulation_boundary():
-                for parameter_name, parameter in job.engine.module.named_parameters():
-                    gradients[parameter_name] = safe_get_full_grad(parameter).clone()
-            step()
-
-        job.engine.step = keep_gradients_and_step
-        train.train_step(job)
+        gradients = gradients_of_step(job)
         if world.rank == 0:
             torch.save(gradients, folder / f"{name}.pt")
         job.engine.destroy()

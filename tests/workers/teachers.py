@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from deepspeed.utils import safe_get_full_grad
+from one_step import gradients_of_step
 
 from ibdistill import config, distributed, train
 from ibdistill.job import prepare
@@ -52,23 +52,6 @@ def in_use() -> tuple[int, int]:
     return psutil.Process().memory_info().rss, living
 
 
-def first_step(job) -> dict[str, torch.Tensor]:
-    """Take one step; parameter -> full gradient."""
-    gradients: dict[str, torch.Tensor] = {}
-    step = job.engine.step
-
-    def keep_gradients_and_step() -> None:
-        if job.engine.is_gradient_accumulation_boundary():
-            for name, parameter in job.engine.module.named_parameters():
-                gradients[name] = safe_get_full_grad(parameter).clone()
-        step()
-
-    job.engine.step = keep_gradients_and_step
-    train.train_step(job)
-    job.engine.step = step
-    return gradients
-
-
 def main(folder: Path, cases: list[str]) -> None:
     world = distributed.init()
     for case in cases:
@@ -85,7 +68,7 @@ def main(folder: Path, cases: list[str]) -> None:
         job = prepare(config.load(None, settings), world)
         teacher = job.signals.teacher
         before, replaced = checksum(teacher), torch.nn.functional.linear is not linear
-        gradients = first_step(job)
+        gradients = gradients_of_step(job)
         for _ in range(3):
             train.train_step(job)
         memory = []
