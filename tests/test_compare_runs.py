@@ -55,6 +55,8 @@ def test_table_groups_and_figures(tmp_path):
     assert f"no curves of {runs[4]}" in done.stderr and "has no events" in done.stderr
     grouped = compare_runs.groups(runs)
     assert grouped == {"ib lr 0.1": runs[:3], "dss lr 0.1": [runs[3]], "dss lr 0.2": [runs[4]]}
+    alone = [runs[0], runs[3], runs[4]]
+    assert compare_runs.groups(alone) == {"ib0": [runs[0]], "dss": [runs[3]], "lr": [runs[4]]}
 
 
 def test_what_the_figures_show(tmp_path, monkeypatch):

@@ -71,7 +71,10 @@ def table(lines: list[tuple[str, ...]]) -> str:
 
 
 def groups(folders: list[Path]) -> dict[str, list[Path]]:
-    """Runs of one configuration, by a name: the method, and what else differs between the groups."""
+    """Runs of one configuration, by a name: the method, and what else differs between the groups.
+
+    Where no two runs share one, they go by their folders' names, which are shorter.
+    """
     import yaml
 
     settings = {}
@@ -89,6 +92,8 @@ def groups(folders: list[Path]) -> dict[str, list[Path]]:
     for folder, own in settings.items():
         others = [f"{n.split('.')[1]} {own.get(n)}" for n in varied if n != "objective.method"]
         grouped[" ".join([own["objective.method"], *others])].append(folder)
+    if len(grouped) == len({folder.name for folder in folders}) == len(folders):
+        return {folder.name: [folder] for folder in folders}
     return dict(grouped)
 
 
