@@ -120,7 +120,8 @@ def build(content: Any, path: Path) -> Study:
         own = own or {}
         if odd := [key for key in own if "." not in key and key not in _OWN]:
             raise ValueError(
-                f"{path}: arm {name} has {', '.join(odd)}; besides section.field there are {', '.join(sorted(_OWN))}"
+                f"{path}: arm {name} has {', '.join(odd)}; besides section.field there are "
+                f"{', '.join(sorted(_OWN))}"
             )
         for seed in _list(path, own, content, "seeds", name):
             for labels in _list(path, own, content, "labels", name):
@@ -350,29 +351,27 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("out", type=Path, help="folder for runs, logs and results")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
     options = parser.parse_args(arguments)
-    sys.exit(perform(options.action, options.study, options.out.resolve(), options.jobs))
-
-
-def perform(action: str, path: Path, out: Path, jobs: int | None = None) -> int:
-    """What a command does; its exit code."""
-    import study_report
-
     try:
-        study = load(path)
-        if action == "grid":
-            print("\n".join(write_grids(study, out)))
-            return 0
-        failed = execute(study, out, jobs or slots()) if action == "run" else []
-        print(
-            study_report.write(study, out, {run.name: result(run, out) for run in study.models + study.runs})
-        )
+        sys.exit(perform(options.action, load(options.study), options.out.resolve(), options.jobs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        sys.exit(2)
+
+
+def perform(action: str, study: Study, out: Path, jobs: int | None = None) -> int:
+    """What a command does; its exit code. Raises ValueError where nothing can be reported."""
+    import study_report
+
+    if action == "grid":
+        print("\n".join(write_grids(study, out)))
+        return 0
+    failed = execute(study, out, jobs or slots()) if action == "run" else []
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    print(study_report.write(study, out, {run.name: result(run, out) for run in study.models + study.runs}))
     return int(bool(failed))
 
 
 if __name__ == "__main__":
+    sys.modules["study"] = sys.modules["__main__"]  # for study_paper, which builds on this
     main(sys.argv[1:])

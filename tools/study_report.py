@@ -26,7 +26,7 @@ Scores = dict[int, float]
 
 
 def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) -> str:
-    """Write study.json, table.md and study.png to `out`; the table. Raises ValueError if no run is finished."""
+    """Write study.json, table.md and study.png to `out`; the table. Raises ValueError if no run is done."""
     found = [(run, results[run.name]) for run in study.runs if results[run.name]]
     if not found:
         raise ValueError(f"{out} has no finished run of {study.path}; see {out / 'logs'}")
@@ -137,7 +137,7 @@ def _summary(study: Study, groups: dict[str, dict[int, dict]], name: str) -> dic
 
 
 def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
-    """Accuracy of each arm with its interval; accuracy against labels; accuracy against seconds of training."""
+    """Accuracy of each arm with its interval; against labels; against seconds of training."""
     counts = [name.rpartition("@")[2] for name in groups]
     usual = max(set(counts), key=counts.count)
     arms = list(dict.fromkeys(name.rpartition("@")[0] for name in groups))
