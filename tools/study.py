@@ -34,6 +34,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -351,6 +352,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("out", type=Path, help="folder for runs, logs and results")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the runs
     try:
         sys.exit(perform(options.action, load(options.study), options.out.resolve(), options.jobs))
     except ValueError as error:
