@@ -73,20 +73,25 @@ def comparison(found: study.Study, out: Path, options: argparse.Namespace) -> st
     return "\n".join(lines)
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """Of the command line, further settings aside."""
+    result = argparse.ArgumentParser(
         prog="study.py paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--dataset", required=True, choices=sorted({name for _, name in PUBLISHED}))
-    parser.add_argument("--student", required=True, help="hub name or folder")
-    parser.add_argument("--data", help="folder of the DSS data release")
-    parser.add_argument("--out", type=Path, required=True, help="folder for runs, logs and results")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
-    parser.add_argument("--dry-run", action="store_true")
-    options, rest = parser.parse_known_args(arguments)
+    result.add_argument("--dataset", required=True, choices=sorted({name for _, name in PUBLISHED}))
+    result.add_argument("--student", required=True, help="hub name or folder")
+    result.add_argument("--data", help="folder of the DSS data release")
+    result.add_argument("--out", type=Path, required=True, help="folder for runs, logs and results")
+    result.add_argument("--seeds", type=int, default=3)
+    result.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
+    result.add_argument("--dry-run", action="store_true")
+    return result
+
+
+def main(arguments: list[str]) -> None:
+    options, rest = parser().parse_known_args(arguments)
     if len(rest) % 2 or not all(name.startswith("--") and "." in name for name in rest[::2]):
-        parser.error(f"{' '.join(rest)}: further settings are given as --section.field value")
+        parser().error(f"{' '.join(rest)}: further settings are given as --section.field value")
     own = {name[2:]: DefaultParseValue(value) for name, value in zip(rest[::2], rest[1::2], strict=True)}
     out = options.out.resolve()
     try:
