@@ -98,9 +98,10 @@ def test_an_interval_covers_the_truth_as_often_as_it_says():
 
 def test_arms_labels_and_seeds_become_runs():
     arms = {
-        "dss": {"objective.method": "dss", "labels": [4, 8]},
+        "dss": {"objective.method": "dss", "labels": {4: [1, 2], 8: [1, 2]}},
         "ib": {"seeds": [2], "ranks": 2, "objective.method": "ib"},
     }
+    assert built(arms=arms).runs == built(arms=arms | {"dss": arms["dss"] | {"labels": [4, 8]}}).runs
     found = built(arms=arms, comparisons=[["ib@8", "dss@4"]])
     # seed by seed; what takes all cores at the end
     assert [(r.arm, r.labels, r.seed) for r in found.runs] == [

@@ -3,6 +3,7 @@
     python tools/study.py run    STUDY.yaml OUT      run what is not finished, then report
     python tools/study.py report STUDY.yaml OUT      table.md, study.png and study.json of what is
     python tools/study.py grid   STUDY.yaml OUT      grids for slurm/sweep.sh; `report` once they are done
+    python tools/study.py speed  STUDY.yaml OUT      what a run of each arm costs, for equal compute
     python tools/study.py paper  --help              the paper's tables 1 and 2
 
 A study is a YAML file:
@@ -18,8 +19,9 @@ A study is a YAML file:
     baseline: dss
     arms:
       dss: {objective.method: dss}
-      vid: {seeds: [1, 2], labels: [150, 300], ranks: 2, objective.method: ib, ...}
-    comparisons: [[vid@150, dss@300]] # further paired differences, arm@labels
+      vid: {seeds: [1, 2], objective.method: ib, ...}
+      kd: {labels: {300: [1, 2, 3], 150: [1]}, ranks: 2, note: "...", objective.method: kd, ...}
+    comparisons: [[kd@150, dss@300]]  # further paired differences, arm@labels
 
 One process a run and one thread a process; as many side by side as there are GPUs or else cores
 (`--jobs`). Runs with `ranks` go through DeepSpeed's launcher, one at a time, at the end. A
@@ -124,12 +126,16 @@ def build(content: Any, path: Path) -> Study:
                 f"{path}: arm {name} has {', '.join(odd)}; besides section.field there are "
                 f"{', '.join(sorted(_OWN))}"
             )
-        for seed in _list(path, own, content, "seeds", name):
-            for labels in _list(path, own, content, "labels", name):
-                settings = (content.get("settings") or {}) | {k: v for k, v in own.items() if "." in k}
+        settings = (content.get("settings") or {}) | {k: v for k, v in own.items() if "." in k}
+        labels = own.get("labels", content.get("labels"))
+        if not isinstance(labels, dict):
+            seeds = own.get("seeds", content.get("seeds"))
+            labels = dict.fromkeys(_numbers(path, labels, "labels", name), seeds)
+        for count in _numbers(path, list(labels), "labels", name):
+            for seed in _numbers(path, labels[count], "seeds", name):
                 stage, variant = len(content.get("models") or {}), seed % variants
                 recipe, ranks = content.get("recipe"), own.get("ranks", 1)
-                runs.append(_run(path, name, settings, recipe, labels, seed, models, variant, stage, ranks))
+                runs.append(_run(path, name, settings, recipe, count, seed, models, variant, stage, ranks))
     keys = {f"{run.arm}@{run.labels:g}" for run in runs}
     comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
     for pair in comparisons:
@@ -149,8 +155,7 @@ def build(content: Any, path: Path) -> Study:
     )
 
 
-def _list(path: Path, own: dict, content: dict, key: str, arm: str) -> list:
-    values = own.get(key, content.get(key))
+def _numbers(path: Path, values: Any, key: str, arm: str) -> list:
     kind = int if key == "seeds" else (int, float)
     if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
         raise ValueError(f"{path}: {key} of arm {arm} is {values!r}; it must be a list of numbers")
@@ -347,7 +352,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("action", choices=("run", "report", "grid"))
+    parser.add_argument("action", choices=("run", "report", "grid", "speed"))
     parser.add_argument("study", type=Path, help="YAML file")
     parser.add_argument("out", type=Path, help="folder for runs, logs and results")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
@@ -366,6 +371,11 @@ def perform(action: str, study: Study, out: Path, jobs: int | None = None) -> in
 
     if action == "grid":
         print("\n".join(write_grids(study, out)))
+        return 0
+    if action == "speed":
+        import study_speed
+
+        print(study_speed.measure(study, out))
         return 0
     failed = execute(study, out, jobs or slots()) if action == "run" else []
     if failed:
