@@ -139,6 +139,9 @@ def test_seeds_share_models_and_a_models_settings_change_its_users():
     assert used == {s: f"runs/{pretrain[s % 2].name}/student" for s in (1, 2, 3)}
     kd = next(r for r in found.runs if r.arm == "kd")
     assert kd.stage == 2 and kd.settings["teacher.model"] == f"runs/{teacher[1].name}/student"
+    other = arms | {"kd": arms["kd"] | {"teacher.model": "{teacher+1}"}}
+    kd = next(r for r in built(models=models, variants=2, arms=other).runs if r.arm == "kd")
+    assert kd.settings["teacher.model"] == f"runs/{teacher[0].name}/student"
     models["pretrain"]["optim.max_steps"] = 700
     changed = built(models=models, variants=2, arms=arms)
     assert not {r.name for r in found.runs + found.models} & {r.name for r in changed.runs + changed.models}

@@ -13,7 +13,8 @@ A study is a YAML file:
     models:                           # trained first; {pretrain} in a setting is the exported student
       pretrain: {recipe: demo_pretrain}
       teacher: {recipe: demo_teacher, student.model: "{pretrain}"}
-    variants: 2                       # of each model, with seeds 0 and 1; seed s of an arm uses s mod 2
+    variants: 2                       # of each model, with seeds 0 and 1; seed s of an arm uses s mod 2,
+                                      # and {pretrain+1} is the other one
     seeds: [1, 2, 3]
     labels: [300]                     # data.subsample, drawn anew for each seed
     baseline: dss
@@ -116,7 +117,7 @@ def build(content: Any, path: Path) -> Study:
     for stage, (name, own) in enumerate((content.get("models") or {}).items()):
         for variant in range(variants):
             own_ = {k: v for k, v in own.items() if k != "recipe"}
-            run = _run(path, name, own_, own.get("recipe"), None, variant, models, variant, stage)
+            run = _run(path, name, own_, own.get("recipe"), None, variant, models, variant, variants, stage)
             models[name, variant] = run
     runs = []
     for name, own in arms.items():
@@ -135,7 +136,8 @@ def build(content: Any, path: Path) -> Study:
             for seed in _numbers(path, labels[count], "seeds", name):
                 stage, variant = len(content.get("models") or {}), seed % variants
                 recipe, ranks = content.get("recipe"), own.get("ranks", 1)
-                runs.append(_run(path, name, settings, recipe, count, seed, models, variant, stage, ranks))
+                which = models, variant, variants
+                runs.append(_run(path, name, settings, recipe, count, seed, *which, stage, ranks))
     keys = {f"{run.arm}@{run.labels:g}" for run in runs}
     comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
     for pair in comparisons:
@@ -171,17 +173,19 @@ def _run(
     seed: int,
     models: dict[tuple[str, int], Run],
     variant: int,
+    variants: int,
     stage: int,
     ranks: int = 1,
 ) -> Run:
     """A run with its models' folders filled in, its settings checked."""
 
     def filled(value: Any) -> Any:
-        if not isinstance(value, str) or not (match := re.match(r"\{(\w+)\}", value)):
+        if not isinstance(value, str) or not (match := re.fullmatch(r"\{(\w+)(\+\d+)?\}", value)):
             return value
-        if (match[1], variant) not in models:
+        which = match[1], (variant + int(match[2] or 0)) % variants
+        if which not in models:
             raise ValueError(f"{path}: {value} in {arm} is none of the models above it")
-        return f"runs/{models[match[1], variant].name}/student{value[match.end() :]}"
+        return f"runs/{models[which].name}/student"
 
     settings = {name: filled(value) for name, value in settings.items()} | {"run.seed": seed}
     if labels is not None:
