@@ -20,6 +20,7 @@ sys.path.append(str(ROOT / "tools"))
 import compare_runs
 import study
 import study_paper
+import study_plan
 import study_report
 from fire.parser import DefaultParseValue
 
@@ -49,7 +50,7 @@ def content(**changes):
 
 
 def built(**changes):
-    return study.build(content(**changes), Path("x.yaml"))
+    return study_plan.build(content(**changes), Path("x.yaml"))
 
 
 def t_probability(t, degrees):
@@ -183,12 +184,12 @@ def test_files_that_are_no_study(tmp_path):
     (tmp_path / "a.yaml").write_text("arms: [")
     for path in (tmp_path / "a.yaml", tmp_path / "none.yaml"):
         with pytest.raises(ValueError, match="is no study"):
-            study.load(path)
+            study_plan.load(path)
 
 
 def test_shipped_studies_are_valid():
     for path in (ROOT / "tools/study").glob("*.yaml"):
-        assert study.load(path).runs
+        assert study_plan.load(path).runs
 
 
 def fake(accuracy, seconds=10.0):
@@ -243,7 +244,7 @@ def test_a_grid_says_what_a_run_would_do(tmp_path):
     given = {key: DefaultParseValue(value) for key, value in pairs}
     assert name == found.runs[0].name
     given |= {"run.dir": str(tmp_path / "runs" / name)}
-    assert configuration.load("demo", given) == study.resolved(found.runs[0], tmp_path)
+    assert configuration.load("demo", given) == study_plan.resolved(found.runs[0], tmp_path)
     with pytest.raises(ValueError, match="a grid takes no spaces: data.path 'a b'"):
         study.write_grids(built(settings=TINY | {"data.path": "a b"}), tmp_path)
 
@@ -275,7 +276,7 @@ def test_the_papers_tables_dry(tmp_path, capsys):
     options += ["--out", str(tmp_path / "out"), "--seeds", "1", "--jobs", "3"]
     options += ["--student.tokenizer", "train", "--student.vocab_size", "300"]
     with pytest.raises(SystemExit) as ended:
-        study_paper.main(options)
+        study_paper.main(options, study.perform)
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert "svamp, t5-mini, DRY RUN" in out and re.search(r"^ib +\d+\.\d\d +-$", out, re.MULTILINE)
@@ -291,9 +292,9 @@ def test_the_papers_settings_and_figures(tmp_path):
     options = study_paper.parser().parse_args(
         "--dataset svamp --student google/t5-v1_1-small --out x --seeds 2".split()
     )
-    found = study.build(study_paper.content(options, {}), Path("paper"))
+    found = study_plan.build(study_paper.content(options, {}), Path("paper"))
     assert [run.arm for run in found.runs] == ["finetune", "dss", "ib"] * 2
-    config = study.resolved(found.runs[2], tmp_path)
+    config = study_plan.resolved(found.runs[2], tmp_path)
     assert (config.optim.max_steps, config.optim.batch_size, config.objective.alpha) == (10000, 64, 0.5)
     for run in found.runs:
         folder = tmp_path / "runs" / run.name
@@ -306,5 +307,7 @@ def test_the_papers_settings_and_figures(tmp_path):
 @pytest.mark.parametrize("rest", [["--beta", "1"], ["--objective.beta"]])
 def test_the_paper_harness_refuses(tmp_path, rest, capsys):
     with pytest.raises(SystemExit):
-        study_paper.main(["--dataset", "svamp", "--student", "x", "--out", str(tmp_path), *rest])
+        study_paper.main(
+            ["--dataset", "svamp", "--student", "x", "--out", str(tmp_path), *rest], study.perform
+        )
     assert "further settings are given as --section.field value" in capsys.readouterr().err

@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import study
+import study_plan
 import study_report
 from fire.parser import DefaultParseValue
 
@@ -57,7 +58,7 @@ def content(options: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def comparison(found: study.Study, out: Path, options: argparse.Namespace) -> str:
+def comparison(found: study_plan.Study, out: Path, options: argparse.Namespace) -> str:
     """Ours beside the published figures."""
     size = next((size for size in ("small", "base") if size in options.student), "")
     published = {} if options.dry_run else PUBLISHED.get((size, options.dataset), {})
@@ -66,7 +67,7 @@ def comparison(found: study.Study, out: Path, options: argparse.Namespace) -> st
         "method    ours %  published %",
     ]
     for arm in ARMS:
-        results = {run.seed: study.result(run, out) for run in found.runs if run.arm == arm}
+        results = {run.seed: study_plan.result(run, out) for run in found.runs if run.arm == arm}
         scores = study_report.accuracies({seed: result for seed, result in results.items() if result})
         ours = f"{sum(scores.values()) / len(scores):.2f}" if scores else "-"
         lines.append(f"{arm:8}  {ours:>6}  {format(published[arm], '.2f') if arm in published else '-':>11}")
@@ -88,15 +89,15 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main(arguments: list[str]) -> None:
+def main(arguments: list[str], perform: Callable[..., int]) -> None:
     options, rest = parser().parse_known_args(arguments)
     if len(rest) % 2 or not all(name.startswith("--") and "." in name for name in rest[::2]):
         parser().error(f"{' '.join(rest)}: further settings are given as --section.field value")
     own = {name[2:]: DefaultParseValue(value) for name, value in zip(rest[::2], rest[1::2], strict=True)}
     out = options.out.resolve()
     try:
-        found = study.build(content(options, own), Path(f"paper-{options.dataset}"))
-        code = study.perform("run", found, out, options.jobs)
+        found = study_plan.build(content(options, own), Path(f"paper-{options.dataset}"))
+        code = perform("run", found, out, options.jobs)
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(f"\n{comparison(found, out, options)}")

@@ -19,7 +19,7 @@ import compare_runs
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
-    from study import Study
+    from study_plan import Study
 
 Scores = dict[int, float]
 """Seed -> accuracy, in percent."""

@@ -17,7 +17,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from study import Run, Study
+    from study_plan import Run, Study
 
 ROUNDS, STEPS = 12, 10
 
@@ -25,7 +25,7 @@ ROUNDS, STEPS = 12, 10
 def measure(study: Study, out: Path) -> str:
     """A table: seconds a step and a run, as a ratio to the baseline's, and its steps in that time."""
     import torch
-    from study import resolved
+    from study_plan import resolved
 
     from ibdistill import agreement, distributed, train
     from ibdistill.job import prepare
