@@ -120,9 +120,10 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
     if process.returncode == 0:
         notes = {
             "process_seconds": round(time.perf_counter() - start, 1),
-            "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
             "commit": commit(),
         }
+        if not torch.cuda.is_available():
+            notes["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
         (out / "runs" / run.name / "study.json").write_text(json.dumps(notes))
     return process.returncode
 

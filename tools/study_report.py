@@ -143,6 +143,8 @@ def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
     arms = list(dict.fromkeys(name.rpartition("@")[0] for name in groups))
     rows = {arm: groups[f"{arm}@{usual}"] for arm in arms if f"{arm}@{usual}" in groups}
     figure = Figure(figsize=(14, 1.6 + 0.28 * max(10, len(rows))), layout="constrained")
+    results = [result for group in groups.values() for result in group.values()]
+    clock = "cpu_seconds" if all("cpu_seconds" in result for result in results) else "seconds"
     ranked, by_labels, by_seconds = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
     for y, (arm, group) in enumerate(rows.items()):
         scores = list(accuracies(group).values())
@@ -152,7 +154,7 @@ def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
             center, y, xerr=None if math.isnan(half) else half, color=color, fmt=marker, capsize=3
         )
         ranked.plot(scores, [y] * len(scores), "|", color=color, alpha=0.5)
-        seconds = mean(result["seconds"] for result in group.values())
+        seconds = mean(result[clock] for result in group.values())
         by_seconds.plot(seconds, center, marker, color=color, label=arm)
     ranked.set_yticks(range(len(rows)), rows)
     ranked.invert_yaxis()
@@ -169,7 +171,11 @@ def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
     by_labels.set(xlabel="labelled questions", ylabel="accuracy %", title="labels needed")
     if by_labels.get_legend_handles_labels()[0]:
         by_labels.legend(fontsize=7)
-    by_seconds.set(xlabel="mean seconds of training", ylabel="accuracy %", title="compute")
+    by_seconds.set(
+        xlabel=f"mean {clock.replace('_', ' ').replace('cpu', 'CPU')} of a run",
+        ylabel="accuracy %",
+        title="compute",
+    )
     by_seconds.legend(fontsize=6)
     for axes in (ranked, by_labels, by_seconds):
         axes.grid(alpha=0.3)
