@@ -171,6 +171,8 @@ def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
     by_labels.set(xlabel="labelled questions", ylabel="accuracy %", title="labels needed")
     if by_labels.get_legend_handles_labels()[0]:
         by_labels.legend(fontsize=7)
+    else:
+        by_labels.set_axis_off()
     by_seconds.set(
         xlabel=f"mean {clock.replace('_', ' ').replace('cpu', 'CPU')} of a run",
         ylabel="accuracy %",
