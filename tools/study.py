@@ -78,7 +78,7 @@ def execute(study: Study, out: Path, jobs: int) -> list[str]:
             print(f"{time.perf_counter() - start:6.0f} s  {done}/{total}  {run.name}: {word}", flush=True)
 
     for stage, ranks in sorted({(run.stage, run.ranks) for run in todo}):
-        if failed and stage == 0:
+        if set(failed) & {run.name for run in study.models}:
             break
         part = [run for run in todo if (run.stage, run.ranks) == (stage, ranks)]
         with ThreadPoolExecutor(jobs if ranks == 1 else 1) as pool:
