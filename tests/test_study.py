@@ -308,10 +308,15 @@ def test_the_papers_settings_and_figures(tmp_path):
     assert lines[2].split() == ["finetune", "45.50", "45.00"] and lines[4].split() == ["ib", "45.50", "52.50"]
 
 
-@pytest.mark.parametrize("rest", [["--beta", "1"], ["--objective.beta"]])
-def test_the_paper_harness_refuses(tmp_path, rest, capsys):
-    with pytest.raises(SystemExit):
-        study_paper.main(
-            ["--dataset", "svamp", "--student", "x", "--out", str(tmp_path), *rest], study.perform
-        )
-    assert "further settings are given as --section.field value" in capsys.readouterr().err
+def test_further_settings():
+    given = study_plan.further_settings(["--optim.lr", "1e-3", "--run.export", "False", "--data.path", "a"])
+    assert given == {"optim.lr": 1e-3, "run.export": False, "data.path": "a"}
+    for rest in (["--beta", "1"], ["--objective.beta"], ["x"]):
+        with pytest.raises(ValueError, match="further settings are given as --section.field value"):
+            study_plan.further_settings(rest)
+
+
+def test_further_settings_reach_all_arms(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content()))
+    plain, changed = (study_plan.load(tmp_path / "a.yaml", f) for f in (None, {"optim.lr": 0.5}))
+    assert [run.settings for run in changed.runs] == [r.settings | {"optim.lr": 0.5} for r in plain.runs]

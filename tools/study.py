@@ -6,7 +6,7 @@
     python tools/study.py speed  STUDY.yaml OUT      what a run of each arm costs, for equal compute
     python tools/study.py paper  --help              the paper's tables 1 and 2
 
-A study is a YAML file:
+Further `--section.field value` go to all arms. A study is a YAML file:
 
     recipe: demo                      # each run is `ibdistill/train.py` with this recipe and
     settings: {optim.max_steps: 900}  # these settings, in rising precedence with an arm's own
@@ -184,10 +184,11 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("study", type=Path, help="YAML file")
     parser.add_argument("out", type=Path, help="folder for runs, logs and results")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
-    options = parser.parse_args(arguments)
+    options, rest = parser.parse_known_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the runs
     try:
-        sys.exit(perform(options.action, study_plan.load(options.study), options.out.resolve(), options.jobs))
+        study = study_plan.load(options.study, study_plan.further_settings(rest))
+        sys.exit(perform(options.action, study, options.out.resolve(), options.jobs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -21,7 +21,6 @@ from typing import Any
 
 import study_plan
 import study_report
-from fire.parser import DefaultParseValue
 
 ARMS = {"finetune": "finetune", "dss": "dss", "ib": "ib"}
 PUBLISHED = {
@@ -91,11 +90,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: list[str], perform: Callable[..., int]) -> None:
     options, rest = parser().parse_known_args(arguments)
-    if len(rest) % 2 or not all(name.startswith("--") and "." in name for name in rest[::2]):
-        parser().error(f"{' '.join(rest)}: further settings are given as --section.field value")
-    own = {name[2:]: DefaultParseValue(value) for name, value in zip(rest[::2], rest[1::2], strict=True)}
     out = options.out.resolve()
     try:
+        own = study_plan.further_settings(rest)
         found = study_plan.build(content(options, own), Path(f"paper-{options.dataset}"))
         code = perform("run", found, out, options.jobs)
     except ValueError as error:

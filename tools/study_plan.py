@@ -6,11 +6,13 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
+from fire.parser import DefaultParseValue
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -54,13 +56,24 @@ class Study:
     models: list[Run] = field(default_factory=list)
 
 
-def load(path: Path) -> Study:
-    """Read a study. Raises ValueError that names the file, the key or setting, and what is allowed."""
+def load(path: Path, further: dict[str, Any] | None = None) -> Study:
+    """Read a study; `further` settings go to all arms. Raises ValueError that names the file, the key or
+    setting, and what is allowed."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
+    if further and isinstance(content, dict):
+        content["settings"] = (content.get("settings") or {}) | further
     return build(content, path)
+
+
+def further_settings(rest: Sequence[str]) -> dict[str, Any]:
+    """`--section.field value ...` as train.py reads it. Raises ValueError for anything else."""
+    names, values = rest[::2], rest[1::2]
+    if len(names) != len(values) or not all(re.fullmatch(r"--\w+\.\w+", name) for name in names):
+        raise ValueError(f"{' '.join(rest)}: further settings are given as --section.field value")
+    return {name[2:]: DefaultParseValue(value) for name, value in zip(names, values, strict=True)}
 
 
 def build(content: Any, path: Path) -> Study:
