@@ -260,14 +260,15 @@ def _tokenizer(config: Config, records: tasks.Loaded, folder: Path) -> PreTraine
     name = config.student.tokenizer
     if name == "train":
         target = folder / "tokenizer"
-        if not target.is_dir():
+
+        def make() -> None:  # only rank 0 looks whether it is there: a late rank would see it come to be
+            if target.is_dir():
+                return
             texts = [text for r in records.train for text in (r.question, r.label, r.rationale) if text]
             prefixes = [prefix for task in records.test for prefix in tasks.TASKS[task].prefixes.values()]
-            distributed.run_on_rank_0(
-                lambda: (
-                    vocabulary.train_tokenizer(texts + prefixes, config.student.vocab_size, target) and None
-                )
-            )
+            vocabulary.train_tokenizer(texts + prefixes, config.student.vocab_size, target)
+
+        distributed.run_on_rank_0(make)
         return models.load_tokenizer(str(target), "student.tokenizer")
     if name:
         return models.load_tokenizer(name, "student.tokenizer")

@@ -183,8 +183,7 @@ class Signals:
         """From the cache if all of it is there, else the teacher is asked for the whole micro-batch."""
         known = self._known(rows)
         if self._complete(known):
-            weight, bias = self._head if self._head is not None else self.teacher.head()
-            return self._unpack(self._join(known), weight, bias)
+            return self._unpack(self._join(known))
         assert self.teacher is not None
         with self._clock.measure("teacher"):
             signal = self.teacher(self._for_teacher(rows, batch))
@@ -198,7 +197,7 @@ class Signals:
             self._put(new if self._writes else [])
             if any(known):
                 packed = self._join(entries)
-        return self._unpack(packed, signal.weight, signal.bias)
+        return self._unpack(packed, (signal.weight, signal.bias))
 
     def _known(self, rows: Sequence[int]) -> list[Entry | None]:
         """What the cache has of each record."""
@@ -260,10 +259,14 @@ class Signals:
                 packed |= {f"{stream}.ids": ids.int(), f"{stream}.probabilities": probabilities.half()}
         return packed
 
-    def _unpack(self, packed: dict[str, Tensor], weight: Tensor | None, bias: Tensor | None) -> TeacherSignal:
+    def _unpack(
+        self, packed: dict[str, Tensor], head: tuple[Tensor, Tensor | None] | None = None
+    ) -> TeacherSignal:
+        """Collective if the head is needed, not given, and sharded."""
         if not self._wanted.targets:
             return TeacherSignal(packed["questions"])
         if self._config.cache_form == "states":
+            weight, bias = head or self._head or self.teacher.head()
             targets = {stream: TeacherStream(hidden=packed[stream]) for stream in STREAMS}
             return TeacherSignal(packed.get("questions"), targets, weight, bias)
         targets = {
