@@ -165,9 +165,10 @@ def prepare(config: Config, world: World) -> Job:
     )
     board.text("config", configuration.to_yaml(config), state.step)
     board.scalars(data_scalars(features, config.data), state.step)
-    alarms = Alarms()
+    alarms = Alarms(records.train)
     if world.rank == 0:
         alarms.check_labels(records.train)
+        alarms.check_written(records.report, records.train)
     job = Job(
         config=config,
         world=world,
