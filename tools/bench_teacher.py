@@ -191,7 +191,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
             plain = total - sum(getattr(weights, f"kd_{s}") * terms[f"kd_{s}"] for s in job.streams)
             parameters = [p for p in module.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(total, parameters)
-            return float(total - plain), torch.cat([g.flatten() for g in gradient])
+            return float((total - plain).detach()), torch.cat([g.flatten() for g in gradient])
 
         loss, gradient = kd(signal)
         width = signal.targets["predict"].hidden.shape[1]
