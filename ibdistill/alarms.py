@@ -28,7 +28,10 @@ PATIENCE = 3
 class Alarms:
     """Remembers what was beyond its bound, and what was said already."""
 
-    def __init__(self) -> None:
+    def __init__(self, records: Sequence[Record] = ()) -> None:
+        """`records`: to train on; they say how often guessing is right."""
+        own = [chance(part) for part in _by_task(records).values() for _ in part]
+        self._chance = sum(own) / len(own) if own else 0.0
         self._in_row: Counter[str] = Counter()
         self._said: set[str] = set()
 
@@ -56,7 +59,7 @@ class Alarms:
                 "each process more CPU cores, check the file system, or enlarge optim.batch_size",
             )
         if "teacher/agreement" in scalars:
-            self.check_teacher(scalars["teacher/agreement"], scalars.get("teacher/chance", 0.0))
+            self.check_teacher(scalars["teacher/agreement"], self._chance)
 
     def check_teacher(self, agreement: float, chance: float, task: str = "") -> None:
         """`agreement`: share of a teacher's labels that are right; `chance`: that of guessing."""
@@ -70,11 +73,16 @@ class Alarms:
 
     def check_labels(self, records: Sequence[Record]) -> None:
         """The labels to train on, where they are an LLM's (`data.label_source`), against the ground truth."""
-        for task in dict.fromkeys(record.task for record in records):
-            own = [record for record in records if record.task == task and record.gold]
-            if own:
-                agreement = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
-                self.check_teacher(agreement, chance(own), task)
+        for task, own in _by_task(records).items():
+            agreement = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
+            self.check_teacher(agreement, chance(own), task)
+
+    def check_written(self, counts: Mapping[str, int], records: Sequence[Record]) -> None:
+        """What an online teacher answered before training, by `rationales.Written.counts`."""
+        for task, own in _by_task(records).items():
+            parsed = counts.get(f"{task}/train/teacher_parsed", 0)
+            if parsed:
+                self.check_teacher(counts.get(f"{task}/train/teacher_agrees", 0) / parsed, chance(own), task)
 
     def _check_share(self, term: str, share: float, step: int) -> None:
         weights = "objective.beta for mi, objective.gamma for kd, objective.alpha for the streams"
@@ -102,6 +110,12 @@ class Alarms:
         if name not in self._said:
             self._said.add(name)
             logger.warning("%s", message)
+
+
+def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Those whose ground truth is known."""
+    tasks = dict.fromkeys(record.task for record in records if record.gold)
+    return {task: [record for record in records if record.task == task and record.gold] for task in tasks}
 
 
 def chance(records: Sequence[Record]) -> float:

@@ -167,9 +167,10 @@ def prepare(config: Config, world: World) -> Job:
     )
     board.text("config", configuration.to_yaml(config), state.step)
     board.scalars(data_scalars(features, config.data), state.step)
-    alarms = Alarms()
+    alarms = Alarms(records.train)
     if world.rank == 0:
         alarms.check_labels(records.train)
+        alarms.check_written(records.report, records.train)
     job = Job(
         config=config,
         world=world,
@@ -262,14 +263,15 @@ def _tokenizer(config: Config, records: tasks.Loaded, folder: Path) -> PreTraine
     name = config.student.tokenizer
     if name == "train":
         target = folder / "tokenizer"
-        if not target.is_dir():
+
+        def make() -> None:  # only rank 0 looks whether it is there: a late rank would see it come to be
+            if target.is_dir():
+                return
             texts = [text for r in records.train for text in (r.question, r.label, r.rationale) if text]
             prefixes = [prefix for task in records.test for prefix in tasks.TASKS[task].prefixes.values()]
-            distributed.run_on_rank_0(
-                lambda: (
-                    vocabulary.train_tokenizer(texts + prefixes, config.student.vocab_size, target) and None
-                )
-            )
+            vocabulary.train_tokenizer(texts + prefixes, config.student.vocab_size, target)
+
+        distributed.run_on_rank_0(make)
         return models.load_tokenizer(str(target), "student.tokenizer")
     if name:
         return models.load_tokenizer(name, "student.tokenizer")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import deepspeed
@@ -195,49 +195,61 @@ class States:
     """What a model says about a batch, before its head."""
 
     targets: dict[str, Tensor]
-    """Stream -> [N_stream, D] final hidden states at the packed target positions, ready for the head."""
+    """Stream -> [N_stream, D] final hidden states at the packed target positions, ready for the head;
+    empty if they were not asked for."""
     questions: Tensor
     """[N_question, D] states of the predict stream's question tokens."""
 
 
-def states(model: nn.Module, batch: Batch) -> States:
-    """One forward of both streams, without the head.
+def states(model: nn.Module, batch: Batch, *, targets: bool = True) -> States:
+    """One forward of both streams, without the head. Without `targets` only what the questions need.
 
     Padded positions come last in their row, so under the causal mask no real position sees
     them: a decoder needs no mask of its own, and positions count from the row's start.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = _encoder_decoder if family(base) == ENCODER_DECODER else _decoder_only
-    return forward(base, batch)
+    return forward(base, batch if targets else _questions_only(batch))
+
+
+def _questions_only(batch: Batch) -> Batch:
+    """The rows of the predict stream, which are the first, and no target positions."""
+    rows = len(batch.input_ids) // len(batch.positions)
+    return replace(
+        batch,
+        input_ids=batch.input_ids[:rows],
+        attention_mask=batch.attention_mask[:rows],
+        decoder_input_ids={},
+        positions={},
+    )
 
 
 def _encoder_decoder(model: PreTrainedModel, batch: Batch) -> States:
     encoded = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
-    streams = list(batch.decoder_input_ids)
-    memories = encoded.chunk(len(streams))
     targets = {}
-    for stream, memory, mask in zip(streams, memories, batch.attention_mask.chunk(len(streams)), strict=True):
+    for index, (stream, input_ids) in enumerate(batch.decoder_input_ids.items()):
+        rows = slice(index * len(input_ids), (index + 1) * len(input_ids))
         decoded = model.get_decoder()(
-            input_ids=batch.decoder_input_ids[stream],
-            encoder_hidden_states=memory,
-            encoder_attention_mask=mask,
+            input_ids=input_ids,
+            encoder_hidden_states=encoded[rows],
+            encoder_attention_mask=batch.attention_mask[rows],
             use_cache=False,
         )[0]
         hidden = decoded.flatten(0, 1).index_select(0, batch.positions[stream])
         # T5 with tied embeddings scales what goes into the head
         scales = getattr(model.config, "scale_decoder_outputs", False)
         targets[stream] = hidden * model.config.d_model**-0.5 if scales else hidden
-    return States(targets, memories[0].flatten(0, 1).index_select(0, batch.question_positions))
+    return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions))
 
 
 def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
     hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
-    of_stream = dict(zip(batch.positions, hidden.chunk(len(batch.positions)), strict=True))
+    of_stream = dict(zip(batch.positions, hidden.chunk(len(batch.positions) or 1), strict=False))
     targets = {
         stream: rows.flatten(0, 1).index_select(0, batch.positions[stream])
         for stream, rows in of_stream.items()
     }
-    return States(targets, of_stream["predict"].flatten(0, 1).index_select(0, batch.question_positions))
+    return States(targets, hidden.flatten(0, 1).index_select(0, batch.question_positions))
 
 
 class WholeModel:

@@ -146,6 +146,24 @@ def term_gradients(
     return squares
 
 
+@torch.no_grad()
+def teacher_agreement(signal: TeacherSignal, batch: Batch) -> dict[str, Tensor]:
+    """`teacher_right`: of `teacher_asked` questions, those whose label the teacher would write; 0-d fp32.
+
+    Greedy decoding writes a text if and only if each of its tokens is the most probable one after
+    the tokens before it, so the scores of the label say it and nothing has to be decoded.
+    """
+    target, labels = signal.targets["predict"], batch.labels["predict"]
+    if target.hidden is None:
+        best = target.ids[:, 0]
+    else:
+        best = nn.functional.linear(target.hidden, signal.weight, signal.bias).argmax(-1)
+    differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
+    bounds = batch.cu["predict"].to(labels.device).long()
+    right = (differs[bounds[1:]] == differs[bounds[:-1]]).sum()
+    return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(bounds) - 1).float()}
+
+
 class VidMap(nn.Module):
     """What the variational bound between teacher and student states learns, and throws away at export.
 
@@ -204,6 +222,8 @@ class Distillation(nn.Module):
             vid = self.vid(states.questions, signal.questions)
             total = total + (self.objective.beta / question_tokens) * vid
             terms["vid"] = vid.detach()
+        if self.head.measures and signal is not None and signal.targets:
+            terms |= teacher_agreement(signal, batch)
         return total, terms
 
     def _teacher(self, signal: TeacherSignal | None) -> Teacher | None:

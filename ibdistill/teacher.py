@@ -233,7 +233,7 @@ class Teacher:
         if self._wanted.targets:
             head = model.get_output_embeddings()
             self._head, self._bias = head.weight, head.bias
-        self._scorer = Scorer(model)
+        self._scorer = Scorer(model, targets=self._wanted.targets)
 
     def _load_shares(self, tokenizer: PreTrainedTokenizerBase, sizes: list[int]) -> None:
         config = sharding.inference_config(
@@ -251,19 +251,21 @@ class Teacher:
                 None if head.bias is None else sharding.broadcast(head.bias, self.group, self._world.device)
             )
         model.set_output_embeddings(nn.Identity())
-        self._scorer = sharding.engine(Scorer(sharding.partition(model, self.group, config)), config)
+        model = sharding.partition(model, self.group, config)
+        self._scorer = sharding.engine(Scorer(model, targets=self._wanted.targets), config)
 
 
 class Scorer(nn.Module):
     """A model's states as one forward, so that an engine's hooks and prefetch trace see it whole."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, targets: bool) -> None:
         super().__init__()
         self.model = model
+        self.targets = targets
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """`models.States` as plain containers: DeepSpeed's hooks do not look into others."""
-        states = models.states(self.model, batch)
+        states = models.states(self.model, batch, targets=self.targets)
         return states.targets, states.questions
 
 

@@ -165,12 +165,15 @@ def log(job: Job) -> None:
     peak = 1e12 * config.run.peak_tflops or hardware.measured_peak(job.world.device, dtype)
     interval = job.meter.close_interval()
     job.state.tokens += interval.tokens
+    asked, right = (interval.terms.pop(f"teacher_{name}", 0.0) for name in ("asked", "right"))
     terms = objectives.means(interval.terms, interval.counts)
     scalars = {"loss/total": objectives.total(config.objective, terms)}
     scalars |= {metrics.tag(name): value for name, value in terms.items()}
     if terms.get("mi"):
         scalars["mi/constant_share"] = metrics.constant_share(terms["mi"], terms.get("mi_constant", 0.0))
     scalars |= interval.gradient_scalars(config.optim.clip_norm)
+    if asked and config.data.label_source == "gt":
+        scalars["teacher/agreement"] = right / asked
     teacher = job.signals.timers() if job.signals else {}
     scalars |= interval.speed(job.world, teacher.get("stall", 0.0))
     scalars |= {f"speed/{name}_s": seconds / interval.steps for name, seconds in teacher.items()}

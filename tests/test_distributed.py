@@ -128,6 +128,24 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     check_export_decodes_the_same(broken)
 
 
+def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp_path):
+    """Rank 1 of 2 cannot write its shard: both ranks say so, go on, and save again later."""
+    log = tmp_path / "log"
+    worker = [str(ROOT / "tests/workers/full_disk.py"), str(tmp_path)]
+    code = launch(worker, ranks=2, log=log, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert code == 0, log.read_text()[-4000:]
+    assert log.read_text().count("checkpoint of step 3 not saved, training goes on: rank 1: ") >= 2
+    expected = {
+        "saved": [True, False, True],
+        "left": ["step-00000002"],
+        "problem": None,
+        "lost": False,
+        "resumed_at": 4,
+        "resumed_same": True,
+    }
+    assert json.loads((tmp_path / "facts.json").read_text()) == [[expected] * 2] * 2
+
+
 def check_export_decodes_the_same(folder: Path) -> None:
     """The exported student, loaded by transformers alone, says what the run's predictions say.
 

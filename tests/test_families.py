@@ -172,6 +172,8 @@ def test_states_through_the_head_are_the_models_own_logits(model_type, bos):
                 questions.append(hidden[0, len(lead) : len(prompt)])
     assert ours.std() > 0.1
     torch.testing.assert_close(states.questions, torch.cat(questions), rtol=1e-9, atol=1e-9)
+    only = models.states(model, batch, targets=False).questions
+    torch.testing.assert_close(only, torch.cat(questions), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["finetune", "dss"])

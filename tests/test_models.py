@@ -69,6 +69,9 @@ def test_question_states_are_the_encoders_own_for_the_predict_stream(streams):
         for row in range(3)
     ]
     torch.testing.assert_close(models.states(model, batch).questions, torch.cat(alone), rtol=1e-9, atol=1e-9)
+    only = models.states(model, batch, targets=False)
+    torch.testing.assert_close(only.questions, torch.cat(alone), rtol=1e-9, atol=1e-9)
+    assert not only.targets
 
 
 def test_the_loss_head_shares_the_models_parameter():

@@ -15,7 +15,17 @@ from experts import by_heart, demo_records, taught
 from harness import ROOT, as_arguments, kill_session, launch, start, tiny
 from miniatures import lines
 
-from ibdistill import agreement, answers, config, demo, evaluation, rationale_texts, rationales, tasks
+from ibdistill import (
+    agreement,
+    answers,
+    config,
+    demo,
+    evaluation,
+    objectives,
+    rationale_texts,
+    rationales,
+    tasks,
+)
 from ibdistill.distributed import StopRequest
 from ibdistill.evaluation import Answer, Sampling
 from ibdistill.job import prepare
@@ -28,6 +38,25 @@ N = 10
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory) -> Path:
     return by_heart(tmp_path_factory.mktemp("expert") / "model", taught(demo_records(N)))
+
+
+@pytest.mark.parametrize("form", ["states", "topk"])
+def test_agreement_with_the_labels_is_what_greedy_decoding_would_give(make_job, tmp_path, expert, form):
+    """Of the expert, which knows all labels but three, and of a teacher that knows none."""
+    settings = {"data.subsample": N, "optim.batch_size": N, "objective.method": "kd"}
+    settings |= {"teacher.placement": "replica", "teacher.precision": "fp32", "teacher.cache_form": form}
+    for model in (str(expert), "demo-teacher"):
+        overrides = {"teacher.model": model, "teacher.cache": str(tmp_path / Path(model).name)}
+        job = make_job(tmp_path / f"run-{Path(model).name}", **settings, **overrides)
+        rows, batch = job.micro_batches()[0]
+        counts = objectives.teacher_agreement(job.signals.of(rows, batch), batch)
+        with job.signals.teacher.speaking(job.tokenizer) as teacher:
+            said = evaluation.evaluate(
+                teacher, job.tokenizer, job.records.train, ["predict"], job.config.data, job.world
+            )
+        right = sum(prediction.label == prediction.record.label for prediction in said)
+        assert (counts["teacher_right"], counts["teacher_asked"]) == (right, N)
+        assert (right > 0) == (model == str(expert)) and right < N
 
 
 @pytest.fixture

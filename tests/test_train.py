@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness import TRAIN, same, steps, tiny, weights
 
-from ibdistill import objectives, train
+from ibdistill import distributed, objectives, train
 from ibdistill.distributed import EXIT_DIVERGED
 
 
@@ -57,6 +57,21 @@ def test_a_non_finite_step_is_skipped_and_counted(make_job, monkeypatch, config,
         after = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert not same(after, before) and all(bool(p.isfinite().all()) for p in after.values())
     assert (job.state.skipped, job.state.skipped_in_row) == (2, 0)
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_late_rank_waits_for_the_tokenizer_even_if_it_is_there_by_then(
+    make_job, tmp_path, monkeypatch, is_there
+):
+    """A rank that looks for itself may find what rank 0 has just written, and skip what rank 0 waits in."""
+    if is_there:
+        make_job(**{"student.tokenizer": "train", "student.vocab_size": 200})
+    together, honest = [], distributed.run_on_rank_0
+    monkeypatch.setattr(
+        distributed, "run_on_rank_0", lambda act: together.append(act.__name__) or honest(act)
+    )
+    make_job(**{"student.tokenizer": "train", "student.vocab_size": 200})
+    assert "make" in together
 
 
 def test_after_too_many_skipped_steps_the_run_ends_and_names_the_questions(make_job, monkeypatch, caplog):

@@ -7,7 +7,10 @@ export OMP_NUM_THREADS=1
 
 ruff format --check ibdistill slurm tests tools
 ruff check ibdistill slurm tests tools
-if [ $# -eq 0 ]; then
-  TRITON_INTERPRET=1 python -m pytest tests/ops/test_head_loss_triton.py tests/ops/test_vid_triton.py
+if [ $# -gt 0 ]; then
+  exec python -m pytest "$@"
 fi
-python -m pytest "$@"
+TRITON_INTERPRET=1 python -m pytest -n 2 tests/ops/test_head_loss_triton.py tests/ops/test_vid_triton.py
+# Most tests keep one core busy. A file's tests stay together: they share what is made once for the file.
+python -m pytest -n 2 --dist loadfile --ignore tests/slurm
+python -m pytest tests/slurm # two nodes of two ranks each: they take the whole machine
