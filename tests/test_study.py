@@ -250,7 +250,7 @@ def test_a_grid_says_what_a_run_would_do(tmp_path):
 
 
 def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
-    """Real runs: two that end well, one of them through two ranks, and one that does not; then nothing is left
+    """Real runs: two that end well, one through two ranks, and one that does not; then nothing is left
     to do but that one."""
     arms = {"dss": {}, "lost": {"student.model": "no/such/model"}, "dss-2": {"ranks": 2}}
     (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content(arms=arms, seeds=[1])))
