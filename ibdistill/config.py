@@ -253,8 +253,9 @@ class OptimConfig:
 class DeepSpeedConfig:
     """ZeRO and offload."""
 
-    config: str = "zero2"
-    """A name in ds_configs/ or a path. The file holds ZeRO and offload settings only."""
+    config: str = "auto"
+    """A name in ds_configs/ or a path. The file holds ZeRO and offload settings only. auto: zero2, or on
+    one rank, where ZeRO has nothing to divide and costs time, zero0."""
 
 
 @dataclass(kw_only=True)
