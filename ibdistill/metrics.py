@@ -98,14 +98,17 @@ class Interval:
         return done / self.seconds / peak / world.size
 
     def gradient_scalars(self, clip_norm: float) -> dict[str, float]:
-        """The last step's norm, the share of steps that were clipped, each term's norm and its share."""
+        """The last step's norm, the share of steps that were clipped, each term's norm and its share.
+
+        `vid` meets the student elsewhere (`objectives.VidMap`) and has no share."""
         scalars = {"grad/norm": self.norms[-1] if self.norms else 0.0}
         if clip_norm > 0 and self.norms:
             scalars["grad/clipped_share"] = sum(norm > clip_norm for norm in self.norms) / len(self.norms)
-        total = sum(self.gradients.values())
+        shared = {name: norm for name, norm in self.gradients.items() if name != "vid"}
+        total = sum(shared.values())
         for name, norm in self.gradients.items():
             scalars[f"grad/norm_{name.removeprefix('ce_')}"] = norm
-            if total > 0 and len(self.gradients) > 1:
+            if total > 0 and name in shared and len(shared) > 1:
                 scalars[f"grad/share_{name.removeprefix('ce_')}"] = norm / total
         return scalars
 
