@@ -69,7 +69,10 @@ launch() { # FOLDER PROGRAM [ARGUMENT ...]: run it, one task a GPU, and end with
       fi
       ;;
     2) say "bad input: see the line with 'error' above" ;;
-    *) say "failed with exit code $code; srun's first 'error: HOST: task N' line names the rank. The same command goes on from what is saved" ;;
+    *)
+      say "failed with exit code $code; srun's first 'error: HOST: task N' line names the rank. The same command" \
+        "goes on from what is saved"
+      ;;
   esac
   exit "$code"
 }
