@@ -40,7 +40,7 @@ launch() { # FOLDER PROGRAM [ARGUMENT ...]: run it, one task a GPU, and end with
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${VIRTUAL_ENV:-$PWD/.venv}/torch_extensions}
 
   # --label puts the rank before every line; a rank that fails takes the others along at once
-  local command=(srun --kill-on-bad-exit=1 --label python -u "$@")
+  local command=(srun --kill-on-bad-exit=1 --label bash slurm/rank.sh "$@")
   if [ -n "${DRY_RUN:-}" ]; then
     say "folder $folder; $nodes nodes x $tasks ranks; would run"
     printf '  %s=%q' MASTER_ADDR "$MASTER_ADDR" MASTER_PORT "$MASTER_PORT" OMP_NUM_THREADS "$OMP_NUM_THREADS"
@@ -61,7 +61,7 @@ launch() { # FOLDER PROGRAM [ARGUMENT ...]: run it, one task a GPU, and end with
   "${command[@]}" || code=$?
   case $code in
     0) ;;
-    85 | 138) # 138: the signal came before a rank could handle it; nothing to save yet
+    85)
       if scontrol requeue "$job"; then
         say "stopped by SIGUSR1 (exit code $code); requeued"
       else

@@ -72,7 +72,7 @@ class Job:
         def does() -> object:
             state = self.shows()["JobState"]  # before the log: what a job says, it says before it ends
             found = says(self.log())
-            assert found or state not in ("FAILED", "TIMEOUT", "CANCELLED", "COMPLETED"), self.log()[-6000:]
+            assert found or state not in ("FAILED", "TIMEOUT", "COMPLETED"), self.log()[-6000:]
             return found
 
         wait_for(f"{what} in the log of job {self.id}", does, timeout, self.path)
@@ -94,7 +94,8 @@ class Job:
         found, job = {}, self.shows()["JobId"]
         for process in psutil.process_iter():
             try:
-                if any(part.startswith("ibdistill/") for part in process.cmdline()):
+                # not srun, whose arguments and environment say the same, and which comes before they do
+                if process.name().startswith("python") and "ibdistill/" in " ".join(process.cmdline()):
                     env = process.environ()
                     if env.get("SLURM_JOB_ID") == job:
                         found[int(env["SLURM_PROCID"])] = process

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from pathlib import Path
 
+import psutil
 from slurm_cluster import Job, run_settings, wait_for
 
 # one thread a rank, as the launcher's runs have: another number of threads sums in another order
@@ -38,6 +41,13 @@ def newest_checkpoint(run: Path) -> str:
     return max((path.parent.name for path in run.glob("checkpoints/step-*/complete.json")), default="")
 
 
+def holds_usr1(rank: psutil.Process) -> bool:
+    """Whether SIGUSR1 is blocked, as it is from a rank's first line to the end of its imports."""
+    status = Path(f"/proc/{rank.pid}/status")
+    blocked = re.search(r"SigBlk:\s*(\w+)", status.read_text()) if status.exists() else None
+    return bool(blocked and int(blocked[1], 16) >> (signal.SIGUSR1 - 1) & 1)
+
+
 def is_gone(job: Job) -> bool:
     return job.shows()["JobState"] == "CANCELLED" and not job.cluster.run("squeue", "-h").stdout.strip()
 
@@ -55,8 +65,8 @@ def test_one_machine_cancelled_then_signalled_at_the_start_and_in_the_middle(
 
     cancelled = job
     job = cluster.distill(*RANKS_2, settings=run_settings(run))
-    wait_for("a rank", job.ranks, 60, job.path)
-    cluster.run("scancel", "-s", "USR1", job.id)  # it is importing
+    wait_for("two ranks are importing", lambda: sum(map(holds_usr1, job.ranks().values())) == 2, 60, job.path)
+    cluster.run("scancel", "-s", "USR1", job.id)
     job.wait_for_text(", restart 1:")
     assert "stopped by SIGUSR1" in job.log()
     job.wait_for_step(30)

@@ -24,7 +24,7 @@ def test_shellcheck_has_no_complaint():
     if not shutil.which("shellcheck"):
         lacking("shellcheck is not installed")
     scripts = sorted(path.relative_to(ROOT) for path in ROOT.glob("**/slurm/*.sh"))
-    assert len(scripts) == 7
+    assert len(scripts) == 8
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
 
@@ -34,7 +34,7 @@ def test_a_dry_run_checks_the_settings_and_shows_the_command():
     assert shown.returncode == 0, shown.stderr
     assert "folder runs/cqa; 1 nodes x 1 ranks" in shown.stdout
     assert (
-        "srun --kill-on-bad-exit=1 --label python -u ibdistill/train.py cqa --data.path a\\ folder"
+        "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/train.py cqa --data.path a\\ folder"
         in shown.stdout
     )
     wrong = bash("slurm/distill.sh", "cqa", "--optim.lr", "-1", DRY_RUN="1")
@@ -49,7 +49,7 @@ def test_a_dry_run_of_the_teachers_writing_shows_the_elements_share():
     shown = bash(*command, DRY_RUN="1")
     assert shown.returncode == 0, shown.stderr
     assert "rationales.sh: folder runs/cqa/rationales; 1 nodes x 1 ranks" in shown.stdout
-    python = "srun --kill-on-bad-exit=1 --label python -u ibdistill/write_rationales.py cqa"
+    python = "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/write_rationales.py cqa"
     assert f"{python} {' '.join(settings)} --part 0/1" in shown.stdout
     array = {
         f"SLURM_ARRAY_TASK_{key}": n for key, n in (("MIN", "0"), ("MAX", "7"), ("COUNT", "8"), ("ID", "6"))
