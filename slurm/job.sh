@@ -62,11 +62,8 @@ launch() { # FOLDER PROGRAM [ARGUMENT ...]: run it, one task a GPU, and end with
   case $code in
     0) ;;
     85)
-      if scontrol requeue "$job"; then
-        say "stopped by SIGUSR1 (exit code $code); requeued"
-      else
-        say "stopped by SIGUSR1 (exit code $code) and Slurm did not requeue it: submit the same command again"
-      fi
+      say "stopped by SIGUSR1 (exit code $code); requeueing" # said first, since Slurm ends this script when it does
+      scontrol requeue "$job" || say "Slurm did not requeue it: submit the same command again"
       ;;
     2) say "bad input: see the line with 'error' above" ;;
     *)

@@ -89,7 +89,7 @@ def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupte
     assert job.shows()["JobState"] in ("PENDING", "RUNNING")
     job.wait_for_state("COMPLETED")
     assert job.shows()["Restarts"] == "1"
-    assert "stopped by SIGUSR1 (exit code 85); requeued" in job.log() and "resumed from" in job.log()
+    assert "stopped by SIGUSR1 (exit code 85); requeueing" in job.log() and "resumed from" in job.log()
     check_same(run, uninterrupted(4, 2))
 
 

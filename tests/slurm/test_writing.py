@@ -63,7 +63,7 @@ def test_an_array_of_two_one_killed_one_preempted_then_two_machines_do_the_rest(
     before = written(folder)
     cluster.run("scancel", "-s", "USR1", preempted.id)
     preempted.wait_for_text(", restart 1:")
-    assert "stopped by SIGUSR1 (exit code 85); requeued" in preempted.log()
+    assert "stopped by SIGUSR1 (exit code 85); requeueing" in preempted.log()
     preempted.wait_for_state("COMPLETED")
     # the last element of an array has the array's own number, by which all of it would be requeued
     assert killed.shows()["JobState"] == "FAILED" and killed.shows()["Restarts"] == "0"
