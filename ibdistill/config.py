@@ -270,6 +270,12 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
+    def rationale_folder(self) -> Path:
+        """Where the teacher's text is. Raises ValueError if it writes none."""
+        if self.teacher.rationales == "none":
+            raise ValueError("teacher.rationales is 'none'; set it to missing or all")
+        return Path(self.teacher.rationale_cache or Path(self.run.dir) / "rationales")
+
 
 @dataclass(kw_only=True)
 class EvaluationConfig:
