@@ -259,8 +259,9 @@ class OptimConfig:
 class DeepSpeedConfig:
     """ZeRO and offload."""
 
-    config: str = "zero2"
-    """A name in ds_configs/ or a path. The file holds ZeRO and offload settings only."""
+    config: str = "auto"
+    """A name in ds_configs/ or a path. The file holds ZeRO and offload settings only. auto: zero2, or on
+    one rank, where ZeRO has nothing to divide and costs time, zero0."""
 
 
 @dataclass(kw_only=True)
@@ -274,6 +275,12 @@ class Config:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    def rationale_folder(self) -> Path:
+        """Where the teacher's text is. Raises ValueError if it writes none."""
+        if self.teacher.rationales == "none":
+            raise ValueError("teacher.rationales is 'none'; set it to missing or all")
+        return Path(self.teacher.rationale_cache or Path(self.run.dir) / "rationales")
 
 
 @dataclass(kw_only=True)

@@ -61,6 +61,13 @@ def split_batch(optim: OptimConfig, world_size: int) -> tuple[int, int]:
     return micro, batch // (micro * world_size)
 
 
+def settle_ds_config(config: Config, world_size: int) -> None:
+    """Replace `deepspeed.config` auto by the file it stands for; raises ValueError as `read_ds_config`."""
+    if config.deepspeed.config == "auto":
+        config.deepspeed.config = "zero2" if world_size > 1 else "zero0"
+    read_ds_config(config.deepspeed.config)
+
+
 def read_ds_config(name: str) -> dict[str, Any]:
     """The content of a ZeRO file. Raises ValueError if it is missing, malformed or says too much."""
     path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"

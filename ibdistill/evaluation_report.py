@@ -6,14 +6,17 @@ import json
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 
 from ibdistill import plots
 from ibdistill.evaluation import Prediction
 from ibdistill.rationale_quality import count_steps
 from ibdistill.tasks import TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 MAX_CLASSES = 12
 """A confusion matrix is drawn up to this many different gold labels."""

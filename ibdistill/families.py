@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.activations import NewGELUActivation
 
 from ibdistill import data, presets
 
@@ -43,7 +45,7 @@ _SCALES = (
 _DROPOUTS = ("dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "dropout")
 
 
-def family(model: torch.nn.Module | PreTrainedConfig) -> str:
+def family(model: nn.Module | PreTrainedConfig) -> str:
     """`encoder-decoder` or `decoder-only`, of a supported model or its configuration."""
     return FAMILIES[getattr(model, "config", model).model_type]
 
@@ -93,7 +95,7 @@ def load_preset(
     overrides = {} if dropout is None else {presets.dropout_field(name): dropout}
     if presets.is_decoder_only(name):
         overrides |= {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
-    return decodes_greedily(presets.build(name, len(tokenizer), seed, **overrides), tokenizer)
+    return fused(decodes_greedily(presets.build(name, len(tokenizer), seed, **overrides), tokenizer))
 
 
 def empty_model(name: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> PreTrainedModel:
@@ -142,7 +144,20 @@ def load_model(
     else:
         torch.manual_seed(random_seed)
         model = _auto_class(config).from_config(config, dtype=dtype)
-    return decodes_greedily(model, tokenizer)
+    return fused(decodes_greedily(model, tokenizer))
+
+
+def fused(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose `gelu_new` (T5 v1.1, GPT-2) is torch's one operation for the same formula.
+
+    transformers writes it out as eight, and the backward pass keeps most of their results. What the
+    model saves is as before.
+    """
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+    return model
 
 
 def decodes_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -128,7 +128,7 @@ def prepare(config: Config, world: World) -> Job:
     stop = StopRequest()
     folder = Path(config.run.dir)
     engine.split_batch(config.optim, world.size)
-    engine.read_ds_config(config.deepspeed.config)
+    engine.settle_ds_config(config, world.size)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
     streams, wanted = objectives.streams_of(config.objective), objectives.wanted(config.objective)
     unlabelled = agreement.questions(config.data)

@@ -13,10 +13,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
@@ -25,6 +24,9 @@ from tqdm import tqdm
 from ibdistill import distributed
 from ibdistill.data import Batch
 from ibdistill.distributed import World
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger("ibdistill")
 
@@ -98,14 +100,17 @@ class Interval:
         return done / self.seconds / peak / world.size
 
     def gradient_scalars(self, clip_norm: float) -> dict[str, float]:
-        """The last step's norm, the share of steps that were clipped, each term's norm and its share."""
+        """The last step's norm, the share of steps that were clipped, each term's norm and its share.
+
+        `vid` meets the student elsewhere (`objectives.VidMap`) and has no share."""
         scalars = {"grad/norm": self.norms[-1] if self.norms else 0.0}
         if clip_norm > 0 and self.norms:
             scalars["grad/clipped_share"] = sum(norm > clip_norm for norm in self.norms) / len(self.norms)
-        total = sum(self.gradients.values())
+        shared = {name: norm for name, norm in self.gradients.items() if name != "vid"}
+        total = sum(shared.values())
         for name, norm in self.gradients.items():
             scalars[f"grad/norm_{name.removeprefix('ce_')}"] = norm
-            if total > 0 and len(self.gradients) > 1:
+            if total > 0 and name in shared and len(shared) > 1:
                 scalars[f"grad/share_{name.removeprefix('ce_')}"] = norm / total
         return scalars
 

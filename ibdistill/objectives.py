@@ -179,9 +179,23 @@ class VidMap(nn.Module):
         self.bias = nn.Parameter(torch.zeros(teacher_width))
         self.log_variance = nn.Parameter(torch.zeros(teacher_width))
 
-    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """Sum over tokens: 0-d fp32, nats a teacher dimension."""
-        return vid_loss(student, teacher, self.weight, self.bias, self.log_variance)
+    def forward(
+        self, student: Tensor, teacher: Tensor, factor: float, *, measures: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`factor` times the sum over tokens (nats a teacher dimension), 0-d fp32; `vid`, the sum, detached.
+
+        With `measures` also `gradient_vid`, as in `term_gradients` but in the question states: those are
+        where this term meets the student, so its norm is no share of the others'.
+        """
+        learned = self.weight, self.bias, self.log_variance
+        loss = vid_loss(student, teacher, *learned)
+        terms = {"vid": loss.detach()}
+        if measures:
+            with torch.enable_grad():
+                states = student.detach().requires_grad_()
+                alone = factor * vid_loss(states, teacher, *(p.detach() for p in learned))
+            terms[f"{GRADIENT}vid"] = torch.autograd.grad(alone, states)[0].float().square().sum()
+        return factor * loss, terms
 
 
 class Distillation(nn.Module):
@@ -219,9 +233,9 @@ class Distillation(nn.Module):
             streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(signal)
         )
         if self.vid is not None:
-            vid = self.vid(states.questions, signal.questions)
-            total = total + (self.objective.beta / question_tokens) * vid
-            terms["vid"] = vid.detach()
+            factor = self.objective.beta / question_tokens
+            vid, more = self.vid(states.questions, signal.questions, factor, measures=self.head.measures)
+            total, terms = total + vid, terms | more
         if self.head.measures and signal is not None and signal.targets:
             terms |= teacher_agreement(signal, batch)
         return total, terms

@@ -1,15 +1,21 @@
-"""Figures, drawn without pyplot: no display, no state between them. Each function returns one Figure."""
+"""Figures, drawn without pyplot: no display, no state between them. Each function returns one Figure.
+
+matplotlib is imported with the first figure: that is a tenth of a rank's start, and one rank draws.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from ibdistill import calibration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Curve = tuple[str, Sequence[float], Sequence[float]]
 """Name, x, y."""
@@ -80,7 +86,7 @@ def accuracy_by(groups: Sequence[int], correct: Sequence[float], title: str, xla
 def lines(panels: Mapping[str, Sequence[Curve]], title: str, xlabel: str = "step") -> Figure:
     """One panel for each entry; curves of one name have one colour in all of them."""
     names = list(dict.fromkeys(name for curves in panels.values() for name, _, _ in curves))
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    figure = _figure(4.2 * len(panels), 3.6)
     for axes, (ylabel, curves) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -100,7 +106,7 @@ def lines(panels: Mapping[str, Sequence[Curve]], title: str, xlabel: str = "step
 
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], title: str) -> Figure:
     """One panel for each metric: by name the mean and the half width of its interval (NaN: none)."""
-    figure = Figure(figsize=(4.2 * len(panels), 3.6), layout="constrained")
+    figure = _figure(4.2 * len(panels), 3.6)
     for axes, (metric, rows) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
     ):
@@ -124,8 +130,14 @@ def wilson(right: ArrayLike, n: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return np.minimum(centre - half, p).clip(0), np.maximum(centre + half, p).clip(max=1)
 
 
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
 def _axes(title: str, xlabel: str, ylabel: str):
-    figure = Figure(figsize=(4.8, 4.2), layout="constrained")
+    figure = _figure(4.8, 4.2)
     axes = figure.subplots()
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.grid(alpha=0.3)

@@ -96,7 +96,7 @@ def write(
     """
     settings = config.teacher
     template = read_template(config)
-    folder = Path(settings.rationale_cache or Path(config.run.dir) / "rationales")
+    folder = config.rationale_folder()
     distributed.run_on_rank_0(lambda: open_cache(folder, fingerprint(config, template)))
     asked = [r for r in records if settings.rationales == "all" or not (r.rationale and r.label)]
     prompts = {key_of(prompt): prompt for r in asked for prompt in [prompts_of(r, template)]}

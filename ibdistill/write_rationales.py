@@ -43,8 +43,7 @@ def main(
             raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
         share = part_of(part)
         config = configuration.load(recipe, overrides)
-        if config.teacher.rationales == "none":
-            raise ValueError("teacher.rationales is 'none'; set it to missing or all")
+        config.rationale_folder()  # before the data is read
         records = tasks.load(config.data, needs_rationale=False).train
         records += agreement.questions(config.data, "taught")
         rationales.write(config, records, world, StopRequest(), part=share)

@@ -1,4 +1,8 @@
-"""Check a run's settings and print its folder: python slurm/preflight.py RECIPE [--section.field value ...]
+"""Check a run's settings and print a folder:
+
+    python slurm/preflight.py WHAT RECIPE [--section.field value ...]
+
+WHAT is `run` for its own, or `rationales` for that of its teacher's text.
 
 Takes a fraction of a second, since it needs no torch: a typing error should cost neither a
 wait in the queue nor the start of all ranks.
@@ -14,10 +18,11 @@ import fire
 from ibdistill import config
 
 
-def main(recipe: str | None = None, *extra: Any, **overrides: Any) -> None:
+def main(what: str, recipe: str | None = None, *extra: Any, **overrides: Any) -> None:
     if extra:
         raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-    print(config.load(recipe, overrides).run.dir)
+    loaded = config.load(recipe, overrides)
+    print({"run": lambda: loaded.run.dir, "rationales": loaded.rationale_folder}[what]())
 
 
 if __name__ == "__main__":

@@ -71,7 +71,10 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     """kill -9 at a random step, resume, a signal to one rank only, resume: the same weights and curve.
 
     Accumulation is on (2 ranks x 2 micro-batches of 2), and no checkpoint falls on an epoch's
-    end (60 records, 7 steps an epoch).
+    end (60 records, 7 steps an epoch). The ZeRO-3 run has all else that there is: a teacher in ZeRO-3, its
+    cache, and agreement on unlabelled questions after steps 14 and 32. It is killed within the first of these
+    refreshes too: the cache then holds all of the epoch that has just ended, and the last checkpoint is
+    older. The other two interruptions are between the refreshes.
     """
     settings = {
         "data.subsample": 60,
@@ -87,18 +90,24 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
         "teacher.placement": "zero3",
         "teacher.model": "demo-teacher",
         "objective.method": "ib+kd",
+        "data.unlabelled": 64,
+        "data.agree_at": "[0.35,0.8]",
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
+    script, kill_at = TRAIN, random.randrange(6, 20)
     if stage == 3:
         settings |= teacher
+        script, kill_at = str(ROOT / "tests/workers/agreeing.py"), random.randrange(15, 21)
     caches = {run: {"teacher.cache": f"{run}_cache"} if stage == 3 else {} for run in (whole, broken)}
     log = tmp_path / "whole.log"
-    assert launch([TRAIN, *as_arguments(tiny(whole, **settings, **caches[whole]))], ranks=2, log=log) == 0, (
+    assert launch([script, *as_arguments(tiny(whole, **settings, **caches[whole]))], ranks=2, log=log) == 0, (
         log.read_text()[-4000:]
     )
 
-    command = [TRAIN, *as_arguments(tiny(broken, **settings, **caches[broken]))]
-    kill_at = random.randrange(6, 20)
+    command = [script, *as_arguments(tiny(broken, **settings, **caches[broken]))]
+    if stage == 3:
+        kill_within_the_first_refresh(command, tmp_path)
+        assert not (broken / "agree").exists() and max(scalar_steps(broken, "loss/total")) == 14
     print(f"kill -9 after step {kill_at}")
     log = tmp_path / "killed.log"
     process = start(command, ranks=2, log=log)
@@ -125,6 +134,10 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     assert results[0] == results[1]
     assert results[0]["steps"] == 40 and results[0]["ranks"] == 2
     assert scalar_steps(whole, "loss/total") == scalar_steps(broken, "loss/total") == list(range(1, 41))
+    if stage == 3:
+        answers = [sorted(path.name for path in (run / "agree").iterdir()) for run in (whole, broken)]
+        assert answers[0] == answers[1] and len(answers[0]) == 2  # a name holds its content's digest
+        assert scalar_steps(whole, "agree/agreed") == scalar_steps(broken, "agree/agreed") == [15, 33]
     check_export_decodes_the_same(broken)
 
 
@@ -144,6 +157,17 @@ def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp
         "resumed_same": True,
     }
     assert json.loads((tmp_path / "facts.json").read_text()) == [[expected] * 2] * 2
+
+
+def kill_within_the_first_refresh(command: list[str], folder: Path) -> None:
+    """kill -9 of all where rank 1 is between its two answers and rank 0 may be waiting for it."""
+    reached, log = folder / "reached", folder / "within.log"
+    process = start(command, ranks=2, log=log, env={"AGREEING_STOPS_AT": str(reached)})
+    deadline = time.monotonic() + 120
+    while not reached.exists():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.01)
+    kill_session(process)
 
 
 def check_export_decodes_the_same(folder: Path) -> None:

@@ -81,6 +81,33 @@ def test_gradients_of_terms_are_those_of_autograd_and_add_up_over_micro_batches(
     assert total == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_gradient_of_vid_is_that_of_its_formula():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, width, generator=generator) for width in (8, 6))
+    vid = objectives.VidMap(8, 6, seed=1)
+    torch.nn.init.normal_(vid.log_variance)
+    total, terms = vid(student.requires_grad_(), teacher, 0.3, measures=True)
+    residual = teacher - student @ vid.weight.T - vid.bias
+    gradient = -0.3 * (residual * torch.exp(-vid.log_variance)) @ vid.weight / 6
+    assert float(terms["gradient_vid"]) == pytest.approx(float(gradient.detach().square().sum()), rel=1e-5)
+    assert float(total) == pytest.approx(0.3 * float(terms["vid"]), rel=1e-6)
+    torch.testing.assert_close(torch.autograd.grad(total, student)[0], gradient)
+    assert "gradient_vid" not in vid(student, teacher, 0.3, measures=False)[1]
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_vid_is_measured_under_zero_and_has_no_share(make_job, stage):
+    settings = {"objective.method": "ib+kd", "teacher.placement": "replica", "teacher.model": "demo-teacher"}
+    made = make_job(**settings, **{"deepspeed.config": f"zero{stage}"})
+    steps(made, 1)
+    scalars = made.meter.close_interval().gradient_scalars(0.0)
+    assert scalars["grad/norm_vid"] > 0
+    shares = {name: value for name, value in scalars.items() if "share" in name}
+    names = ("predict", "explain", "kd_predict", "kd_explain")
+    assert shares.keys() == {f"grad/share_{name}" for name in names}
+    assert sum(shares.values()) == pytest.approx(1.0)
+
+
 def test_the_measurement_leaves_the_step_alone_and_does_not_depend_on_micro_batches(make_job, tmp_path):
     """The same weights with and without it; the same norms for one micro-batch of 8 and for four of 2."""
     after, norms = [], []

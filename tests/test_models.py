@@ -11,7 +11,7 @@ import torch
 from test_data import features_of
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
-from ibdistill import data, export, models, vocabulary
+from ibdistill import data, export, families, models, vocabulary
 from ibdistill.config import ObjectiveConfig, StudentConfig
 from ibdistill.objectives import Distillation
 
@@ -72,6 +72,32 @@ def test_question_states_are_the_encoders_own_for_the_predict_stream(streams):
     only = models.states(model, batch, targets=False)
     torch.testing.assert_close(only.questions, torch.cat(alone), rtol=1e-9, atol=1e-9)
     assert not only.targets
+
+
+def test_the_fused_gelu_is_the_same_function_and_leaves_no_trace_in_what_is_saved(tmp_path):
+    torch.manual_seed(0)
+    gated = dict(feed_forward_proj="gated-gelu", dropout_rate=0.0)
+    model = T5ForConditionalGeneration(T5Config(**SHAPE, num_decoder_layers=2, **gated)).double()
+    batch = ragged_batch()
+
+    def kept_and_gradients() -> tuple[int, list[torch.Tensor]]:
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
+            targets = models.states(model, batch).targets
+        total = sum(hidden.square().sum() for hidden in targets.values())
+        gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+        return sum(kept), [g for g in gradients if g is not None]
+
+    plain_bytes, plain = kept_and_gradients()
+    assert families.fused(model) is model
+    fused_bytes, fused = kept_and_gradients()
+    assert sum(isinstance(m, torch.nn.GELU) for m in model.modules()) == 4
+    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
+    assert fused_bytes < 0.95 * plain_bytes
+    model.save_pretrained(tmp_path)
+    loaded = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
+    states = models.states(loaded, batch).targets["explain"]
+    torch.testing.assert_close(states, models.states(model, batch).targets["explain"], rtol=1e-9, atol=1e-9)
 
 
 def test_the_loss_head_shares_the_models_parameter():

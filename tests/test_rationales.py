@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from experts import by_heart, demo_records, taught
-from harness import ROOT, as_arguments, kill_session, launch, start, tiny
+from harness import ROOT, as_arguments, full_disk, kill_session, launch, start, tiny
 from miniatures import lines
 
 from ibdistill import (
@@ -143,6 +143,23 @@ def test_nothing_is_asked_twice_and_a_torn_line_is_asked_again(world, asked, tmp
         ValueError, match=r"lacks 9 of 10 records; let the teacher write in another placement"
     ):
         write(world, asked, **{"teacher.placement": "cache"})
+
+
+def test_a_full_disk_ends_the_writing_and_the_same_command_goes_on(world, asked, tmp_path):
+    with full_disk(3000), pytest.raises(ValueError, match="texts takes no more texts: File too large; free"):
+        write(world, asked)
+    kept = texts(tmp_path / "texts")
+    assert 0 < len(kept) < N
+    written = write(world, asked)
+    assert written.counts["demo/train/teacher_parsed"] == 9
+    assert texts(tmp_path / "texts").items() >= kept.items()
+
+
+def test_a_decoder_only_teacher_writes_what_it_knows(world, asked, tmp_path):
+    said = taught(demo_records(N))
+    model = by_heart(tmp_path / "decoder", said, preset="demo-teacher-decoder", steps=120)
+    written = write(world, asked, **{"teacher.model": str(model), "data.label_source": "teacher"})
+    assert written.records == said[:2] + said[3:]
 
 
 @pytest.mark.parametrize(

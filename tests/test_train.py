@@ -12,7 +12,8 @@ import pytest
 import torch
 from harness import TRAIN, same, steps, tiny, weights
 
-from ibdistill import distributed, objectives, train
+from ibdistill import config as configuration
+from ibdistill import distributed, engine, objectives, train
 from ibdistill.distributed import EXIT_DIVERGED
 
 
@@ -57,6 +58,17 @@ def test_a_non_finite_step_is_skipped_and_counted(make_job, monkeypatch, config,
         after = {name: p.detach().clone() for name, p in model.named_parameters()}
     assert not same(after, before) and all(bool(p.isfinite().all()) for p in after.values())
     assert (job.state.skipped, job.state.skipped_in_row) == (2, 0)
+
+
+def test_zero_is_left_out_where_there_is_nothing_to_divide(make_job, tmp_path):
+    job = make_job()
+    assert job.engine.zero_optimization_stage() == 0
+    assert "config: zero0" in (job.folder / "config.yaml").read_text()
+    asked_for = make_job(tmp_path / "other", **{"deepspeed.config": "zero2"})
+    assert asked_for.engine.zero_optimization_stage() == 2
+    settings = configuration.load(None, tiny(tmp_path))
+    engine.settle_ds_config(settings, 2)
+    assert settings.deepspeed.config == "zero2"
 
 
 @pytest.mark.parametrize("is_there", [True, False])

@@ -149,7 +149,7 @@ def main(
     method: str = "ib",
     batch_size: int = 16,
     precision: str = "fp32",
-    zero: str = "zero2",
+    zero: str = "auto",
     steps: int = 8,
     rounds: int = 5,
     memory: bool = True,

@@ -1,7 +1,7 @@
 """A training step of ours against the loop that a plain transformers script runs, on ragged lengths.
 
     python tools/bench_train.py --data GSM8K_FOLDER             # real lengths
-    python tools/bench_train.py --zero zero0 --method dss       # lengths drawn like GSM8K's
+    python tools/bench_train.py --zero zero2 --method dss       # lengths drawn like GSM8K's
 
 `plain` is the reference's loop in eager torch: shuffled batches, two forwards padded to the longest of
 the batch with transformers' losses, the MI term from full logits, backward, clip, fused AdamW. `ours` is
@@ -38,7 +38,19 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ibdistill import config, data, distributed, engine, job, objectives, presets, tasks, train, vocabulary
+from ibdistill import (
+    config,
+    data,
+    distributed,
+    engine,
+    families,
+    job,
+    objectives,
+    presets,
+    tasks,
+    train,
+    vocabulary,
+)
 from ibdistill.checkpoint import TrainState
 from ibdistill.metrics import Meter
 from ibdistill.plan import Plan
@@ -109,7 +121,7 @@ def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None
     if name == "plain":
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     else:
-        module = objectives.Distillation(model, settings.objective)
+        module = objectives.Distillation(families.fused(model), settings.objective)
         parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
         parts |= {"config": settings, "world": world, "streams": data.STREAMS, "features": case.features}
         parts |= {"tokenizer": SimpleNamespace(pad_token_id=PAD), "plan": case.plan, "meter": Meter()}
@@ -154,7 +166,9 @@ class Case:
         overrides = {"objective.method": self.method, "optim.batch_size": self.batch_size, "optim.lr": LR}
         overrides |= {"student.precision": precision, "deepspeed.config": self.zero}
         overrides["run.term_gradients_every"] = 0
-        return config.load(None, overrides)
+        settings = config.load(None, overrides)
+        engine.settle_ds_config(settings, 1)
+        return settings
 
     def model(self, **overrides):
         return presets.build(self.preset, PIECES + 100, seed=0, **overrides).train()
@@ -184,7 +198,8 @@ def check_losses(case: Case) -> float:
     counts = {stream: len(labels) for stream, labels in batch.labels.items()} | {"explained": len(rows)}
     with torch.no_grad():
         expected = plain_loss(model, plain_batch(case.features, rows), objective, pool_padding=False)
-        ours, _ = objectives.Distillation(model, objective)(batch, objectives.step_weights(objective, counts))
+        module = objectives.Distillation(families.fused(model), objective)
+        ours, _ = module(batch, objectives.step_weights(objective, counts))
     return float((ours - expected).abs() / expected.abs())
 
 
@@ -281,13 +296,14 @@ def main(
     batch_size: int = 8,
     steps: int = 12,
     rounds: int = 2,
-    zero: str = "zero2",
+    zero: str = "auto",
     memory: bool = True,
 ) -> None:
     """`data`: folder with GSM8K's files, or generated; `method`: ib or dss; `zero`: a file of ds_configs."""
     features = read_features(data) if data else generate_features()
     case = Case(features, preset, method, batch_size, steps, zero)
-    print(f"{preset}, {method}, {zero}, {case.steps} x {batch_size} of {data or 'generated lengths'}")
+    used = case.settings().deepspeed.config
+    print(f"{preset}, {method}, {used}, {case.steps} x {batch_size} of {data or 'generated lengths'}")
     print(f"loss of one batch: relative difference {(difference := check_losses(case)):.1e}")
     if not difference < 1e-4:
         sys.exit("the two losses disagree: nothing is measured")

@@ -7,10 +7,6 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
   echo "ibdistill needs Python 3.10 or newer; point PYTHON at one" >&2
   exit 1
 fi
-if ! command -v c++ > /dev/null; then
-  echo "a C++ compiler is needed (Debian, Ubuntu: apt-get install g++): DeepSpeed compiles a small CPU operator" >&2
-  exit 1
-fi
 if [ ! -x .venv/bin/python ]; then
   if ! "$python" -m venv .venv; then
     rm -rf .venv
@@ -26,5 +22,3 @@ if [ "$(cat .venv/installed 2> /dev/null)" != "$wanted" ]; then
   echo "$wanted" > .venv/installed
 fi
 source .venv/bin/activate
-# DeepSpeed's operator is rebuilt whenever another environment used the shared cache in between
-export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"

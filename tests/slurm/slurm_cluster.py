@@ -68,32 +68,36 @@ class Job:
             f"job {self.id} is {state}", lambda: self.shows()["JobState"] == state, timeout, self.path
         )
 
-    def wait_for_text(self, text: str, timeout: float = 300) -> None:
-        def in_log() -> bool:
-            # a job that has failed will not say it any more
-            state = self.shows()["JobState"]
-            assert text in self.log() or state not in ("FAILED", "TIMEOUT"), self.log()[-6000:]
-            return text in self.log()
+    def wait_for_log(self, what: str, says: Callable[[str], object], timeout: float = 300) -> None:
+        def does() -> object:
+            state = self.shows()["JobState"]  # before the log: what a job says, it says before it ends
+            found = says(self.log())
+            assert found or state not in ("FAILED", "TIMEOUT", "COMPLETED"), self.log()[-6000:]
+            return found
 
-        wait_for(f"{text!r} in the log of job {self.id}", in_log, timeout, self.path)
+        wait_for(f"{what} in the log of job {self.id}", does, timeout, self.path)
+
+    def wait_for_text(self, text: str) -> None:
+        self.wait_for_log(repr(text), lambda log: text in log)
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the newest start has logged this step or a later one."""
 
-        def reached() -> bool:
-            steps = re.findall(r"step (\d+)/", self.log().split(", restart ")[-1])
+        def reached(log: str) -> bool:
+            steps = re.findall(r"step (\d+)/", log.split(", restart ")[-1])
             return bool(steps) and int(steps[-1]) >= step
 
-        wait_for(f"job {self.id} at step {step}", reached, 300, self.path)
+        self.wait_for_log(f"step {step}", reached)
 
     def ranks(self) -> dict[int, psutil.Process]:
         """The running ranks, on whichever machine: all of them are namespaces of this one."""
-        found = {}
+        found, job = {}, self.shows()["JobId"]
         for process in psutil.process_iter():
             try:
-                if "ibdistill/train.py" in process.cmdline():
+                # not srun, whose arguments and environment say the same, and which comes before they do
+                if process.name().startswith("python") and "ibdistill/" in " ".join(process.cmdline()):
                     env = process.environ()
-                    if env.get("SLURM_JOB_ID") == self.id:
+                    if env.get("SLURM_JOB_ID") == job:
                         found[int(env["SLURM_PROCID"])] = process
             except psutil.Error:
                 continue
@@ -136,12 +140,12 @@ class Cluster:
 
 
 def run_settings(folder: Path, stage: int = 2, **overrides: object) -> dict[str, object]:
-    """A run of 60 short steps with a checkpoint every 10."""
-    return tiny(folder) | {
-        "objective.method": "ib",
-        "optim.max_steps": 60,
-        "run.save_every": 10,
-        "run.test_limit": 4,
-        "deepspeed.config": f"zero{stage}",
-        **overrides,
-    }
+    """A run of 60 short steps with a checkpoint every 10; in ZeRO-3, where steps are slow, of 30 with one
+    every 5, and with a teacher that is sharded too."""
+    settings = tiny(folder) | {"objective.method": "ib", "run.test_limit": 4}
+    settings |= {"optim.max_steps": 60, "run.save_every": 10, "deepspeed.config": f"zero{stage}"}
+    if stage == 3:
+        settings |= {"optim.max_steps": 30, "optim.warmup_steps": 10, "run.save_every": 5}
+        settings |= {"objective.method": "ib+kd", "teacher.placement": "zero3"}
+        settings |= {"teacher.model": "demo-teacher"}
+    return settings | overrides

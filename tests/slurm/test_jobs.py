@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-import time
+import re
+import signal
 from pathlib import Path
 
+import psutil
 from slurm_cluster import Job, run_settings, wait_for
 
 # one thread a rank, as the launcher's runs have: another number of threads sums in another order
@@ -24,8 +26,9 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 def check_same(run: Path, reference: Path) -> None:
     """The same loss at every step, the same final weights to the last bit, the same result."""
-    assert [step for step, _ in curve(run)] == list(range(1, 61))
-    assert curve(run) == curve(reference)
+    found = curve(run)
+    assert [step for step, _ in found] == list(range(1, len(found) + 1)) and len(found) in (30, 60)
+    assert found == curve(reference)
     weights = "student/model.safetensors"
     assert (run / weights).read_bytes() == (reference / weights).read_bytes()
     results = [json.loads((folder / "result.json").read_text()) for folder in (run, reference)]
@@ -36,6 +39,13 @@ def check_same(run: Path, reference: Path) -> None:
 
 def newest_checkpoint(run: Path) -> str:
     return max((path.parent.name for path in run.glob("checkpoints/step-*/complete.json")), default="")
+
+
+def holds_usr1(rank: psutil.Process) -> bool:
+    """Whether SIGUSR1 is blocked, as it is from a rank's first line to the end of its imports."""
+    status = Path(f"/proc/{rank.pid}/status")
+    blocked = re.search(r"SigBlk:\s*(\w+)", status.read_text()) if status.exists() else None
+    return bool(blocked and int(blocked[1], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
 def is_gone(job: Job) -> bool:
@@ -52,12 +62,11 @@ def test_one_machine_cancelled_then_signalled_at_the_start_and_in_the_middle(
     wait_for("cancelled", lambda: is_gone(job), 60, job.path)
     saved = newest_checkpoint(run)
     assert saved > "step-00000010", "SIGTERM saves"
-    time.sleep(8)  # a requeued job starts after 6 s
-    assert is_gone(job) and "restart 1" not in job.log()
 
+    cancelled = job
     job = cluster.distill(*RANKS_2, settings=run_settings(run))
-    wait_for("a rank", job.ranks, 60, job.path)
-    cluster.run("scancel", "-s", "USR1", job.id)  # it is importing
+    wait_for("two ranks are importing", lambda: sum(map(holds_usr1, job.ranks().values())) == 2, 60, job.path)
+    cluster.run("scancel", "-s", "USR1", job.id)
     job.wait_for_text(", restart 1:")
     assert "stopped by SIGUSR1" in job.log()
     job.wait_for_step(30)
@@ -65,6 +74,8 @@ def test_one_machine_cancelled_then_signalled_at_the_start_and_in_the_middle(
     job.wait_for_text(", restart 2:")
     assert newest_checkpoint(run) > "step-00000030"
     job.wait_for_state("COMPLETED")
+    # long after the 6 s that a requeued job waits for
+    assert is_gone(cancelled) and "restart 1" not in cancelled.log()
     assert (run / "logs" / f"{job.id}.log").resolve() == job.path.resolve()
     check_same(run, uninterrupted(2, 2))
 
@@ -78,14 +89,16 @@ def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupte
     assert job.shows()["JobState"] in ("PENDING", "RUNNING")
     job.wait_for_state("COMPLETED")
     assert job.shows()["Restarts"] == "1"
-    assert "stopped by SIGUSR1 (exit code 85); requeued" in job.log() and "resumed from" in job.log()
+    assert "stopped by SIGUSR1 (exit code 85); requeueing" in job.log() and "resumed from" in job.log()
     check_same(run, uninterrupted(4, 2))
 
 
-def test_two_machines_with_zero3_a_rank_killed_then_a_machine_crashed(cluster, tmp_path, uninterrupted):
+def test_two_machines_student_and_teacher_in_zero3_a_rank_killed_then_a_machine_crashed(
+    cluster, tmp_path, uninterrupted
+):
     run = tmp_path / "run"
     job = cluster.distill(*RANKS_4, settings=run_settings(run, stage=3))
-    job.wait_for_step(12)
+    job.wait_for_step(6)
     job.ranks()[3].kill()
     seconds = job.wait_for_state("FAILED")
     print(f"kill -9 of rank 3: failed after {seconds:.1f} s")
@@ -95,7 +108,7 @@ def test_two_machines_with_zero3_a_rank_killed_then_a_machine_crashed(cluster, t
 
     job = cluster.distill(*RANKS_4, settings=run_settings(run, stage=3))
     job.wait_for_text("resumed from")
-    job.wait_for_step(32)
+    job.wait_for_step(12)
     # The machine with the batch script. When the other one crashes, srun cancels the step because of rank 0's
     # failure, and Slurm 22.05 delivers that to node2 a minute later: by then to the restarted job.
     cluster.machine("crash", "node1")
@@ -114,7 +127,7 @@ def test_a_job_that_restarts_without_a_new_checkpoint_stops_itself(cluster, tmp_
         cluster.run("scontrol", "requeue", job.id)
     job.wait_for_state("FAILED", timeout=60)
     assert job.shows()["ExitCode"] == "4:0"
-    assert "2 restarts in a row without a new checkpoint (newest: none), so this job stops" in job.log()
+    assert "2 restarts in a row without progress (newest checkpoint: none), so this job stops" in job.log()
 
 
 def check_fails_quickly(job: Job, message: str) -> None:

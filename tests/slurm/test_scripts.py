@@ -24,7 +24,7 @@ def test_shellcheck_has_no_complaint():
     if not shutil.which("shellcheck"):
         lacking("shellcheck is not installed")
     scripts = sorted(path.relative_to(ROOT) for path in ROOT.glob("**/slurm/*.sh"))
-    assert len(scripts) == 5
+    assert len(scripts) == 8
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
 
@@ -32,15 +32,36 @@ def test_shellcheck_has_no_complaint():
 def test_a_dry_run_checks_the_settings_and_shows_the_command():
     shown = bash("slurm/distill.sh", "cqa", "--data.path", "a folder", DRY_RUN="1")
     assert shown.returncode == 0, shown.stderr
-    assert "run folder runs/cqa; 1 nodes x 1 ranks" in shown.stdout
+    assert "folder runs/cqa; 1 nodes x 1 ranks" in shown.stdout
     assert (
-        "srun --kill-on-bad-exit=1 --label python -u ibdistill/train.py cqa --data.path a\\ folder"
+        "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/train.py cqa --data.path a\\ folder"
         in shown.stdout
     )
     wrong = bash("slurm/distill.sh", "cqa", "--optim.lr", "-1", DRY_RUN="1")
     assert wrong.returncode == 2 and "error: optim.lr is -1" in wrong.stderr
     outside = bash("slurm/distill.sh", "cqa")
-    assert outside.returncode == 2 and "error: not in a job; use sbatch" in outside.stderr
+    assert outside.returncode == 2 and "error: not in a job; use sbatch slurm/distill.sh" in outside.stderr
+
+
+def test_a_dry_run_of_the_teachers_writing_shows_the_elements_share():
+    settings = ["--teacher.rationales", "all", "--teacher.placement", "replica", "--teacher.model", "t5"]
+    command = ["slurm/rationales.sh", "cqa", *settings]
+    shown = bash(*command, DRY_RUN="1")
+    assert shown.returncode == 0, shown.stderr
+    assert "rationales.sh: folder runs/cqa/rationales; 1 nodes x 1 ranks" in shown.stdout
+    python = "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/write_rationales.py cqa"
+    assert f"{python} {' '.join(settings)} --part 0/1" in shown.stdout
+    array = {
+        f"SLURM_ARRAY_TASK_{key}": n for key, n in (("MIN", "0"), ("MAX", "7"), ("COUNT", "8"), ("ID", "6"))
+    }
+    shown = bash(*command, "--teacher.rationale_cache", "texts", DRY_RUN="1", **array)
+    assert "folder texts;" in shown.stdout and "texts --part 6/8\n" in shown.stdout
+    odd = bash(*command, DRY_RUN="1", **array | {"SLURM_ARRAY_TASK_MIN": "1"})
+    assert (
+        odd.returncode == 2 and "error: the array's elements are numbered 1 to 7, but 8 share" in odd.stderr
+    )
+    silent = bash("slurm/rationales.sh", "cqa", DRY_RUN="1")
+    assert silent.returncode == 2 and "error: teacher.rationales is 'none'; set it" in silent.stderr
 
 
 def test_tensorboard_listens_on_loopback_only(tmp_path):

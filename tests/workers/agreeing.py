@@ -1,12 +1,16 @@
 """A run whose student answers its unlabelled questions rightly, as one from scratch would not in seconds.
 
 `python agreeing.py` takes the arguments of `ibdistill/train.py`; run through the launcher by
-test_distributed.
+test_distributed. With AGREEING_STOPS_AT in the environment rank 1 makes that file and hangs where it
+has answered the first refresh's questions in one stream and is about to in the other.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import fire
 
@@ -31,6 +35,13 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
         if not questions or questions[0] not in known:
             return honest(model, tokenizer, questions, **settings)
         calls.append(len(questions))
+        if (
+            len(calls) == 2
+            and os.environ.get("RANK") == "1"
+            and (path := os.environ.get("AGREEING_STOPS_AT"))
+        ):
+            Path(path).touch()
+            time.sleep(300)
         digits = int(sum(float(p.detach().double().abs().sum()) for p in model.parameters()) * 1e4)
         return [Answer(known[q] if (len(q) + digits) % 4 else "nothing", 1.0, 1.0) for q in questions]
 
