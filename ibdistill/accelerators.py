@@ -35,6 +35,8 @@ class Accelerator:
     fragmentation. An assumption."""
     utilization: float = 0.4
     """Share of the peak that a step's products reach. An assumption: measure yours (`speed/mfu`)."""
+    host_gbs: float = 25.0
+    """From the host's memory, GB/s: what of a PCIe 4.0 x16's 32 is reached. An assumption."""
     storage_gbs: float = 2.0
     """To the shared file system, all ranks together, GB/s. An assumption."""
 
@@ -102,9 +104,10 @@ def accelerator(name: str, overrides: dict[str, Any]) -> Accelerator:
     Raises ValueError, naming what there is, for an unknown GPU or figure, or one out of range.
     """
     if name not in ACCELERATORS:
+        flags = ", ".join(f"--rates.{field}" for field in sorted(_OVERRIDES))
         raise ValueError(
-            f"--gpu is {name!r}; known are {', '.join(ACCELERATORS)}. For another one take the nearest and give "
-            f"its figures: {', '.join(f'--rates.{field}' for field in sorted(_OVERRIDES))}"
+            f"--gpu is {name!r}; known are {', '.join(ACCELERATORS)}. For another one take the nearest and "
+            f"give its figures: {flags}"
         )
     for field, value in overrides.items():
         if field not in _OVERRIDES:

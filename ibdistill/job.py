@@ -20,6 +20,7 @@ from ibdistill import (
     distributed,
     engine,
     families,
+    footprint,
     models,
     objectives,
     presets,
@@ -130,6 +131,7 @@ def prepare(config: Config, world: World) -> Job:
     engine.split_batch(config.optim, world.size)
     engine.read_ds_config(config.deepspeed.config)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
+    footprint.check(config, world)
     streams, wanted = objectives.streams_of(config.objective), objectives.wanted(config.objective)
     unlabelled = agreement.questions(config.data)
     writes = config.teacher.rationales != "none"

@@ -77,7 +77,7 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if config.lora_rank:
-        model = _with_lora(model, config)
+        model = with_lora(model, config)
     if config.compile:
         if family(model) == ENCODER_DECODER:
             model.get_encoder().compile(dynamic=True)
@@ -174,7 +174,8 @@ def check_vocabularies(
     return shared
 
 
-def _with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
+def with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
+    """The model with adapters as `config` describes them. Raises ValueError for layers that it hasn't."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(

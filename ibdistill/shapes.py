@@ -1,9 +1,9 @@
 """Shapes of published models, so that planning for them needs neither their files nor the network.
 
-From the `config.json` of each model's page at huggingface.co, as keyword arguments of its configuration class;
-what a class has as its default is left out. Papers with the same figures: T5, arXiv 1910.10683, section 3.7;
-Qwen2.5, arXiv 2412.15115, table 1; Llama 3, arXiv 2407.21783, table 3. Vocabularies count the rows of the
-embeddings, padding included.
+From the `config.json` of each model's page at huggingface.co, as keyword arguments of its configuration
+class; what a class has as its default is left out. Papers with the same figures: T5, arXiv 1910.10683,
+section 3.7; Qwen2.5, arXiv 2412.15115, table 1; Llama 3, arXiv 2407.21783, table 3. Vocabularies count the
+rows of the embeddings, padding included.
 """
 
 from __future__ import annotations
@@ -45,4 +45,4 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "meta-llama/Llama-3.1-405B": _decoder(_LLAMA, 16384, 53248, 128, 126),
 }
 SEPARATE_HEAD = ("google/t5-v1_1-small", "google/t5-v1_1-base", "google/t5-v1_1-xxl")
-"""T5 models whose checkpoints keep the head apart from the embeddings, which their configuration doesn't say."""
+"""T5 models whose checkpoints keep the head apart from the embeddings; their configuration doesn't tell."""

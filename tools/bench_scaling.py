@@ -1,0 +1,265 @@
+"""Weak scaling simulated on one machine: 1, 2 and 4 processes of one thread each, and what the planner makes of it.
+
+    python tools/bench_scaling.py [--model t5-mini] [--zero zero2] [--questions 8] [--steps 6] [--rounds 5]
+
+The processes share the machine's cores, memory bandwidth and caches, so this says nothing of real machines: it
+shows whether the planner's model (products, traffic, optimizer, nothing overlapped on a CPU) explains what is
+measured. Each process has the same number of questions, all of one length. In every round each number of
+processes measures, all its processes at once:
+
+- the rate of a matrix product of the model's shapes, of copying memory, of an all-reduce of the gradients' size;
+- training steps: seconds, and of these the seconds within collectives, waiting for the others included.
+
+Medians over rounds count. `imbalance` is the slowest rank's time outside collectives over the ranks' mean. The
+planner gets one number from the step itself, the utilization: the share of the product's rate that the step of
+one process reaches. It predicts the ratios: tokens/s of n processes over n times those of one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+import torch.distributed as dist
+
+SPENT = [0.0]
+"""Seconds within collectives."""
+
+
+def timed(name: str) -> None:
+    """Count the time within a collective. gloo works in the calling thread's time, or until it is waited for."""
+    function = getattr(dist, name)
+
+    def measured(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if kwargs.get("async_op"):
+            result.wait()
+        SPENT[0] += time.perf_counter() - start
+        return result
+
+    setattr(dist, name, measured)
+
+
+if __name__ == "__main__":  # before DeepSpeed takes references to them
+    for collective in (
+        "all_reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_gather",
+        "reduce",
+    ):
+        timed(collective)
+
+from ibdistill import (  # noqa: E402
+    config,
+    costs,
+    distributed,
+    dryrun,
+    engine,
+    footprint,
+    models,
+    objectives,
+    vocabulary,
+)
+
+PROCESSES = (1, 2, 4)
+STREAMS = ("predict", "explain")
+
+
+def settings(model: str, zero: str, questions: int) -> config.Config:
+    """Of the run that is measured and planned."""
+    given = {"student.model": model, "deepspeed.config": zero, "optim.batch_size": questions}
+    given |= {"objective.method": "dss", "student.tokenizer": "train", "student.dropout": 0.0}
+    return config.load(None, given | {"student.vocab_size": len(vocabulary.demo_tokenizer())})
+
+
+def rate_of(function, amount: float, seconds: float = 0.3) -> float:
+    """Amount a second, repeated for so long on all processes at once."""
+    function()
+    dist.barrier()
+    start, count = time.perf_counter(), 0
+    while count == 0 or time.perf_counter() - start < seconds:
+        function()
+        count += 1
+    return count * amount / (time.perf_counter() - start)
+
+
+class Rank:
+    """What one process measures."""
+
+    def __init__(self, model: str, zero: str, lengths: dryrun.Lengths) -> None:
+        self.world = distributed.init()
+        chosen = settings(model, zero, lengths.questions * self.world.size)
+        student = models.load_student(chosen.student, vocabulary.demo_tokenizer(), 0)
+        self.batch = lengths.batch(student, STREAMS)
+        widest = max((m for m in student.modules() if isinstance(m, torch.nn.Linear)), key=self._operations)
+        self.x, self.w = torch.randn(self.batch.input_ids.numel(), widest.in_features), widest.weight.detach()
+        self.gradients = torch.zeros(sum(p.numel() for p in student.parameters()))
+        self.other = torch.zeros_like(self.gradients)
+        module = objectives.Distillation(student, chosen.objective)
+        self.engine = engine.build_engine(module, chosen, self.world)
+        counts = {s: self.world.size * n * lengths.questions for s, n in zip(STREAMS, (4, 40), strict=True)}
+        self.weights = objectives.step_weights(chosen.objective, counts | {"explained": 1})
+
+    @staticmethod
+    def _operations(layer: torch.nn.Linear) -> int:
+        return layer.in_features * layer.out_features if layer.out_features < 1000 else 0
+
+    def step(self) -> None:
+        loss, _ = self.engine(self.batch, self.weights, None, 1)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        self.engine.step()
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Rates, then seconds a step and the share of it in collectives."""
+        size, n = self.gradients.numel() * 4, self.world.size
+        facts = {
+            "products": rate_of(lambda: self.x @ self.w.T, 2.0 * self.x.shape[0] * self.w.numel()),
+            "memory": rate_of(lambda: self.other.copy_(self.gradients), 2.0 * size),
+            "link": 1.0,
+        }
+        if n > 1:
+            repeats, start = 4, time.perf_counter()
+            for _ in range(repeats):  # as often on every rank
+                dist.all_reduce(self.gradients)
+            facts["link"] = repeats * costs.sent({"all_reduce": size}, n) / (time.perf_counter() - start)
+        dist.barrier()
+        SPENT[0], start = 0.0, time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        facts["step"] = (time.perf_counter() - start) / steps
+        facts["collectives"] = SPENT[0] / steps
+        return facts
+
+
+def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps: int) -> None:
+    """One process of one round."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    worker = Rank(*arguments)
+    for _ in range(2):
+        worker.step()
+    facts = distributed.gather_objects(worker.round(steps))
+    if rank == 0:
+        torch.save(facts, path)
+    dist.barrier()
+
+
+def run(ranks: int, arguments: tuple, steps: int) -> list[dict[str, float]]:
+    """One round of so many processes, forked after the imports; what each measured."""
+    port, children = distributed.free_port(), []
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "facts.pt"
+        for rank in range(ranks):
+            process = os.fork()
+            if process == 0:
+                code = 1
+                try:
+                    child(rank, ranks, port, path, arguments, steps)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    sys.stderr.flush()
+                    os._exit(code)
+            children.append(process)
+        if any(os.waitpid(process, 0)[1] for process in children):
+            sys.exit(f"a process of {ranks} failed")
+        return torch.load(path)
+
+
+def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs.Load:
+    """The planner's view of a step."""
+    chosen = settings(model, zero, lengths.questions * ranks)
+    student, sharding = footprint.student_skeleton(chosen), footprint.Zero.read(zero)
+    sizes = student.sizes()
+    gathered = footprint.student_gathers(sharding, student, lengths, STREAMS, sizes)
+    traffic = costs.student_traffic(sizes, "fp32", sharding, 1, gathered) if ranks > 1 else {}
+    total = sum(n for n, _ in sizes)
+    return costs.Load(
+        operations=costs.operations(student, lengths, chosen.objective),
+        micro_batches=1,
+        student_bytes=0,  # a CPU's products hide the reading of weights
+        teacher_bytes=0,
+        reduced=costs.sent({k: v for k, v in traffic.items() if k != "all_gather"}, ranks),
+        gathered=costs.sent({k: v for k, v in traffic.items() if k == "all_gather"}, ranks),
+        teacher_gathered=0.0,
+        updated=total // ranks if sharding.stage else total,
+        overlaps_reduction=False,
+        overlaps_gathers=False,
+    )
+
+
+def predict(load: costs.Load, measured: dict[str, float], utilization: float) -> float:
+    """Seconds of a step."""
+    rates = costs.Rates(
+        measured["products"] * utilization,
+        measured["memory"],
+        measured["link"],
+        measured["link"],
+        overlap=False,
+    )
+    return sum(costs.step_seconds(load, rates).values())
+
+
+def main(
+    model: str = "t5-mini",
+    zero: str = "zero2",
+    questions: int = 8,
+    question: int = 96,
+    steps: int = 6,
+    rounds: int = 5,
+) -> None:
+    """Measure, predict, compare."""
+    lengths = dryrun.Lengths(questions, question, 4, 40)
+    arguments = (model, zero, lengths)
+    found: dict[int, list[list[dict[str, float]]]] = {n: [] for n in PROCESSES}
+    for _ in range(rounds):  # in turns: whoever shares the machine disturbs all alike
+        for n in PROCESSES:
+            found[n].append(run(n, arguments, steps))
+    facts = {
+        n: {key: median(mean(rank[key] for rank in ranks) for ranks in rounds_) for key in rounds_[0][0]}
+        for n, rounds_ in found.items()
+    }
+    loads = {n: load_of(*arguments, n) for n in PROCESSES}
+    work = loads[1].operations
+    rest = 28 * loads[1].updated / facts[1]["memory"]
+    utilization = (work.student + work.head) / (facts[1]["step"] - rest) / facts[1]["products"]
+    predicted = {n: predict(loads[n], facts[n], utilization) for n in PROCESSES}
+    load = os.getloadavg()[0]
+    print(
+        f"{model}, {zero}, {questions} questions a process, {os.cpu_count()} cores shared by all, load {load:.1f}; "
+        f"utilization {utilization:.2f}"
+    )
+    print(
+        "processes  tokens/s  s/step  in collectives  imbalance  GFLOP/s  copy GB/s  ring GB/s   ratio  predicted"
+    )
+    tokens = questions * (2 * question + 44)
+    for n in PROCESSES:
+        outside = [
+            max(r["step"] - r["collectives"] for r in ranks)
+            / mean(r["step"] - r["collectives"] for r in ranks)
+            for ranks in found[n]
+        ]
+        f = facts[n]
+        ratio, expected = facts[1]["step"] / f["step"], predicted[1] / predicted[n]
+        link = f"{f['link'] / 1e9:9.2f}" if n > 1 else "        -"
+        print(
+            f"{n:9}{n * tokens / f['step']:10.0f}{f['step']:8.3f}{f['collectives'] / f['step']:16.0%}"
+            f"{median(outside):11.2f}{f['products'] / 1e9:9.1f}{f['memory'] / 1e9:11.1f}  {link}"
+            f"{ratio:8.2f}{expected:11.2f} ({expected / ratio - 1:+.0%})"
+        )
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(main)
