@@ -24,6 +24,8 @@ class Accelerator:
     """Memory bandwidth, GB/s."""
     tflops: float
     """Peak rate of dense bf16 products, 10^12 operations a second."""
+    fp32_tflops: float
+    """Of fp32 products, in full precision as torch makes them by default."""
     link_gbs: float
     """To another GPU of the node, one direction, GB/s."""
     network_gbs: float
@@ -40,6 +42,10 @@ class Accelerator:
     storage_gbs: float = 2.0
     """To the shared file system, all ranks together, GB/s. An assumption."""
 
+    def products(self, precision: str) -> float:
+        """Products that a step makes of `fp32` or `bf16`, operations a second."""
+        return 1e12 * self.utilization * (self.tflops if precision == "bf16" else self.fp32_tflops)
+
     def room(self) -> int:
         """Bytes that tensors can have."""
         return int(self.memory_gib * GIB * self.usable)
@@ -50,6 +56,7 @@ ACCELERATORS = {
         memory_gib=40,
         bandwidth_gbs=1555,
         tflops=312,
+        fp32_tflops=19.5,
         link_gbs=300,
         network_gbs=25,
         source="NVIDIA A100 data sheet (SXM); DGX A100 data sheet: eight 200 Gb/s adapters",
@@ -58,6 +65,7 @@ ACCELERATORS = {
         memory_gib=80,
         bandwidth_gbs=2039,
         tflops=312,
+        fp32_tflops=19.5,
         link_gbs=300,
         network_gbs=25,
         source="NVIDIA A100 data sheet (SXM); DGX A100 data sheet: eight 200 Gb/s adapters",
@@ -66,6 +74,7 @@ ACCELERATORS = {
         memory_gib=80,
         bandwidth_gbs=3350,
         tflops=989,
+        fp32_tflops=67,
         link_gbs=450,
         network_gbs=50,
         source="NVIDIA H100 data sheet (SXM); DGX H100 data sheet: eight 400 Gb/s adapters",
@@ -74,6 +83,7 @@ ACCELERATORS = {
         memory_gib=141,
         bandwidth_gbs=4800,
         tflops=989,
+        fp32_tflops=67,
         link_gbs=450,
         network_gbs=50,
         source="NVIDIA H200 data sheet (SXM); DGX H200 data sheet: eight 400 Gb/s adapters",
@@ -82,6 +92,7 @@ ACCELERATORS = {
         memory_gib=48,
         bandwidth_gbs=864,
         tflops=362,
+        fp32_tflops=91.6,
         link_gbs=32,
         network_gbs=12.5,
         source="NVIDIA L40S data sheet (PCIe 4.0 x16); network: 100 Gb/s a GPU, an assumption",
@@ -90,6 +101,7 @@ ACCELERATORS = {
         memory_gib=24,
         bandwidth_gbs=300,
         tflops=121,
+        fp32_tflops=30.3,
         link_gbs=32,
         network_gbs=12.5,
         source="NVIDIA L4 data sheet (PCIe 4.0 x16); network: 100 Gb/s a GPU, an assumption",

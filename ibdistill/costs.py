@@ -69,7 +69,7 @@ def _attention(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> in
 
 
 def _not_repeated(model: nn.Module) -> set[nn.Module]:
-    """Layers that checkpointing does not run again: a block's last, unless dropout or a norm needs its result."""
+    """What checkpointing does not run again: a block's last layer, unless dropout or a norm follows it."""
     config = base_of(model).config
     rates = [
         getattr(config, name, 0.0) for name in ("dropout_rate", "resid_pdrop", "hidden_dropout", "dropout")
@@ -175,6 +175,8 @@ class Rates:
     """Of one rank, in operations and bytes a second."""
 
     products: float
+    """The student's and the head's."""
+    teacher_products: float
     memory: float
     link: float
     teacher_link: float
@@ -182,14 +184,22 @@ class Rates:
     """Whether transfers and products can go on at the same time."""
 
     @classmethod
-    def of(cls, gpu: Accelerator, ranks: int, on_node: int, placement: str) -> Rates:
+    def of(
+        cls,
+        gpu: Accelerator,
+        ranks: int,
+        on_node: int,
+        placement: str,
+        precision: str,
+        teacher_precision: str,
+    ) -> Rates:
         """A GPU's, for a job of so many ranks. A ring over nodes is as fast as the network."""
         link = (gpu.link_gbs if ranks <= on_node else gpu.network_gbs) * 1e9
         teacher_link = gpu.link_gbs * 1e9 if placement == "zero3_node" else link
         if placement == "cpu_offload":  # shares come over the bus before they are gathered
             teacher_link = min(teacher_link, gpu.host_gbs * 1e9)
-        products = gpu.tflops * 1e12 * gpu.utilization
-        return cls(products, gpu.bandwidth_gbs * 1e9, link, teacher_link)
+        products, theirs = gpu.products(precision), gpu.products(teacher_precision)
+        return cls(products, theirs, gpu.bandwidth_gbs * 1e9, link, teacher_link)
 
 
 def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
@@ -199,7 +209,7 @@ def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
     """
     micro, work = load.micro_batches, load.operations
     student = micro * max(work.student / rates.products, 3 * load.student_bytes / rates.memory)
-    teacher = micro * max(work.teacher / rates.products, load.teacher_bytes / rates.memory)
+    teacher = micro * max(work.teacher / rates.teacher_products, load.teacher_bytes / rates.memory)
     head = micro * work.head / rates.products
     parts = {"student": student, "head": head, "teacher": teacher}
     reduce, gather = load.reduced / rates.link, load.gathered / rates.link

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibdistill import data, families, models, objectives, presets, shapes
 from ibdistill.config import ObjectiveConfig, StudentConfig
@@ -95,9 +95,10 @@ class Skeleton:
         if name in presets.PRESETS:
             model = families.load_preset(name, tokenizer, seed=0, dropout=dropout)
         else:
-            published = shapes.PUBLISHED.get(name)
-            config = AutoConfig.for_model(**published) if published else families.load_config(name, setting)
             try:
+                config = (
+                    AutoConfig.for_model(**published) if published else families.load_config(name, setting)
+                )
                 model = families.from_config(config, dropout)
             except (TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
                 raise ValueError(
@@ -135,6 +136,11 @@ class Skeleton:
         return data.Batch(**parts, cu=batch.cu)
 
 
+def _published(name: str) -> PreTrainedConfig | None:
+    shape = shapes.PUBLISHED.get(name)
+    return AutoConfig.for_model(**shape) if shape else None
+
+
 @dataclass(frozen=True)
 class Living:
     """Bytes of living tensors beside the model's states."""
@@ -160,7 +166,8 @@ def student_step(
     with skeleton.mode:
         width = teacher_head[1] if wanted and wanted.questions else 0
         module = objectives.Distillation(skeleton.model, objective, teacher_width=width)
-        signal = teacher_signal(batch, wanted, teacher_head) if wanted else None
+        head = skeleton.head[0], teacher_head[1]  # fitted to the student's rows
+        signal = teacher_signal(batch, wanted, head) if wanted else None
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     known = [t for p in module.parameters() for t in (p, p.grad) if t is not None]

@@ -1,7 +1,8 @@
-"""The choices that a run has on given GPUs: what each takes, how long its step would be, which one is best."""
+"""The choices that a run has on given GPUs: what each takes, how long its step would be, which is best."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +13,10 @@ from ibdistill.config import Config
 from ibdistill.dryrun import Lengths, Skeleton
 from ibdistill.footprint import PLACED, WIDTH, Zero
 
-FILES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
-"""In order of preference where they are equally fast; offloading is for when nothing else fits."""
+FILES = ("zero2", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload")
+"""In order of preference where they are about equally fast; offloading is for when nothing else fits."""
+ABOUT = 1.1
+"""Steps within this factor of the fastest count as equally fast: predictions are no better than that."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +74,29 @@ class Planner:
     rationale: int
 
     def __post_init__(self) -> None:
-        self.ranks = self.nodes * self.on_node
-        engine.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
+        self._check_division()
         self.streams = objectives.streams_of(self.config.objective)
         self.wanted = objectives.wanted(self.config.objective)
         self.students = {on: footprint.student_skeleton(self._checkpointing(on)) for on in (False, True)}
         self.teacher = footprint.teacher_skeleton(self.config) if self.wanted else None
         self.sizes = footprint.student_sizes(self.config, self.student, self.teacher)
         self._gathers: dict[Zero, footprint.Gathers | None] = {}
+
+    def _check_division(self) -> None:
+        engine.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
+
+    def on(self, nodes: int, on_node: int, batch_size: int) -> Planner:
+        """The same models on other machines: what was traced is kept, as it doesn't depend on them."""
+        other = copy.copy(self)
+        other.nodes, other.on_node = nodes, on_node
+        optim = dataclasses.replace(self.config.optim, batch_size=batch_size)
+        other.config = dataclasses.replace(self.config, optim=optim)
+        other._check_division()
+        return other
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.on_node
 
     @property
     def student(self) -> Skeleton:
@@ -110,11 +128,17 @@ class Planner:
         ]
 
     def best(self) -> Choice | None:
-        """The fastest that fits, at the largest micro-batch that makes it so; None: nothing fits."""
+        """Of what fits, and is about as fast as the fastest, the simplest; None: nothing fits."""
         fitting = [c for size in self.micro_batch_sizes() for c in self.choices(size) if c.fits]
         if not fitting:
             return None
-        return min(fitting, key=lambda c: (c.offloads, float(f"{c.step:.2e}"), FILES.index(c.file)))
+        fitting = [c for c in fitting if not c.offloads] or fitting
+        limit = ABOUT * min(c.step for c in fitting)
+        return min((c for c in fitting if c.step <= limit), key=self._complexity)
+
+    def _complexity(self, choice: Choice) -> tuple:
+        order = self.placements().index(choice.placement), FILES.index(choice.file)
+        return choice.checkpointing, *order, -choice.micro_batch_size
 
     def smallest(self) -> Choice:
         """What needs least memory."""
@@ -175,7 +199,9 @@ class Planner:
             overlaps_reduction=zero.overlap,
             overlaps_gathers=zero.stage == 3,
         )
-        rates = costs.Rates.of(self.gpu, self.ranks, self.on_node, placement)
+        rates = costs.Rates.of(
+            *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision)
+        )
         seconds = costs.step_seconds(load, rates)
         if zero.offload_optimizer:  # gradients go to the host, weights come back
             seconds["host"] = (4 + WIDTH[precision]) * load.updated / (self.gpu.host_gbs * 1e9)
@@ -191,8 +217,10 @@ class Planner:
         return size, size / (self.gpu.storage_gbs * 1e9)
 
     def loading(self, placement: str) -> int:
-        """Bytes of a node's memory while models are loaded: each rank reads the student in fp32, and each copy of
-        the teacher is read by one rank, whole."""
+        """Bytes of a node's memory while models are loaded.
+
+        Each rank reads the student in fp32, and one rank for each copy of the teacher reads that, whole.
+        """
         student = 4 * self.on_node * sum(n for n, _ in self.student.sizes())
         if self.teacher is None:
             return student

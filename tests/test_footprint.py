@@ -16,13 +16,13 @@ import torch
 from harness import ROOT, tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+from workers import footprints as worker
 
 from ibdistill import config, costs, dryrun, footprint, models, objectives, vocabulary
 from ibdistill.footprint import Gathers, Zero
 from ibdistill.job import prepare
 from ibdistill.ops.head_loss import Stream
 from ibdistill.ops.head_loss_reference import head_loss_reference
-from workers import footprints as worker
 
 BOTH = ("predict", "explain")
 STAGES = ("zero0", "zero1", "zero2", "zero3", "small")
@@ -135,7 +135,7 @@ def test_the_activations_peak(name, method, checkpointing):
     if method != "ib+kd":
         given |= {"teacher.placement": "none"}
     chosen = settings(name, **given)
-    lengths = dryrun.Lengths(questions=4, question=90, label=5, rationale=40)
+    lengths = dryrun.Lengths(questions=2, question=90, label=5, rationale=40)
     student, teacher = footprint.student_skeleton(chosen), footprint.teacher_skeleton(chosen)
     predicted = footprint.activation_bytes(chosen, student, teacher, lengths, "cpu")
 

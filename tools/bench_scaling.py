@@ -1,18 +1,19 @@
-"""Weak scaling simulated on one machine: 1, 2 and 4 processes of one thread each, and what the planner makes of it.
+"""Weak scaling on one machine, 1, 2 and 4 processes of one thread each, and what the planner makes of it.
 
     python tools/bench_scaling.py [--model t5-mini] [--zero zero2] [--questions 8] [--steps 6] [--rounds 5]
 
-The processes share the machine's cores, memory bandwidth and caches, so this says nothing of real machines: it
-shows whether the planner's model (products, traffic, optimizer, nothing overlapped on a CPU) explains what is
-measured. Each process has the same number of questions, all of one length. In every round each number of
-processes measures, all its processes at once:
+The processes share the machine's cores, memory bandwidth and caches, so this says nothing of real machines:
+it shows whether the planner's model (products, traffic, optimizer, nothing overlapped on a CPU) explains
+what is measured. Each process has the same number of questions, all of one length. In every round each
+number of processes measures, all its processes at once:
 
-- the rate of a matrix product of the model's shapes, of copying memory, of an all-reduce of the gradients' size;
+- before and after the steps the rate of a matrix product of the model's shapes, of copying memory, and of
+  an all-reduce of the gradients' size, in lockstep, since ranks wait for each other in a step too;
 - training steps: seconds, and of these the seconds within collectives, waiting for the others included.
 
-Medians over rounds count. `imbalance` is the slowest rank's time outside collectives over the ranks' mean. The
-planner gets one number from the step itself, the utilization: the share of the product's rate that the step of
-one process reaches. It predicts the ratios: tokens/s of n processes over n times those of one.
+Medians over rounds count. `imbalance` is the slowest rank's time outside collectives over the ranks' mean.
+The planner gets one number from the steps themselves, the utilization: the share of the product's rate that
+the step of one process reaches. It predicts the ratios: tokens/s of n processes over n times those of one.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ SPENT = [0.0]
 
 
 def timed(name: str) -> None:
-    """Count the time within a collective. gloo works in the calling thread's time, or until it is waited for."""
+    """Count the time within a collective, which is made to end before it returns."""
     function = getattr(dist, name)
 
     def measured(*args, **kwargs):
@@ -71,6 +72,8 @@ from ibdistill import (  # noqa: E402
 
 PROCESSES = (1, 2, 4)
 STREAMS = ("predict", "explain")
+LOCKSTEPS = 3
+"""Times that the ranks wait for each other while a rate is measured."""
 
 
 def settings(model: str, zero: str, questions: int) -> config.Config:
@@ -80,15 +83,15 @@ def settings(model: str, zero: str, questions: int) -> config.Config:
     return config.load(None, given | {"student.vocab_size": len(vocabulary.demo_tokenizer())})
 
 
-def rate_of(function, amount: float, seconds: float = 0.3) -> float:
-    """Amount a second, repeated for so long on all processes at once."""
-    function()
+def rate_of(function, amount: float, repeats: int) -> float:
+    """Amount a second over some repeats on all ranks at once, in lockstep as collectives force it."""
     dist.barrier()
-    start, count = time.perf_counter(), 0
-    while count == 0 or time.perf_counter() - start < seconds:
-        function()
-        count += 1
-    return count * amount / (time.perf_counter() - start)
+    start = time.perf_counter()
+    for _ in range(LOCKSTEPS):
+        for _ in range(repeats):
+            function()
+        dist.barrier()
+    return LOCKSTEPS * repeats * amount / (time.perf_counter() - start)
 
 
 class Rank:
@@ -99,17 +102,21 @@ class Rank:
         chosen = settings(model, zero, lengths.questions * self.world.size)
         student = models.load_student(chosen.student, vocabulary.demo_tokenizer(), 0)
         self.batch = lengths.batch(student, STREAMS)
-        widest = max((m for m in student.modules() if isinstance(m, torch.nn.Linear)), key=self._operations)
+        widest = max((m for m in student.modules() if isinstance(m, torch.nn.Linear)), key=self._width)
         self.x, self.w = torch.randn(self.batch.input_ids.numel(), widest.in_features), widest.weight.detach()
         self.gradients = torch.zeros(sum(p.numel() for p in student.parameters()))
         self.other = torch.zeros_like(self.gradients)
+        self.operations = costs.operations(
+            footprint.student_skeleton(chosen), lengths, chosen.objective
+        ).student
         module = objectives.Distillation(student, chosen.objective)
         self.engine = engine.build_engine(module, chosen, self.world)
-        counts = {s: self.world.size * n * lengths.questions for s, n in zip(STREAMS, (4, 40), strict=True)}
+        questions = self.world.size * lengths.questions
+        counts = {"predict": questions * lengths.label, "explain": questions * lengths.rationale}
         self.weights = objectives.step_weights(chosen.objective, counts | {"explained": 1})
 
     @staticmethod
-    def _operations(layer: torch.nn.Linear) -> int:
+    def _width(layer: torch.nn.Linear) -> int:
         return layer.in_features * layer.out_features if layer.out_features < 1000 else 0
 
     def step(self) -> None:
@@ -117,26 +124,27 @@ class Rank:
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         self.engine.step()
 
-    def round(self, steps: int) -> dict[str, float]:
-        """Rates, then seconds a step and the share of it in collectives."""
+    def rates(self) -> dict[str, float]:
+        """Of products, copies and reductions; as much work as a step or less."""
         size, n = self.gradients.numel() * 4, self.world.size
-        facts = {
-            "products": rate_of(lambda: self.x @ self.w.T, 2.0 * self.x.shape[0] * self.w.numel()),
-            "memory": rate_of(lambda: self.other.copy_(self.gradients), 2.0 * size),
-            "link": 1.0,
+        once = 2.0 * self.x.shape[0] * self.w.numel()
+        found = {
+            "products": rate_of(lambda: self.x @ self.w.T, once, max(1, round(self.operations / once))),
+            "memory": rate_of(lambda: self.other.copy_(self.gradients), 2.0 * size, 4),
         }
-        if n > 1:
-            repeats, start = 4, time.perf_counter()
-            for _ in range(repeats):  # as often on every rank
-                dist.all_reduce(self.gradients)
-            facts["link"] = repeats * costs.sent({"all_reduce": size}, n) / (time.perf_counter() - start)
+        sent = costs.sent({"all_reduce": size}, n)
+        return found | {"link": rate_of(lambda: dist.all_reduce(self.gradients), sent, 2) if n > 1 else 1.0}
+
+    def round(self, steps: int) -> dict[str, float]:
+        """Rates before and after steps, seconds a step and those within collectives."""
+        before = self.rates()
         dist.barrier()
         SPENT[0], start = 0.0, time.perf_counter()
         for _ in range(steps):
             self.step()
-        facts["step"] = (time.perf_counter() - start) / steps
-        facts["collectives"] = SPENT[0] / steps
-        return facts
+        dist.barrier()
+        facts = {"step": (time.perf_counter() - start) / steps, "collectives": SPENT[0] / steps}
+        return facts | {name: 2 / (1 / rate + 1 / before[name]) for name, rate in self.rates().items()}
 
 
 def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps: int) -> None:
@@ -234,29 +242,42 @@ def main(
     rest = 28 * loads[1].updated / facts[1]["memory"]
     utilization = (work.student + work.head) / (facts[1]["step"] - rest) / facts[1]["products"]
     predicted = {n: predict(loads[n], facts[n], utilization) for n in PROCESSES}
-    load = os.getloadavg()[0]
     print(
-        f"{model}, {zero}, {questions} questions a process, {os.cpu_count()} cores shared by all, load {load:.1f}; "
-        f"utilization {utilization:.2f}"
+        f"{model}, {zero}, {questions} questions a process, {os.cpu_count()} cores shared by all, load "
+        f"{os.getloadavg()[0]:.1f}; utilization {utilization:.2f}"
     )
-    print(
-        "processes  tokens/s  s/step  in collectives  imbalance  GFLOP/s  copy GB/s  ring GB/s   ratio  predicted"
+    heads = (
+        "processes",
+        "tokens/s",
+        "s/step",
+        "collectives",
+        "imbalance",
+        "GFLOP/s",
+        "copy GB/s",
+        "ring GB/s",
     )
-    tokens = questions * (2 * question + 44)
+    print("".join(f"{head:>12}" for head in (*heads, "ratio", "predicted")))
+    tokens = lengths.questions * (2 * question + lengths.label + lengths.rationale)
     for n in PROCESSES:
-        outside = [
-            max(r["step"] - r["collectives"] for r in ranks)
-            / mean(r["step"] - r["collectives"] for r in ranks)
-            for ranks in found[n]
-        ]
         f = facts[n]
         ratio, expected = facts[1]["step"] / f["step"], predicted[1] / predicted[n]
-        link = f"{f['link'] / 1e9:9.2f}" if n > 1 else "        -"
-        print(
-            f"{n:9}{n * tokens / f['step']:10.0f}{f['step']:8.3f}{f['collectives'] / f['step']:16.0%}"
-            f"{median(outside):11.2f}{f['products'] / 1e9:9.1f}{f['memory'] / 1e9:11.1f}  {link}"
-            f"{ratio:8.2f}{expected:11.2f} ({expected / ratio - 1:+.0%})"
-        )
+        values = [
+            *(
+                f"{n}",
+                f"{n * tokens / f['step']:.0f}",
+                f"{f['step']:.3f}",
+                f"{f['collectives'] / f['step']:.0%}",
+            ),
+            *(f"{imbalance(found[n]):.2f}", f"{f['products'] / 1e9:.1f}", f"{f['memory'] / 1e9:.1f}"),
+            *(f"{f['link'] / 1e9:.2f}" if n > 1 else "-", f"{ratio:.2f}", f"{expected:.2f}"),
+        ]
+        print("".join(f"{value:>12}" for value in values), f" {expected / ratio - 1:+.0%}")
+
+
+def imbalance(rounds: list[list[dict[str, float]]]) -> float:
+    """The slowest rank's seconds outside collectives over the mean, median of the rounds."""
+    outside = [[rank["step"] - rank["collectives"] for rank in ranks] for ranks in rounds]
+    return median(max(seconds) / mean(seconds) for seconds in outside)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,8 @@ PAIRS = (
 LENGTHS = {"question": 128, "label": 8, "rationale": 128}
 QUESTIONS = 16
 """Of a rank in a step of the table."""
+BATCH = 64
+"""Of all ranks, in its last column: the recipes'."""
 
 
 def main(
@@ -86,7 +88,7 @@ def lengths(loaded: config.Config, given: dict[str, Any]) -> dict[str, int]:
 
 
 def report(planner: Planner, recipe: str, gpu: str, overrides: dict[str, Any], out: str) -> None:
-    """Everything about a recipe, then the recommendation."""
+    """All about a recipe, then the recommendation."""
     loaded, best = planner.config, planner.best()
     micro = best.micro_batch_size if best else planner.micro_batch_sizes()[-1]
     models = {"student": (loaded.student, planner.student), "teacher": (loaded.teacher, planner.teacher)}
@@ -114,14 +116,13 @@ def report(planner: Planner, recipe: str, gpu: str, overrides: dict[str, Any], o
     print("\nGiB a step, of whole tensors, and predictions (+c as above)")
     print_speed(choices, planner)
     size, seconds = planner.checkpoint()
-    print(
-        f"\na checkpoint: {size / GIB:.2f} GiB, predicted {seconds:.1f} s, every {loaded.run.save_every} steps"
-    )
+    every = loaded.run.save_every
+    print(f"\na checkpoint: {size / GIB:.2f} GiB, predicted {seconds:.1f} s, every {every} steps")
     if best is None:
         least = planner.smallest()
         print(
-            f"\nNothing fits. The least is {least.bytes / GIB:.1f} GiB a GPU, with {named(least)}: use more or "
-            "larger GPUs, student.lora_rank, or a teacher.cache written elsewhere"
+            f"\nNothing fits. The least is {least.bytes / GIB:.1f} GiB a GPU, with {named(least)}: use more "
+            "or larger GPUs, student.lora_rank, or a teacher.cache written elsewhere"
         )
         return
     recommend(planner, best, recipe, overrides, out)
@@ -144,9 +145,8 @@ def print_memory(choices: list[Choice]) -> None:
             margin = (choice.room - choice.bytes) / GIB
             verdict = "fits" if choice.fits else "DOES NOT FIT"
             host = f"; host {choice.host / GIB:.2f}" if choice.host else ""
-            print(
-                f"    {mark:2} + max({coming}) = {choice.bytes / GIB:.2f}: {verdict}, margin {margin:.2f}{host}"
-            )
+            total = f"{choice.bytes / GIB:.2f}: {verdict}, margin {margin:.2f}{host}"
+            print(f"    {mark:2} + max({coming}) = {total}")
 
 
 def print_speed(choices: list[Choice], planner: Planner) -> None:
@@ -161,8 +161,8 @@ def print_speed(choices: list[Choice], planner: Planner) -> None:
         ]
         mark = "+c" if chosen.checkpointing else ""
         print(
-            f"{chosen.placement:12}{chosen.file + mark:16}{sizes[0]:11.2f}{sizes[1]:12.2f}{sizes[2]:11.2f}"
-            f"{sizes[3]:9.2f}   {speed(chosen, planner)}{'' if chosen.fits else '  (does not fit)'}"
+            f"{chosen.placement:12}{chosen.file + mark:16}{sizes}   {speed(chosen, planner)}"
+            f"{'' if chosen.fits else '  (does not fit)'}"
         )
 
 
@@ -193,10 +193,9 @@ def recommend(planner: Planner, best: Choice, recipe: str, overrides: dict[str, 
     if best.checkpointing:
         settings["student.gradient_checkpointing"] = True
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-    line = shlex.join(
-        ["sbatch", f"--nodes={planner.nodes}", f"--gpus-per-node={planner.on_node}"]
-        + [f"--ntasks-per-node={planner.on_node}", "slurm/distill.sh", recipe, *arguments]
-    )
+    options = [f"--nodes={planner.nodes}"]
+    options += [f"--{what}-per-node={planner.on_node}" for what in ("gpus", "ntasks")]
+    line = shlex.join(["sbatch", *options, "slurm/distill.sh", recipe, *arguments])
     print(
         f"\nRecommended: {named(best)}: {best.bytes / GIB:.1f} of {best.room / GIB:.1f} GiB, predicted "
         f"{speed(best, planner)}; up to {planner.loading(best.placement) / GIB:.1f} GiB of a node's memory "
@@ -211,19 +210,24 @@ def recommend(planner: Planner, best: Choice, recipe: str, overrides: dict[str, 
 def table(rates: accelerators.Accelerator, gpu: str) -> None:
     """Three pairs of models on 1 to 512 GPUs: the README's table."""
     print(
-        f"{gpu}, {rates.room() / GIB:.1f} GiB usable, nodes of 8; bf16, method ib+kd (vid), {QUESTIONS} questions "
-        f"a GPU and step of {LENGTHS['question']} tokens, label {LENGTHS['label']}, rationale "
-        f"{LENGTHS['rationale']}; seconds and efficiency predicted\n\n"
-        "student, teacher    GPUs  choice                      GiB  s/step  eff.  bound            save s"
+        f"{gpu}, {rates.room() / GIB:.1f} GiB usable, nodes of 8; bf16, method ib+kd with vid, {QUESTIONS} "
+        f"questions a GPU and step ({', '.join(f'{name} {n}' for name, n in LENGTHS.items())} tokens).\n"
+        "Predicted: s/step; eff., the share of it in products; what takes longest; save, seconds of a "
+        f"checkpoint; last, eff. where all GPUs share {BATCH} questions. gather: GiB of teacher a step"
+        "\n\n"
+        "pair        GPUs  choice                      GiB  s/step  eff.  bound            gather   save"
+        "  last"
     )
     for student, teacher in PAIRS:
+        settings = {"student.model": student, "teacher.model": teacher, "teacher.placement": "replica"}
+        settings |= {"student.precision": "bf16", "objective.method": "ib+kd", "optim.batch_size": QUESTIONS}
+        planner = Planner(config.load(None, settings), rates, 1, 1, **LENGTHS)
         for ranks in (1, 8, 64, 512):
-            settings = {"student.model": student, "teacher.model": teacher, "teacher.placement": "replica"}
-            settings |= {"student.precision": "bf16", "objective.method": "ib+kd"}
-            loaded = config.load(None, settings | {"optim.batch_size": QUESTIONS * ranks})
-            planner = Planner(loaded, rates, math.ceil(ranks / 8), min(ranks, 8), **LENGTHS)
             name = f"{student.split('-')[-1]}, {teacher.split('-')[-1]}"
-            print(f"{name:18}{ranks:6}  {table_row(planner)}")
+            nodes, on_node = math.ceil(ranks / 8), min(ranks, 8)
+            row = table_row(planner.on(nodes, on_node, QUESTIONS * ranks))
+            few = planner.on(nodes, on_node, BATCH).best() if BATCH % ranks == 0 else None
+            print(f"{name:11}{ranks:5}  {row}{costs.efficiency(few.seconds) if few else math.nan:6.0%}")
 
 
 def table_row(planner: Planner) -> str:
@@ -232,9 +236,10 @@ def table_row(planner: Planner) -> str:
         least = planner.smallest()
         return f"does not fit: {least.bytes / GIB:.0f} GiB with {least.placement}, {least.file}"
     choice = f"{best.placement}, {best.file}{'+c' * best.checkpointing} x {best.micro_batch_size}"
+    gathered, (_, save) = best.traffic.get("teacher", 0) / GIB, planner.checkpoint()
     return (
         f"{choice:26}{best.bytes / GIB:5.1f}{best.step:8.2f}{costs.efficiency(best.seconds):6.0%}  "
-        f"{costs.bound(best.seconds):16}{planner.checkpoint()[1]:7.1f}"
+        f"{costs.bound(best.seconds):16}{gathered:7.0f}{save:7.1f}"
     )
 
 

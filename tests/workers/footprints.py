@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-STUDENTS = {"demo-student": "fp32", "t5-mini": "bf16", "demo-student-decoder": "bf16"}
+STUDENTS = {"demo-student": "fp32", "t5-mini": "bf16", "demo-teacher-decoder": "bf16"}
 TEACHERS = {
     "demo-student": "demo-teacher",
     "t5-mini": "t5-mini",
-    "demo-student-decoder": "demo-teacher-decoder",
+    "demo-teacher-decoder": "demo-student-decoder",
 }
 PLACEMENTS = ("replica", "zero3")
 SMALL_ZERO3 = {
@@ -132,7 +132,9 @@ def measure(name: str, stage: str, teachers: dict, world) -> dict:
     seen = []
     module.vid.bias.register_hook(lambda gradient: seen.append(buckets(built.optimizer)))
     facts: dict = {}
-    for placement in ("replica", *PLACEMENTS):  # the first step records ZeRO-3's trace
+    # ZeRO-3 records its order of modules in the first step, and goes by it from the third on
+    for placement in (*PLACEMENTS[: int(built.zero_optimization_stage() == 3)], *PLACEMENTS):
+        teachers[placement](batch)
         SENT.clear()
         signal = teachers[placement](batch)
         facts[f"teacher sent {placement}"] = dict(SENT)
