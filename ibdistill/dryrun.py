@@ -96,9 +96,7 @@ class Skeleton:
             model = families.load_preset(name, tokenizer, seed=0, dropout=dropout)
         else:
             try:
-                config = (
-                    AutoConfig.for_model(**published) if published else families.load_config(name, setting)
-                )
+                config = _published(name) or families.load_config(name, setting)
                 model = families.from_config(config, dropout)
             except (TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
                 raise ValueError(

@@ -19,12 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from workers import footprints as worker
 
 from ibdistill import config, costs, dryrun, footprint, models, objectives, vocabulary
-from ibdistill.footprint import Gathers, Zero
+from ibdistill.footprint import Zero
 from ibdistill.job import prepare
 from ibdistill.ops.head_loss import Stream
 from ibdistill.ops.head_loss_reference import head_loss_reference
 
 BOTH = ("predict", "explain")
+MODELS = {"demo-student": "fp32", "t5-mini": "bf16", "demo-teacher-decoder": "bf16"}
+"""Of the tests in this process; the worker's are smaller."""
 STAGES = ("zero0", "zero1", "zero2", "zero3", "small")
 CASES = [(ranks, name, stage) for ranks in (1, 2, 4) for name in worker.STUDENTS for stage in STAGES]
 PLACED = [(ranks, name) for ranks in (1, 2, 4) for name in worker.STUDENTS]
@@ -42,7 +44,7 @@ def folder(tmp_path_factory):
 
 
 def settings(name: str, stage: str = "zero0", **more) -> config.Config:
-    precision = worker.STUDENTS[name]
+    precision = (MODELS | worker.STUDENTS)[name]
     given = {
         "student.model": name,
         "student.precision": precision,
@@ -51,7 +53,7 @@ def settings(name: str, stage: str = "zero0", **more) -> config.Config:
         "deepspeed.config": stage,
         "objective.method": "ib+kd",
         "teacher.placement": "replica",
-        "teacher.model": worker.TEACHERS[name],
+        "teacher.model": worker.TEACHERS.get(name, "demo-teacher"),
         "teacher.precision": precision,
     }
     return config.load(None, given | more)
@@ -104,10 +106,11 @@ def test_the_teachers_share_and_traffic(folder, ranks, name):
         )
         expected = 0
         if placement == "zero3":
-            own = gathered if ranks > 1 else Gathers(0, 0)
-            expected = costs.teacher_traffic(teacher.head, asked.precision, 1, own, targets=True)
+            expected = costs.teacher_traffic(teacher.head, asked.precision, 1, gathered, targets=True)
         for fact in facts:
             assert fact[f"teacher {placement}"] == pytest.approx(parts["teacher"], rel=0.05)
+            if ranks == 1:  # there is nobody to send anything to
+                continue
             assert sum(fact[f"teacher sent {placement}"].values()) == pytest.approx(expected, rel=0.05)
 
 
@@ -125,7 +128,7 @@ def allocated_peak(module, *arguments) -> int:
     return peak
 
 
-@pytest.mark.parametrize("name", worker.STUDENTS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("method", "checkpointing"), [("dss", False), ("dss", True), ("ib", False), ("ib+kd", False)]
 )
@@ -141,7 +144,7 @@ def test_the_activations_peak(name, method, checkpointing):
 
     model = models.load_student(chosen.student, vocabulary.demo_tokenizer(), 0)
     wanted, width = objectives.wanted(chosen.objective), teacher.head[1] if teacher else 0
-    dtype = dryrun.DTYPES[worker.STUDENTS[name]]
+    dtype = dryrun.DTYPES[MODELS[name]]
     module = objectives.Distillation(model, chosen.objective, teacher_width=width).to(dtype)
     batch, signal = lengths.batch(model, BOTH), None
     if wanted:
@@ -156,7 +159,7 @@ def test_the_activations_peak(name, method, checkpointing):
     assert allocated_peak(module, *arguments) == pytest.approx(predicted, rel=0.25)
 
 
-@pytest.mark.parametrize("name", worker.STUDENTS)
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_operations_of_the_blocks(name, checkpointing):
     chosen = settings(name, **{"student.dropout": 0.1, "student.gradient_checkpointing": checkpointing})

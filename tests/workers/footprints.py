@@ -15,12 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-STUDENTS = {"demo-student": "fp32", "t5-mini": "bf16", "demo-teacher-decoder": "bf16"}
-TEACHERS = {
-    "demo-student": "demo-teacher",
-    "t5-mini": "t5-mini",
-    "demo-teacher-decoder": "demo-student-decoder",
-}
+STUDENTS = {"demo-student": "fp32", "demo-teacher": "bf16", "demo-teacher-decoder": "bf16"}
+TEACHERS = dict(zip(STUDENTS, ("demo-teacher", "t5-mini", "demo-student-decoder"), strict=True))
 PLACEMENTS = ("replica", "zero3")
 SMALL_ZERO3 = {
     "stage": 3,
