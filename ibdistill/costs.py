@@ -168,6 +168,8 @@ class Load:
     overlaps_reduction: bool
     overlaps_gathers: bool
     """Stage 3 gathers ahead; stages 1 and 2 gather after the update, when there is nothing beside it."""
+    moved: float = 0.0
+    """Bytes that a micro-batch moves beside its products, where `utilization` does not stand for that."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
     micro, work = load.micro_batches, load.operations
     student = micro * max(work.student / rates.products, 3 * load.student_bytes / rates.memory)
     teacher = micro * max(work.teacher / rates.teacher_products, load.teacher_bytes / rates.memory)
+    student += micro * load.moved / rates.memory
     head = micro * work.head / rates.products
     parts = {"student": student, "head": head, "teacher": teacher}
     reduce, gather = load.reduced / rates.link, load.gathered / rates.link

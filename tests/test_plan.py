@@ -156,6 +156,8 @@ def test_seconds_by_hand():
     )
     assert costs.bound(parts) == "parameters wait"
     assert costs.efficiency(parts) == pytest.approx(12 / 31.14)
+    moving = costs.step_seconds(dataclasses.replace(load, moved=500.0), rates)
+    assert moving["student"] == pytest.approx(7.0)
     alone = costs.step_seconds(load, dataclasses.replace(rates, overlap=False))
     assert alone["gradients wait"] == 15.0 and alone["teacher wait"] == 6.0
 

@@ -12,8 +12,9 @@ number of processes measures, all its processes at once:
 - training steps: seconds, and of these the seconds within collectives, waiting for the others included.
 
 Medians over rounds count. `imbalance` is the slowest rank's time outside collectives over the ranks' mean.
-The planner gets one number from the steps themselves, the utilization: the share of the product's rate that
-the step of one process reaches. It predicts the ratios: tokens/s of n processes over n times those of one.
+The planner gets one number from the steps themselves: what the step of one process takes beyond its products
+and its optimizer is put down to memory (activations that are written and read), at the rate of a copy. It
+predicts the ratios: tokens/s of n processes over n times those of one.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
@@ -206,15 +208,10 @@ def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs
     )
 
 
-def predict(load: costs.Load, measured: dict[str, float], utilization: float) -> float:
+def predict(load: costs.Load, measured: dict[str, float]) -> float:
     """Seconds of a step."""
-    rates = costs.Rates(
-        measured["products"] * utilization,
-        measured["memory"],
-        measured["link"],
-        measured["link"],
-        overlap=False,
-    )
+    products, link = measured["products"], measured["link"]
+    rates = costs.Rates(products, products, measured["memory"], link, link, overlap=False)
     return sum(costs.step_seconds(load, rates).values())
 
 
@@ -238,13 +235,13 @@ def main(
         for n, rounds_ in found.items()
     }
     loads = {n: load_of(*arguments, n) for n in PROCESSES}
-    work = loads[1].operations
-    rest = 28 * loads[1].updated / facts[1]["memory"]
-    utilization = (work.student + work.head) / (facts[1]["step"] - rest) / facts[1]["products"]
-    predicted = {n: predict(loads[n], facts[n], utilization) for n in PROCESSES}
+    rest = facts[1]["step"] - predict(loads[1], facts[1])
+    moved = max(0.0, rest) * facts[1]["memory"]
+    loads = {n: replace(load, moved=moved) for n, load in loads.items()}
+    predicted = {n: predict(loads[n], facts[n]) for n in PROCESSES}
     print(
         f"{model}, {zero}, {questions} questions a process, {os.cpu_count()} cores shared by all, load "
-        f"{os.getloadavg()[0]:.1f}; utilization {utilization:.2f}"
+        f"{os.getloadavg()[0]:.1f}; {rest / facts[1]['step']:.0%} of one's step beside products and optimizer"
     )
     heads = (
         "processes",

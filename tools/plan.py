@@ -210,12 +210,12 @@ def recommend(planner: Planner, best: Choice, recipe: str, overrides: dict[str, 
 def table(rates: accelerators.Accelerator, gpu: str) -> None:
     """Three pairs of models on 1 to 512 GPUs: the README's table."""
     print(
-        f"{gpu}, {rates.room() / GIB:.1f} GiB usable, nodes of 8; bf16, method ib+kd with vid, {QUESTIONS} "
-        f"questions a GPU and step ({', '.join(f'{name} {n}' for name, n in LENGTHS.items())} tokens).\n"
-        "Predicted: s/step; eff., the share of it in products; what takes longest; save, seconds of a "
-        f"checkpoint; last, eff. where all GPUs share {BATCH} questions. gather: GiB of teacher a step"
-        "\n\n"
-        "pair        GPUs  choice                      GiB  s/step  eff.  bound            gather   save"
+        f"{gpu}, {rates.room() / GIB:.1f} GiB usable, nodes of 8; bf16, ib+kd with vid, {QUESTIONS} "
+        f"questions a GPU and\nstep ({', '.join(f'{name} {n}' for name, n in LENGTHS.items())} tokens). "
+        "gather: GiB of the teacher a step.\nPredicted: s/step; eff., the share of it in products; bound, "
+        "what takes longest; save, seconds\nof a checkpoint; last, eff. where all GPUs share "
+        f"{BATCH} questions\n\n"
+        "pair        GPUs  choice                            GiB  s/step  eff.  bound            gather   save"
         "  last"
     )
     for student, teacher in PAIRS:
@@ -227,7 +227,8 @@ def table(rates: accelerators.Accelerator, gpu: str) -> None:
             nodes, on_node = math.ceil(ranks / 8), min(ranks, 8)
             row = table_row(planner.on(nodes, on_node, QUESTIONS * ranks))
             few = planner.on(nodes, on_node, BATCH).best() if BATCH % ranks == 0 else None
-            print(f"{name:11}{ranks:5}  {row}{costs.efficiency(few.seconds) if few else math.nan:6.0%}")
+            last = f"{costs.efficiency(few.seconds):.0%}" if few else "-"
+            print(f"{name:11}{ranks:5}  {row}{last:>6}", flush=True)
 
 
 def table_row(planner: Planner) -> str:
@@ -238,7 +239,7 @@ def table_row(planner: Planner) -> str:
     choice = f"{best.placement}, {best.file}{'+c' * best.checkpointing} x {best.micro_batch_size}"
     gathered, (_, save) = best.traffic.get("teacher", 0) / GIB, planner.checkpoint()
     return (
-        f"{choice:26}{best.bytes / GIB:5.1f}{best.step:8.2f}{costs.efficiency(best.seconds):6.0%}  "
+        f"{choice:32}{best.bytes / GIB:5.1f}{best.step:8.2f}{costs.efficiency(best.seconds):6.0%}  "
         f"{costs.bound(best.seconds):16}{gathered:7.0f}{save:7.1f}"
     )
 
