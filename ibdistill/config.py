@@ -68,7 +68,7 @@ class RunConfig:
     max_skipped_steps: AtLeastOne = 5
     """Stop after this many steps in a row with a non-finite loss or gradient."""
     check_memory: bool = True
-    """Refuse what cannot fit into memory before anything is loaded: see `footprint`."""
+    """Refuse what cannot fit into memory before anything is loaded: see `preflight`."""
     allow_config_change: bool = False
     """Resume although settings differ from those that the run folder was started with."""
 

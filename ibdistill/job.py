@@ -20,9 +20,9 @@ from ibdistill import (
     distributed,
     engine,
     families,
-    footprint,
     models,
     objectives,
+    preflight,
     presets,
     rationales,
     settings,
@@ -131,7 +131,7 @@ def prepare(config: Config, world: World) -> Job:
     engine.split_batch(config.optim, world.size)
     engine.read_ds_config(config.deepspeed.config)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
-    footprint.check(config, world)
+    preflight.check(config, world)
     streams, wanted = objectives.streams_of(config.objective), objectives.wanted(config.objective)
     unlabelled = agreement.questions(config.data)
     writes = config.teacher.rationales != "none"

@@ -25,7 +25,7 @@ import fire
 import torch.distributed as dist
 
 from ibdistill import config as configuration
-from ibdistill import distributed, footprint, rationales, tasks
+from ibdistill import distributed, preflight, rationales, tasks
 from ibdistill.distributed import StopRequest
 
 
@@ -45,7 +45,7 @@ def main(
         config = configuration.load(recipe, overrides)
         if config.teacher.rationales == "none":
             raise ValueError("teacher.rationales is 'none'; set it to missing or all")
-        footprint.check_models(config, world, with_student=False, with_teacher=True)
+        preflight.check_models(config, world, with_student=False, with_teacher=True)
         records = tasks.load(config.data, needs_rationale=False)
         rationales.write(config, records.train, world, StopRequest(), part=share)
     dist.destroy_process_group()

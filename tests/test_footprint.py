@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from workers import footprints as worker
 
-from ibdistill import config, costs, dryrun, footprint, models, objectives, vocabulary
+from ibdistill import config, costs, dryrun, footprint, models, objectives, preflight, vocabulary
 from ibdistill.footprint import Zero
 from ibdistill.job import prepare
 from ibdistill.ops.head_loss import Stream
@@ -199,7 +199,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(world, tmp_path, m
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(models, "load_student", refuse)
-    monkeypatch.setattr(footprint, "free_memory", lambda device, ranks: 30 * 2**30)
+    monkeypatch.setattr(preflight, "free_memory", lambda device, ranks: 30 * 2**30)
     chosen = tiny(tmp_path / "run") | {
         "student.model": "meta-llama/Llama-3.1-8B",
         "student.precision": "bf16",
@@ -215,19 +215,19 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(world, tmp_path, m
 
 
 def test_the_refusal_names_what_would_fit(world, monkeypatch):
-    monkeypatch.setattr(footprint, "free_memory", lambda device, ranks: 3 * 2**30)
-    monkeypatch.setattr(footprint.distributed, "gather_objects", lambda value: [value] * 4)
+    monkeypatch.setattr(preflight, "free_memory", lambda device, ranks: 3 * 2**30)
+    monkeypatch.setattr(preflight.distributed, "gather_objects", lambda value: [value] * 4)
     four = type(world)(rank=0, size=4, local_rank=0, device=torch.device("cuda"))
     given = {"student.tokenizer": "train", "objective.method": "kd", "teacher.model": "google/t5-v1_1-xxl"}
     chosen = config.load(None, given | {"student.model": "t5-mini", "teacher.placement": "replica"})
     with pytest.raises(ValueError, match=r"teacher 20\.74\), and 3\.00 GiB are free") as refused:
-        footprint.check(chosen, four)
+        preflight.check(chosen, four)
     text = str(refused.value)
     assert "--deepspeed.config zero2_offload --teacher.placement cpu_offload" not in text  # 5 GiB of the host
     assert "Nothing fits 4 ranks; use more" in text
-    monkeypatch.setattr(footprint, "free_memory", lambda device, ranks: 8 * 2**30)
+    monkeypatch.setattr(preflight, "free_memory", lambda device, ranks: 8 * 2**30)
     with pytest.raises(ValueError, match=r"would fit: --deepspeed\.config \S+ --teacher\.placement zero3"):
-        footprint.check(chosen, four)
+        preflight.check(chosen, four)
 
 
 def test_a_teacher_that_only_writes_is_not_added_to_the_student(world, monkeypatch):
@@ -235,8 +235,8 @@ def test_a_teacher_that_only_writes_is_not_added_to_the_student(world, monkeypat
     given |= {"teacher.placement": "replica", "teacher.model": "google/t5-v1_1-small"}
     chosen = config.load(None, given | {"deepspeed.config": "zero0", "teacher.precision": "fp32"})
     student = 16 * sum(n for n, _ in footprint.student_skeleton(chosen).sizes())
-    monkeypatch.setattr(footprint, "free_memory", lambda device, ranks: student + 1000)
-    footprint.check(chosen, world)
+    monkeypatch.setattr(preflight, "free_memory", lambda device, ranks: student + 1000)
+    preflight.check(chosen, world)
     both = dataclasses.replace(chosen, objective=dataclasses.replace(chosen.objective, method="kd"))
     with pytest.raises(ValueError, match="Nothing fits 1 ranks|would fit"):
-        footprint.check(both, world)
+        preflight.check(both, world)

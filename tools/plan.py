@@ -215,8 +215,8 @@ def table(rates: accelerators.Accelerator, gpu: str) -> None:
         "gather: GiB of the teacher a step.\nPredicted: s/step; eff., the share of it in products; bound, "
         "what takes longest; save, seconds\nof a checkpoint; last, eff. where all GPUs share "
         f"{BATCH} questions\n\n"
-        "pair        GPUs  choice                            GiB  s/step  eff.  bound            gather   save"
-        "  last"
+        "pair        GPUs  choice                            GiB  s/step  eff.  bound            "
+        "gather   save  last"
     )
     for student, teacher in PAIRS:
         settings = {"student.model": student, "teacher.model": teacher, "teacher.placement": "replica"}
