@@ -7,14 +7,15 @@ it shows whether the planner's model (products, traffic, optimizer, nothing over
 what is measured. Each process has the same number of questions, all of one length. In every round each
 number of processes measures, all its processes at once:
 
-- before and after the steps the rate of a matrix product of the model's shapes, of copying memory, and of
-  an all-reduce of the gradients' size, in lockstep, since ranks wait for each other in a step too;
-- training steps: seconds, and of these the seconds within collectives, waiting for the others included.
+- before every step the rate of a matrix product of the model's shapes (as many operations as a step), of
+  copying memory, and of an all-reduce of the gradients' size, until the last rank is done: ranks wait for
+  each other in a step too;
+- a training step: seconds, and of these the seconds within collectives, waiting for the others included.
 
-Medians over rounds count. `imbalance` is the slowest rank's time outside collectives over the ranks' mean.
-The planner gets one number from the steps themselves: what the step of one process takes beyond its products
-and its optimizer is put down to memory (activations that are written and read), at the rate of a copy. It
-predicts the ratios: tokens/s of n processes over n times those of one.
+The best of each counts, as in bench_train. `imbalance` is the slowest rank's time outside collectives over
+the ranks' mean. The planner gets one number from the steps themselves: what the step of one process takes
+beyond its products and its optimizer is put down to memory (activations that are written and read), at the
+rate of a copy. It predicts the ratios: tokens/s of n processes over n times those of one.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ from ibdistill import (  # noqa: E402
 
 PROCESSES = (1, 2, 4)
 STREAMS = ("predict", "explain")
-LOCKSTEPS = 3
-"""Times that the ranks wait for each other while a rate is measured."""
+COPIES, REDUCTIONS = 40, 4
+"""Of the gradients' size, for the rates of memory and links: long against a slice of the scheduler's time."""
 
 
 def settings(model: str, zero: str, questions: int) -> config.Config:
@@ -85,15 +86,14 @@ def settings(model: str, zero: str, questions: int) -> config.Config:
     return config.load(None, given | {"student.vocab_size": len(vocabulary.demo_tokenizer())})
 
 
-def rate_of(function, amount: float, repeats: int) -> float:
-    """Amount a second over some repeats on all ranks at once, in lockstep as collectives force it."""
+def seconds_of(function, repeats: int) -> float:
+    """Of some repeats on all ranks at once, until the last is done."""
     dist.barrier()
     start = time.perf_counter()
-    for _ in range(LOCKSTEPS):
-        for _ in range(repeats):
-            function()
-        dist.barrier()
-    return LOCKSTEPS * repeats * amount / (time.perf_counter() - start)
+    for _ in range(repeats):
+        function()
+    dist.barrier()
+    return time.perf_counter() - start
 
 
 class Rank:
@@ -126,27 +126,25 @@ class Rank:
         self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         self.engine.step()
 
-    def rates(self) -> dict[str, float]:
-        """Of products, copies and reductions; as much work as a step or less."""
-        size, n = self.gradients.numel() * 4, self.world.size
-        once = 2.0 * self.x.shape[0] * self.w.numel()
-        found = {
-            "products": rate_of(lambda: self.x @ self.w.T, once, max(1, round(self.operations / once))),
-            "memory": rate_of(lambda: self.other.copy_(self.gradients), 2.0 * size, 4),
-        }
-        sent = costs.sent({"all_reduce": size}, n)
-        return found | {"link": rate_of(lambda: dist.all_reduce(self.gradients), sent, 2) if n > 1 else 1.0}
-
-    def round(self, steps: int) -> dict[str, float]:
-        """Rates before and after steps, seconds a step and those within collectives."""
-        before = self.rates()
-        dist.barrier()
-        SPENT[0], start = 0.0, time.perf_counter()
+    def round(self, steps: int) -> list[dict[str, float]]:
+        """Of each step: rates just before it, its seconds, and those of them within collectives."""
+        size, once = self.gradients.numel() * 4, 2.0 * self.x.shape[0] * self.w.numel()
+        products, sent = (
+            max(1, round(self.operations / once)),
+            costs.sent({"all_reduce": size}, self.world.size),
+        )
+        work = {"products": products * once, "memory": COPIES * 2.0 * size, "link": REDUCTIONS * sent or 1.0}
+        found: list[dict[str, float]] = []
         for _ in range(steps):
-            self.step()
-        dist.barrier()
-        facts = {"step": (time.perf_counter() - start) / steps, "collectives": SPENT[0] / steps}
-        return facts | {name: 2 / (1 / rate + 1 / before[name]) for name, rate in self.rates().items()}
+            took = {
+                "products": seconds_of(lambda: self.x @ self.w.T, products),
+                "memory": seconds_of(lambda: self.other.copy_(self.gradients), COPIES),
+                "link": seconds_of(lambda: dist.all_reduce(self.gradients), REDUCTIONS),
+            }
+            SPENT[0] = 0.0
+            rates = {name: amount / took[name] for name, amount in work.items()}
+            found.append(rates | {"step": seconds_of(self.step, 1), "collectives": SPENT[0]})
+        return found
 
 
 def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps: int) -> None:
@@ -157,14 +155,14 @@ def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps:
     worker = Rank(*arguments)
     for _ in range(2):
         worker.step()
-    facts = distributed.gather_objects(worker.round(steps))
+    facts = list(zip(*distributed.gather_objects(worker.round(steps)), strict=True))
     if rank == 0:
         torch.save(facts, path)
     dist.barrier()
 
 
-def run(ranks: int, arguments: tuple, steps: int) -> list[dict[str, float]]:
-    """One round of so many processes, forked after the imports; what each measured."""
+def run(ranks: int, arguments: tuple, steps: int) -> list[tuple[dict[str, float], ...]]:
+    """One round of so many processes, forked after the imports; of each step what each rank measured."""
     port, children = distributed.free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.pt"
@@ -226,14 +224,11 @@ def main(
     """Measure, predict, compare."""
     lengths = dryrun.Lengths(questions, question, 4, 40)
     arguments = (model, zero, lengths)
-    found: dict[int, list[list[dict[str, float]]]] = {n: [] for n in PROCESSES}
+    found: dict[int, list[tuple[dict[str, float], ...]]] = {n: [] for n in PROCESSES}
     for _ in range(rounds):  # in turns: whoever shares the machine disturbs all alike
         for n in PROCESSES:
-            found[n].append(run(n, arguments, steps))
-    facts = {
-        n: {key: median(mean(rank[key] for rank in ranks) for ranks in rounds_) for key in rounds_[0][0]}
-        for n, rounds_ in found.items()
-    }
+            found[n] += run(n, arguments, steps)
+    facts = {n: best(steps_) for n, steps_ in found.items()}
     loads = {n: load_of(*arguments, n) for n in PROCESSES}
     rest = facts[1]["step"] - predict(loads[1], facts[1])
     moved = max(0.0, rest) * facts[1]["memory"]
@@ -271,9 +266,16 @@ def main(
         print("".join(f"{value:>12}" for value in values), f" {expected / ratio - 1:+.0%}")
 
 
-def imbalance(rounds: list[list[dict[str, float]]]) -> float:
-    """The slowest rank's seconds outside collectives over the mean, median of the rounds."""
-    outside = [[rank["step"] - rank["collectives"] for rank in ranks] for ranks in rounds]
+def best(steps: list[tuple[dict[str, float], ...]]) -> dict[str, float]:
+    """The highest of each rate and the shortest step: others on the machine only ever slow things down."""
+    fastest = min(steps, key=lambda ranks: ranks[0]["step"])
+    rates = {name: max(ranks[0][name] for ranks in steps) for name in ("products", "memory", "link")}
+    return rates | {key: mean(rank[key] for rank in fastest) for key in ("step", "collectives")}
+
+
+def imbalance(steps: list[tuple[dict[str, float], ...]]) -> float:
+    """The slowest rank's seconds outside collectives over the mean, median of the steps."""
+    outside = [[rank["step"] - rank["collectives"] for rank in ranks] for ranks in steps]
     return median(max(seconds) / mean(seconds) for seconds in outside)
 
 
