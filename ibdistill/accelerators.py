@@ -37,6 +37,8 @@ class Accelerator:
     fragmentation. An assumption."""
     utilization: float = 0.4
     """Share of the peak that a step's products reach. An assumption: measure yours (`speed/mfu`)."""
+    host_memory_gib: float = 512.0
+    """A node's memory, GiB. An assumption where the source names no machine."""
     host_gbs: float = 25.0
     """From the host's memory, GB/s: what of a PCIe 4.0 x16's 32 is reached. An assumption."""
     storage_gbs: float = 2.0
@@ -59,6 +61,7 @@ ACCELERATORS = {
         fp32_tflops=19.5,
         link_gbs=300,
         network_gbs=25,
+        host_memory_gib=1024,
         source="NVIDIA A100 data sheet (SXM); DGX A100 data sheet: eight 200 Gb/s adapters",
     ),
     "a100-80g": Accelerator(
@@ -68,6 +71,7 @@ ACCELERATORS = {
         fp32_tflops=19.5,
         link_gbs=300,
         network_gbs=25,
+        host_memory_gib=2048,
         source="NVIDIA A100 data sheet (SXM); DGX A100 data sheet: eight 200 Gb/s adapters",
     ),
     "h100-80g": Accelerator(
@@ -77,6 +81,7 @@ ACCELERATORS = {
         fp32_tflops=67,
         link_gbs=450,
         network_gbs=50,
+        host_memory_gib=2048,
         source="NVIDIA H100 data sheet (SXM); DGX H100 data sheet: eight 400 Gb/s adapters",
     ),
     "h200-141g": Accelerator(
@@ -86,6 +91,7 @@ ACCELERATORS = {
         fp32_tflops=67,
         link_gbs=450,
         network_gbs=50,
+        host_memory_gib=2048,
         source="NVIDIA H200 data sheet (SXM); DGX H200 data sheet: eight 400 Gb/s adapters",
     ),
     "l40s-48g": Accelerator(

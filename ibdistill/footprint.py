@@ -158,7 +158,7 @@ def student_states(
     if zero.stage == 3:
         persistent = zero.persistent(sizes) if ranks > 1 else 0
         parts["parameters"] = width * (-(-total // ranks) + persistent)
-        parts["gathered"] = width * gathered if ranks > 1 else 0
+        parts["gathered"] = width * gathered if ranks > 1 or zero.offload_parameters else 0
         if zero.offload_parameters:
             host += width * -(-total // ranks)
             parts["parameters"] = width * persistent

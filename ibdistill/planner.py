@@ -36,6 +36,8 @@ class Choice:
     """Bytes of the host's memory, of one rank."""
     room: int
     """Bytes that there are."""
+    host_room: int
+    """Of the host, for one rank."""
     traffic: dict[str, int]
     """Collective -> bytes a step, of whole tensors; `teacher` for its all-gathers."""
     seconds: dict[str, float]
@@ -48,7 +50,7 @@ class Choice:
 
     @property
     def fits(self) -> bool:
-        return self.bytes <= self.room
+        return self.bytes <= self.room and self.host <= self.host_room
 
     @property
     def step(self) -> float:
@@ -170,7 +172,8 @@ class Planner:
         if teacher is not None:
             asked = dataclasses.replace(config.teacher, placement=placement)
             sharded, group = placement != "replica", self._group(placement)
-            peak = self._teacher_gathers.peak if sharded and group > 1 else 0
+            moves = sharded and (group > 1 or placement == "cpu_offload")
+            peak = self._teacher_gathers.peak if moves else 0
             more, hosted = footprint.teacher_states(
                 *(teacher.sizes(), teacher.head, asked, self.ranks, self.on_node),
                 wants_head=self.wanted.targets,
@@ -180,7 +183,7 @@ class Planner:
             activations["student"] += self._signal_bytes(micro)
             activations["teacher"] = self._teacher_living(micro)
             teacher_bytes = WIDTH[asked.precision] * sum(n for n, _ in teacher.sizes())
-            if sharded and (group > 1 or placement == "cpu_offload"):
+            if moves:
                 theirs = costs.teacher_traffic(
                     *(teacher.head, asked.precision, micro_batches, self._teacher_gathers),
                     targets=self.wanted.targets,
@@ -203,10 +206,12 @@ class Planner:
             *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision)
         )
         seconds = costs.step_seconds(load, rates)
-        if zero.offload_optimizer:  # gradients go to the host, weights come back
-            seconds["host"] = (4 + WIDTH[precision]) * load.updated / (self.gpu.host_gbs * 1e9)
+        if zero.offload_optimizer:  # gradients go to the host, which updates, and weights come back
+            there_and_back = (4 + WIDTH[precision]) * load.updated
+            seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
         return Choice(
             *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room()),
+            int(self.gpu.host_memory_gib * footprint.GIB / self.on_node),
             *(traffic | ({"teacher": theirs} if theirs else {}), seconds),
         )
 

@@ -107,6 +107,15 @@ def test_the_peak_is_the_states_and_the_largest_of_what_comes_and_goes(small):
     assert not with_room(small, choice.bytes - 100).choice(*asked).fits
 
 
+def test_the_hosts_memory_counts_too(small):
+    offloaded = small.choice("cpu_offload", "zero2_offload", False, 8)
+    assert offloaded.fits and offloaded.host > 0
+    poor = small.on(1, 8, 64)
+    poor.gpu = dataclasses.replace(H100, host_memory_gib=8 * (offloaded.host - 100) / footprint.GIB)
+    assert not poor.choice("cpu_offload", "zero2_offload", False, 8).fits
+    assert poor.choice("replica", "zero2", False, 8).fits
+
+
 def test_what_is_recommended_fits_and_is_among_the_fastest(small):
     best = small.best()
     fitting = [c for size in small.micro_batch_sizes() for c in small.choices(size) if c.fits]

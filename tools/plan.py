@@ -144,7 +144,8 @@ def print_memory(choices: list[Choice]) -> None:
             coming = ", ".join(f"{name} {size / GIB:.2f}" for name, size in choice.activations.items())
             margin = (choice.room - choice.bytes) / GIB
             verdict = "fits" if choice.fits else "DOES NOT FIT"
-            host = f"; host {choice.host / GIB:.2f}" if choice.host else ""
+            there = f"{choice.host / GIB:.2f} of {choice.host_room / GIB:.2f}"
+            host = f"; host's memory {there}" if choice.host else ""
             total = f"{choice.bytes / GIB:.2f}: {verdict}, margin {margin:.2f}{host}"
             print(f"    {mark:2} + max({coming}) = {total}")
 
