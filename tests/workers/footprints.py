@@ -156,7 +156,8 @@ def main(folder: Path, ranks: int) -> None:
         for placement in PLACEMENTS:
             asked = config.TeacherConfig(placement=placement, model=TEACHERS[name], precision=STUDENTS[name])
             teachers[placement] = teacher.Teacher(asked, wanted, tokenizer, len(tokenizer), world)
-        for stage in ("zero0", "zero1", "zero2", "zero3", str(folder / "small.json")):
+        small = [str(folder / "small.json")] if world.size == 2 else []
+        for stage in ("zero0", "zero1", "zero2", "zero3", *small):
             case = f"{name} {Path(stage).stem}"
             facts[case] = distributed.gather_objects(measure(name, stage, teachers, world))
         for loaded in teachers.values():
