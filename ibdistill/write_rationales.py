@@ -25,7 +25,7 @@ import fire
 import torch.distributed as dist
 
 from ibdistill import config as configuration
-from ibdistill import distributed, rationales, tasks
+from ibdistill import distributed, preflight, rationales, tasks
 from ibdistill.distributed import StopRequest
 
 
@@ -44,6 +44,7 @@ def main(
         share = part_of(part)
         config = configuration.load(recipe, overrides)
         config.rationale_folder()  # before the data is read
+        preflight.check_models(config, world, with_student=False, with_teacher=True)
         records = tasks.load(config.data, needs_rationale=False)
         rationales.write(config, records.train, world, StopRequest(), part=share)
     dist.destroy_process_group()
