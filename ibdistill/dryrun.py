@@ -57,7 +57,7 @@ class Lengths:
             targets={stream: ids[stream] for stream in data.STREAMS},
         )
         separator = 1 if families.family(base_of(model)) == families.DECODER_ONLY else None
-        rows, read = range(self.questions), streams or ("predict",)
+        rows, read = range(self.questions), streams or data.STREAMS
         batch = data.collate(features, rows, read, pad=0, start=0, separator=separator)
         return batch if streams else models.questions_only(batch)
 
