@@ -67,6 +67,8 @@ class RunConfig:
     """Write the student for `from_pretrained` to `DIR/student` at the end."""
     max_skipped_steps: AtLeastOne = 5
     """Stop after this many steps in a row with a non-finite loss or gradient."""
+    check_memory: bool = True
+    """Refuse what cannot fit into memory before anything is loaded: see `preflight`."""
     allow_config_change: bool = False
     """Resume although settings differ from those that the run folder was started with."""
 
@@ -176,8 +178,6 @@ class TeacherConfig:
     """What is kept of a target position: the last hidden state, or the most probable tokens."""
     cache_top_k: AtLeastOne = 64
     """Tokens a position for `cache_form` topk; the rest is kept as one number, the tail."""
-    check_memory: bool = True
-    """Refuse a teacher that cannot fit, before it is loaded."""
     rationales: Literal["none", "missing", "all"] = "none"
     """Training records that it explains and answers: none, those without a rationale or label, or all."""
     keep: Literal["all", "agree"] = "all"

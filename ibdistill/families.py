@@ -135,10 +135,7 @@ def load_model(
     Raises:
         ValueError: as `load_config` does.
     """
-    config = load_config(name, setting)
-    if dropout is not None:
-        for field in set(_DROPOUTS) & set(config.to_dict()):
-            setattr(config, field, dropout)
+    config = _with_dropout(load_config(name, setting), dropout)
     if random_seed is None:
         model = _auto_class(config).from_pretrained(name, config=config, dtype=dtype, **kwargs)
     else:
@@ -158,6 +155,18 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
     return model
+
+
+def from_config(config: PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
+    """A model of this shape, with weights as its class initialises them. `dropout` as in `load_model`."""
+    return fused(_auto_class(config).from_config(_with_dropout(config, dropout)))
+
+
+def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:
+    if dropout is not None:
+        for field in set(_DROPOUTS) & set(config.to_dict()):
+            setattr(config, field, dropout)
+    return config
 
 
 def decodes_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from ibdistill import (
     families,
     models,
     objectives,
+    preflight,
     presets,
     rationales,
     settings,
@@ -130,6 +131,7 @@ def prepare(config: Config, world: World) -> Job:
     engine.split_batch(config.optim, world.size)
     engine.settle_ds_config(config, world.size)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
+    preflight.check(config, world)
     streams, wanted = objectives.streams_of(config.objective), objectives.wanted(config.objective)
     unlabelled = agreement.questions(config.data)
     writes = config.teacher.rationales != "none"

@@ -77,7 +77,7 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if config.lora_rank:
-        model = _with_lora(model, config)
+        model = with_lora(model, config)
     if config.compile:
         if family(model) == ENCODER_DECODER:
             model.get_encoder().compile(dynamic=True)
@@ -174,7 +174,8 @@ def check_vocabularies(
     return shared
 
 
-def _with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
+def with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
+    """The model with adapters as `config` describes them. Raises ValueError for layers that it hasn't."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
@@ -209,10 +210,10 @@ def states(model: nn.Module, batch: Batch, *, targets: bool = True) -> States:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     forward = _encoder_decoder if family(base) == ENCODER_DECODER else _decoder_only
-    return forward(base, batch if targets else _questions_only(batch))
+    return forward(base, batch if targets else questions_only(batch))
 
 
-def _questions_only(batch: Batch) -> Batch:
+def questions_only(batch: Batch) -> Batch:
     """The rows of the predict stream, which are the first, and no target positions."""
     rows = len(batch.input_ids) // len(batch.positions)
     return replace(

@@ -64,6 +64,12 @@ def wanted(objective: ObjectiveConfig) -> Wanted | None:
     return result if result.questions or result.targets else None
 
 
+def teacher_streams(objective: ObjectiveConfig) -> Sequence[str]:
+    """The streams whose targets a teacher reads; none if it is asked for question states only."""
+    asked = wanted(objective)
+    return streams_of(objective) if asked and asked.targets else ()
+
+
 def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
     """What each term's *sum* is multiplied with, given a step's global counts (`plan.Plan.counts`)."""
     if objective.method == "finetune":

@@ -31,7 +31,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -120,8 +119,6 @@ class Teacher:
             check_8bit()
         self.group = self._group()
         sizes = [p.numel() for p in skeleton.parameters()]
-        if config.check_memory:
-            check_memory(sum(sizes), config, world)
         if config.placement in SHARDED:
             self._load_shares(tokenizer, sizes)
         else:
@@ -312,43 +309,3 @@ def check_8bit() -> None:
             f"{'installed' if importlib.util.find_spec('bitsandbytes') else 'not installed'}); "
             "set teacher.load_in_8bit false, or shard the teacher with teacher.placement zero3"
         )
-
-
-def check_memory(parameters: int, config: TeacherConfig, world: World) -> None:
-    """Raise ValueError if the weights cannot fit where the placement puts them. Collective."""
-    hosts = distributed.gather_objects(socket.gethostname())
-    on_node = hosts.count(hosts[world.rank])
-    width = 1 if config.load_in_8bit else 2 if config.precision == "bf16" else 4
-    whole = parameters * width
-    free = min(distributed.gather_objects(free_memory(world.device, on_node)))
-    free_cpu = min(distributed.gather_objects(free_memory(torch.device("cpu"), on_node)))
-    need = {
-        "replica": (whole, free),
-        "zero3": (whole // world.size, free),
-        "zero3_node": (whole // on_node, free),
-        "cpu_offload": (whole // world.size, free_cpu),
-    }
-    wanted, there = need[config.placement]
-    if wanted <= there:
-        return
-    fits = [name for name, (bytes_, room) in need.items() if bytes_ <= room]
-    raise ValueError(
-        f"teacher.model {config.model} has {parameters / 1e9:.2f} billion parameters; teacher.placement "
-        f"{config.placement} puts {wanted / 2**30:.2f} GiB on a rank, and {there / 2**30:.2f} GiB are free. "
-        + (
-            f"These would fit: {', '.join(fits)}"
-            if fits
-            else f"No placement fits {world.size} ranks; use more"
-        )
-        + ". (--teacher.check_memory false skips this check)"
-    )
-
-
-def free_memory(device: torch.device, ranks_on_node: int) -> int:
-    """Free bytes for one rank: of its GPU, or its part of the node's memory."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = next(
-        line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable")
-    )
-    return int(available.split()[1]) * 1024 // ranks_on_node

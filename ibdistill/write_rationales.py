@@ -24,7 +24,7 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
-from ibdistill import agreement, distributed, rationales, tasks
+from ibdistill import agreement, distributed, preflight, rationales, tasks
 from ibdistill import config as configuration
 from ibdistill.distributed import StopRequest
 
@@ -44,6 +44,7 @@ def main(
         share = part_of(part)
         config = configuration.load(recipe, overrides)
         config.rationale_folder()  # before the data is read
+        preflight.check_models(config, world, with_student=False, with_teacher=True)
         records = tasks.load(config.data, needs_rationale=False).train
         records += agreement.questions(config.data, "taught")
         rationales.write(config, records, world, StopRequest(), part=share)

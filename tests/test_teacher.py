@@ -7,7 +7,6 @@ import torch
 from harness import ROOT, launch, tiny
 
 from ibdistill import config, sharding, teacher
-from ibdistill.config import TeacherConfig
 from ibdistill.job import prepare
 
 CASES = {
@@ -115,17 +114,6 @@ def test_a_head_is_fitted_to_the_students_rows(bias):
     torch.testing.assert_close(probabilities[:, :3], expected)
     assert torch.equal(probabilities[:, 3:], torch.zeros(5, 3))
     assert teacher.fit_rows(weight, bias, 3) == (weight, bias)
-
-
-def test_a_teacher_that_cannot_fit_is_refused_before_it_is_loaded(world, monkeypatch):
-    monkeypatch.setattr(teacher, "free_memory", lambda device, ranks: 3 * 2**30)
-    asked = TeacherConfig(placement="replica", model="big", precision="bf16")
-    teacher.check_memory(10**9, asked, world)
-    with pytest.raises(ValueError, match=r"2.00 billion .* 3.73 GiB on a rank, and 3.00 GiB .* No placement"):
-        teacher.check_memory(2 * 10**9, asked, world)
-    four = type(world)(rank=0, size=4, local_rank=0, device=world.device)
-    with pytest.raises(ValueError, match=r"These would fit: zero3, cpu_offload\. .*check_memory false"):
-        teacher.check_memory(2 * 10**9, asked, four)
 
 
 ONLINE = {"teacher.placement": "replica", "teacher.model": "demo-teacher", "objective.method": "kd"}

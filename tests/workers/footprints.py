@@ -1,0 +1,194 @@
+"""What DeepSpeed really allocates and sends; run by test_footprint.
+
+Ranks are forked after the imports, which cost more than all that is measured. Facts to FOLDER/RANKS.pt:
+case -> what each rank found.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections import Counter
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+STUDENTS = {"demo-student": "fp32", "demo-teacher": "bf16", "demo-teacher-decoder": "bf16"}
+TEACHERS = dict(zip(STUDENTS, ("demo-teacher", "t5-mini", "demo-student-decoder"), strict=True))
+PLACEMENTS = ("replica", "zero3")
+SMALL_ZERO3 = {
+    "stage": 3,
+    "reduce_bucket_size": 100_000,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_param_persistence_threshold": 500,
+    "stage3_max_live_parameters": 20_000,
+    "stage3_max_reuse_distance": 20_000,
+}
+"""With bounds that matter at this size: parameters are let go and gathered again."""
+LENGTHS = {"questions": 2, "question": 12, "label": 3, "rationale": 9}
+SENT: Counter = Counter()
+
+
+def count(name: str, place: int, argument: str) -> None:
+    """Sum the bytes of the whole tensor of a collective."""
+    function = getattr(dist, name)
+
+    def counted(*args, **kwargs):
+        value = kwargs[argument] if argument in kwargs else args[place]
+        tensors = value if isinstance(value, (list, tuple)) else [value]
+        SENT[name] += sum(t.numel() * t.element_size() for t in tensors)
+        return function(*args, **kwargs)
+
+    setattr(dist, name, counted)
+
+
+COLLECTIVES = (
+    ("all_reduce", 0, "tensor"),
+    ("broadcast", 0, "tensor"),
+    ("reduce", 0, "tensor"),
+    ("all_gather_into_tensor", 0, "output_tensor"),
+    ("all_gather", 0, "tensor_list"),
+    ("reduce_scatter_tensor", 1, "input"),
+    ("reduce_scatter", 1, "input_list"),
+)
+if __name__ == "__main__":  # before DeepSpeed takes references to them
+    for collective in COLLECTIVES:
+        count(*collective)
+
+from ibdistill import (  # noqa: E402
+    config,
+    distributed,
+    dryrun,
+    engine,
+    models,
+    objectives,
+    teacher,
+    vocabulary,
+)
+
+
+def size(tensors, without=frozenset()) -> int:
+    """Bytes of the storages, each once."""
+    found = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+    return sum(bytes_ for pointer, bytes_ in found.items() if pointer not in without)
+
+
+def states(student_engine) -> dict[str, int]:
+    """Bytes of the model states of this rank, between backward pass and step."""
+    own, inner = list(student_engine.module.parameters()), student_engine.basic_optimizer
+    outer = student_engine.optimizer
+    parameters = [p.data for p in own] + [p.ds_tensor for p in own if hasattr(p, "ds_tensor")]
+    master = [p.data for group in inner.param_groups for p in group["params"]]
+    master += getattr(outer, "fp32_partitioned_groups_flat", [])
+    moments = [v for state in inner.state.values() for v in state.values() if torch.is_tensor(v)]
+    gradients = [p.grad for p in own if p.grad is not None]
+    averaged = getattr(outer, "averaged_gradients", {})
+    gradients += [g for group in averaged.values() for g in group or []]
+    if getattr(outer, "grad_partitions_flat_buffer", None) is not None:
+        gradients.append(outer.grad_partitions_flat_buffer)
+    held = {t.untyped_storage().data_ptr() for t in parameters}
+    return {
+        "parameters": size(parameters),
+        "gradients": size(gradients),
+        "optimizer": size(master, held) + size(moments),
+    }
+
+
+def buckets(outer) -> int:
+    """Bytes of the buffers in which gradients wait for their reduction."""
+    found = []
+    for bucket in getattr(outer, "ipg_buckets", {}).values():
+        buffer = bucket.buffer
+        found += buffer if isinstance(buffer, list) else [buffer]
+    return size([b for b in found if b is not None])
+
+
+def measure(name: str, stage: str, teachers: dict, world) -> dict:
+    """A step with each placement of the teacher."""
+    settings = config.load(
+        None,
+        {
+            "student.model": name,
+            "student.precision": STUDENTS[name],
+            "deepspeed.config": stage,
+            "objective.method": "ib+kd",
+            "teacher.placement": "replica",
+            "teacher.model": TEACHERS[name],
+            "optim.batch_size": LENGTHS["questions"] * world.size,
+        },
+    )
+    tokenizer = vocabulary.demo_tokenizer()
+    student = models.load_student(settings.student, tokenizer, 0)
+    batch = dryrun.Lengths(**LENGTHS).batch(student, ("predict", "explain"))
+    module = objectives.Distillation(student, settings.objective, teacher_width=teachers["replica"].width)
+    built = engine.build_engine(module, settings, world)
+    weights = objectives.step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
+    seen = []
+    module.vid.bias.register_hook(lambda gradient: seen.append(buckets(built.optimizer)))
+    facts: dict = {}
+    # ZeRO-3 records its order of modules in the first step, and goes by it from the third on
+    for placement in (*PLACEMENTS[: int(built.zero_optimization_stage() == 3)], *PLACEMENTS):
+        teachers[placement](batch)
+        SENT.clear()
+        signal = teachers[placement](batch)
+        facts[f"teacher sent {placement}"] = dict(SENT)
+        SENT.clear()
+        loss, _ = built(batch, weights, signal, 24)
+        built.backward(loss, scale_wrt_gas=False)
+        facts["states"] = states(built)
+        built.step()
+        facts["sent"] = dict(SENT)
+        facts[f"teacher {placement}"] = teachers[placement].bytes()
+    facts["buckets"] = max(seen)
+    built.destroy()
+    return facts
+
+
+def main(folder: Path, ranks: int) -> None:
+    world = distributed.init()
+    facts = {}
+    for name in STUDENTS:
+        tokenizer = vocabulary.demo_tokenizer()
+        wanted = teacher.Wanted(questions=True, targets=True)
+        teachers = {}
+        for placement in PLACEMENTS:
+            asked = config.TeacherConfig(placement=placement, model=TEACHERS[name], precision=STUDENTS[name])
+            teachers[placement] = teacher.Teacher(asked, wanted, tokenizer, len(tokenizer), world)
+        small = [str(folder / "small.json")] if world.size == 2 else []
+        for stage in ("zero0", "zero1", "zero2", "zero3", *small):
+            case = f"{name} {Path(stage).stem}"
+            facts[case] = distributed.gather_objects(measure(name, stage, teachers, world))
+        for loaded in teachers.values():
+            loaded.close()
+    if world.rank == 0:
+        torch.save(facts, folder / f"{ranks}.pt")
+    dist.barrier()
+
+
+def fork(folder: Path, ranks: int) -> None:
+    """Run `main` in so many processes; exit if one fails."""
+    port, children = distributed.free_port(), []
+    for rank in range(ranks):
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                main(folder, ranks)
+                code = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(code)
+        children.append(child)
+    if any(os.waitpid(child, 0)[1] for child in children):
+        sys.exit(f"a rank of {ranks} failed")
+
+
+if __name__ == "__main__":
+    for number in sys.argv[2:]:
+        fork(Path(sys.argv[1]), int(number))
