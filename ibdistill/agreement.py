@@ -36,45 +36,46 @@ from ibdistill.records import Record, map_numbers
 FOLDER = "agree"
 
 
-def questions(data: DataConfig) -> list[Record]:
-    """The records of `data.unlabelled`, without label and rationale; none if it is off.
+def questions(data: DataConfig, setting: str = "unlabelled") -> list[Record]:
+    """The records of `data.unlabelled`, or of `data.taught`, without label and rationale; none if it is off.
 
-    `gold` is there where the source has a label, to measure how good the pseudo-labels are.
+    `gold` is there where the source has a label, to measure how good the labels are that they get.
 
     Raises:
-        ValueError: several tasks, or one without a rule for what a rationale implies; a missing
-            or bad file; more questions than the demo has.
+        ValueError: several tasks; for `unlabelled` one without a rule for what a rationale implies; a
+            missing or bad file; more questions than the demo has.
     """
-    if data.unlabelled is None:
+    name, value = f"data.{setting}", getattr(data, setting)
+    if value is None:
         return []
     names = [data.task] if isinstance(data.task, str) else data.task
     if len(names) > 1:
         raise ValueError(
-            f"data.unlabelled goes with one task, and data.task is a mixture of {', '.join(names)}; "
+            f"{name} goes with one task, and data.task is a mixture of {', '.join(names)}; "
             "which one its questions are of would be unknown"
         )
     task = names[0]
     ruled = [name for name in IMPLIED if name != "demo_pretrain"]
-    if task not in ruled:
+    if setting == "unlabelled" and task not in ruled:
         raise ValueError(
             f"data.unlabelled needs a rule for the label that a rationale implies, and task {task!r} has "
             f"none; tasks with one: {', '.join(ruled)}"
         )
-    if (task == "demo") != isinstance(data.unlabelled, int):
+    if (task == "demo") != isinstance(value, int):
         needs = "a number of questions to generate" if task == "demo" else "the path of a JSONL file"
-        raise ValueError(f"data.unlabelled is {data.unlabelled!r}; for task {task!r} it is {needs}")
-    if isinstance(data.unlabelled, int):
+        raise ValueError(f"{name} is {value!r}; for task {task!r} it is {needs}")
+    if isinstance(value, int):
         try:
-            return demo.unlabelled(data.unlabelled)
+            return demo.unlabelled(value)
         except ValueError as error:
-            raise ValueError(f"data.unlabelled is {data.unlabelled}: {error}") from None
-    records = _from_file(Path(data.unlabelled), task, data)
+            raise ValueError(f"{name} is {value}: {error}") from None
+    records = _from_file(Path(value), task, data, name)
     return [map_numbers(record) for record in records] if data.map_numbers else records
 
 
-def _from_file(path: Path, task: str, data: DataConfig) -> list[Record]:
+def _from_file(path: Path, task: str, data: DataConfig, name: str) -> list[Record]:
     if not path.is_file():
-        raise ValueError(f"data.unlabelled {str(path)!r} is no file (seen from {Path.cwd()})")
+        raise ValueError(f"{name} {str(path)!r} is no file (seen from {Path.cwd()})")
     records = []
     for i, (where, row) in enumerate(read_rows(path)):
         try:
@@ -89,7 +90,7 @@ def _from_file(path: Path, task: str, data: DataConfig) -> list[Record]:
             raise ValueError(f"{where}: the question is empty")
         records.append(Record(f"{task}/unlabelled/{i}", task, question, "", "", gold=gold.strip()))
     if not records:
-        raise ValueError(f"data.unlabelled {str(path)!r} holds no questions")
+        raise ValueError(f"{name} {str(path)!r} holds no questions")
     return records
 
 

@@ -114,6 +114,12 @@ class DataConfig:
     """When the unlabelled questions are answered, as shares of `optim.max_steps` in rising order."""
     agree_share: OpenShare = 0.5
     """Share of each following batch that agreed answers take; the rest stays gold."""
+    taught: AtLeastOne | str | None = None
+    """Unlabelled questions, as for `unlabelled`, that join the training records with the label and rationale
+    that the teacher writes (`teacher.rationales` and `label_source` teacher). None: off."""
+    demo_test_seed: NotNegativeInt = 777001
+    """Seed of the demo's test problems. Each gives 2,000 others, none of them in another split or in the
+    unlabelled text, so a figure can be reported on problems that no choice was made on."""
     max_question_tokens: AtLeastTwo = 1024
     """Longer questions are cut, and counted."""
     max_label_tokens: AtLeastTwo = 64
@@ -356,6 +362,11 @@ def _check_teacher(config: Config) -> None:
         )
     if config.data.label_source == "teacher" and not writes:
         raise ValueError("data.label_source is 'teacher'; set teacher.rationales to missing or all")
+    if config.data.taught is not None and not (writes and config.data.label_source == "teacher"):
+        raise ValueError(
+            f"data.taught is {config.data.taught!r}: questions whose labels the teacher has to write; "
+            "set teacher.rationales missing and data.label_source teacher"
+        )
     if online and not asks:
         raise ValueError(
             f"teacher.placement is {teacher.placement!r}, but objective.method {objective.method} with "

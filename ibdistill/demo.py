@@ -51,14 +51,20 @@ _T = TypeVar("_T")
 Clause = tuple[str, str]  # a sentence of the question, its clause of the rationale
 
 
-def load_demo(task: str) -> dict[str, list[Record]]:
+def load_demo(task: str, test_seed: int = _SIZES["test"][1]) -> dict[str, list[Record]]:
     """The records of `demo` (train, valid, test) or `demo_pretrain` (train), made on first use.
 
-    The splits share no question, with each other or with the unlabelled text.
+    The splits share no question, with each other or with the unlabelled text. `test_seed` gives
+    other test problems, with everything else as it is.
     Raises ValueError for another task.
     """
     if task == "demo":
-        return {split: list(_corpus()[split]) for split in ("train", "valid", "test")}
+        splits = {split: list(_corpus()[split]) for split in ("train", "valid", "test")}
+        size, seed = _SIZES["test"]
+        if test_seed != seed:
+            ban = {record.question for part in _corpus().values() for record in part}
+            splits["test"] = generate(size, test_seed, lexicon.TARGET, "demo/test", ban)
+        return splits
     if task == "demo_pretrain":
         return {"train": list(_pretraining())}
     raise ValueError(f"task {task!r} is not a demo task; choose from demo, demo_pretrain")

@@ -135,7 +135,9 @@ def prepare(config: Config, world: World) -> Job:
     streams, wanted = objectives.streams_of(config.objective), objectives.wanted(config.objective)
     unlabelled = agreement.questions(config.data)
     writes = config.teacher.rationales != "none"
+    taught = agreement.questions(config.data, "taught")
     records = tasks.load(config.data, needs_rationale="explain" in streams and not writes)
+    records = dataclasses.replace(records, train=records.train + taught)
     teacher = None
     if config.student.tokenizer == "train" and writes:  # on the teacher's words too
         records, teacher = _written(config, records, world, stop, wanted)

@@ -130,6 +130,8 @@ def _checked(name: str, value: Any, annotation: Any) -> Any:
         return [_checked(name, item, inner[0]) for item in value]
     if annotation in (bool, str) and isinstance(value, annotation):
         return value
+    if annotation is bool and value in ("true", "false"):  # as YAML writes it; fire knows True and False only
+        return value == "true"
     number = _number(value)
     if annotation is float and number is not None:
         return float(number)

@@ -140,7 +140,7 @@ def read_demo(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str
 
     return {
         split: [Example(record, record.id) for record in records]
-        for split, records in load_demo(task).items()
+        for split, records in load_demo(task, data.demo_test_seed).items()
     }
 
 

@@ -24,8 +24,8 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
+from ibdistill import agreement, distributed, preflight, rationales, tasks
 from ibdistill import config as configuration
-from ibdistill import distributed, preflight, rationales, tasks
 from ibdistill.distributed import StopRequest
 
 
@@ -45,8 +45,9 @@ def main(
         config = configuration.load(recipe, overrides)
         config.rationale_folder()  # before the data is read
         preflight.check_models(config, world, with_student=False, with_teacher=True)
-        records = tasks.load(config.data, needs_rationale=False)
-        rationales.write(config, records.train, world, StopRequest(), part=share)
+        records = tasks.load(config.data, needs_rationale=False).train
+        records += agreement.questions(config.data, "taught")
+        rationales.write(config, records, world, StopRequest(), part=share)
     dist.destroy_process_group()
 
 

@@ -88,7 +88,7 @@ def test_intervals_over_seeds():
     assert compare_runs.interval([0.4])[0] == 0.4 and math.isnan(compare_runs.interval([0.4])[1])
     assert compare_runs.interval([0.0, 1.0]) == pytest.approx((0.5, 12.706 * math.sqrt(0.5) / math.sqrt(2)))
     many = [0.0, 1.0] * 20
-    assert compare_runs.interval(many)[1] == pytest.approx(1.96 * 0.50637 / math.sqrt(40), rel=1e-4)
+    assert compare_runs.interval(many)[1] == pytest.approx(2.0227 * 0.50637 / math.sqrt(40), rel=1e-4)
 
 
 def test_without_any_events_only_scores_are_drawn(tmp_path, capsys):

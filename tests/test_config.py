@@ -41,6 +41,8 @@ def test_yaml_round_trip():
         ("student.dropout", None, None),
         ("student.dropout", 0.5, 0.5),
         ("data.subsample", 300, 300.0),
+        ("run.tensorboard", "false", False),
+        ("run.tensorboard", "true", True),
     ],
 )
 def test_values_are_brought_to_their_type(name, given, value):
@@ -68,6 +70,7 @@ def test_values_are_brought_to_their_type(name, given, value):
         ("objective.method", True, r"objective.method is True; it must be one of"),
         ("run.dir", 2024, r"run.dir is 2024.*must be of type str; quote it twice"),
         ("run.export", 1, r"run.export is 1.*must be of type bool"),
+        ("run.export", "yes", r"run.export is 'yes'.*must be of type bool"),
         ("data.subsample", 1.5, r"a share in \(0, 1\] or a whole number above 1"),
         ("data.task", 3, r"data.task is 3; it must be of type str or list of str"),
         ("student.dropout", 1.5, r"student.dropout is 1.5; it must be in \[0, 1\)"),

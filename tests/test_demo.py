@@ -207,6 +207,16 @@ def test_unlabelled_questions_carry_no_answer():
         demo.unlabelled(20001)
 
 
+def test_another_seed_gives_other_test_problems_and_nothing_else(splits):
+    fresh = demo.load_demo("demo", test_seed=5)
+    assert fresh["train"] == splits["train"] and fresh["valid"] == splits["valid"]
+    assert len(fresh["test"]) == 2000 and fresh == demo.load_demo("demo", test_seed=5)
+    questions = {r.question for r in fresh["test"]}
+    others = [r for part in splits.values() for r in part] + demo.unlabelled(20000)
+    assert len(questions) == 2000 and questions.isdisjoint(r.question for r in others)
+    assert demo.load_demo("demo", test_seed=777001) == splits
+
+
 def test_callers_get_their_own_lists(splits):
     demo.load_demo("demo")["train"].clear()
     assert len(demo.load_demo("demo")["train"]) == 16000

@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,17 @@ from experts import by_heart, demo_records, taught
 from harness import ROOT, as_arguments, full_disk, kill_session, launch, start, tiny
 from miniatures import lines
 
-from ibdistill import answers, config, evaluation, objectives, rationale_texts, rationales, tasks
+from ibdistill import (
+    agreement,
+    answers,
+    config,
+    demo,
+    evaluation,
+    objectives,
+    rationale_texts,
+    rationales,
+    tasks,
+)
 from ibdistill.distributed import StopRequest
 from ibdistill.evaluation import Answer, Sampling
 from ibdistill.job import prepare
@@ -68,6 +79,7 @@ def asked(expert, tmp_path):
 def write(world, settings, **overrides):
     loaded = config.load(None, settings | overrides)
     records = tasks.load(loaded.data, needs_rationale=False).train
+    records += agreement.questions(loaded.data, "taught")
     return rationales.write(loaded, records, world, StopRequest())
 
 
@@ -329,9 +341,32 @@ def test_a_job_trains_on_what_the_teacher_wrote(world, asked):
     job.engine.destroy()
 
 
+def test_taught_questions_join_the_labelled_records_with_the_teachers_answers(world, asked, monkeypatch):
+    """Right or wrong ones; the labelled records keep theirs, and what has no answer is left out."""
+    names = [f"demo/unlabelled/{i}" for i in range(N)]
+    questions = [
+        replace(r, id=name, label="", rationale="") for name, r in zip(names, demo_records(N), strict=True)
+    ]
+    monkeypatch.setattr(demo, "unlabelled", lambda n: questions[:n])
+    settings = asked | {"data.subsample": 4, "data.taught": N, "data.label_source": "teacher"}
+    job = prepare(config.load(None, settings | {"teacher.rationales": "missing"}), world)
+    said = [replace(r, id=name) for name, r in zip(names, taught(demo_records(N)), strict=True)]
+    assert job.records.train == demo_records(4) + said[:2] + said[3:] and len(job.features) == 13
+    job.board.close()
+    job.engine.destroy()
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        (
+            {"data.taught": 5},
+            "data.taught is 5: questions whose labels the teacher has to write; set teacher",
+        ),
+        (
+            {"data.taught": "x.jsonl", "data.label_source": "teacher"},
+            "data.taught is 'x.jsonl'; for task 'demo' it is a number of questions to generate",
+        ),
         ({"teacher.placement": "none"}, "teacher.rationales all needs an online teacher"),
         ({"teacher.placement": "cache", "teacher.rationale_cache": ""}, "folder in teacher.rationale_cache"),
         (

@@ -165,7 +165,7 @@ def test_demo_keeps_its_splits_and_numbers(monkeypatch):
         return Record(f"demo/{split}/{i}", "demo", "n0 and n1", "n0 + n1", "add", "n0 + n1", ("2", "3"))
 
     splits = {split: [record(split, i) for i in range(4)] for split in ("train", "valid", "test")}
-    monkeypatch.setattr(demo, "load_demo", lambda task: splits)
+    monkeypatch.setattr(demo, "load_demo", lambda task, seed: splits)
     result = loaded("demo", map_numbers=True, subsample=2)
     assert len(result.train) == 2 and set(result.train) < set(splits["train"])
     assert (result.valid, result.test) == ({"demo": splits["valid"]}, {"demo": splits["test"]})
@@ -174,7 +174,7 @@ def test_demo_keeps_its_splits_and_numbers(monkeypatch):
 
 def test_demo_pretraining_is_scored_on_its_validation_split(monkeypatch):
     records = [Record(f"demo_pretrain/train/{i}", "demo_pretrain", "q", "a", "r", "a") for i in range(20)]
-    monkeypatch.setattr(demo, "load_demo", lambda task: {"train": records})
+    monkeypatch.setattr(demo, "load_demo", lambda task, seed: {"train": records})
     result = loaded("demo_pretrain")
     assert len(result.train) == 18 and result.test == result.valid and len(result.test["demo_pretrain"]) == 2
 
