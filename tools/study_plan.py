@@ -169,8 +169,10 @@ def _run(
         config = configuration.load(recipe, settings)
     except ValueError as error:
         raise ValueError(f"{path}: arm {arm}: {error}") from error
-    resolved = {name: value for name, value in settings_.to_flat(config).items() if name != "run.dir"}
-    digest = hashlib.sha256(json.dumps([resolved, ranks], sort_keys=True).encode()).hexdigest()[:8]
+    # What is as by default does not count, or each new setting of a new version would start all runs anew.
+    defaults = settings_.to_flat(Config()) | {"run.dir": config.run.dir}
+    chosen = {name: v for name, v in settings_.to_flat(config).items() if v != defaults[name]}
+    digest = hashlib.sha256(json.dumps([chosen, ranks], sort_keys=True).encode()).hexdigest()[:8]
     label = "" if labels is None else f"-n{labels:g}"
     return Run(
         name=f"{arm}{label}-s{seed}-{digest}",
