@@ -221,6 +221,7 @@ def test_the_refusal_names_what_would_fit(world, monkeypatch):
     monkeypatch.setattr(preflight.distributed, "gather_objects", lambda value: [value] * 4)
     four = type(world)(rank=0, size=4, local_rank=0, device=torch.device("cuda"))
     given = {"student.tokenizer": "train", "objective.method": "kd", "teacher.model": "google/t5-v1_1-xxl"}
+    given["deepspeed.config"] = "zero2"
     chosen = config.load(None, given | {"student.model": "t5-mini", "teacher.placement": "replica"})
     with pytest.raises(ValueError, match=r"teacher 20\.74\), and 3\.00 GiB are free") as refused:
         preflight.check(chosen, four)

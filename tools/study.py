@@ -107,7 +107,15 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
         command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks)]
         command += ["--master_port", str(free_port())]
     command += [str(ROOT / "ibdistill/train.py"), str(recipe)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ours = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )  # a group of its own for each run
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if torch.cuda.is_available() and run.ranks == 1:
         env["CUDA_VISIBLE_DEVICES"] = str(slot)
     start = time.perf_counter()
