@@ -71,7 +71,6 @@ def test_an_array_of_two_one_killed_one_preempted_then_two_machines_do_the_rest(
     share = {i: sum(int(key, 16) % 2 == i for key in halfway) for i in (0, 1)}
     assert set(halfway.values()) == {1} and before.keys() < halfway.keys()
     assert 3 <= share[0] < 20 < share[1] < 40 and sum(share.values()) < N
-    assert f"teacher's text: {N - sum(share.values())} of" not in preempted.log()
 
     settings |= {"teacher.placement": "zero3", "teacher.write_batch_size": 16}
     rest = cluster.submit("--nodes=2", *SCRIPT, *as_arguments(settings))
