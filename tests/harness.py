@@ -50,6 +50,19 @@ def launch(
         raise AssertionError(f"no end after {timeout} s:\n{log.read_text()[-4000:]}") from None
 
 
+def alone() -> dict[str, str]:
+    """The environment for a command that must not join this process's group."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def output_of(*command: str) -> str:
+    """What a Python script prints, run as one process of one thread."""
+    env = alone() | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=300)
+    assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
 def kill_session(process: subprocess.Popen) -> None:
     """SIGKILL for a launcher and all its ranks, as a power failure would."""
     import signal

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 
 import pytest
-from harness import ROOT
+from harness import ROOT, output_of
 
 
 def test_ratios_are_measured_and_predicted():
-    command = [sys.executable, str(ROOT / "tools" / "bench_scaling.py"), "--model", "demo-student"]
-    command += "--questions 2 --question 16 --steps 2 --rounds 1".split()
-    env = {name: v for name, v in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    run = subprocess.run(command, capture_output=True, text=True, env=env | {"OMP_NUM_THREADS": "1"})
-    assert run.returncode == 0, run.stderr[-2000:]
-    lines = [line.split() for line in run.stdout.splitlines() if re.match(r" +[124] ", line)]
+    options = "--model demo-student --questions 2 --question 16 --steps 2 --rounds 1".split()
+    printed = output_of(str(ROOT / "tools" / "bench_scaling.py"), *options)
+    lines = [line.split() for line in printed.splitlines() if re.match(r" +[124] ", line)]
     assert [line[0] for line in lines] == ["1", "2", "4"]
     one, *several = lines
     assert one[7:] == ["-", "1.00", "1.00", "+0%"]

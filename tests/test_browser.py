@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import TRAIN, as_arguments, tiny
+from harness import TRAIN, alone, as_arguments, tiny
 
 from ibdistill.distributed import free_port
 
@@ -79,7 +79,7 @@ def address(tmp_path_factory) -> Iterator[str]:
     """TensorBoard on a finished run, bound to loopback."""
     logdir = tmp_path_factory.mktemp("runs")
     settings = {"run.eval_every": 6, "run.eval_limit": 20, "run.test_limit": 20, "objective.method": "ib"}
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = alone()
     command = [sys.executable, TRAIN, *as_arguments(tiny(logdir / "ours", **settings))]
     run = subprocess.run(command, env=env, capture_output=True, text=True, timeout=180)
     assert run.returncode == 0, run.stderr[-3000:]

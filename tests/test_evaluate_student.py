@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, launch
+from harness import ROOT, alone, launch
 from miniatures import lines
 
 from ibdistill import evaluate_student, models, settings, vocabulary
@@ -126,7 +125,7 @@ def test_what_it_refuses(student, tmp_path, world):
 
 
 def test_the_command_line(student, tmp_path):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = alone()
 
     def command(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from harness import TRAIN, as_arguments, steps, tiny
+from harness import TRAIN, alone, as_arguments, steps, tiny
 
 from ibdistill import hardware, job, metrics, objectives, train
 from ibdistill.config import DataConfig
@@ -284,7 +284,7 @@ def test_truncated_shares(make_job):
 
 
 def test_a_terminal_gets_a_progress_bar_and_a_file_plain_lines(tmp_path):
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    env = alone()
     command = [sys.executable, TRAIN, *as_arguments(tiny(tmp_path / "run", **{"run.test_limit": 2}))]
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))

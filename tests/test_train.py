@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from harness import TRAIN, same, steps, tiny, weights
+from harness import TRAIN, alone, same, steps, tiny, weights
 
 from ibdistill import config as configuration
 from ibdistill import distributed, engine, objectives, train
@@ -156,12 +155,8 @@ def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch
 
 
 def run_command(*arguments: str) -> subprocess.CompletedProcess:
-    # this process's group must not become the command's
-    env = {
-        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    }
     return subprocess.run(
-        [sys.executable, TRAIN, *arguments], capture_output=True, text=True, timeout=120, env=env
+        [sys.executable, TRAIN, *arguments], capture_output=True, text=True, timeout=120, env=alone()
     )
 
 

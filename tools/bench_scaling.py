@@ -21,16 +21,15 @@ rate of a copy. It predicts the ratios: tokens/s of n processes over n times tho
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 import time
-import traceback
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 SPENT = [0.0]
 """Seconds within collectives."""
@@ -163,24 +162,10 @@ def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps:
 
 def run(ranks: int, arguments: tuple, steps: int) -> list[tuple[dict[str, float], ...]]:
     """One round of so many processes, forked after the imports; of each step what each rank measured."""
-    port, children = distributed.free_port(), []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.pt"
-        for rank in range(ranks):
-            process = os.fork()
-            if process == 0:
-                code = 1
-                try:
-                    child(rank, ranks, port, path, arguments, steps)
-                    code = 0
-                except BaseException:
-                    traceback.print_exc()
-                finally:
-                    sys.stderr.flush()
-                    os._exit(code)
-            children.append(process)
-        if any(os.waitpid(process, 0)[1] for process in children):
-            sys.exit(f"a process of {ranks} failed")
+        given = ranks, distributed.free_port(), path, arguments, steps
+        start_processes(child, given, ranks, start_method="fork")
         return torch.load(path)
 
 

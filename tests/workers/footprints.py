@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 STUDENTS = {"demo-student": "fp32", "demo-teacher": "bf16", "demo-teacher-decoder": "bf16"}
 TEACHERS = dict(zip(STUDENTS, ("demo-teacher", "t5-mini", "demo-student-decoder"), strict=True))
@@ -167,28 +167,13 @@ def main(folder: Path, ranks: int) -> None:
     dist.barrier()
 
 
-def fork(folder: Path, ranks: int) -> None:
-    """Run `main` in so many processes; exit if one fails."""
-    port, children = distributed.free_port(), []
-    for rank in range(ranks):
-        child = os.fork()
-        if child == 0:
-            code = 1
-            try:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                main(folder, ranks)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
-        children.append(child)
-    if any(os.waitpid(child, 0)[1] for child in children):
-        sys.exit(f"a rank of {ranks} failed")
+def rank_of(rank: int, folder: Path, ranks: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main(folder, ranks)
 
 
 if __name__ == "__main__":
     for number in sys.argv[2:]:
-        fork(Path(sys.argv[1]), int(number))
+        arguments = Path(sys.argv[1]), int(number), distributed.free_port()
+        start_processes(rank_of, arguments, int(number), start_method="fork")
