@@ -61,6 +61,7 @@ class Case:
     batch_size: int
     precision: str
     zero: str
+    form: str = "states"
 
     def job(self, variant: str, world: World) -> Job:
         values = {
@@ -78,7 +79,7 @@ class Case:
             values |= {"teacher.precision": self.precision}
             values["teacher.placement"] = "zero3" if variant == "cache" else variant
         if variant == "cache":
-            values["teacher.cache"] = f"{self.root}/signals"
+            values |= {"teacher.cache": f"{self.root}/signals", "teacher.cache_form": self.form}
         return prepare(config.load("demo", values), world)
 
 
@@ -150,6 +151,7 @@ def main(
     batch_size: int = 16,
     precision: str = "fp32",
     zero: str = "auto",
+    cache_form: str = "states",
     steps: int = 8,
     rounds: int = 5,
     memory: bool = True,
@@ -159,7 +161,7 @@ def main(
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     root = distributed.run_on_rank_0(tempfile.mkdtemp)
-    case = Case(root, student, teacher, method, batch_size, precision, zero)
+    case = Case(root, student, teacher, method, batch_size, precision, zero, cache_form)
     peaks = {name: measure_memory(case, name) for name in VARIANTS} if memory else {}
     seconds, held = measure_times(case, steps, rounds, world)
     if world.rank:
