@@ -174,8 +174,9 @@ class TeacherConfig:
     """Weights in 8 bits through bitsandbytes; a GPU and placement replica only."""
     cache: str = ""
     """Folder where its answers are kept, so that every question is scored once; empty: none are kept."""
-    cache_form: Literal["states", "topk"] = "states"
-    """What is kept of a target position: the last hidden state, or the most probable tokens."""
+    cache_form: Literal["auto", "states", "topk"] = "auto"
+    """What is kept of a target position: the last hidden state, or the most probable tokens. auto: topk,
+    but states for `objective.mi_pair` teacher, which pools over every token (`signals` has the figures)."""
     cache_top_k: AtLeastOne = 64
     """Tokens a position for `cache_form` topk; the rest is kept as one number, the tail."""
     rationales: Literal["none", "missing", "all"] = "none"
@@ -353,6 +354,8 @@ def _check_teacher(config: Config) -> None:
         objective.estimator = "vid" if online and objective.mi_pair == "student" else "paper"
     if objective.beta is None:
         objective.beta = 1.0 if objective.estimator == "vid" else 0.1
+    if teacher.cache_form == "auto":
+        teacher.cache_form = "states" if objective.mi_pair == "teacher" else "topk"
     wanted = needs_teacher(objective)
     writes = teacher.rationales != "none"
     asks = wanted + [f"teacher.rationales {teacher.rationales}"] * writes

@@ -14,6 +14,7 @@ ONLINE = {
     "teacher.placement": "replica",
     "teacher.model": "demo-teacher",
     "teacher.precision": "fp32",
+    "teacher.cache_form": "states",
     "objective.method": "ib+kd",
     "student.dropout": 0.0,
     "data.subsample": 64,  # 8 steps an epoch, nothing left over
@@ -102,8 +103,8 @@ def test_top_k_says_nearly_what_the_states_say(make_job, tmp_path, k, tolerance)
     whole = make_job(tmp_path / "whole", **ONLINE)
     topk = make_job(
         tmp_path / "topk",
-        **ONLINE,
-        **{"teacher.cache": str(tmp_path / "c"), "teacher.cache_form": "topk", "teacher.cache_top_k": k},
+        **ONLINE
+        | {"teacher.cache": str(tmp_path / "c"), "teacher.cache_form": "topk", "teacher.cache_top_k": k},
     )
     steps(whole, 1)
     steps(topk, 1)

@@ -153,3 +153,10 @@ def test_the_estimator_follows_the_teacher():
     online = config.load(None, ONLINE | {"objective.method": "ib"}).objective
     assert (online.estimator, online.beta) == ("vid", 1.0)
     assert config.load(None, ONLINE | {"objective.method": "ib", "objective.beta": 0.3}).objective.beta == 0.3
+
+
+def test_the_form_of_the_cache_follows_the_objective():
+    pooled = {"objective.method": "ib+kd", "objective.estimator": "paper", "objective.mi_pair": "teacher"}
+    assert config.load(None, ONLINE).teacher.cache_form == "topk"
+    assert config.load(None, ONLINE | {"teacher.cache_form": "states"}).teacher.cache_form == "states"
+    assert config.load(None, ONLINE | pooled).teacher.cache_form == "states"

@@ -61,7 +61,7 @@ class Case:
     batch_size: int
     precision: str
     zero: str
-    form: str = "states"
+    form: str = "topk"
 
     def job(self, variant: str, world: World) -> Job:
         values = {
@@ -151,13 +151,14 @@ def main(
     batch_size: int = 16,
     precision: str = "fp32",
     zero: str = "auto",
-    cache_form: str = "states",
+    cache_form: str = "topk",
     steps: int = 8,
     rounds: int = 5,
     memory: bool = True,
     local_rank: int = -1,
 ) -> None:
-    """`student`, `teacher`: presets or folders; `method`: ib (vid), kd or ib+kd; `precision`: of both."""
+    """`student`, `teacher`: presets or folders; `method`: ib (vid), kd or ib+kd; `precision`: of both;
+    `cache_form`: topk or states, for kd."""
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     root = distributed.run_on_rank_0(tempfile.mkdtemp)
