@@ -96,7 +96,9 @@ class _RMSNorm(torch.autograd.Function):
         product = gradient * normed
         mean = product @ weight.to(product.dtype) / x.shape[-1]
         d_x = (gradient * weight.to(inverse.dtype)).sub_(normed.mul_(mean[..., None])).mul_(inverse)
-        d_weight = product.flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        d_weight = (
+            product.reshape(-1, x.shape[-1]).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        )
         return d_x.to(x.dtype), d_weight, None
 
 
