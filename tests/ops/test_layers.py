@@ -1,4 +1,4 @@
-"""Layers that keep little: values and gradients against the formulas under autograd, masks by their statistics."""
+"""Layers that keep little: values and gradients against the formulas under autograd, masks by statistics."""
 
 import pytest
 import torch
