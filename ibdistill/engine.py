@@ -120,6 +120,9 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
         config=ds_config,
         dist_init_required=False,
     )
+    if world.size == 1 and zero["stage"] == 0:
+        # there is nobody to sum with, and DeepSpeed would copy all gradients into one buffer and back
+        engine.enable_backward_allreduce = False
     return engine
 
 

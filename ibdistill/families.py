@@ -23,8 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
 from ibdistill import data, presets
+from ibdistill.ops import layers
 
 ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
 FAMILIES = dict.fromkeys(("t5", "mt5"), ENCODER_DECODER) | dict.fromkeys(
@@ -144,16 +147,35 @@ def load_model(
     return fused(decodes_greedily(model, tokenizer))
 
 
-def fused(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, whose `gelu_new` (T5 v1.1, GPT-2) is torch's one operation for the same formula.
+class _Norm(T5LayerNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return layers.rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
-    transformers writes it out as eight, and the backward pass keeps most of their results. What the
-    model saves is as before.
+
+class _GatedFeedForward(T5DenseGatedActDense):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rate = self.dropout.p if self.training else 0.0
+        inner = layers.gated_gelu(self.wi_0(hidden_states), self.wi_1(hidden_states), rate)
+        dtype = self.wo.weight.dtype  # kept in fp32 beside fp16 weights; an 8-bit layer casts by itself
+        return self.wo(inner.to(dtype) if dtype.is_floating_point else inner)
+
+
+def fused(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose layers compute the same and keep less for the backward pass (`ops.layers`).
+
+    `gelu_new` (T5 v1.1, GPT-2) becomes torch's one operation for the same formula instead of transformers'
+    eight; dropout, T5's norm and its gated feed-forward become one each. What the model saves is as before.
     """
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+        if type(module) in (T5LayerNorm, MT5LayerNorm):
+            module.__class__ = _Norm
+        elif type(module) in (T5DenseGatedActDense, MT5DenseGatedActDense) and type(module.act) is nn.GELU:
+            module.__class__ = _GatedFeedForward
+        elif type(module) is nn.Dropout:
+            module.__class__ = layers.Dropout
     return model
 
 

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill import dryrun, engine, models, objectives, presets, sharding, vocabulary
 from ibdistill.config import Config, TeacherConfig
 from ibdistill.dryrun import Lengths, Skeleton, Use
 from ibdistill.ops.head_loss import CHUNK_BYTES
+from ibdistill.ops.linear import multiplies_natively
 from ibdistill.teacher import SHARDED
 
 GIB = 2**30
@@ -227,7 +227,7 @@ def head_loss_bytes(
     chunk = CHUNK_BYTES["cpu" if device == "cpu" else "gpu"]
     per_row = 4 * vocabulary * (2 if teacher else 1)
     in_chunk = max(1, min(rows, chunk // per_row))
-    copied = device == "cpu" and precision == "bf16" and not torch.cpu._is_amx_tile_supported()
+    copied = device == "cpu" and not multiplies_natively("cpu", dryrun.DTYPES[precision])
     total = per_row * in_chunk + 4 * vocabulary * width + 4 * rows * width + narrow * rows * width
     total += 4 * vocabulary * width if copied else 0
     total += narrow * (vocabulary * width + rows * width)  # the results, in the parameters' dtype

@@ -226,12 +226,19 @@ def questions_only(batch: Batch) -> Batch:
 
 
 def _encoder_decoder(model: PreTrainedModel, batch: Batch) -> States:
-    encoded = model.get_encoder()(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0]
+    ids = [batch.input_ids, *batch.decoder_input_ids.values()]
+    # one lookup: the gradient of each is as large as the table
+    embedded = model.get_input_embeddings()(torch.cat([part.flatten() for part in ids]))
+    questions, *rest = (
+        rows.unflatten(0, part.shape)
+        for rows, part in zip(embedded.split([part.numel() for part in ids]), ids, strict=True)
+    )
+    encoded = model.get_encoder()(inputs_embeds=questions, attention_mask=batch.attention_mask)[0]
     targets = {}
-    for index, (stream, input_ids) in enumerate(batch.decoder_input_ids.items()):
-        rows = slice(index * len(input_ids), (index + 1) * len(input_ids))
+    for index, (stream, inputs) in enumerate(zip(batch.decoder_input_ids, rest, strict=True)):
+        rows = slice(index * len(inputs), (index + 1) * len(inputs))
         decoded = model.get_decoder()(
-            input_ids=input_ids,
+            inputs_embeds=inputs,
             encoder_hidden_states=encoded[rows],
             encoder_attention_mask=batch.attention_mask[rows],
             use_cache=False,

@@ -83,7 +83,8 @@ def test_model_states_and_traffic_of_the_student(folder, ranks, name, stage):
         assert fact["states"]["optimizer"] == pytest.approx(states["optimizer"], rel=0.01)
         assert fact["buckets"] == parts["buckets"]
     expected = costs.student_traffic(sizes, precision, zero, 1, gathered)
-    if ranks == 1:  # nothing is gathered then, though gradients are reduced all the same
+    if ranks == 1:  # nothing is gathered then, though ZeRO's stages reduce gradients all the same
+        expected = {} if stage == "zero0" else expected
         expected.pop("all_gather", None)
     names = {"all_gather_into_tensor": "all_gather", "reduce_scatter_tensor": "reduce_scatter"}
     for fact in facts:

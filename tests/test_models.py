@@ -74,7 +74,7 @@ def test_question_states_are_the_encoders_own_for_the_predict_stream(streams):
     assert not only.targets
 
 
-def test_the_fused_gelu_is_the_same_function_and_leaves_no_trace_in_what_is_saved(tmp_path):
+def test_fused_layers_are_the_same_functions_and_leave_no_trace_in_what_is_saved(tmp_path):
     torch.manual_seed(0)
     gated = dict(feed_forward_proj="gated-gelu", dropout_rate=0.0)
     model = T5ForConditionalGeneration(T5Config(**SHAPE, num_decoder_layers=2, **gated)).double()
@@ -92,12 +92,13 @@ def test_the_fused_gelu_is_the_same_function_and_leaves_no_trace_in_what_is_save
     assert families.fused(model) is model
     fused_bytes, fused = kept_and_gradients()
     assert sum(isinstance(m, torch.nn.GELU) for m in model.modules()) == 4
-    torch.testing.assert_close(fused, plain, rtol=1e-9, atol=1e-9)
-    assert fused_bytes < 0.95 * plain_bytes
+    # transformers' norm takes its mean in fp32 whatever the dtype
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+    assert fused_bytes < 0.8 * plain_bytes
     model.save_pretrained(tmp_path)
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
     states = models.states(loaded, batch).targets["explain"]
-    torch.testing.assert_close(states, models.states(model, batch).targets["explain"], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(states, models.states(model, batch).targets["explain"], rtol=1e-5, atol=1e-6)
 
 
 def test_the_loss_head_shares_the_models_parameter():

@@ -75,7 +75,15 @@ def record(
     V: int, dtype: torch.dtype, lengths: tuple[int, ...] = (3, 3), lanes: int = 32, D: int = 16
 ) -> dict[str, list[Launch]]:
     """Case -> the launches of one call of it, with questions of these lengths in both streams."""
-    from ibdistill.ops import head_loss_launches, head_loss_triton, launch, teaching_triton, vid, vid_triton
+    from ibdistill.ops import (
+        head_loss_launches,
+        head_loss_triton,
+        launch,
+        linear,
+        teaching_triton,
+        vid,
+        vid_triton,
+    )
     from ibdistill.ops.arguments import Call, MISettings, Stream, Teacher, TeacherStream, Weights
 
     cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
@@ -109,7 +117,7 @@ def record(
             head_loss_triton.compute(call, head, None, [True, True, head is not None, False])
             out[case], launches[:] = list(launches), []
         # as on a GPU: the product in the states' dtype
-        with mock.patch.object(torch.cpu, "_is_amx_tile_supported", lambda: True):
+        with mock.patch.object(linear, "multiplies_natively", lambda *_: True):
             for case, width in (("VID, D_t = 1024", 1024), ("VID, D_t = 768", 768)):
                 vector, states = torch.zeros(width), torch.zeros(sum(lengths), width, dtype=dtype)
                 arguments = (hidden.hidden, torch.zeros(width, D, dtype=dtype), vector, vector, states)
