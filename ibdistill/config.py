@@ -103,6 +103,12 @@ class DataConfig:
     """Relative weights of a mixture's tasks; none: their sizes to the power 1 / `mixture_temperature`."""
     mixture_temperature: Positive = 1.0
     """1: tasks in proportion to their sizes; larger: more even."""
+    derive_rationales: bool = False
+    """Give SVAMP.json, which has none, rationales derived from its equations (`formats.derived_rationale`):
+    they are right, and no human wrote them."""
+    choice_labels: Literal["text", "letter"] = "text"
+    """Training labels of multiple-choice tasks: the right option's text, as in the DSS release, or its
+    letter, which a student without pretraining can spell. Answers may give either."""
     map_numbers: bool = False
     """Write the i-th number of a question as `n<i>` in all texts (arithmetic tasks)."""
     bucket_batches: AtLeastOne = 1

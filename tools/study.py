@@ -6,7 +6,7 @@
     python tools/study.py speed  STUDY.yaml OUT      what a run of each arm costs, for equal compute
     python tools/study.py paper  --help              the paper's tables 1 and 2
 
-Further `--section.field value` go to all arms. A study is a YAML file:
+Further `--section.field value` go to all arms, `data.path` to the models too. A study is a YAML file:
 
     recipe: demo                      # each run is `ibdistill/train.py` with this recipe and
     settings: {optim.max_steps: 900}  # these settings, in rising precedence with an arm's own
