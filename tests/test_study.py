@@ -143,6 +143,10 @@ def test_seeds_share_models_and_a_models_settings_change_its_users():
     other = arms | {"kd": arms["kd"] | {"teacher.model": "{teacher+1}"}}
     kd = next(r for r in built(models=models, variants=2, arms=other).runs if r.arm == "kd")
     assert kd.settings["teacher.model"] == f"runs/{teacher[0].name}/student"
+    further = {"settings": dict(TINY) | {"data.path": "/data"}, "recipe": "svamp"}
+    read = {"teacher": {"recipe": "svamp", "student.model": "demo-teacher", "student.tokenizer": "train"}}
+    found_read = built(models=read, **further)
+    assert {run.settings["data.path"] for run in found_read.models + found_read.runs} == {"/data"}
     models["pretrain"]["optim.max_steps"] = 700
     changed = built(models=models, variants=2, arms=arms)
     assert not {r.name for r in found.runs + found.models} & {r.name for r in changed.runs + changed.models}
