@@ -112,6 +112,12 @@ def options(record: Record) -> list[str]:
     return [text for _, text in _OPTION.findall(record.question)]
 
 
+def letter(label: str, record: Record) -> str:
+    """The letter in parentheses of the option whose text this is; the label itself if there is none."""
+    found = [key for key, text in _OPTION.findall(record.question) if _plain(text) == _plain(label)]
+    return f"({found[0]})" if found else label
+
+
 def same_choice(prediction: str, record: Record) -> bool:
     """As `same_text`; an option of the question may also be named by its letter: `(b) bank`, `(b)`, `b`."""
     options = dict(_OPTION.findall(record.question))

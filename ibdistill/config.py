@@ -103,6 +103,12 @@ class DataConfig:
     """Relative weights of a mixture's tasks; none: their sizes to the power 1 / `mixture_temperature`."""
     mixture_temperature: Positive = 1.0
     """1: tasks in proportion to their sizes; larger: more even."""
+    derive_rationales: bool = False
+    """Give SVAMP.json, which has none, rationales derived from its equations (`formats.derived_rationale`):
+    they are right, and no human wrote them."""
+    choice_labels: Literal["text", "letter"] = "text"
+    """Training labels of multiple-choice tasks: the right option's text, as in the DSS release, or its
+    letter, which a student without pretraining can spell. Answers may give either."""
     map_numbers: bool = False
     """Write the i-th number of a question as `n<i>` in all texts (arithmetic tasks)."""
     bucket_batches: AtLeastOne = 1
@@ -114,6 +120,9 @@ class DataConfig:
     """When the unlabelled questions are answered, as shares of `optim.max_steps` in rising order."""
     agree_share: OpenShare = 0.5
     """Share of each following batch that agreed answers take; the rest stays gold."""
+    agree_use: Literal["labels", "mi"] = "labels"
+    """labels: agreed answers are labels and rationales to learn. mi: all answers, agreed or not, join each
+    batch in the same proportion for the mutual-information term, which is then on them alone."""
     taught: AtLeastOne | str | None = None
     """Unlabelled questions, as for `unlabelled`, that join the training records with the label and rationale
     that the teacher writes (`teacher.rationales` and `label_source` teacher). None: off."""
@@ -205,8 +214,8 @@ class ObjectiveConfig:
     alpha: Share = 0.5
     """Weight of the predict stream's cross entropy (paper: 0.5)."""
     beta: NotNegative | None = None
-    """Weight of the mutual-information term; none: 1 for vid, else 0.1 (as in the paper)."""
-    estimator: Literal["auto", "paper", "normalized", "infonce", "vid"] = "auto"
+    """Weight of the mutual-information term; none: 1 for vid, 0.001 for vib, else 0.1 (as in the paper)."""
+    estimator: Literal["auto", "paper", "normalized", "infonce", "vid", "vib"] = "auto"
     """Form of the mutual-information term: see `ops`. auto: vid with an online teacher, else paper."""
     pool: Literal["max", "mean"] = "max"
     """How a stream's positions are pooled (paper: max)."""
@@ -353,7 +362,7 @@ def _check_teacher(config: Config) -> None:
     if objective.estimator == "auto":
         objective.estimator = "vid" if online and objective.mi_pair == "student" else "paper"
     if objective.beta is None:
-        objective.beta = 1.0 if objective.estimator == "vid" else 0.1
+        objective.beta = {"vid": 1.0, "vib": 1e-3}.get(objective.estimator, 0.1)
     if teacher.cache_form == "auto":
         teacher.cache_form = "states" if objective.mi_pair == "teacher" else "topk"
     wanted = needs_teacher(objective)
@@ -389,7 +398,7 @@ def _check_teacher(config: Config) -> None:
             f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "
             "8-bit weights are not sharded"
         )
-    if objective.mi_pair == "teacher" and objective.estimator in ("infonce", "vid"):
+    if objective.mi_pair == "teacher" and objective.estimator not in ("paper", "normalized"):
         raise ValueError(
             f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
         )
@@ -399,6 +408,8 @@ def _check_agreement(config: Config) -> None:
     """Raise ValueError where the settings of `data.unlabelled` contradict others."""
     data, batch_size = config.data, config.optim.batch_size
     if data.unlabelled is None:
+        if data.agree_use == "mi":
+            raise ValueError("data.agree_use is mi, but of which questions? Name them in data.unlabelled")
         return
     if not data.agree_at or sorted(set(data.agree_at)) != data.agree_at:
         raise ValueError(
@@ -409,6 +420,8 @@ def _check_agreement(config: Config) -> None:
             f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
             f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one gold"
         )
+    if data.agree_use == "mi":
+        _check_mi_on_answers(config)
     if config.objective.method == "finetune":
         raise ValueError(
             "data.unlabelled compares the two streams' answers, and objective.method finetune trains one; "
@@ -418,6 +431,22 @@ def _check_agreement(config: Config) -> None:
         raise ValueError(
             "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
             "teacher.placement"
+        )
+
+
+def _check_mi_on_answers(config: Config) -> None:
+    """Raise ValueError where `data.agree_use` mi contradicts other settings."""
+    objective = config.objective
+    if objective.method != "ib" or objective.beta == 0 or objective.estimator in ("vid", "vib"):
+        raise ValueError(
+            "data.agree_use mi is about the term between the student's two streams; set objective.method ib "
+            f"(it is {objective.method}) with objective.estimator paper, normalized or infonce (it is "
+            f"{objective.estimator}) and objective.beta above 0"
+        )
+    if config.teacher.placement != "none" and needs_teacher(objective):
+        raise ValueError(
+            f"data.agree_use mi takes no teacher's answers, for which {needs_teacher(objective)[0]} asks; "
+            "leave that out"
         )
 
 

@@ -296,7 +296,9 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase | _Rows | None:
 
 
 def student_sizes(config: Config, student: Skeleton, teacher: Skeleton | None) -> Sizes:
-    """The student's parameters and those of vid's map."""
+    """The student's parameters and those of vid's map or vib's noise."""
+    if objectives.uses_vib(config.objective):
+        return [*student.sizes(), (student.head[1], True)]
     if teacher is None or not objectives.uses_vid(config.objective):
         return student.sizes()
     width = teacher.head[1]

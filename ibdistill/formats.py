@@ -2,8 +2,8 @@
 
 The `*_fields` functions take one JSON object; a KeyError or ValueError from them gets the
 record's place from `sources`. Rationales in these rows are human ones (CoS-E, e-SNLI, ANLI,
-GSM8K). The `*_files` functions read the files that a data set was published in, and return
-None where a folder does not hold them.
+GSM8K); `derived_rationale` makes one where there is none. The `*_files` functions read the files
+that a data set was published in, and return None where a folder does not hold them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,30 @@ def svamp_fields(row: dict[str, Any]) -> tuple[str, str, str]:
     if "input" in row:
         return field_text(row, "input"), field_text(row, "label"), ""
     return f"{field_text(row, 'Body')}\n{field_text(row, 'Question')}", field_text(row, "Equation"), ""
+
+
+def derived_rationale(row: dict[str, Any]) -> str:
+    """A worked rationale from the fields Type and Equation of SVAMP.json, for `data.derive_rationales`.
+
+    `( ( 3.0 - 2.0 ) + 26.0 )` of type Addition becomes `This is an addition problem: 3.0 - 2.0, then
+    that + 26.0.` It says which operations are done in which order, and what the data set's authors call
+    the problem; results of operations are left out, since they are no words of the question
+    (`data.map_numbers`). An equation of one number is that number. Raises ValueError for other forms.
+    """
+    kind = field_text(row, "Type").rpartition("-")[2].lower().replace("divison", "division")
+    equation, steps = field_text(row, "Equation"), []
+    inner = re.compile(r"\(\s*([^\s()]+) ([-+*/]) ([^\s()]+)\s*\)")
+    while found := inner.search(equation):
+        steps.append(" ".join(found.groups()))
+        equation = equation[: found.start()] + "that" + equation[found.end() :]
+    if not steps and not re.search(r"[-+*/()\s]", equation):
+        steps, equation = [equation], "that"
+    if equation != "that" or any(step.count("that") > (i > 0) for i, step in enumerate(steps)):
+        raise ValueError(
+            f"the equation {field_text(row, 'Equation')!r} is no chain of operations in parentheses"
+        )
+    article = "an" if kind[0] in "aeiou" else "a"
+    return f"This is {article} {kind} problem: {', then '.join(steps)}."
 
 
 def asdiv_fields(row: dict[str, Any]) -> tuple[str, str, str]:

@@ -35,7 +35,7 @@ from ibdistill.checkpoint import Checkpoints, TrainState
 from ibdistill.config import Config, DataConfig, RunConfig
 from ibdistill.distributed import StopRequest, World
 from ibdistill.metrics import Board, Meter
-from ibdistill.plan import MixedPlan, Plan
+from ibdistill.plan import ExtraPlan, MixedPlan, Plan
 from ibdistill.records import Record
 from ibdistill.signals import Signals
 from ibdistill.teacher import Teacher, Wanted
@@ -100,15 +100,16 @@ class Job:
         )
 
     def mix(self, pseudo: Sequence[Record]) -> None:
-        """Give these records, instead of earlier ones, the pseudo-labelled share of every batch; if there are
-        none, all is gold."""
+        """Give these records, instead of earlier ones, the pseudo-labelled share of every batch, or add them
+        to it (`data.agree_use`); if there are none, all is gold."""
         config = self.config
         prefixes = {name: tasks.TASKS[name].prefixes for name in self.records.test}
         added = data.tokenize(pseudo, prefixes, self.tokenizer, config.data)
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
         if pseudo:
             self.features = self.gold + added
-            self.plan = MixedPlan(self.gold, added, config.data, **batches)
+            mixed = ExtraPlan if config.data.agree_use == "mi" else MixedPlan
+            self.plan = mixed(self.gold, added, config.data, **batches)
         else:
             self.features = self.gold
             self.plan = Plan(self.gold, config.data, **batches)
@@ -118,7 +119,10 @@ class Job:
     def collate(self, rows: np.ndarray) -> data.Batch:
         """Some records as the student reads them."""
         layout = families.layout(self.engine.module.model, self.tokenizer)
-        return data.collate(self.features, rows, self.streams, **layout)
+        batch = data.collate(self.features, rows, self.streams, **layout)
+        if self.config.data.agree_use == "mi":
+            return dataclasses.replace(batch, num_extra=int((np.asarray(rows) >= len(self.gold)).sum()))
+        return batch
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -128,7 +132,8 @@ def prepare(config: Config, world: World) -> Job:
     """
     stop = StopRequest()
     folder = Path(config.run.dir)
-    engine.split_batch(config.optim, world.size)
+    micro_batch_size, _ = engine.split_batch(config.optim, world.size)
+    agreement.check_share(config.data, micro_batch_size)
     engine.settle_ds_config(config, world.size)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
     preflight.check(config, world)
@@ -144,6 +149,7 @@ def prepare(config: Config, world: World) -> Job:
     tokenizer = _tokenizer(config, records, folder)
     student = models.load_student(config.student, tokenizer, config.run.seed)
     models.check_context(student, config.data)
+    objectives.check_family(config.objective, student)
     if config.student.tokenizer != "train" and writes:
         pair = tokenizer, student.get_output_embeddings().weight.shape[0]
         records, teacher = _written(config, records, world, stop, wanted, pair)
@@ -159,7 +165,11 @@ def prepare(config: Config, world: World) -> Job:
     distributed.seed_everything(config.run.seed + world.rank)
     whole = models.WholeModel(student, sharded=engine.zero_stage(config) == 3)
     module = objectives.Distillation(
-        student, config.objective, teacher_width=signals.width if signals else 0, seed=config.run.seed
+        student,
+        config.objective,
+        teacher_width=signals.width if signals else 0,
+        seed=config.run.seed,
+        mi_on_extra=config.data.agree_use == "mi",
     )
     student_engine = engine.build_engine(module, config, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)

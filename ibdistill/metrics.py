@@ -102,11 +102,11 @@ class Interval:
     def gradient_scalars(self, clip_norm: float) -> dict[str, float]:
         """The last step's norm, the share of steps that were clipped, each term's norm and its share.
 
-        `vid` meets the student elsewhere (`objectives.VidMap`) and has no share."""
+        `vid` and `vib` meet the student elsewhere, in the question's states, and have no share."""
         scalars = {"grad/norm": self.norms[-1] if self.norms else 0.0}
         if clip_norm > 0 and self.norms:
             scalars["grad/clipped_share"] = sum(norm > clip_norm for norm in self.norms) / len(self.norms)
-        shared = {name: norm for name, norm in self.gradients.items() if name != "vid"}
+        shared = {name: norm for name, norm in self.gradients.items() if name not in ("vid", "vib")}
         total = sum(shared.values())
         for name, norm in self.gradients.items():
             scalars[f"grad/norm_{name.removeprefix('ce_')}"] = norm

@@ -200,17 +200,26 @@ class States:
     empty if they were not asked for."""
     questions: Tensor
     """[N_question, D] states of the predict stream's question tokens."""
+    bottleneck: tuple[Tensor, ...] = ()
+    """What a bottleneck returned besides the states."""
 
 
-def states(model: nn.Module, batch: Batch, *, targets: bool = True) -> States:
+def states(
+    model: nn.Module, batch: Batch, *, targets: bool = True, bottleneck: nn.Module | None = None
+) -> States:
     """One forward of both streams, without the head. Without `targets` only what the questions need.
+
+    `bottleneck`, for an encoder-decoder model, stands between the two: called with the encoder's states
+    [S * B, L, D] and their mask it returns what the decoder is to see in their place, and more.
 
     Padded positions come last in their row, so under the causal mask no real position sees
     them: a decoder needs no mask of its own, and positions count from the row's start.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    forward = _encoder_decoder if family(base) == ENCODER_DECODER else _decoder_only
-    return forward(base, batch if targets else questions_only(batch))
+    batch = batch if targets else questions_only(batch)
+    if family(base) == ENCODER_DECODER:
+        return _encoder_decoder(base, batch, bottleneck)
+    return _decoder_only(base, batch)
 
 
 def questions_only(batch: Batch) -> Batch:
@@ -225,7 +234,7 @@ def questions_only(batch: Batch) -> Batch:
     )
 
 
-def _encoder_decoder(model: PreTrainedModel, batch: Batch) -> States:
+def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module | None) -> States:
     ids = [batch.input_ids, *batch.decoder_input_ids.values()]
     # one lookup: the gradient of each is as large as the table
     embedded = model.get_input_embeddings()(torch.cat([part.flatten() for part in ids]))
@@ -234,12 +243,13 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch) -> States:
         for rows, part in zip(embedded.split([part.numel() for part in ids]), ids, strict=True)
     )
     encoded = model.get_encoder()(inputs_embeds=questions, attention_mask=batch.attention_mask)[0]
+    seen, *more = (encoded,) if bottleneck is None else bottleneck(encoded, batch.attention_mask)
     targets = {}
     for index, (stream, inputs) in enumerate(zip(batch.decoder_input_ids, rest, strict=True)):
         rows = slice(index * len(inputs), (index + 1) * len(inputs))
         decoded = model.get_decoder()(
             inputs_embeds=inputs,
-            encoder_hidden_states=encoded[rows],
+            encoder_hidden_states=seen[rows],
             encoder_attention_mask=batch.attention_mask[rows],
             use_cache=False,
         )[0]
@@ -247,7 +257,7 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch) -> States:
         # T5 with tied embeddings scales what goes into the head
         scales = getattr(model.config, "scale_decoder_outputs", False)
         targets[stream] = hidden * model.config.d_model**-0.5 if scales else hidden
-    return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions))
+    return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions), tuple(more))
 
 
 def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:

@@ -4,7 +4,7 @@
             + gamma (alpha KD_predict + (1 - alpha) KD_explain)
 
 with each CE and KD a mean over the step's target tokens and MI a mean over the step's
-questions (`vid`: over the tokens of its questions), over all ranks and micro-batches. A
+questions (`vid`, `vib`: over the tokens of its questions), over all ranks and micro-batches. A
 method is a name for which of the weights are zero.
 
 `finetune` keeps alpha out of it: its one term has weight 1, so that its learning rate means
@@ -23,9 +23,10 @@ from torch import Tensor, nn
 from ibdistill import models
 from ibdistill.config import ObjectiveConfig
 from ibdistill.data import Batch
+from ibdistill.families import ENCODER_DECODER, family
 from ibdistill.metrics import GRADIENT
 from ibdistill.ops.head_loss import MISettings, Stream, Teacher, Weights, head_loss
-from ibdistill.ops.vid import vid_loss
+from ibdistill.question_terms import Bottleneck, VidMap
 from ibdistill.teacher import TeacherSignal, Wanted
 
 
@@ -36,7 +37,7 @@ def streams_of(objective: ObjectiveConfig) -> Sequence[str]:
 
 def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
     """The mutual-information term that the head loss computes, or None."""
-    if "ib" not in objective.method or objective.beta == 0 or objective.estimator == "vid":
+    if "ib" not in objective.method or objective.beta == 0 or objective.estimator in ("vid", "vib"):
         return None
     return MISettings(
         estimator=objective.estimator,
@@ -50,6 +51,22 @@ def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
 def uses_vid(objective: ObjectiveConfig) -> bool:
     """Whether the mutual-information term is the one between teacher and student states."""
     return "ib" in objective.method and objective.beta != 0 and objective.estimator == "vid"
+
+
+def uses_vib(objective: ObjectiveConfig) -> bool:
+    """Whether the mutual-information term is the bottleneck between question and decoder."""
+    return "ib" in objective.method and objective.beta != 0 and objective.estimator == "vib"
+
+
+def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
+    """Raise ValueError for `vib` with a model in which no single state stands between question and answer."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if uses_vib(objective) and family(base) != ENCODER_DECODER:
+        raise ValueError(
+            f"objective.estimator is vib, but student.model is decoder-only ({base.config.model_type}): its "
+            "answer reads the question's states in every layer; choose an encoder-decoder student or another "
+            "estimator"
+        )
 
 
 def distils(objective: ObjectiveConfig) -> bool:
@@ -170,54 +187,29 @@ def teacher_agreement(signal: TeacherSignal, batch: Batch) -> dict[str, Tensor]:
     return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(bounds) - 1).float()}
 
 
-class VidMap(nn.Module):
-    """What the variational bound between teacher and student states learns, and throws away at export.
-
-    t ~ N(W s + b, diag exp(g)) for a question token's student state s [D] and teacher state
-    t [D_teacher] (Ahn et al., CVPR 2019, arXiv 1904.05835). Its parameters are an optimizer
-    group of their own, without weight decay (`engine`).
-    """
-
-    def __init__(self, width: int, teacher_width: int, seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.weight = nn.Parameter(torch.randn(teacher_width, width, generator=generator) * width**-0.5)
-        self.bias = nn.Parameter(torch.zeros(teacher_width))
-        self.log_variance = nn.Parameter(torch.zeros(teacher_width))
-
-    def forward(
-        self, student: Tensor, teacher: Tensor, factor: float, *, measures: bool
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`factor` times the sum over tokens (nats a teacher dimension), 0-d fp32; `vid`, the sum, detached.
-
-        With `measures` also `gradient_vid`, as in `term_gradients` but in the question states: those are
-        where this term meets the student, so its norm is no share of the others'.
-        """
-        learned = self.weight, self.bias, self.log_variance
-        loss = vid_loss(student, teacher, *learned)
-        terms = {"vid": loss.detach()}
-        if measures:
-            with torch.enable_grad():
-                states = student.detach().requires_grad_()
-                alone = factor * vid_loss(states, teacher, *(p.detach() for p in learned))
-            terms[f"{GRADIENT}vid"] = torch.autograd.grad(alone, states)[0].float().square().sum()
-        return factor * loss, terms
-
-
 class Distillation(nn.Module):
     """What the engine wraps: the student, its head and the loss, in one forward."""
 
     def __init__(
-        self, model: nn.Module, objective: ObjectiveConfig, *, teacher_width: int = 0, seed: int = 0
+        self,
+        model: nn.Module,
+        objective: ObjectiveConfig,
+        *,
+        teacher_width: int = 0,
+        seed: int = 0,
+        mi_on_extra: bool = False,
     ) -> None:
-        """`teacher_width`: size of the teacher's question states, for the estimator vid."""
+        """`teacher_width`: size of the teacher's question states, for the estimator vid. `mi_on_extra`: the
+        term between the streams is on a batch's extra questions, and the cross entropies on the others."""
         super().__init__()
+        self.mi_on_extra = mi_on_extra
         self.model = model
         self.head = _LossHead(model.get_output_embeddings())
         self.objective = objective
         self.mi = mi_settings(objective)
         width = model.get_input_embeddings().embedding_dim
         self.vid = VidMap(width, teacher_width, seed) if uses_vid(objective) else None
+        self.vib = Bottleneck(width) if uses_vib(objective) else None
 
     def forward(
         self,
@@ -228,23 +220,47 @@ class Distillation(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the step's total (0-d fp32), and the sums of all terms, detached.
 
-        `question_tokens`: of the whole step, for vid.
+        `question_tokens`: of the whole step, for vid and vib.
         """
-        states = models.states(self.model, batch)
+        states = models.states(self.model, batch, bottleneck=self.vib)
         streams = {
             name: Stream(hidden, batch.labels[name], batch.cu[name])
             for name, hidden in states.targets.items()
         }
-        total, terms = self.head(
-            streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(signal)
-        )
+        if self.mi_on_extra:
+            total, terms = self._apart(streams, weights, len(batch.question_ids) - batch.num_extra)
+        else:
+            total, terms = self.head(
+                streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(signal)
+            )
         if self.vid is not None:
             factor = self.objective.beta / question_tokens
             vid, more = self.vid(states.questions, signal.questions, factor, measures=self.head.measures)
             total, terms = total + vid, terms | more
+        if self.vib is not None:
+            kl, squares = states.bottleneck
+            factor = self.objective.beta / question_tokens
+            total, terms["vib"] = total + factor * kl, kl.detach()
+            if self.head.measures:  # in the question's states, as for vid
+                terms[f"{GRADIENT}vib"] = factor**2 * squares.detach()
         if self.head.measures and signal is not None and signal.targets:
             terms |= teacher_agreement(signal, batch)
         return total, terms
+
+    def _apart(
+        self, streams: dict[str, Stream], weights: Weights, num_gold: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross entropies of the first questions and the mutual-information term of the others.
+
+        Both calls are made in any case, with nothing if need be: under ZeRO-3 all ranks and steps use
+        their modules in the same order.
+        """
+        parts = [_split(streams[name], num_gold) for name in ("predict", "explain")]
+        gold, extra = zip(*parts, strict=True)
+        total, terms = self.head(*gold, replace(weights, mi=0.0), None, None)
+        more, own = self.head(*extra, Weights(ce_predict=0.0, mi=weights.mi), self.mi, None)
+        own = {name: value for name, value in own.items() if name.removeprefix(GRADIENT).startswith("mi")}
+        return total + more, terms | own
 
     def _teacher(self, signal: TeacherSignal | None) -> Teacher | None:
         if signal is None or not signal.targets:
@@ -260,13 +276,24 @@ class Distillation(nn.Module):
         )
 
 
+def _split(stream: Stream, questions: int) -> tuple[Stream, Stream]:
+    """The first questions' positions, and the others'."""
+    hidden, labels, cu = stream
+    at = int(cu[questions])
+    return (
+        Stream(hidden[:at], labels[:at], cu[: questions + 1]),
+        Stream(hidden[at:], labels[at:], cu[questions:] - cu[questions]),
+    )
+
+
 def means(sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
     """Terms as people read them, from sums and counts of the same steps.
 
     Cross entropies and divergences in nats a token, the mutual-information terms in nats a
-    question; `vid` in nats a question token and teacher dimension.
+    question; `vid` in nats a question token and teacher dimension, `vib` in nats a question token, its
+    twin in the explain stream included.
     """
-    counts = counts | {"vid": counts.get("question_tokens", 0)}
+    counts = counts | dict.fromkeys(("vid", "vib"), counts.get("question_tokens", 0))
     return {
         name: value / (counts.get(name.rsplit("_", 1)[-1]) or sums.get("mi_questions") or 1)
         for name, value in sums.items()
@@ -282,4 +309,5 @@ def total(objective: ObjectiveConfig, mean: dict[str, float]) -> float:
     value = sum(share * mean[f"ce_{stream}"] for stream, share in shares.items())
     if distils(objective):
         value += objective.gamma * sum(share * mean[f"kd_{stream}"] for stream, share in shares.items())
-    return value + (objective.beta or 0.0) * mean.get("vid", mean.get("mi", 0.0))
+    term = next((mean[name] for name in ("vid", "vib", "mi") if name in mean), 0.0)
+    return value + (objective.beta or 0.0) * term

@@ -56,6 +56,8 @@ class Source:
     original: Callable[[Path], dict[str, list[Row]] | None] | None = None
     """Reads the data set's own files in a folder; None where they are not there."""
     original_files: str = ""
+    derive: Callable[[dict[str, Any]], str] | None = None
+    """Row of the original files -> a rationale, for `data.derive_rationales`."""
     folders: tuple[str, ...] = ()
     """Other names that a folder of this data set may have under `data.path`."""
 
@@ -68,7 +70,7 @@ def read(source: Source, data: DataConfig, *, needs_rationale: bool) -> dict[str
             outputs that are needed and missing or whose number differs from that of the records.
     """
     if data.path is None:
-        return _examples(source.name, source.fields, _hub_rows(source))
+        return _examples(source.name, _fields(source, data, released=True), _hub_rows(source))
     path = Path(data.path)
     _check_exists(path)
     for root in [*(path / name for name in (source.name, *source.folders)), path]:
@@ -84,13 +86,25 @@ def read(source: Source, data: DataConfig, *, needs_rationale: bool) -> dict[str
             f"{path / source.name} and {path}; name the folder that has them, or leave data.path empty "
             "to load from the hub"
         )
-    splits = _examples(source.name, source.fields, rows)
+    splits = _examples(source.name, _fields(source, data, released), rows)
     # The release exists for its LLM rationales; to fall back on human ones would be another method.
     required = data.label_source == "llm" or (needs_rationale and (released or data.llm != "palm"))
     return {
         split: _with_llm_outputs(root, source.name, split, examples, data, required and split == "train")
         for split, examples in splits.items()
     }
+
+
+def _fields(source: Source, data: DataConfig, released: bool) -> Callable[[dict[str, Any]], tuple]:
+    """`source.fields`, with the derived rationale if that is asked for."""
+    if not data.derive_rationales:
+        return source.fields
+    if source.derive is None or released:
+        raise ValueError(
+            f"data.derive_rationales reads the original SVAMP.json, and data.path is {data.path!r}: name the "
+            "folder that has this file (and no files of the DSS release), or leave the setting out"
+        )
+    return lambda row: (*source.fields(row)[:2], source.derive(row))
 
 
 def read_jsonl(data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
@@ -265,6 +279,7 @@ SVAMP = Source(
     hub_splits={"train": "train", "test": "test"},
     original=formats.svamp_files,
     original_files="SVAMP.json",
+    derive=formats.derived_rationale,
 )
 ASDIV = Source(
     name="asdiv",

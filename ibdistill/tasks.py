@@ -150,6 +150,8 @@ def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
             train, valid, test = (
                 [r if r.quantities else map_numbers(r) for r in part] for part in (train, valid, test)
             )
+        if data.choice_labels == "letter":
+            train = [replace(record, label=answers.letter(record.label, record)) for record in train]
         loaded.train.extend(train)
         loaded.valid[task.name], loaded.test[task.name] = valid, test
         for split, part in (("train", train), ("valid", valid), ("test", test)):
@@ -182,6 +184,13 @@ def _checked_tasks(data: DataConfig) -> list[Task]:
         arithmetic = ", ".join(task.name for task in TASKS.values() if task.arithmetic)
         raise ValueError(
             f"data.map_numbers is for arithmetic tasks ({arithmetic}), not {', '.join(others)}: turn it off"
+        )
+    if data.derive_rationales and names != ["svamp"]:
+        raise ValueError(f"data.derive_rationales is for task svamp, not {', '.join(names)}: turn it off")
+    if data.choice_labels == "letter" and any(task.is_correct is not answers.same_choice for task in tasks):
+        raise ValueError(
+            f"data.choice_labels is 'letter', which is for tasks of options (cqa), not {', '.join(names)}; "
+            "leave it at text"
         )
     if data.path is not None and all(task.generated for task in tasks):
         raise ValueError(f"data.path {data.path!r}: {', '.join(names)} is generated; leave data.path empty")

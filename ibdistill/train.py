@@ -134,20 +134,23 @@ def train_step(job: Job) -> None:
 
 
 def refresh(job: Job) -> None:
-    """Answer the unlabelled questions; the agreed answers are learned from, from this step on. Collective."""
+    """Answer the unlabelled questions; the answers in use are learned from, from this step on. Collective."""
     config, start = job.config, time.perf_counter()
     with job.whole() as model:
         predictions = evaluation.evaluate(
             model, job.tokenizer, job.unlabelled, job.streams, config.data, job.world
         )
-    pseudo = agreement.agreed(predictions)
+    pseudo = agreement.used(predictions, config.data)
     scalars = agreement.scalars(predictions, pseudo, time.perf_counter() - start)
     # at the first step that learns from them: a run that is resumed here purges it and writes it again
     job.board.scalars(scalars, job.state.step + 1)
     brief = "  ".join(f"{tag.removeprefix('agree/')} {value:.4g}" for tag, value in scalars.items())
     logger.info("after step %d  unlabelled questions: %s", job.state.step, brief)
     if len(pseudo) < config.data.pseudo_batch_size(config.optim.batch_size):
-        logger.warning("%d agreed answers do not fill their share of a batch: all of it is gold", len(pseudo))
+        what = "agreed" if config.data.agree_use == "labels" else "whole"
+        logger.warning(
+            "%d %s answers do not fill their share of a batch: all of it is gold", len(pseudo), what
+        )
         pseudo = []
     try:
         write = partial(agreement.write, job.folder, job.state.step, pseudo)

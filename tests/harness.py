@@ -91,7 +91,11 @@ def as_arguments(settings: dict[str, object]) -> list[str]:
 
 
 def weights(job) -> dict:
-    return {name: p.detach().clone() for name, p in job.engine.module.named_parameters()}
+    """All that is trained, whole under ZeRO-3 too."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(job.engine.module.parameters())):
+        return {name: p.detach().clone() for name, p in job.engine.module.named_parameters()}
 
 
 def steps(job, n: int) -> None:

@@ -3,8 +3,11 @@
 import json
 
 import numpy as np
+import pytest
 from miniatures import DATA, array, lines, read, read_refused, real_data
 
+from ibdistill.arithmetic import evaluate
+from ibdistill.formats import derived_rationale
 from ibdistill.tasks import TASKS
 
 
@@ -84,6 +87,43 @@ def test_original_svamp_is_split_as_the_release_splits_it(tmp_path):
     assert read("svamp", tmp_path)["train"][7].llm == said("train", 8)[7]
 
 
+@pytest.mark.parametrize(
+    ("equation", "kind", "rationale"),
+    [
+        ("( 8.0 - 3.0 )", "Subtraction", "This is a subtraction problem: 8.0 - 3.0."),
+        (
+            "( ( 3.0 - 2.0 ) + 26.0 )",
+            "Addition",
+            "This is an addition problem: 3.0 - 2.0, then that + 26.0.",
+        ),
+        (
+            "( 13.0 - ( 3.0 - 13.0 ) )",
+            "Subtraction",
+            "This is a subtraction problem: 3.0 - 13.0, then 13.0 - that.",
+        ),
+        ("( 6.0 / 2.0 )", "Common-Divison", "This is a division problem: 6.0 / 2.0."),  # the file's own typo
+        ("8.0", "Common-Division", "This is a division problem: 8.0."),
+    ],
+)
+def test_a_rationale_derived_from_an_equation(equation, kind, rationale):
+    assert derived_rationale({"Equation": equation, "Type": kind}) == rationale
+
+
+@pytest.mark.parametrize(
+    "equation", ["( ( 1.0 + 2.0 ) * ( 3.0 + 4.0 ) )", "8.0 - 3.0", "( 8.0 - 3.0", "( 8.0 ^ 3.0 )"]
+)
+def test_an_equation_that_is_no_chain_gets_no_rationale(tmp_path, equation):
+    row = {"Body": "b", "Question": "q", "Equation": equation, "Type": "Addition"}
+    array(tmp_path / "SVAMP.json", [row] * 10)
+    read_refused("is no chain of operations in parentheses", "svamp", tmp_path, derive_rationales=True)
+    assert read("svamp", tmp_path)["train"][0].record.rationale == ""
+
+
+def test_derived_rationales_need_the_original_file(tmp_path):
+    release(tmp_path, "svamp", [{"input": "q", "label": "( 1.0 + 2.0 )"}])
+    read_refused("data.derive_rationales reads the original SVAMP", "svamp", tmp_path, derive_rationales=True)
+
+
 def cose(root):
     for split in ("train", "dev"):
         choices = [{"label": "A", "text": "safe"}, {"label": "B", "text": "bank"}]
@@ -137,6 +177,12 @@ def test_real_files():
     assert splits["train"][0].record.question == f"{first['Body']}\n{first['Question']}"
     equations = [e.record for examples in splits.values() for e in examples]
     assert all(TASKS["svamp"].is_correct(record.gold, record) for record in equations)
+    derived = read("svamp", DATA, derive_rationales=True)
+    for record in (e.record for examples in derived.values() for e in examples):
+        value = ""
+        for step in record.rationale.removesuffix(".").partition(": ")[2].split(", then "):
+            value = f"({step.replace('that', value)})"
+        assert evaluate(value) == evaluate(record.gold)
 
     splits = read("cqa", DATA)
     assert {k: len(v) for k, v in splits.items()} == {"train": 7610, "test": 950}

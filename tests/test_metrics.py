@@ -16,7 +16,7 @@ import pytest
 import torch
 from harness import TRAIN, alone, as_arguments, steps, tiny
 
-from ibdistill import hardware, job, metrics, objectives, train
+from ibdistill import hardware, job, metrics, objectives, question_terms, train
 from ibdistill.config import DataConfig
 from ibdistill.metrics import Board, Meter
 from ibdistill.ops.head_loss import MISettings, Stream, Weights
@@ -84,7 +84,7 @@ def test_gradients_of_terms_are_those_of_autograd_and_add_up_over_micro_batches(
 def test_the_gradient_of_vid_is_that_of_its_formula():
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(5, width, generator=generator) for width in (8, 6))
-    vid = objectives.VidMap(8, 6, seed=1)
+    vid = question_terms.VidMap(8, 6, seed=1)
     torch.nn.init.normal_(vid.log_variance)
     total, terms = vid(student.requires_grad_(), teacher, 0.3, measures=True)
     residual = teacher - student @ vid.weight.T - vid.bias

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import ROOT
+from harness import ROOT, launch
 from miniatures import said, svamp
 
 sys.path.append(str(ROOT / "tools"))
@@ -143,6 +143,10 @@ def test_seeds_share_models_and_a_models_settings_change_its_users():
     other = arms | {"kd": arms["kd"] | {"teacher.model": "{teacher+1}"}}
     kd = next(r for r in built(models=models, variants=2, arms=other).runs if r.arm == "kd")
     assert kd.settings["teacher.model"] == f"runs/{teacher[0].name}/student"
+    further = {"settings": dict(TINY) | {"data.path": "/data"}, "recipe": "svamp"}
+    read = {"teacher": {"recipe": "svamp", "student.model": "demo-teacher", "student.tokenizer": "train"}}
+    found_read = built(models=read, **further)
+    assert {run.settings["data.path"] for run in found_read.models + found_read.runs} == {"/data"}
     models["pretrain"]["optim.max_steps"] = 700
     changed = built(models=models, variants=2, arms=arms)
     assert not {r.name for r in found.runs + found.models} & {r.name for r in changed.runs + changed.models}
@@ -319,3 +323,22 @@ def test_further_settings_reach_all_arms(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content()))
     plain, changed = (study_plan.load(tmp_path / "a.yaml", f) for f in (None, {"optim.lr": 0.5}))
     assert [run.settings for run in changed.runs] == [r.settings | {"optim.lr": 0.5} for r in plain.runs]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_speed_measures_the_arms_of_so_many_ranks(tmp_path, ranks):
+    steps = {"optim.max_steps": 300}
+    arms = {"dss": {}, "dss-2": {"ranks": 2}, "twice-2": {"ranks": 2, "optim.max_steps": 600}}
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content(arms=arms, seeds=[1], settings=TINY | steps)))
+    script = [str(ROOT / "tools/study.py"), "speed", str(tmp_path / "mini.yaml"), str(tmp_path / "out")]
+    log = tmp_path / "log"
+    assert launch(script, ranks=ranks, log=log) == 0, log.read_text()[-2000:]
+    table = re.findall(r"^(\S+) +([\d.]+) +([\d.]+) +([\d.]+)  (\d+)$", log.read_text(), re.MULTILINE)
+    found = {arm: tuple(map(float, row)) for arm, *row in table}
+    assert found.keys() == ({"dss"} if ranks == 1 else {"dss-2", "twice-2"})
+    milliseconds, seconds, ratio, base_steps = found["dss" if ranks == 1 else "dss-2"]
+    assert seconds == pytest.approx(300 * milliseconds / 1000, abs=0.1) and (ratio, base_steps) == (1.0, 300)
+    if ranks == 2:
+        milliseconds, seconds, _, base_steps = found["twice-2"]
+        assert seconds == pytest.approx(600 * milliseconds / 1000, abs=0.1)
+        assert base_steps == pytest.approx(300 * seconds / found["dss-2"][1], rel=0.05)

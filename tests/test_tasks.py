@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 import pytest
-from miniatures import DATA, array, ids, load_refused, loaded, real_data, said, svamp
+from miniatures import DATA, array, ids, lines, load_refused, loaded, real_data, said, svamp
 
 from ibdistill import demo
 from ibdistill.records import STREAMS, Record
@@ -144,6 +144,8 @@ def test_mixture(tmp_path):
         ("demo", {"valid_share": 1.0}, "data.valid_share is 1.0; it must be between 0 and 1"),
         ("svamp", {"path": "nowhere"}, "data.path 'nowhere' does not exist"),
         ("jsonl", {}, "data.path is not set: the task 'jsonl' needs a file"),
+        ("cqa", {"derive_rationales": True}, "data.derive_rationales is for task svamp, not cqa"),
+        (["cqa", "esnli"], {"choice_labels": "letter"}, "for tasks of options (cqa), not cqa, esnli"),
     ],
 )  # fmt: skip
 def test_bad_settings(task, settings, message):
@@ -185,6 +187,17 @@ def test_ground_truths_that_have_no_value_are_reported(tmp_path):
         tmp_path / "svamp/svamp_test.json", [{"input": "q", "label": "10:45"}, {"input": "q", "label": "9"}]
     )
     assert loaded("svamp", tmp_path).report["svamp/test/unscorable"] == 1
+
+
+def test_letters_for_labels_are_of_the_training_records_only(tmp_path):
+    row = {"question": "q?", "choices": ["safe", "Bank", "c", "d", "e"], "answer": "Bank",
+           "abstractive_explanation": "r"}  # fmt: skip
+    for split in ("train", "test"):
+        lines(tmp_path / f"cqa/cqa_{split}.json", [row] * 20)
+    result = loaded("cqa", tmp_path, needs_rationale=False, choice_labels="letter")
+    assert {(r.label, r.gold) for r in result.train} == {("(b)", "Bank")}
+    assert all(TASKS["cqa"].is_correct(r.label, r) for r in result.train)
+    assert {(r.label, r.gold) for r in result.valid["cqa"] + result.test["cqa"]} == {("Bank", "Bank")}
 
 
 @real_data

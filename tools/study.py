@@ -6,7 +6,7 @@
     python tools/study.py speed  STUDY.yaml OUT      what a run of each arm costs, for equal compute
     python tools/study.py paper  --help              the paper's tables 1 and 2
 
-Further `--section.field value` go to all arms. A study is a YAML file:
+Further `--section.field value` go to all arms, `data.path` to the models too. A study is a YAML file:
 
     recipe: demo                      # each run is `ibdistill/train.py` with this recipe and
     settings: {optim.max_steps: 900}  # these settings, in rising precedence with an arm's own
@@ -192,6 +192,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("study", type=Path, help="YAML file")
     parser.add_argument("out", type=Path, help="folder for runs, logs and results")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     options, rest = parser.parse_known_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the runs
     try:
@@ -212,7 +213,8 @@ def perform(action: str, study: Study, out: Path, jobs: int | None = None) -> in
     if action == "speed":
         import study_speed
 
-        print(study_speed.measure(study, out))
+        if table := study_speed.measure(study, out):
+            print(table)
         return 0
     failed = execute(study, out, jobs or slots()) if action == "run" else []
     if failed:

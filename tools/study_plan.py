@@ -88,10 +88,11 @@ def build(content: Any, path: Path) -> Study:
     variants = content.get("variants", 1)
     if not isinstance(variants, int) or variants < 1:
         raise ValueError(f"{path}: variants is {variants!r}; it must be a whole number above 0")
+    data_path = {k: v for k, v in (content.get("settings") or {}).items() if k == "data.path"}
     models: dict[tuple[str, int], Run] = {}
     for stage, (name, own) in enumerate((content.get("models") or {}).items()):
         for variant in range(variants):
-            own_ = {k: v for k, v in own.items() if k != "recipe"}
+            own_ = data_path | {k: v for k, v in own.items() if k != "recipe"}
             run = _run(path, name, own_, own.get("recipe"), None, variant, models, variant, variants, stage)
             models[name, variant] = run
     runs = []

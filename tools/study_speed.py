@@ -1,15 +1,18 @@
 """What a run of each arm costs, for comparisons at equal compute.
 
-    python tools/study.py speed STUDY.yaml OUT
+    python tools/study.py speed STUDY.yaml OUT                          arms of one rank
+    deepspeed --num_gpus 2 tools/study.py speed STUDY.yaml OUT          arms of two
 
-All arms are loaded into one process and take turns, a few steps each, so that whatever else the
-machine does slows all of them alike. Seconds are those of the process on a CPU, of the clock
-on a GPU: of the steps, and of agreement's answers to the unlabelled questions. Loading,
-evaluation and the text that a teacher writes once are not in it. The models must be there.
+All arms are loaded into one job and take turns, a few steps each, so that whatever else the
+machine does slows all of them alike. Seconds are those of the process for one rank on a CPU, else
+of the clock, waiting for other ranks included: of the steps, and of agreement's answers to the unlabelled
+questions. Loading, evaluation and the text that a teacher writes once are not in it. The models
+must be there.
 """
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +26,11 @@ ROUNDS, STEPS = 12, 10
 
 
 def measure(study: Study, out: Path) -> str:
-    """A table: seconds a step and a run, as a ratio to the baseline's, and its steps in that time."""
+    """A table, on rank 0: seconds a step and a run, as a ratio to the baseline's, and its steps in that time.
+
+    Where the baseline has another number of ranks, the first arm of this number takes its place. Raises
+    ValueError if there is none.
+    """
     import torch
     from study_plan import resolved
 
@@ -32,7 +39,8 @@ def measure(study: Study, out: Path) -> str:
 
     torch.set_num_threads(1)
     world = distributed.init()
-    clock = time.process_time if world.device.type == "cpu" else time.perf_counter
+    alone = world.size == 1 and world.device.type == "cpu"
+    clock = time.process_time if alone else time.perf_counter
 
     def timed(work) -> float:
         start = clock()
@@ -43,13 +51,17 @@ def measure(study: Study, out: Path) -> str:
 
     chosen: dict[str, Run] = {}
     for run in study.runs:
-        if run.ranks == 1:
+        if run.ranks == world.size:
             chosen.setdefault(run.arm, run)
-    with tempfile.TemporaryDirectory() as folder:
+    if not chosen:
+        raise ValueError(f"{study.path} has no arm of {world.size} ranks; start as many as an arm has")
+    baseline = study.baseline if study.baseline in chosen else next(iter(chosen))
+    folder = Path(distributed.run_on_rank_0(tempfile.mkdtemp))
+    try:
         jobs = {}
         for arm, run in chosen.items():
             config = resolved(run, out)
-            config.run.dir = str(Path(folder) / arm)
+            config.run.dir = str(folder / arm)
             jobs[arm] = prepare(config, world)
         steps: dict[str, list[float]] = {arm: [] for arm in jobs}
         for _ in range(ROUNDS):
@@ -62,11 +74,13 @@ def measure(study: Study, out: Path) -> str:
             if refreshes := len(agreement.due_steps(job.config)):
                 whole[arm] += refreshes * timed(lambda job=job: train.refresh(job))
             job.board.close()
-    lines = [
-        f"{'arm':24} {'ms a step':>9} {'s a run':>8} {'ratio':>6}  steps of {study.baseline} in that time"
-    ]
-    base = whole[study.baseline]
-    base_step = median(steps[study.baseline][1:])
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world.rank:
+        return ""
+    lines = [f"{'arm':24} {'ms a step':>9} {'s a run':>8} {'ratio':>6}  steps of {baseline} in that time"]
+    base = whole[baseline]
+    base_step = median(steps[baseline][1:])
     for arm, seconds in whole.items():
         lines.append(
             f"{arm:24} {1000 * median(steps[arm][1:]):9.1f} {seconds:8.1f} {seconds / base:6.2f}"
