@@ -363,7 +363,7 @@ def _check_teacher(config: Config) -> None:
         objective.estimator = "vid" if online and objective.mi_pair == "student" else "paper"
     if objective.beta is None:
         objective.beta = {"vid": 1.0, "vib": 1e-3}.get(objective.estimator, 0.1)
-    if teacher.cache_form == "auto":
+    if teacher.cache and teacher.cache_form == "auto":
         teacher.cache_form = "states" if objective.mi_pair == "teacher" else "topk"
     wanted = needs_teacher(objective)
     writes = teacher.rationales != "none"

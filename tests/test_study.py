@@ -125,6 +125,7 @@ def test_seeds_share_models_and_a_models_settings_change_its_users():
             "objective.method": "kd",
             "teacher.placement": "replica",
             "teacher.model": "{teacher}",
+            "teacher.cache": "{run}/signals",
             "seeds": [1],
         },
     }
@@ -140,6 +141,9 @@ def test_seeds_share_models_and_a_models_settings_change_its_users():
     assert used == {s: f"runs/{pretrain[s % 2].name}/student" for s in (1, 2, 3)}
     kd = next(r for r in found.runs if r.arm == "kd")
     assert kd.stage == 2 and kd.settings["teacher.model"] == f"runs/{teacher[1].name}/student"
+    out = Path("out")
+    assert study_plan.resolved(kd, out).teacher.cache == f"out/runs/{kd.name}/signals"
+    assert study_plan.resolved(kd, out, out / "x").teacher.cache == "out/x/signals"
     other = arms | {"kd": arms["kd"] | {"teacher.model": "{teacher+1}"}}
     kd = next(r for r in built(models=models, variants=2, arms=other).runs if r.arm == "kd")
     assert kd.settings["teacher.model"] == f"runs/{teacher[0].name}/student"

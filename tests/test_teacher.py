@@ -157,6 +157,7 @@ def test_the_estimator_follows_the_teacher():
 
 def test_the_form_of_the_cache_follows_the_objective():
     pooled = {"objective.method": "ib+kd", "objective.estimator": "paper", "objective.mi_pair": "teacher"}
-    assert config.load(None, ONLINE).teacher.cache_form == "topk"
-    assert config.load(None, ONLINE | {"teacher.cache_form": "states"}).teacher.cache_form == "states"
-    assert config.load(None, ONLINE | pooled).teacher.cache_form == "states"
+    cached = ONLINE | {"teacher.cache": "c"}
+    assert config.load(None, cached).teacher.cache_form == "topk"
+    assert config.load(None, cached | {"teacher.cache_form": "states"}).teacher.cache_form == "states"
+    assert config.load(None, cached | pooled).teacher.cache_form == "states"

@@ -11,7 +11,7 @@ Further `--section.field value` go to all arms, `data.path` to the models too. A
     recipe: demo                      # each run is `ibdistill/train.py` with this recipe and
     settings: {optim.max_steps: 900}  # these settings, in rising precedence with an arm's own
     models:                           # trained first; {pretrain} in a setting is the exported student
-      pretrain: {recipe: demo_pretrain}
+      pretrain: {recipe: demo_pretrain}  # and {run} an arm's own run folder
       teacher: {recipe: demo_teacher, student.model: "{pretrain}"}
     variants: 2                       # of each model, with seeds 0 and 1; seed s of an arm uses s mod 2,
                                       # and {pretrain+1} is the other one

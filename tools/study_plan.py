@@ -187,13 +187,17 @@ def _run(
     )
 
 
-def resolved(run: Run, out: Path) -> Config:
-    """The run's whole configuration, with real folders."""
-    settings = {
-        name: str(out / value) if isinstance(value, str) and value.startswith("runs/") else value
-        for name, value in run.settings.items()
-    }
-    return configuration.load(run.recipe or None, settings | {"run.dir": str(out / "runs" / run.name)})
+def resolved(run: Run, out: Path, folder: Path | None = None) -> Config:
+    """The run's whole configuration, with real folders; its own is `folder`, or else one below `out`."""
+    folder = folder or out / "runs" / run.name
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return str(out / value) if value.startswith("runs/") else value.replace("{run}", str(folder))
+
+    settings = {name: placed(value) for name, value in run.settings.items()}
+    return configuration.load(run.recipe or None, settings | {"run.dir": str(folder)})
 
 
 def result(run: Run, out: Path) -> dict[str, Any] | None:

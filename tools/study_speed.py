@@ -60,9 +60,7 @@ def measure(study: Study, out: Path) -> str:
     try:
         jobs = {}
         for arm, run in chosen.items():
-            config = resolved(run, out)
-            config.run.dir = str(folder / arm)
-            jobs[arm] = prepare(config, world)
+            jobs[arm] = prepare(resolved(run, out, folder / arm), world)
         steps: dict[str, list[float]] = {arm: [] for arm in jobs}
         for _ in range(ROUNDS):
             for arm, job in jobs.items():
