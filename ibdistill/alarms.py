@@ -30,8 +30,9 @@ class Alarms:
 
     def __init__(self, records: Sequence[Record] = ()) -> None:
         """`records`: to train on; they say how often guessing is right."""
-        own = [chance(part) for part in _by_task(records).values() for _ in part]
-        self._chance = sum(own) / len(own) if own else 0.0
+        parts = _by_task(records).values()
+        right = sum(len(part) * chance(part) for part in parts)
+        self._chance = right / max(1, sum(map(len, parts)))
         self._in_row: Counter[str] = Counter()
         self._said: set[str] = set()
 

@@ -6,6 +6,7 @@ import logging
 
 import pytest
 
+from ibdistill import alarms
 from ibdistill.alarms import Alarms, chance
 from ibdistill.records import Record
 
@@ -99,3 +100,12 @@ def test_chance_of_guessing():
     assert chance(records("esnli", ["a"] * 40, ["a", "b"] * 20)) == 0.5
     assert chance(records("svamp", ["1"] * 4, ["1", "2", "3", "4"])) == 0.0
     assert chance([]) == 0.0
+
+
+def test_chance_is_taken_once_a_task(monkeypatch):
+    """Not once a record, which made the start of a run on 16,000 records take minutes."""
+    calls = []
+    monkeypatch.setattr(alarms, "chance", lambda part: calls.append(len(part)) or 1 / len(part))
+    records = [Record("0", task, "q", "l", "", "l") for task in "aabbb"]
+    assert Alarms(records)._chance == pytest.approx((2 * 1 / 2 + 3 * 1 / 3) / 5)
+    assert calls == [2, 3]
