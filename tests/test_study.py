@@ -315,9 +315,10 @@ def test_the_papers_settings_and_figures(tmp_path):
     assert lines[2].split() == ["finetune", "45.50", "45.00"] and lines[4].split() == ["ib", "45.50", "52.50"]
 
 
-def test_further_settings():
+def test_further_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs start in the project's root, and still find the data
     given = study_plan.further_settings(["--optim.lr", "1e-3", "--run.export", "False", "--data.path", "a"])
-    assert given == {"optim.lr": 1e-3, "run.export": False, "data.path": "a"}
+    assert given == {"optim.lr": 1e-3, "run.export": False, "data.path": str(tmp_path / "a")}
     for rest in (["--beta", "1"], ["--objective.beta"], ["x"]):
         with pytest.raises(ValueError, match="further settings are given as --section.field value"):
             study_plan.further_settings(rest)

@@ -73,7 +73,10 @@ def further_settings(rest: Sequence[str]) -> dict[str, Any]:
     names, values = rest[::2], rest[1::2]
     if len(names) != len(values) or not all(re.fullmatch(r"--\w+\.\w+", name) for name in names):
         raise ValueError(f"{' '.join(rest)}: further settings are given as --section.field value")
-    return {name[2:]: DefaultParseValue(value) for name, value in zip(names, values, strict=True)}
+    given = {name[2:]: DefaultParseValue(value) for name, value in zip(names, values, strict=True)}
+    if "data.path" in given:  # the runs start in the project's root, wherever this process did
+        given["data.path"] = str(Path(str(given["data.path"])).resolve())
+    return given
 
 
 def build(content: Any, path: Path) -> Study:
