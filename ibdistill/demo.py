@@ -62,7 +62,7 @@ def load_demo(task: str, test_seed: int = _SIZES["test"][1]) -> dict[str, list[R
         splits = {split: list(_corpus()[split]) for split in ("train", "valid", "test")}
         size, seed = _SIZES["test"]
         if test_seed != seed:
-            ban = {record.question for part in _corpus().values() for record in part}
+            ban = _questions(*_corpus().values(), _unlabelled())
             splits["test"] = generate(size, test_seed, lexicon.TARGET, "demo/test", ban)
         return splits
     if task == "demo_pretrain":
@@ -80,7 +80,7 @@ def unlabelled(n: int) -> list[Record]:
     """
     if not 0 <= n <= _UNLABELLED[0]:
         raise ValueError(f"the demo corpus has 0 to {_UNLABELLED[0]} unlabelled questions, not {n}")
-    return [replace(record, label="", rationale="") for record in _corpus()["unlabelled"][:n]]
+    return [replace(record, label="", rationale="") for record in _unlabelled()[:n]]
 
 
 def vocabulary() -> list[str]:
@@ -235,13 +235,23 @@ def _event(rng: Random, value: int) -> tuple[str, int, int]:
 
 @cache
 def _corpus() -> dict[str, tuple[Record, ...]]:
-    """The splits and the unlabelled text, each kept free of the questions of those before it."""
+    """The splits, each kept free of the questions of those before it."""
     corpus: dict[str, tuple[Record, ...]] = {}
-    ban: set[str] = set()
-    for split, (size, seed) in {**_SIZES, "unlabelled": _UNLABELLED}.items():
+    for split, (size, seed) in _SIZES.items():
+        ban = _questions(*corpus.values())
         corpus[split] = tuple(generate(size, seed, lexicon.TARGET, f"demo/{split}", ban))
-        ban.update(record.question for record in corpus[split])
     return corpus
+
+
+@cache
+def _unlabelled() -> tuple[Record, ...]:
+    """Problems outside all splits. Most runs need none, and making them takes as long as the splits."""
+    size, seed = _UNLABELLED
+    return tuple(generate(size, seed, lexicon.TARGET, "demo/unlabelled", _questions(*_corpus().values())))
+
+
+def _questions(*parts: Sequence[Record]) -> set[str]:
+    return {record.question for part in parts for record in part}
 
 
 @cache
@@ -250,7 +260,7 @@ def _pretraining() -> tuple[Record, ...]:
     size, seed = _AUXILIARY
     rng = Random(_RESTORE_SEED)
     records = generate(size, seed, lexicon.AUXILIARY, "demo_pretrain/train")
-    for i, record in enumerate(_corpus()["unlabelled"][:_RESTORED]):
+    for i, record in enumerate(_unlabelled()[:_RESTORED]):
         words = record.question.split()
         damaged, spans = _cut_spans(words, rng)
         quantities = " . ".join(f"{words[j - 1]} {w}" for j, w in enumerate(words) if _operand(w)) + " ."

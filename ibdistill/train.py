@@ -10,10 +10,13 @@ SIGTERM.
 # ruff: noqa: E402
 from __future__ import annotations
 
+import gc
 import signal
 
 # Kept pending until `StopRequest` can take it: the imports below last seconds, in which it would kill.
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+# What they make stays to the end: to look for garbage among it costs an eighth of their time.
+gc.disable()
 
 import json
 import logging
@@ -45,6 +48,9 @@ from ibdistill.config import Config
 from ibdistill.distributed import EXIT_DIVERGED
 from ibdistill.evaluation import Prediction
 from ibdistill.job import Job, prepare
+
+gc.freeze()
+gc.enable()
 
 logger = logging.getLogger("ibdistill")
 

@@ -72,7 +72,7 @@ def kill_session(process: subprocess.Popen) -> None:
 
 
 def tiny(folder: Path, **overrides) -> dict[str, object]:
-    """Settings of a run that takes seconds: 12 steps of 8 questions on the demo corpus."""
+    """Settings of a run that takes seconds: 12 steps of 8 questions on the demo corpus, 16 test problems."""
     return {
         "run.dir": str(folder),
         "data.subsample": 100,
@@ -83,6 +83,7 @@ def tiny(folder: Path, **overrides) -> dict[str, object]:
         "optim.max_steps": 12,
         "optim.batch_size": 8,
         "run.log_every": 1,
+        "run.test_limit": 16,
     } | overrides
 
 

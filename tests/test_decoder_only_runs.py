@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from harness import ROOT, TRAIN, as_arguments, launch, steps, tiny
+from harness import TRAIN, as_arguments, launch, steps, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ibdistill import data, evaluation, families, models
@@ -45,25 +45,10 @@ def test_questions_and_rationales_that_do_not_fit_are_refused_before_training(ma
         make_job(**MODEL, **{"data.max_question_tokens": 2000})
 
 
-def test_the_gradient_does_not_depend_on_the_stage(tmp_path):
-    """Of one global batch of 8 on 2 ranks, in micro-batches of 2, method ib."""
-    arguments = [str(ROOT / "tests/workers/gradients.py"), str(tmp_path), "2", MODEL["student.model"]]
-    assert launch(arguments, ranks=2, log=tmp_path / "log") == 0, (tmp_path / "log").read_text()[-4000:]
-    reference = torch.load(tmp_path / "zero0_2ranks.pt")
-    assert len(reference) > 25
-    for stage in (1, 2, 3):
-        ours = torch.load(tmp_path / f"zero{stage}_2ranks.pt")
-        assert reference.keys() == ours.keys()
-        for name, gradient in reference.items():
-            error = (ours[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
-            assert error < 1e-5, f"{stage} {name}: {error}"
-
-
-@pytest.mark.parametrize("stage", [2, 3])
-def test_two_ranks_train_evaluate_and_export_a_student_that_says_the_same(tmp_path, stage):
+def test_two_ranks_train_evaluate_and_export_a_student_that_says_the_same(tmp_path):
     """11 test records: uneven shares. transformers alone loads the export and decodes the run's texts."""
     settings = MODEL | {
-        "deepspeed.config": f"zero{stage}",
+        "deepspeed.config": "zero3",
         "optim.max_steps": 40,
         "optim.warmup_steps": 5,
         "run.test_limit": 11,

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
-from harness import ROOT, tiny
+from harness import ROOT, output_of, tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from workers import footprints as worker
@@ -38,9 +36,7 @@ def folder(tmp_path_factory):
     """What the worker found, in RANKS.pt."""
     made = tmp_path_factory.mktemp("footprints")
     (made / "small.json").write_text(json.dumps({"zero_optimization": worker.SMALL_ZERO3}))
-    command = [sys.executable, str(ROOT / "tests/workers/footprints.py"), str(made), "1", "2", "4"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=400)
-    assert run.returncode == 0, (run.stdout + run.stderr)[-4000:]
+    output_of(str(ROOT / "tests/workers/footprints.py"), str(made))
     return made
 
 

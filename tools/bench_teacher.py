@@ -12,8 +12,8 @@ The floor is `none`'s step plus one bare forward of the whole teacher, in turn w
 own modules on the micro-batch, without the cache, packing or the terms that use it; only the encoder, of the
 predict stream, if the objective reads nothing but question states.
 
-Memory is measured in processes of their own, a set of ranks for each variant: a rank's high-water mark over
-three steps (on a GPU the allocator's, else the resident set's).
+Memory is measured in processes of their own, forked after the imports, a set of ranks for each variant: a
+rank's high-water mark over three steps (on a GPU the allocator's, else the resident set's).
 
 `fidelity` says instead what the forms of the cache keep: bytes a target token, and how far the distillation
 loss and the student's gradient move when a form takes the place of the teacher's own states. It wants a
@@ -140,7 +140,9 @@ def peak_bytes(case: Case, variant: str, port: int) -> int:
 def measure_memory(case: Case, variant: str) -> int:
     """The largest high-water mark of the ranks, each of which starts a process for it."""
     port = distributed.run_on_rank_0(distributed.free_port)
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+    context = multiprocessing.get_context("forkserver")  # which has no device, no threads and no tensors
+    context.set_forkserver_preload(["ibdistill.train"])
+    with ProcessPoolExecutor(1, context) as process:
         return distributed.max_over_ranks(process.submit(peak_bytes, case, variant, port).result())
 
 

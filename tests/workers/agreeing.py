@@ -27,7 +27,7 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
     honest = evaluation.decode
     known = {
         prefix + record.question: text
-        for record in demo._corpus()["unlabelled"]
+        for record in demo._unlabelled()
         for prefix, text in (("predict: ", record.label), ("explain: ", record.rationale))
     }
 

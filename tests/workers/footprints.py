@@ -1,19 +1,16 @@
 """What DeepSpeed really allocates and sends; run by test_footprint.
 
-Ranks are forked after the imports, which cost more than all that is measured. Facts to FOLDER/RANKS.pt:
-case -> what each rank found.
+Ranks are forked (see ranks.py). Facts to FOLDER/RANKS.pt: case -> what each rank found.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing import start_processes
 
 STUDENTS = {"demo-student": "fp32", "demo-teacher": "bf16", "demo-teacher-decoder": "bf16"}
 TEACHERS = dict(zip(STUDENTS, ("demo-teacher", "t5-mini", "demo-student-decoder"), strict=True))
@@ -146,7 +143,7 @@ def measure(name: str, stage: str, teachers: dict, world) -> dict:
     return facts
 
 
-def main(folder: Path, ranks: int) -> None:
+def main(folder: Path) -> None:
     world = distributed.init()
     facts = {}
     for name in STUDENTS:
@@ -163,17 +160,11 @@ def main(folder: Path, ranks: int) -> None:
         for loaded in teachers.values():
             loaded.close()
     if world.rank == 0:
-        torch.save(facts, folder / f"{ranks}.pt")
+        torch.save(facts, folder / f"{world.size}.pt")
     dist.barrier()
 
 
-def rank_of(rank: int, folder: Path, ranks: int, port: int) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    main(folder, ranks)
-
-
 if __name__ == "__main__":
-    for number in sys.argv[2:]:
-        arguments = Path(sys.argv[1]), int(number), distributed.free_port()
-        start_processes(rank_of, arguments, int(number), start_method="fork")
+    from ranks import run
+
+    run(main, Path(sys.argv[1]), ranks=(1, 2, 4))

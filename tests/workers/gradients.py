@@ -1,35 +1,43 @@
-"""Full gradients of one real training step for ZeRO 0 to 3; run through the launcher by test_distributed."""
+"""Full gradients of one real training step for ZeRO 0 to 3, to FOLDER/MODEL_zeroS_Rranks.pt: on the
+launcher's ranks, or else on 1 and on 4 (see ranks.py); run by test_distributed."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
+import ranks
 import torch
 from one_step import gradients_of_step
 
 from ibdistill import config, distributed
 from ibdistill.job import prepare
 
+MODELS = ("demo-student", "demo-student-decoder")
 
-def main(folder: Path, micro_batch_size: int, model: str) -> None:
+
+def main(folder: Path) -> None:
     world = distributed.init()
     settings = {
         "data.subsample": 64,
         "data.max_label_tokens": 16,
         "data.max_rationale_tokens": 48,
-        "student.model": model,
         "student.dropout": 0.0,
         "objective.method": "ib",
         "objective.beta": 0.3,
         "objective.mi_gradient": "both",
         "optim.batch_size": 8,
-        "optim.micro_batch_size": micro_batch_size,
+        "optim.micro_batch_size": 2,
         "optim.clip_norm": 0.0,
     }
-    for stage in range(4):
-        name = f"zero{stage}_{world.size}ranks"
-        settings |= {"deepspeed.config": f"zero{stage}", "run.dir": str(folder / name)}
+    for model, stage in itertools.product(MODELS, range(4)):
+        name = f"{model}_zero{stage}_{world.size}ranks"
+        settings |= {
+            "student.model": model,
+            "deepspeed.config": f"zero{stage}",
+            "run.dir": str(folder / name),
+        }
         job = prepare(config.load(None, settings), world)
         gradients = gradients_of_step(job)
         if world.rank == 0:
@@ -39,4 +47,4 @@ def main(folder: Path, micro_batch_size: int, model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-3]), int(sys.argv[-2]), sys.argv[-1])
+    ranks.run(main, Path(sys.argv[-1]), ranks=(1, 4))

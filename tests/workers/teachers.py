@@ -1,6 +1,7 @@
-"""Steps with every placement of the teacher; run through the launcher by test_teacher.
+"""Steps with every placement of the teacher; run by test_teacher through the launcher on 2 ranks, and without
+it on 1 and 4 (see ranks.py).
 
-For each placement and ZeRO stage of the student: the gradients of one global batch and what
+For each case RANKS/PLACEMENT:STAGE, the stage being the student's: the gradients of one global batch and what
 there is to know about the teacher, to FOLDER/PLACEMENT_zeroS_Rranks.pt.
 """
 
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import ranks
 import torch
 from one_step import gradients_of_step
 
@@ -54,7 +56,7 @@ def in_use() -> tuple[int, int]:
 
 def main(folder: Path, cases: list[str]) -> None:
     world = distributed.init()
-    for case in cases:
+    for case in [case.partition("/")[2] for case in cases if case.startswith(f"{world.size}/")]:
         linear = torch.nn.functional.linear
         placement, stage = case.split(":")
         if placement == "zero3_node":  # two nodes of two ranks each
@@ -72,7 +74,7 @@ def main(folder: Path, cases: list[str]) -> None:
         for _ in range(3):
             train.train_step(job)
         memory = []
-        for step in range(220 if case == "zero3:2" else 0):
+        for step in range(100 if case == "zero3:2" else 0):
             train.train_step(job)
             if step % 20 == 19:
                 memory.append(in_use())
@@ -96,4 +98,4 @@ def main(folder: Path, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     folder, *cases = [a for a in sys.argv[1:] if not a.startswith("--")]
-    main(Path(folder), cases)
+    ranks.run(main, Path(folder), cases, ranks=(1, 4))

@@ -1,0 +1,30 @@
+"""How a worker's ranks start: by DeepSpeed's launcher, or forked here after the imports, which cost more than
+what most workers do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.multiprocessing import start_processes
+
+from ibdistill import distributed
+
+
+def run(main: Callable[..., None], *arguments: Any, ranks: Sequence[int]) -> None:
+    """`main(*arguments)` as the launcher's rank, if this is one, else on so many ranks, one number of them
+    after another."""
+    if "RANK" in os.environ:
+        main(*arguments)
+        return
+    for number in ranks:
+        start_processes(
+            _rank, (main, arguments, number, distributed.free_port()), number, start_method="fork"
+        )
+
+
+def _rank(rank: int, main: Callable[..., None], arguments: tuple, ranks: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    main(*arguments)
