@@ -71,14 +71,14 @@ def test_the_teachers_config_does_not_reach_the_student(facts):
 
 
 def test_memory_does_not_grow(facts):
-    """Over the last 60 of 100 steps: tensors by 4 bytes a step, the norms until the next logging step.
+    """Over the last 160 of 220 steps: tensors by 4 bytes a step, the norms until the next logging step.
 
     The process's own size wanders by up to 7 MiB, with a teacher and without; parameters that were gathered
     and not let go would add 3.4 MiB a step.
     """
     for rank in facts["zero3:2"]:
-        resident, living = zip(*rank["memory"][1:], strict=True)
-        assert living[-1] - living[0] <= 4 * 60, living
+        resident, living = zip(*rank["memory"][2:], strict=True)
+        assert living[-1] - living[0] <= 4 * 160, living
         assert resident[-1] - resident[0] < 16 << 20, resident
 
 

@@ -253,7 +253,7 @@ some = hypothesis.strategies
 
 
 @hypothesis.settings(
-    max_examples=100,
+    max_examples=200,
     deadline=None,
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],

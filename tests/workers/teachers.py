@@ -74,7 +74,7 @@ def main(folder: Path, cases: list[str]) -> None:
         for _ in range(3):
             train.train_step(job)
         memory = []
-        for step in range(100 if case == "zero3:2" else 0):
+        for step in range(220 if case == "zero3:2" else 0):
             train.train_step(job)
             if step % 20 == 19:
                 memory.append(in_use())
