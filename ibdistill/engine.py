@@ -16,6 +16,7 @@ import json
 import logging
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import deepspeed
 import torch
@@ -26,6 +27,11 @@ from ibdistill.config import DS_CONFIGS, Config, OptimConfig
 from ibdistill.distributed import World
 
 logger = logging.getLogger("ibdistill")
+
+# `deepspeed.initialize` imports Muon, whose decorators load TorchInductor: a second of every start, for an
+# optimizer that runs here don't have. Imported now, without the decorators, it is ready and not compiled.
+with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda **_: lambda function: function):
+    import deepspeed.runtime.zero.muon.muon_optimizer
 
 # key of a DeepSpeed file -> the setting that owns it
 _OWNED = {

@@ -280,6 +280,16 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     assert [(f / "result.json").stat().st_mtime_ns for f in folders] == before
 
 
+def test_what_an_interrupted_run_took_is_counted(tmp_path):
+    study._note(tmp_path, 10.04, 7.0)
+    study._note(tmp_path, 2.0, 1.5)
+    assert json.loads((tmp_path / "study.json").read_text()) == {
+        "process_seconds": 12.0,
+        "cpu_seconds": 8.5,
+        "commit": study.commit(),
+    }
+
+
 def test_the_papers_tables_dry(tmp_path, capsys):
     """All three methods through the real entry point, on the DSS release's layout, from random weights."""
     svamp(tmp_path / "data", [said(i) for i in range(2, 30)], [said(i) for i in range(2)])

@@ -93,7 +93,7 @@ def execute(study: Study, out: Path, jobs: int) -> list[str]:
 
 
 def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> int:
-    """Run it to its end; its exit code. Notes wall and CPU seconds of the process, and the commit."""
+    """Run it to its end; its exit code."""
     import torch
 
     for folder in ("configs", "logs"):
@@ -125,15 +125,24 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     children.discard(process)
-    if process.returncode == 0:
-        notes = {
-            "process_seconds": round(time.perf_counter() - start, 1),
-            "commit": commit(),
-        }
-        if not torch.cuda.is_available():
-            notes["cpu_seconds"] = round(usage.ru_utime + usage.ru_stime, 1)
-        (out / "runs" / run.name / "study.json").write_text(json.dumps(notes))
+    _note(out / "runs" / run.name, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
     return process.returncode
+
+
+def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
+    """Note in a run's folder what its process took, added to what an interrupted one before it took, and the
+    commit."""
+    import torch
+
+    if not folder.is_dir():
+        return  # it failed before it had one
+    path = folder / "study.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    spent = {"process_seconds": wall_seconds}
+    if not torch.cuda.is_available():
+        spent["cpu_seconds"] = cpu_seconds
+    notes = {name: round(before.get(name, 0) + value, 1) for name, value in spent.items()}
+    path.write_text(json.dumps(notes | {"commit": commit()}))
 
 
 def commit() -> str:
