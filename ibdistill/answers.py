@@ -99,7 +99,7 @@ def same_value(prediction: str, record: Record) -> bool:
     values = {f"n{i}": evaluate(text) for i, text in enumerate(record.quantities)}
     names = {name: value for name, value in values.items() if value is not None}
     value = evaluate(prediction, names)
-    return value is not None and value == evaluate(record.gold, names)
+    return value is not None and (prediction == record.gold or value == evaluate(record.gold, names))
 
 
 def same_text(prediction: str, record: Record) -> bool:

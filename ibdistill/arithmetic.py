@@ -76,7 +76,8 @@ def _tokens(text: str) -> list[str | Fraction]:
         if match is None:
             raise _Refused
         if match["number"]:
-            tokens.append(Fraction(match["number"].replace(",", "")))
+            number = match["number"].replace(",", "")
+            tokens.append(Fraction(number if "." in number else int(number)))  # reading text is slow
         else:
             tokens.append("*" if match["times"] else match["name"] or match["sign"])
         position = match.end()
@@ -94,10 +95,11 @@ class _Parser:
 
     def take(self, *signs: str) -> str:
         """The next token if it is one of `signs`, else an empty string."""
-        if self.at_end() or self.tokens[self.position] not in signs:
+        token = None if self.at_end() else self.tokens[self.position]
+        if not isinstance(token, str) or token not in signs:  # to compare a fraction with text is slow
             return ""
         self.position += 1
-        return str(self.tokens[self.position - 1])
+        return token
 
     def sum(self, depth: int) -> Fraction:
         value = self.product(depth)

@@ -34,6 +34,8 @@ from ibdistill.records import Record, map_numbers
 WRITE = str(ROOT / "ibdistill" / "write_rationales.py")
 N = 10
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory) -> Path:
@@ -417,7 +419,7 @@ def test_a_killed_writer_goes_on_where_it_stopped(world, asked, tmp_path):
     settings = asked | {"data.subsample": 60, "teacher.write_batch_size": 1, "teacher.max_unparsed": 1.0}
     folder = tmp_path / "texts"
     process = start([WRITE, *as_arguments(settings)], ranks=1, log=tmp_path / "log")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not (folder.is_dir() and len(texts(folder)) >= 3):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
         time.sleep(0.02)

@@ -11,6 +11,5 @@ if [ $# -gt 0 ]; then
   exec python -m pytest "$@"
 fi
 TRITON_INTERPRET=1 python -m pytest -n 2 tests/ops/test_head_loss_triton.py tests/ops/test_vid_triton.py
-# Most tests keep one core busy. A file's tests stay together: they share what is made once for the file.
-python -m pytest -n 2 --dist loadfile --ignore tests/slurm
-python -m pytest tests/slurm # two nodes of two ranks each: they take the whole machine
+# Three workers for two cores: some tests wait for Slurm, for a launcher or for a browser.
+python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder

@@ -102,8 +102,8 @@ def buckets(outer) -> int:
     return size([b for b in found if b is not None])
 
 
-def measure(name: str, stage: str, teachers: dict, world) -> dict:
-    """A step with each placement of the teacher."""
+def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
+    """Some steps with a teacher: the states and what the last one sent."""
     settings = config.load(
         None,
         {
@@ -116,48 +116,54 @@ def measure(name: str, stage: str, teachers: dict, world) -> dict:
             "optim.batch_size": LENGTHS["questions"] * world.size,
         },
     )
-    tokenizer = vocabulary.demo_tokenizer()
-    student = models.load_student(settings.student, tokenizer, 0)
-    batch = dryrun.Lengths(**LENGTHS).batch(student, ("predict", "explain"))
-    module = objectives.Distillation(student, settings.objective, teacher_width=teachers["replica"].width)
+    student = models.load_student(settings.student, vocabulary.demo_tokenizer(), 0)
+    batch = batch_for(student)
+    module = objectives.Distillation(student, settings.objective, teacher_width=loaded.width)
     built = engine.build_engine(module, settings, world)
     weights = objectives.step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
     seen = []
     module.vid.bias.register_hook(lambda gradient: seen.append(buckets(built.optimizer)))
-    facts: dict = {}
+    signal, facts = loaded(batch), {}
     # ZeRO-3 records its order of modules in the first step, and goes by it from the third on
-    for placement in (*PLACEMENTS[: int(built.zero_optimization_stage() == 3)], *PLACEMENTS):
-        teachers[placement](batch)
-        SENT.clear()
-        signal = teachers[placement](batch)
-        facts[f"teacher sent {placement}"] = dict(SENT)
+    for _ in range(3 if built.zero_optimization_stage() == 3 else 2):
         SENT.clear()
         loss, _ = built(batch, weights, signal, 24)
         built.backward(loss, scale_wrt_gas=False)
         facts["states"] = states(built)
         built.step()
         facts["sent"] = dict(SENT)
-        facts[f"teacher {placement}"] = teachers[placement].bytes()
     facts["buckets"] = max(seen)
     built.destroy()
     return facts
 
 
+def batch_for(model):
+    return dryrun.Lengths(**LENGTHS).batch(model, ("predict", "explain"))
+
+
+def measure_teacher(loaded: teacher.Teacher, student: str) -> dict:
+    """What a teacher keeps, and what its second answer sent."""
+    settings = config.StudentConfig(model=student, precision=STUDENTS[student])
+    batch = batch_for(models.load_student(settings, vocabulary.demo_tokenizer(), 0))
+    for _ in range(2):
+        SENT.clear()
+        loaded(batch)
+    return {"bytes": loaded.bytes(), "sent": dict(SENT)}
+
+
 def main(folder: Path) -> None:
     world = distributed.init()
     facts = {}
+    tokenizer, wanted = vocabulary.demo_tokenizer(), teacher.Wanted(questions=True, targets=True)
+    small = [str(folder / "small.json")] if world.size == 2 else []
     for name in STUDENTS:
-        tokenizer = vocabulary.demo_tokenizer()
-        wanted = teacher.Wanted(questions=True, targets=True)
-        teachers = {}
-        for placement in PLACEMENTS:
+        for placement in ("zero3", "replica"):
             asked = config.TeacherConfig(placement=placement, model=TEACHERS[name], precision=STUDENTS[name])
-            teachers[placement] = teacher.Teacher(asked, wanted, tokenizer, len(tokenizer), world)
-        small = [str(folder / "small.json")] if world.size == 2 else []
-        for stage in ("zero0", "zero1", "zero2", "zero3", *small):
-            case = f"{name} {Path(stage).stem}"
-            facts[case] = distributed.gather_objects(measure(name, stage, teachers, world))
-        for loaded in teachers.values():
+            loaded = teacher.Teacher(asked, wanted, tokenizer, len(tokenizer), world)
+            facts[f"{name} teacher {placement}"] = distributed.gather_objects(measure_teacher(loaded, name))
+            for stage in ("zero0", "zero1", "zero2", "zero3", *small) if placement == "replica" else ():
+                case = f"{name} {Path(stage).stem}"
+                facts[case] = distributed.gather_objects(measure(name, stage, loaded, world))
             loaded.close()
     if world.rank == 0:
         torch.save(facts, folder / f"{world.size}.pt")

@@ -1,8 +1,9 @@
 """Steps with every placement of the teacher; run by test_teacher through the launcher on 2 ranks, and without
 it on 1 and 4 (see ranks.py).
 
-For each case RANKS/PLACEMENT:STAGE, the stage being the student's: the gradients of one global batch and what
-there is to know about the teacher, to FOLDER/PLACEMENT_zeroS_Rranks.pt.
+For each case RANKS/PLACEMENT:STAGE, the stage being the student's: the gradients of one global batch and
+what there is to know about the teacher, to FOLDER/PLACEMENT:STAGE.pt. With a further :STEPS the memory over
+so many steps too; these have one micro-batch each.
 """
 
 from __future__ import annotations
@@ -58,15 +59,16 @@ def main(folder: Path, cases: list[str]) -> None:
     world = distributed.init()
     for case in [case.partition("/")[2] for case in cases if case.startswith(f"{world.size}/")]:
         linear = torch.nn.functional.linear
-        placement, stage = case.split(":")
+        placement, stage, *many = case.split(":")
         if placement == "zero3_node":  # two nodes of two ranks each
             socket.gethostname = lambda: f"node{world.rank // 2}"
-        name = f"{placement}_zero{stage}_{world.size}ranks"
         settings = SETTINGS | {
             "teacher.placement": placement,
             "deepspeed.config": f"zero{stage}",
-            "run.dir": str(folder / name),
+            "run.dir": str(folder / f"run-{case}"),
         }
+        if many:
+            settings["optim.micro_batch_size"] = settings["optim.batch_size"] // world.size
         job = prepare(config.load(None, settings), world)
         teacher = job.signals.teacher
         before, replaced = checksum(teacher), torch.nn.functional.linear is not linear
@@ -74,7 +76,7 @@ def main(folder: Path, cases: list[str]) -> None:
         for _ in range(3):
             train.train_step(job)
         memory = []
-        for step in range(220 if case == "zero3:2" else 0):
+        for step in range(int(many[0]) if many else 0):
             train.train_step(job)
             if step % 20 == 19:
                 memory.append(in_use())
@@ -91,7 +93,7 @@ def main(folder: Path, cases: list[str]) -> None:
         }
         facts = distributed.gather_objects(facts)
         if world.rank == 0:
-            torch.save(facts, folder / f"{name}.pt")
+            torch.save(facts, folder / f"{case}.pt")
         job.engine.destroy()
     torch.distributed.barrier()
 
