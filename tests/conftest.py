@@ -13,6 +13,7 @@ import pytest
 from harness import tiny
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where several workers share the tests: what takes long comes first, so that no worker ends alone with
     it, and may go to any worker if it is the function that says so. Else the tests of a file stay together,
