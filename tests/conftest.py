@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,23 +11,34 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from harness import tiny
 
+LONGEST = (
+    "slurm test_distributed test_teacher test_footprint test_study test_rationales test_decoder_only_runs "
+    "test_bench_teacher test_train test_evaluate_student test_zero"
+).split()
+"""Folders and files that take longest: where several workers share the tests they come first, so that no
+worker ends alone with one."""
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several workers share the tests: what takes long comes first, so that no worker ends alone with
-    it, and may go to any worker if it is the function that says so. Else the tests of a file stay together,
-    because they share what is made once for it, and so do those of the one Slurm cluster."""
-    slurm = Path(__file__).parent / "slurm"
+    def place(item: pytest.Item) -> int:
+        name = next((name for name in (item.path.parent.name, item.path.stem) if name in LONGEST), None)
+        return LONGEST.index(name) if name else len(LONGEST)
 
-    def group(item: pytest.Item) -> str:
-        if item.path.is_relative_to(slurm):
-            return slurm.name
-        is_alone = any(mark.name == "long" for mark in item.own_markers)
-        return item.nodeid if is_alone else item.path.name
+    items.sort(key=place)
 
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: (not item.path.is_relative_to(slurm), not item.get_closest_marker("long")))
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file's tests go to one worker, because they share what is made once for it, and so do those of the
+    one Slurm cluster."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "slurm" if "/slurm/" in file else file
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session")

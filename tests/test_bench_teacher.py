@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 
-import pytest
 from harness import ROOT, launch, output_of
 
 BENCH = str(ROOT / "tools/bench_teacher.py")
 
 
-@pytest.mark.long
 def test_the_table_adds_up(tmp_path):
     log = tmp_path / "log"
     options = (

@@ -45,7 +45,6 @@ def test_questions_and_rationales_that_do_not_fit_are_refused_before_training(ma
         make_job(**MODEL, **{"data.max_question_tokens": 2000})
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("stage", [2, 3])
 def test_two_ranks_train_evaluate_and_export_a_student_that_says_the_same(tmp_path, stage):
     """11 test records: uneven shares. transformers alone loads the export and decodes the run's texts."""

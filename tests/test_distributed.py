@@ -14,8 +14,6 @@ import pytest
 import torch
 from harness import ROOT, TRAIN, as_arguments, kill_session, launch, output_of, start, tiny
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
@@ -63,7 +61,6 @@ def scalar_steps(folder: Path, tag: str) -> list[int]:
     return [event.step for event in events.Scalars(tag)]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize(
     ("stage", "signal_number", "exit_code"), [(3, signal.SIGTERM, 143), (2, signal.SIGUSR1, 85)]
 )
@@ -143,7 +140,6 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     check_export_decodes_the_same(broken)
 
 
-@pytest.mark.long
 def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp_path):
     """Rank 1 of 2 cannot write its shard: both ranks say so, go on, and save again later."""
     log = tmp_path / "log"

@@ -30,8 +30,6 @@ CASES = [(ranks, name, stage) for ranks in (1, 2, 4) for name in worker.STUDENTS
 CASES += [(2, name, "small") for name in worker.STUDENTS]
 PLACED = [(ranks, name) for ranks in (1, 2, 4) for name in worker.STUDENTS]
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -34,8 +34,6 @@ from ibdistill.records import Record, map_numbers
 WRITE = str(ROOT / "ibdistill" / "write_rationales.py")
 N = 10
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def expert(tmp_path_factory) -> Path:

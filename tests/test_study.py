@@ -257,7 +257,6 @@ def test_a_grid_says_what_a_run_would_do(tmp_path):
         study.write_grids(built(settings=TINY | {"data.path": "a b"}), tmp_path)
 
 
-@pytest.mark.long
 def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     """Real runs: two that end well, one through two ranks, and one that does not; then nothing is left
     to do but that one."""
@@ -341,7 +340,6 @@ def test_further_settings_reach_all_arms(tmp_path):
     assert [run.settings for run in changed.runs] == [r.settings | {"optim.lr": 0.5} for r in plain.runs]
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_speed_measures_the_arms_of_so_many_ranks(tmp_path, ranks):
     steps = {"optim.max_steps": 300}

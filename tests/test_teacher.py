@@ -15,8 +15,6 @@ CASES = {
     4: ["zero3_node:2"],
 }
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory) -> dict[str, list[dict]]:

@@ -140,7 +140,6 @@ def test_offload_configurations_train(make_job, config):
     assert not same(weights(job), before) and job.state.skipped == 0
 
 
-@pytest.mark.long
 def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch):
     """Through dynamo and AOT autograd; inductor's C++ would take minutes to build on two cores."""
     compile_module = torch.nn.Module.compile

@@ -12,4 +12,4 @@ if [ $# -gt 0 ]; then
 fi
 TRITON_INTERPRET=1 python -m pytest -n 2 tests/ops/test_head_loss_triton.py tests/ops/test_vid_triton.py
 # Three workers for two cores: some tests wait for Slurm, for a launcher or for a browser.
-python -m pytest -n 3 --dist loadgroup --no-loadscope-reorder
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder

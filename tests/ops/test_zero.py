@@ -9,8 +9,6 @@ from harness import launch
 HEADS = ("t5-tied", "t5-untied", "gpt2-tied", "llama-untied")
 RUNS = ("ZeRO-1, eager", "ZeRO-2, eager", "ZeRO-3, eager", "ZeRO-3, compiled")
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture(scope="module")
 def errors(tmp_path_factory):
