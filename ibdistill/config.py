@@ -55,6 +55,8 @@ class RunConfig:
     """Steps between two evaluations on the validation split; 0: only at the end."""
     eval_limit: NotNegativeInt = 0
     """Evaluate on at most this many validation records during training; 0: all of them."""
+    eval_batch_size: AtLeastOne = 64
+    """Records that one rank decodes together, in evaluations and for `data.agree_at`."""
     save_every: AtLeastOne = 500
     """Steps between two checkpoints; the last step is always saved."""
     keep_last: AtLeastOne = 2

@@ -31,6 +31,7 @@ from typing import Any
 import fire
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from ibdistill import (
     agreement,
@@ -48,6 +49,7 @@ from ibdistill.config import Config
 from ibdistill.distributed import EXIT_DIVERGED
 from ibdistill.evaluation import Prediction
 from ibdistill.job import Job, prepare
+from ibdistill.records import Record
 
 gc.freeze()
 gc.enable()
@@ -139,13 +141,19 @@ def train_step(job: Job) -> None:
     state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
 
 
+def answers(job: Job, model: PreTrainedModel, records: Sequence[Record]) -> list[Prediction]:
+    """What the student says to records of one task. Collective; `model` is whole on every rank."""
+    config = job.config
+    return evaluation.evaluate(
+        model, job.tokenizer, records, job.streams, config.data, job.world, config.run.eval_batch_size
+    )
+
+
 def refresh(job: Job) -> None:
     """Answer the unlabelled questions; the answers in use are learned from, from this step on. Collective."""
     config, start = job.config, time.perf_counter()
     with job.whole() as model:
-        predictions = evaluation.evaluate(
-            model, job.tokenizer, job.unlabelled, job.streams, config.data, job.world
-        )
+        predictions = answers(job, model, job.unlabelled)
     pseudo = agreement.used(predictions, config.data)
     scalars = agreement.scalars(predictions, pseudo, time.perf_counter() - start)
     # at the first step that learns from them: a run that is resumed here purges it and writes it again
@@ -219,9 +227,7 @@ def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
     start = time.perf_counter()
     with job.whole() as model:
         for task, records in getattr(job.records, split).items():
-            predictions = evaluation.evaluate(
-                model, job.tokenizer, records[: limit or None], job.streams, job.config.data, job.world
-            )
+            predictions = answers(job, model, records[: limit or None])
             scores[task] = distributed.run_on_rank_0(partial(show, job, f"{split}_{task}", predictions))
     seconds = time.perf_counter() - start
     job.meter.exclude(seconds)

@@ -177,6 +177,20 @@ def test_help_lists_recipes_and_settings():
     )
 
 
+def test_evaluations_decode_so_many_records_together(make_job, monkeypatch):
+    job, sizes = make_job(**{"run.eval_batch_size": 5}), []
+    model = type(job.engine.module.model)
+    generate = model.generate
+
+    def noted(self, *, input_ids, **settings):
+        sizes.append(len(input_ids))
+        return generate(self, input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(model, "generate", noted)
+    train.evaluate(job, "test", 11)
+    assert sizes == [5, 5, 1] * 2  # both streams
+
+
 def test_a_finished_run_is_not_run_again(make_job, tmp_path):
     job = make_job(**{"optim.max_steps": 2, "run.test_limit": 3, "run.eval_every": 1, "run.eval_limit": 5})
     train.train(job)
