@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -23,12 +25,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
 from ibdistill import data, presets
 from ibdistill.ops import layers
 
+ATTENTION = "ibdistill"
+"""The name in transformers of SDPA, with our own on a CPU where there is dropout."""
 ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
 FAMILIES = dict.fromkeys(("t5", "mt5"), ENCODER_DECODER) | dict.fromkeys(
     ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3"),
@@ -160,12 +166,35 @@ class _GatedFeedForward(T5DenseGatedActDense):
         return self.wo(inner.to(dtype) if dtype.is_floating_point else inner)
 
 
+def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """`sdpa_attention_forward`, save for dropout on a CPU, where that has no kernel."""
+    is_ours = query.device.type == "cpu" and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
+    if not (dropout and is_ours):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    is_causal = kwargs.get("is_causal")
+    if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = kwargs.get("position_bias")
+    out = layers.attention(query, key, value, bias=bias, mask=attention_mask, rate=dropout, scale=scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
 def fused(model: PreTrainedModel) -> PreTrainedModel:
     """The same model, whose layers compute the same and keep less for the backward pass (`ops.layers`).
 
     `gelu_new` (T5 v1.1, GPT-2) becomes torch's one operation for the same formula instead of transformers'
-    eight; dropout, T5's norm and its gated feed-forward become one each. What the model saves is as before.
+    eight; dropout, T5's norm and its gated feed-forward become one each, as does attention with dropout on a
+    CPU. What the model saves is as before.
     """
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):

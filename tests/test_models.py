@@ -10,10 +10,12 @@ import pytest
 import torch
 from test_data import features_of
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from ibdistill import data, export, families, models, vocabulary
 from ibdistill.config import ObjectiveConfig, StudentConfig
 from ibdistill.objectives import Distillation
+from ibdistill.ops import layers
 
 SHAPE = dict(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
 
@@ -96,9 +98,32 @@ def test_fused_layers_are_the_same_functions_and_leave_no_trace_in_what_is_saved
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
     assert fused_bytes < 0.8 * plain_bytes
     model.save_pretrained(tmp_path)
+    assert families.ATTENTION not in (tmp_path / "config.json").read_text()
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
     states = models.states(loaded, batch).targets["explain"]
     torch.testing.assert_close(states, models.states(model, batch).targets["explain"], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_with_dropout_is_ours_on_a_cpu_and_torchs_without(monkeypatch):
+    """In T5's encoder, its decoder and between the two; ours, when it drops nothing, agrees with SDPA."""
+    torch.manual_seed(0)
+    model = families.fused(T5ForConditionalGeneration(T5Config(**SHAPE, dropout_rate=0.0))).double()
+    batch, rates = ragged_batch(), []
+    expected = models.states(model, batch).targets
+    attention = layers.attention
+    monkeypatch.setattr(
+        layers, "attention", lambda *args, rate, **kw: rates.append(rate) or attention(*args, rate=0.0, **kw)
+    )
+    models.states(model, batch)
+    assert not rates
+    for module in model.modules():
+        if isinstance(module, T5Attention):
+            module.dropout = 0.25
+    found = models.states(model, batch).targets
+    assert rates == [0.25] * 5 * SHAPE["num_layers"]  # the decoder reads two streams
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    models.states(model.eval(), batch)
+    assert len(rates) == 5 * SHAPE["num_layers"]
 
 
 def test_the_loss_head_shares_the_models_parameter():

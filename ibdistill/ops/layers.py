@@ -3,7 +3,9 @@
 Written as single operations, autograd keeps every factor of every product: T5's norm three tensors of its
 input's size, its gated feed-forward four of the wide one, and on a CPU each dropout a mask of floats. Here a
 norm keeps its input and one number a row, a gate its two inputs, a mask a byte an element; the rest is made
-again in the backward pass, by operations that cost next to nothing beside the matrix products.
+again in the backward pass, by operations that cost next to nothing beside the matrix products. Attention
+keeps its probabilities and such a mask; torch's, which on a CPU has no kernel for dropout or for a bias that
+is learned, keeps the mask of floats and the dropped probabilities too.
 
 Masks on a CPU are drawn 16 bits an element, four elements at a time: torch's own Bernoulli sampler took 5
 times as long on a CPU that isn't Intel's (6.7 against 1.4 ns an element).
@@ -42,6 +44,30 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def gated_gelu(gate: Tensor, up: Tensor, rate: float) -> Tensor:
     """dropout(gelu(gate) up), with the tanh form of GELU; `gate` and `up` have one shape and dtype."""
     return _GatedGELU.apply(gate, up, rate)
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    rate: float = 0.0,
+    scale: float = 1.0,
+) -> Tensor:
+    """dropout(softmax(scale query key^T + bias)) value, in the inputs' dtype like transformers' eager one.
+
+    Args:
+        query: [B, H, T, D].
+        key, value: [B, H, S, D] and [B, H, S, E].
+        bias: broadcasts to [B, H, T, S], learned or not.
+        mask: broadcasts likewise; bool, True where a query sees a key, or floats that are added. A query that
+            sees no key weighs all of them alike.
+
+    Returns [B, H, T, E].
+    """
+    return _Attention.apply(query, key, value, bias, mask, rate, scale)
 
 
 class Dropout(nn.Dropout):
@@ -118,3 +144,36 @@ class _GatedGELU(torch.autograd.Function):
             gradient = _masked(gradient, mask, ctx.scale)
         d_gate = torch.ops.aten.gelu_backward(gradient * up, gate, approximate="tanh")
         return d_gate, nn.functional.gelu(gate, approximate="tanh").mul_(gradient), None
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query, key, value, bias, mask, rate: float, scale: float) -> Tensor:
+        scores = query @ key.mT
+        if scale != 1:
+            scores.mul_(scale)
+        if bias is not None:
+            scores.add_(bias)
+        if mask is not None and mask.dtype == torch.bool:
+            scores.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+        elif mask is not None:
+            scores.add_(mask)
+        p = torch.softmax(scores, -1)
+        keep, factor = _keep(p, rate) if rate else (None, 1.0)
+        ctx.save_for_backward(query, key, value, p, keep)
+        ctx.scale, ctx.factor, ctx.bias_shape = scale, factor, None if bias is None else bias.shape
+        return (p if keep is None else _masked(p, keep, factor)) @ value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor):
+        query, key, value, p, keep = ctx.saved_tensors
+        dropped, d_p = p, gradient @ value.mT
+        if keep is not None:
+            dropped, d_p = _masked(p, keep, ctx.factor), _masked(d_p, keep, ctx.factor)
+        d_value = dropped.mT @ gradient
+        d_scores = torch.ops.aten._softmax_backward_data(d_p, p, -1, p.dtype)
+        d_bias = d_scores.sum_to_size(ctx.bias_shape) if ctx.needs_input_grad[3] else None
+        if ctx.scale != 1:
+            d_scores = d_scores * ctx.scale
+        return d_scores @ key, d_scores.mT @ query, d_value, d_bias, None, None, None

@@ -1,5 +1,7 @@
 """Layers that keep little: values and gradients against the formulas under autograd, masks by statistics."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,92 @@ def test_what_is_kept_for_the_backward_pass(generator):
     assert kept(lambda: layers.dropout(x, 0.1)) == n * d
     assert kept(lambda: layers.rms_norm(x, weight, 1e-6)) == 4 * (n * d + d + n)
     assert kept(lambda: layers.gated_gelu(x, up, 0.1)) == 4 * 2 * n * d + n * d
+    query, key = (randn(2, 3, length, 8, generator=generator, dtype=torch.float32) for length in (5, 7))
+    bias = randn(1, 3, 5, 7, generator=generator, dtype=torch.float32)
+    probabilities = 2 * 3 * 5 * 7
+    inputs = 4 * (query.numel() + key.numel())  # the key is the value too
+    assert kept(lambda: layers.attention(query, key, key, bias=bias, rate=0.1)) == inputs + 5 * probabilities
+
+
+def attention_reference(query, key, value, bias, mask, scale, keep=1.0):
+    scores = scale * torch.einsum("bhtd,bhsd->bhts", query, key)
+    if bias is not None:
+        scores = scores + bias
+    if mask is not None:
+        scores = scores + added(mask, scores.dtype)
+    exponential = (scores - scores.amax(-1, keepdim=True)).exp()
+    return torch.einsum("bhts,bhse->bhte", exponential / exponential.sum(-1, keepdim=True) * keep, value)
+
+
+def added(mask, dtype):
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def attention_inputs(generator, dtype=torch.float64, sizes=(3, 2, 5, 7, 4, 6)):
+    """Query, key, value; biases; masks, in the first of which one query sees no key."""
+    b, h, t, s, d, e = sizes
+    shapes = (b, h, t, d), (b, h, s, d), (b, h, s, e)
+    inputs = [randn(*shape, generator=generator, dtype=dtype) for shape in shapes]
+    biases = [None, randn(1, h, t, s, generator=generator, dtype=dtype)]
+    seen = torch.rand(b, 1, t, s, generator=generator) > 0.3
+    seen[0, 0, 0] = False
+    floats = randn(b, 1, 1, s, generator=generator, dtype=dtype).detach()
+    return inputs, biases, [None, seen, seen[:, :, :1], floats]
+
+
+def test_attention_and_its_gradients(generator):
+    inputs, biases, masks = attention_inputs(generator)
+    upstream = randn(3, 2, 5, 6, generator=generator).detach()
+    for bias, mask, scale in itertools.product(biases, masks, (1.0, 0.7)):
+        leafs = inputs + ([] if bias is None else [bias])
+        ours = layers.attention(*inputs, bias=bias, mask=mask, scale=scale)
+        reference = attention_reference(*inputs, bias, mask, scale)
+        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            torch.autograd.grad(ours, leafs, upstream),
+            torch.autograd.grad(reference, leafs, upstream),
+            rtol=1e-10,
+            atol=1e-10,
+        )
+
+
+def test_attentions_dropout_is_dropout_of_its_probabilities(generator):
+    inputs, (_, bias), (_, mask, *_) = attention_inputs(generator)
+    leafs, upstream = [*inputs, bias], randn(3, 2, 5, 6, generator=generator).detach()
+    torch.manual_seed(2)
+    ours = layers.attention(*inputs, bias=bias, mask=mask, rate=0.4)
+    torch.manual_seed(2)
+    keep = layers.dropout(torch.ones(3, 2, 5, 7, dtype=torch.float64), 0.4)
+    assert 0 < (keep == 0).sum() < keep.numel()
+    expected = attention_reference(*inputs, bias, mask, 1.0, keep)
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, leafs, upstream), torch.autograd.grad(expected, leafs, upstream)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_narrow_attention_is_no_worse_than_eager_in_its_own(dtype, generator):
+    inputs, (_, bias), (_, mask, *_) = attention_inputs(generator, dtype, (3, 2, 33, 40, 16, 16))
+    leafs = [*inputs, bias]
+    upstream = randn(3, 2, 33, 16, generator=generator, dtype=dtype).detach()
+
+    def results(function, leafs):
+        out = function(*leafs)
+        return [out, *torch.autograd.grad(out, leafs, upstream.to(out.dtype))]
+
+    def eager(query, key, value, bias):
+        scores = query @ key.mT + (bias + added(mask, dtype))
+        return torch.softmax(scores.float(), -1).to(value.dtype) @ value
+
+    def exact(query, key, value, bias):
+        return attention_reference(query, key, value, bias, mask, 1.0)
+
+    truth = results(exact, [t.detach().double().requires_grad_() for t in leafs])
+    ours = results(lambda q, k, v, b: layers.attention(q, k, v, bias=b, mask=mask), leafs)
+    for mine, theirs, true in zip(ours, results(eager, leafs), truth, strict=True):
+        assert mine.dtype == dtype
+        error, allowed = (mine.double() - true).norm(), (theirs.double() - true).norm()
+        assert error <= 1.1 * allowed + 1e-7 * true.norm()
