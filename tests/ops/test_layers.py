@@ -24,6 +24,16 @@ def randn(*shape, generator, dtype=torch.float64):
     return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
 
 
+def check(ours, reference, inputs, upstream):
+    torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, upstream),
+        torch.autograd.grad(reference, inputs, upstream),
+        rtol=1e-10,
+        atol=1e-10,
+    )
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_and_gradients(shape, generator):
     x, up = (randn(*shape, generator=generator) for _ in range(2))
@@ -32,13 +42,7 @@ def test_values_and_gradients(shape, generator):
         (layers.rms_norm(x, weight, 1e-3), rms_norm_reference(x, weight, 1e-3), [x, weight]),
         (layers.gated_gelu(x, up, 0.0), gated_reference(x, up), [x, up]),
     ):
-        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(
-            torch.autograd.grad(ours, inputs, upstream),
-            torch.autograd.grad(reference, inputs, upstream),
-            rtol=1e-10,
-            atol=1e-10,
-        )
+        check(ours, reference, inputs, upstream)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -164,13 +168,7 @@ def test_attention_and_its_gradients(generator):
         leafs = inputs + ([] if bias is None else [bias])
         ours = layers.attention(*inputs, bias=bias, mask=mask, scale=scale)
         reference = attention_reference(*inputs, bias, mask, scale)
-        torch.testing.assert_close(ours, reference, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(
-            torch.autograd.grad(ours, leafs, upstream),
-            torch.autograd.grad(reference, leafs, upstream),
-            rtol=1e-10,
-            atol=1e-10,
-        )
+        check(ours, reference, leafs, upstream)
 
 
 def test_attentions_dropout_is_dropout_of_its_probabilities(generator):
