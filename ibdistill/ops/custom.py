@@ -49,4 +49,8 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream
     # detached: as an output of the op it would hold on to the op's inputs for as long as somebody keeps it
-    return gradient.detach().mul_(upstream)
+    gradient = gradient.detach()
+    # a pass over it less for the usual upstream gradient; to look at a GPU's would be to wait for it
+    if upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream == 1:
+        return gradient
+    return gradient.mul_(upstream)

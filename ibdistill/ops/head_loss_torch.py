@@ -4,11 +4,10 @@ It computes the gradients during the forward pass, because that's when the logit
 walks over groups of whole questions, as many as fit `chunk_bytes`, both streams of a question
 together: the pooled mutual-information terms of a question depend on its own rows only. For a group:
 
-1. log p = log_softmax(h W^T + b), in one buffer, in place; cross entropies; pool over positions, and
-   for the max the position that won each vocabulary entry;
+1. log p = log_softmax(h W^T + b), in one buffer, in place; cross entropies; pool over positions;
 2. the estimator on the pooled [questions, V]: w = dL / d log(pooled);
-3. dL/dz in place of log p. A max passes w[v] to the position t that won v, and with
-   s[t] = sum of the w[v] that t won
+3. dL/dz in place of log p. A max passes w[v] to the first position t whose log p[t, v] is the maximum,
+   and with s[t] = sum of the w[v] that t won
 
        dL/dz[t, v] = p[t, v] (c - s[t]) + [t won v] w[v] - c [v = y_t],
 
@@ -27,9 +26,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ibdistill.ops.arguments import Call
+from ibdistill.ops.arguments import BLOCK_ROWS, STREAMS, Call
 from ibdistill.ops.distilling import Distiller
-from ibdistill.ops.linear import ChunkedLinear, log_softmax_
+from ibdistill.ops.linear import ChunkedLinear, empty_in_huge_pages, log_softmax_
 from ibdistill.ops.packing import Rows, groups, pack
 from ibdistill.ops.pooling import Pooler
 
@@ -85,7 +84,7 @@ def compute(
     distiller = None if call.teacher is None else Distiller(call, rows, vocabulary, dtype)
     buffers = 1 if distiller is None else 2
     size = max(1, call.chunk_bytes // (vocabulary * dtype.itemsize * buffers))
-    buffer = streams[0].new_empty(max(1, min(size, len(rows.order))), vocabulary, dtype=dtype)
+    buffer = empty_in_huge_pages((max(1, min(size, len(rows.order))), vocabulary), streams[0], dtype)
     pooler, paired = None, call.mi is not None and call.mi.pair == "teacher"
     if call.mi is not None:
         pooler = Pooler(call, rows, buffer, differentiate=any(needs) and call.weights.mi != 0)
@@ -94,15 +93,19 @@ def compute(
         if pooler is not None:
             pooler.start(first, last)
         for a, b in chunks:
-            log_p = log_softmax_(head.forward(a, b, buffer))
-            label_log_p = log_p.gather(1, rows.labels[a:b, None])[:, 0]
-            cross_entropy[a:b] = -label_log_p
-            correct[a:b] = label_log_p == log_p.amax(-1)
+            z = head.forward(a, b, buffer)
+            # in blocks that stay in a cache from one operation to the next
+            for row in range(a, b, BLOCK_ROWS):
+                end = min(row + BLOCK_ROWS, b)
+                log_p = log_softmax_(z[row - a : end - a])
+                label_log_p = log_p.gather(1, rows.labels[row:end, None])[:, 0]
+                cross_entropy[row:end] = -label_log_p
+                correct[row:end] = label_log_p == log_p.amax(-1)
+                if pooler is not None:
+                    pooler.pool(log_p, row, end, ("predict",) if paired else STREAMS)
             if paired:
-                pooler.pool(log_p, a, b, ("predict",))
                 pooler.pool(distiller.log_probabilities(a, b), a, b, ("explain",))
-            elif pooler is not None:
-                pooler.pool(log_p, a, b)
+            log_p = z
         if pooler is not None:
             pooler.estimate()
         for a, b in chunks if any(needs) or distiller is not None else ():

@@ -12,20 +12,8 @@ from ibdistill.ops.arguments import BLOCK_ROWS, STREAMS, Call
 from ibdistill.ops.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.packing import Rows
 
-MARKS = 16
-"""Positions that a max is taken over at once: their marks are a byte each."""
-
-
-def first_max(block: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
-    """Maximum over the rows of [n, V], n < 256, and the first row that has it: `max(0)` for a CPU.
-
-    That one costs 1.5 times as much there, because it walks down the columns. Marking the winners with
-    n, n - 1, ... 1 and taking the largest mark walks along the rows. `marks` [n or more, V] bool is scratch.
-    """
-    best, n = block.amax(0), len(block)
-    marks = torch.eq(block, best, out=marks[:n]).view(torch.uint8)
-    marks.mul_(torch.arange(n, 0, -1, dtype=torch.uint8, device=block.device)[:, None])
-    return best, n - marks.amax(0).long()
+GRADIENT_ROWS = 8
+"""Rows that get their gradients at once: so few that they stay in a cache with what the pool passes on."""
 
 
 class Pooler:
@@ -40,10 +28,10 @@ class Pooler:
         self.estimator = ESTIMATORS[call.mi.estimator]
         self.directions = call.mi.directions
         self.is_max = call.mi.pool == "max"
-        self.columns = torch.arange(buffer.shape[1], device=buffer.device)
+        self.vocabulary = buffer.shape[1]
         self.new_zeros = lambda *shape: buffer.new_zeros(shape)
-        if self.is_max:
-            self.marks = torch.empty(MARKS, buffer.shape[1], dtype=torch.bool, device=buffer.device)
+        self.shares = buffer.new_empty(min(GRADIENT_ROWS, len(buffer)), self.vocabulary)
+        self.ones = torch.ones_like(self.shares[:, 0])
         self.count = 0
         self.sums: dict[str, Tensor] = {"mi": self.new_zeros()}
         self.target_sums = [0 for _ in self.directions]
@@ -56,13 +44,9 @@ class Pooler:
             for p, e, end in self.rows.bounds[first:last]
             if p < e < end
         ]
-        shape = (len(self.spans), len(self.columns))
+        shape = (len(self.spans), self.vocabulary)
         self.pooled = {n: self.new_zeros(*shape).fill_(-torch.inf) for n in ("predict", "explain")}
-        # who won only matters to streams that get a gradient
-        receivers = (
-            {estimate for _, estimate in self.directions} if self.differentiate and self.is_max else ()
-        )
-        self.winners = {name: self.columns.new_zeros(shape) for name in receivers}
+        self.winners = self.new_zeros(self.vocabulary)  # of the sequence in work: 1 where it had its maximum
         self.gradients = {}
 
     def _segments(self, a: int, b: int, names) -> Iterator[tuple[int, str, int, int]]:
@@ -77,19 +61,11 @@ class Pooler:
         """Pool the log probabilities [b - a, V] of the rows a to b of these streams."""
         for i, name, start, stop in self._segments(a, b, names):
             pooled, part = self.pooled[name][i], log_p[start - a : stop - a]
-            if not self.is_max:
-                for block in part.split(BLOCK_ROWS):
+            for block in part.split(BLOCK_ROWS):
+                if self.is_max:
+                    torch.maximum(pooled, block.amax(0), out=pooled)
+                else:
                     torch.logaddexp(pooled, torch.logsumexp(block, 0), out=pooled)
-                continue
-            if name not in self.winners:
-                torch.maximum(pooled, part.amax(0), out=pooled)
-                continue
-            for row, block in zip(range(start, stop, MARKS), part.split(MARKS), strict=True):
-                best, winner = first_max(block, self.marks)
-                # a later block wins only where it is larger: ties go to the first position
-                better = best > pooled
-                self.winners[name][i] = torch.where(better, winner + row, self.winners[name][i])
-                pooled.copy_(torch.where(better, best, pooled))
 
     def estimate(self) -> None:
         """Add the group's terms and, where somebody needs it, get dL / d log(pooled)."""
@@ -113,39 +89,45 @@ class Pooler:
         return [name for name in STREAMS if name in self.gradients]
 
     def logits_gradient(self, log_p: Tensor, a: int, b: int, scale: Tensor) -> Tensor:
-        """Overwrite log probabilities with p (scale - s) + what the pool passes to each position."""
-        if self.is_max:
-            return self._max_gradient(log_p, a, b, scale)
+        """Overwrite log probabilities with p (scale - s) + what the pool passes to each position.
+
+        They must be those that were pooled, bit for bit, because a max is found again by its value. For a
+        question walked twice they are: the same product of the same rows in the same memory.
+        """
         done = a
         for i, name, start, stop in self._segments(a, b, self._receivers()):
-            log_p[done - a : start - a].exp_().mul_(scale[done - a : start - a, None])
-            length = self.spans[i][name][1] - self.spans[i][name][0]
-            log_sum = self.pooled[name][i] + math.log(length)
-            for row in range(start - a, stop - a, BLOCK_ROWS):
-                block = log_p[row : min(row + BLOCK_ROWS, stop - a)]
-                share = (block - log_sum).exp_().mul_(self.gradients[name][i])
-                factor = scale[row : row + len(block)] - share.sum(-1)
-                block.exp_().mul_(factor[:, None]).add_(share)
+            self._scale(log_p[done - a : start - a], scale[done - a : start - a])
+            if start == self.spans[i][name][0]:
+                self.winners.zero_()
+            for row in range(start - a, stop - a, GRADIENT_ROWS):
+                block = log_p[row : min(row + GRADIENT_ROWS, stop - a)]
+                share = self._share(block, i, name)
+                self._scale(block, scale[row : row + len(block)] - share.sum(-1))
+                block.add_(share)
             done = stop
-        log_p[done - a :].exp_().mul_(scale[done - a :, None])
+        self._scale(log_p[done - a :], scale[done - a :])
         return log_p
 
-    def _max_gradient(self, log_p: Tensor, a: int, b: int, scale: Tensor) -> Tensor:
-        won, passed = [], []
-        sums = torch.zeros_like(scale)
-        for i, name, start, stop in self._segments(a, b, self._receivers()):
-            winner, gradient = self.winners[name][i] - a, self.gradients[name][i]
-            if (start, stop) != self.spans[i][name]:
-                inside = (winner >= start - a) & (winner < stop - a)
-                winner, gradient = winner.where(inside, start - a), gradient.where(inside, 0)
-            sums.index_add_(0, winner, gradient)
-            won.append(winner * len(self.columns) + self.columns)
-            passed.append(gradient)
-        dz = log_p.exp_().mul_((scale - sums)[:, None])
-        for places, gradient in zip(won, passed, strict=True):
-            # each (position, entry) occurs once: a vocabulary entry has one winner
-            dz.view(-1).index_add_(0, places, gradient)
-        return dz
+    @staticmethod
+    def _scale(log_p: Tensor, scale: Tensor) -> None:
+        for block, factor in zip(log_p.split(GRADIENT_ROWS), scale.split(GRADIENT_ROWS), strict=True):
+            block.exp_().mul_(factor[:, None])
+
+    def _share(self, block: Tensor, i: int, name: str) -> Tensor:
+        """What the pool of question i passes to the rows of a block, [rows, V]. Valid until the next call."""
+        pooled, gradient, out = self.pooled[name][i], self.gradients[name][i], self.shares[: len(block)]
+        if not self.is_max:
+            start, stop = self.spans[i][name]
+            return torch.sub(block, pooled + math.log(stop - start), out=out).exp_().mul_(gradient)
+        won = torch.eq(block, pooled, out=out)  # as numbers: bools take a CPU four times as long
+        before = self.winners.clone()
+        self.winners.addmv_(won.T, self.ones[: len(won)])
+        if self.winners.amax() > 1:  # ties go to the first position
+            tied = (self.winners > 1).nonzero()[:, 0]
+            columns = won[:, tied]
+            won[:, tied] = columns * (columns.cumsum(0) + before[tied] == 1)
+            self.winners.clamp_max_(1)
+        return won.mul_(gradient)
 
     def terms(self) -> dict[str, Tensor]:
         """Sums over all groups' questions."""

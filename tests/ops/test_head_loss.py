@@ -1,6 +1,9 @@
 """The lean path against autograd through the plain twin in float64: total, every term, every gradient."""
 
 import math
+import resource
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -93,6 +96,51 @@ def test_ties_go_to_the_first_position(mi, chunk_rows, generator):
     gradient = got[2][1]
     assert gradient[0].abs().sum() > 0
     assert not torch.allclose(gradient[0], gradient[1])
+
+
+@pytest.mark.parametrize("chunk_rows", [5, 100])
+def test_ties_between_positions_far_apart(chunk_rows, generator):
+    """Longer than what is worked on at once; the second half repeats the first, so every entry ties."""
+    predict, explain = (make_stream([2 * n], D, V, ignored=0, generator=generator) for n in (9, 13))
+    head = make_head(D, V, generator=generator)
+    for stream in (predict, explain):
+        stream.hidden[len(stream.hidden) // 2 :] = stream.hidden[: len(stream.hidden) // 2].clone()
+    for tensor in (predict.hidden, explain.hidden, *head):
+        tensor.mul_(8).round_().div_(8)
+    arguments = {"weights": Weights(0, 0, 1.0), "mi": MISettings("normalized", gradient="both")}
+    got = evaluate(head_loss, predict, explain, *head, **arguments, chunk_bytes=chunk_rows * ROW)
+    assert_same(got, evaluate(head_loss_reference, predict, explain, *head, **arguments))
+
+
+def test_a_question_walked_twice_finds_every_maximum_again(generator):
+    """In float32, where another product of the same rows could round otherwise."""
+    vocabulary, width = 5003, 48
+    predict, explain = (make_stream([n], width, vocabulary, ignored=0, generator=generator) for n in (7, 61))
+    weight, _ = make_head(width, vocabulary, generator=generator)
+    narrow = [s._replace(hidden=s.hidden.float()) for s in (predict, explain)]
+    arguments = {"weights": Weights(0, 0, 1.0), "mi": MISettings("normalized")}
+    _, _, whole = evaluate(head_loss, *narrow, weight.float(), None, **arguments)
+    _, _, split = evaluate(
+        head_loss, *narrow, weight.float(), None, **arguments, chunk_bytes=4 * vocabulary * 24
+    )
+    # a vocabulary entry whose maximum is lost has another gradient; one whose two largest round alike may
+    off = (whole[2] - split[2]).norm(dim=1) > 1e-3 * whole[2].norm(dim=1)
+    assert off.sum() <= 3, off.sum()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's huge pages")
+def test_large_memory_is_touched_in_huge_pages():
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not modes.is_file() or "[never]" in modes.read_text():
+        pytest.skip("the kernel gives none")
+    tensor = linear.empty_in_huge_pages((1 << 12, 1 << 12), torch.empty(1), torch.float32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    tensor.fill_(3.0)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    assert faults < tensor.numel() * 4 / 4096 / 8, faults
+    assert tensor.shape == (1 << 12, 1 << 12) and tensor.sum(dtype=torch.float64) == 3 << 24
+    small = linear.empty_in_huge_pages((3, 2), torch.empty(1), torch.float64)
+    assert small.shape == (3, 2) and small.dtype == torch.float64
 
 
 @pytest.mark.parametrize(
