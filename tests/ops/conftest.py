@@ -1,5 +1,9 @@
 """Uninitialised memory is NaN in every test here, so that reading it can't go unnoticed."""
 
+import os
+from functools import cache
+from types import SimpleNamespace
+
 import pytest
 import torch
 from head_loss_cases import EXPLAIN, PREDICT, D, V, make_head, make_stream
@@ -18,6 +22,33 @@ def poisoned_memory(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_patches_once():
+    """Triton's interpreter replaces the language's functions anew for every launch and every call from one
+    kernel to another, a third of the time of kernels as small as here. Once is enough where all is interpreted.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton.runtime import interpreter
+
+    replace, scopes = interpreter._patch_lang, []
+
+    @cache
+    def once(language):
+        scopes.append(replace(SimpleNamespace(__globals__={"tl": language})))
+
+    def patch(function):
+        once(function.__globals__["tl"])
+        return SimpleNamespace(restore=lambda: None)
+
+    interpreter._patch_lang = patch
+    yield
+    interpreter._patch_lang = replace
+    for scope in scopes:
+        scope.restore()
 
 
 @pytest.fixture
