@@ -26,9 +26,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ibdistill.ops.arguments import BLOCK_ROWS, STREAMS, Call
+from ibdistill.ops.arguments import STREAMS, Call
 from ibdistill.ops.distilling import Distiller
-from ibdistill.ops.linear import ChunkedLinear, empty_in_huge_pages, log_softmax_
+from ibdistill.ops.linear import (
+    ChunkedLinear,
+    cached_rows,
+    empty_in_huge_pages,
+    exp_times_,
+    log_softmax_,
+)
 from ibdistill.ops.packing import Rows, groups, pack
 from ibdistill.ops.pooling import Pooler
 
@@ -85,6 +91,7 @@ def compute(
     buffers = 1 if distiller is None else 2
     size = max(1, call.chunk_bytes // (vocabulary * dtype.itemsize * buffers))
     buffer = empty_in_huge_pages((max(1, min(size, len(rows.order))), vocabulary), streams[0], dtype)
+    block = cached_rows(buffer)
     pooler, paired = None, call.mi is not None and call.mi.pair == "teacher"
     if call.mi is not None:
         pooler = Pooler(call, rows, buffer, differentiate=any(needs) and call.weights.mi != 0)
@@ -94,9 +101,8 @@ def compute(
             pooler.start(first, last)
         for a, b in chunks:
             z = head.forward(a, b, buffer)
-            # in blocks that stay in a cache from one operation to the next
-            for row in range(a, b, BLOCK_ROWS):
-                end = min(row + BLOCK_ROWS, b)
+            for row in range(a, b, block):
+                end = min(row + block, b)
                 log_p = log_softmax_(z[row - a : end - a])
                 label_log_p = log_p.gather(1, rows.labels[row:end, None])[:, 0]
                 cross_entropy[row:end] = -label_log_p
@@ -118,7 +124,7 @@ def compute(
             if pooler is not None and pooler.gradients:
                 dz = pooler.logits_gradient(log_p, a, b, scale[a:b])
             else:
-                dz = log_p.exp_().mul_(scale[a:b, None])
+                dz = exp_times_(log_p, scale[a:b])
             if distiller is not None:
                 dz.add_(d_distil)
             dz[torch.arange(b - a, device=dz.device), rows.labels[a:b]] -= scale[a:b]

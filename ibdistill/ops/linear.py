@@ -17,6 +17,9 @@ BLOCK_ROWS = 4096
 
 HUGE_PAGE = 2 << 20
 
+CACHED_BYTES = 1 << 20
+"""Of logits that one operation after another works on: two blocks of them stay in a CPU core's cache."""
+
 
 def multiplies_natively(device: str, dtype: torch.dtype) -> bool:
     """Whether a device's products in a dtype are worth their rounding; else weights are copied to fp32 once.
@@ -116,3 +119,16 @@ class ChunkedLinear:
 def log_softmax_(z: Tensor) -> Tensor:
     """log_softmax of each row, in place: each row is read whole before any of it is written."""
     return torch.log_softmax(z, -1, out=z)
+
+
+def cached_rows(z: Tensor) -> int:
+    """How many rows of [rows, V] are CACHED_BYTES; at least four."""
+    return max(4, CACHED_BYTES // (z.shape[1] * z.element_size()))
+
+
+def exp_times_(log_p: Tensor, factor: Tensor) -> Tensor:
+    """exp(log_p) times a factor for each row, in place."""
+    size = cached_rows(log_p)
+    for block, its_factor in zip(log_p.split(size), factor.split(size), strict=True):
+        block.exp_().mul_(its_factor[:, None])
+    return log_p

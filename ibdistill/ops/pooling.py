@@ -8,12 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ibdistill.ops.arguments import BLOCK_ROWS, STREAMS, Call
+from ibdistill.ops.arguments import STREAMS, Call
 from ibdistill.ops.estimators import ESTIMATORS, barber_agakov
+from ibdistill.ops.linear import cached_rows, exp_times_
 from ibdistill.ops.packing import Rows
-
-GRADIENT_ROWS = 8
-"""Rows that get their gradients at once: so few that they stay in a cache with what the pool passes on."""
 
 
 class Pooler:
@@ -30,7 +28,8 @@ class Pooler:
         self.is_max = call.mi.pool == "max"
         self.vocabulary = buffer.shape[1]
         self.new_zeros = lambda *shape: buffer.new_zeros(shape)
-        self.shares = buffer.new_empty(min(GRADIENT_ROWS, len(buffer)), self.vocabulary)
+        self.size = min(cached_rows(buffer), len(buffer))
+        self.shares = buffer.new_empty(self.size, self.vocabulary)
         self.ones = torch.ones_like(self.shares[:, 0])
         self.count = 0
         self.sums: dict[str, Tensor] = {"mi": self.new_zeros()}
@@ -61,7 +60,7 @@ class Pooler:
         """Pool the log probabilities [b - a, V] of the rows a to b of these streams."""
         for i, name, start, stop in self._segments(a, b, names):
             pooled, part = self.pooled[name][i], log_p[start - a : stop - a]
-            for block in part.split(BLOCK_ROWS):
+            for block in part.split(self.size):
                 if self.is_max:
                     torch.maximum(pooled, block.amax(0), out=pooled)
                 else:
@@ -96,22 +95,17 @@ class Pooler:
         """
         done = a
         for i, name, start, stop in self._segments(a, b, self._receivers()):
-            self._scale(log_p[done - a : start - a], scale[done - a : start - a])
+            exp_times_(log_p[done - a : start - a], scale[done - a : start - a])
             if start == self.spans[i][name][0]:
                 self.winners.zero_()
-            for row in range(start - a, stop - a, GRADIENT_ROWS):
-                block = log_p[row : min(row + GRADIENT_ROWS, stop - a)]
+            for row in range(start - a, stop - a, self.size):
+                block = log_p[row : min(row + self.size, stop - a)]
                 share = self._share(block, i, name)
-                self._scale(block, scale[row : row + len(block)] - share.sum(-1))
+                exp_times_(block, scale[row : row + len(block)] - share.sum(-1))
                 block.add_(share)
             done = stop
-        self._scale(log_p[done - a :], scale[done - a :])
+        exp_times_(log_p[done - a :], scale[done - a :])
         return log_p
-
-    @staticmethod
-    def _scale(log_p: Tensor, scale: Tensor) -> None:
-        for block, factor in zip(log_p.split(GRADIENT_ROWS), scale.split(GRADIENT_ROWS), strict=True):
-            block.exp_().mul_(factor[:, None])
 
     def _share(self, block: Tensor, i: int, name: str) -> Tensor:
         """What the pool of question i passes to the rows of a block, [rows, V]. Valid until the next call."""

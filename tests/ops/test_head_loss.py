@@ -32,9 +32,12 @@ from ibdistill.ops.head_loss import (
 from ibdistill.ops.head_loss_reference import head_loss_reference
 
 
-@pytest.mark.parametrize("chunk_rows", [0, 5, 24, 1000])
+@pytest.mark.parametrize(
+    ("chunk_rows", "cached_bytes"), [(0, 1), (5, 1), (24, 1), (1000, 1), (1000, 1 << 20)]
+)
 @pytest.mark.parametrize("mi", MIS, ids=name_of)
-def test_equals_the_twin(case, mi, chunk_rows):
+def test_equals_the_twin(case, mi, chunk_rows, cached_bytes, monkeypatch):
+    monkeypatch.setattr(linear, "CACHED_BYTES", cached_bytes)
     arguments = {"weights": WEIGHTS, "mi": mi, "upstream": -1.7}
     got = evaluate(head_loss, *case, **arguments, chunk_bytes=max(1, chunk_rows * ROW))
     assert_same(got, evaluate(head_loss_reference, *case, **arguments))
@@ -99,8 +102,9 @@ def test_ties_go_to_the_first_position(mi, chunk_rows, generator):
 
 
 @pytest.mark.parametrize("chunk_rows", [5, 100])
-def test_ties_between_positions_far_apart(chunk_rows, generator):
+def test_ties_between_positions_far_apart(chunk_rows, generator, monkeypatch):
     """Longer than what is worked on at once; the second half repeats the first, so every entry ties."""
+    monkeypatch.setattr(linear, "CACHED_BYTES", 1)
     predict, explain = (make_stream([2 * n], D, V, ignored=0, generator=generator) for n in (9, 13))
     head = make_head(D, V, generator=generator)
     for stream in (predict, explain):
