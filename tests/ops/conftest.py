@@ -27,7 +27,7 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_patches_once():
     """Triton's interpreter replaces the language's functions anew for every launch and every call from one
-    kernel to another, a third of the time of kernels as small as here. Once is enough where all is interpreted.
+    kernel to another: two thirds of the time of small ones. Once is enough, since all is interpreted.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
