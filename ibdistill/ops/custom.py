@@ -50,7 +50,8 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
         return gradient * upstream
     # detached: as an output of the op it would hold on to the op's inputs for as long as somebody keeps it
     gradient = gradient.detach()
-    # a pass over it less for the usual upstream gradient; to look at a GPU's would be to wait for it
-    if upstream.device.type == "cpu" and not torch.compiler.is_compiling() and upstream == 1:
+    # A pass over it less for the usual upstream gradient. To look at a GPU's would be to wait for it, and a
+    # traced or fake one has no value.
+    if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream == 1:
         return gradient
     return gradient.mul_(upstream)

@@ -1,7 +1,6 @@
 """Uninitialised memory is NaN in every test here, so that reading it can't go unnoticed."""
 
 import os
-from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -27,28 +26,20 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_patches_once():
     """Triton's interpreter replaces the language's functions anew for every launch and every call from one
-    kernel to another: two thirds of the time of small ones. Once is enough, since all is interpreted.
+    kernel to another: much of the time of small ones. Once is enough, since all is interpreted.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
+    from triton import language
     from triton.runtime import interpreter
 
-    replace, scopes = interpreter._patch_lang, []
-
-    @cache
-    def once(language):
-        scopes.append(replace(SimpleNamespace(__globals__={"tl": language})))
-
-    def patch(function):
-        once(function.__globals__["tl"])
-        return SimpleNamespace(restore=lambda: None)
-
-    interpreter._patch_lang = patch
+    replace = interpreter._patch_lang
+    scope = replace(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
+    interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
     yield
     interpreter._patch_lang = replace
-    for scope in scopes:
-        scope.restore()
+    scope.restore()
 
 
 @pytest.fixture
