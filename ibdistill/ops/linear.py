@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 4096
+BLOCK_ROWS = 1024
 """Rows of the weight whose product is made at once where it has to be widened before it is added."""
 
 HUGE_PAGE = 2 << 20
@@ -68,6 +68,7 @@ class ChunkedLinear:
         native = multiplies_natively(weight.device.type, weight.dtype) and hidden.dtype == weight.dtype
         self.weight = weight if native else weight.to(self.accumulator)
         self.bias = bias
+        self.narrow: Tensor | None = None  # scratch for a chunk's products in a narrower dtype
         self.d_hidden = torch.zeros_like(hidden, dtype=self.accumulator) if needs[0] else None
         # filled by the first product: zeros first would be one more pass over a tensor as large as the head
         self.d_weight = empty_in_huge_pages(weight.shape, weight, self.accumulator) if needs[1] else None
@@ -76,18 +77,22 @@ class ChunkedLinear:
 
     def forward(self, a: int, b: int, out: Tensor) -> Tensor:
         """hidden W^T + b of the rows a to b into the first rows of `out`."""
+        if self.narrow is None and self.weight.dtype != out.dtype:
+            self.narrow = empty_in_huge_pages(out.shape, out, self.weight.dtype)
         hidden, out = self.hidden[a:b], out[: b - a]
         if self.weight.dtype == out.dtype:
             torch.mm(hidden.to(out.dtype), self.weight.T, out=out)
         else:
-            out.copy_(hidden @ self.weight.T)
+            out.copy_(torch.mm(hidden, self.weight.T, out=self.narrow[: b - a]))
         if self.bias is not None:
             out.add_(self.bias)
         return out
 
     def add_gradients(self, dy: Tensor, a: int, b: int) -> None:
         """Of the rows a to b: write dy W into d_hidden, add dy^T hidden and sum dy to the other two."""
-        hidden, low = self.hidden[a:b], dy.to(self.weight.dtype)
+        hidden, low = self.hidden[a:b], dy
+        if self.narrow is not None:
+            low = self.narrow[: b - a].copy_(dy)
         if self.d_hidden is not None:
             self.d_hidden[a:b] = low @ self.weight
         if self.d_weight is not None:
@@ -104,9 +109,14 @@ class ChunkedLinear:
         else:
             # on a CPU in parts: a product as large as the head would be half of its gradient once more
             size = BLOCK_ROWS if left.device.type == "cpu" else len(left)
+            product = left.new_empty(min(size, len(left)), right.shape[1])
+            wide = torch.empty_like(product, dtype=self.d_weight.dtype)
             for target, part in zip(self.d_weight.split(size), left.split(size), strict=True):
-                product = part @ right
-                target.add_(product) if self.has_rows else target.copy_(product)
+                narrow = torch.mm(part, right, out=product[: len(part)])
+                if self.has_rows:
+                    target.add_(wide[: len(part)].copy_(narrow))  # a sum of two dtypes would allocate
+                else:
+                    target.copy_(narrow)
         self.has_rows = True
 
     def weight_gradient(self) -> Tensor | None:
