@@ -14,13 +14,17 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import deepspeed
 import torch
-from torch import nn
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from torch import Tensor, nn
 from transformers import get_scheduler
 
 from ibdistill.config import DS_CONFIGS, Config, OptimConfig
@@ -32,6 +36,9 @@ logger = logging.getLogger("ibdistill")
 # optimizer that runs here don't have. Imported now, without the decorators, it is ready and not compiled.
 with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda **_: lambda function: function):
     import deepspeed.runtime.zero.muon.muon_optimizer
+
+STEP_ELEMENTS = 4_000_000
+"""Whose gradients a step without ZeRO has in fp32 at once, in bf16; or those of one larger parameter."""
 
 # key of a DeepSpeed file -> the setting that owns it
 _OWNED = {
@@ -126,6 +133,8 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
         config=ds_config,
         dist_init_required=False,
     )
+    if zero["stage"] == 0 and bf16:
+        engine.optimizer.step = partial(_step_in_parts, engine.optimizer)
     if world.size == 1 and zero["stage"] == 0:
         # there is nobody to sum with, and DeepSpeed would copy all gradients into one buffer and back
         engine.enable_backward_allreduce = False
@@ -178,3 +187,52 @@ def _guard(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
             torch.nn.utils.clip_grads_with_norm_(parameters, clip_norm, norm)
 
     optimizer.register_step_pre_hook(before_step)
+
+
+def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
+    """A step of DeepSpeed's optimizer for bf16 without ZeRO, with few gradients in fp32 at a time.
+
+    Its own copies all of them to fp32 first: 4 bytes a parameter beside the 16 of the model states, which
+    was the peak of a whole step. The arithmetic is the same but for the order in which the norm is summed.
+    """
+    groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
+    pairs = [pair for narrow, wide in groups for pair in zip(narrow, wide, strict=True)]
+    norm = _norm([p.grad for p, _ in pairs if p.grad is not None])
+    wrapper.overflow = not math.isfinite(norm)
+    if wrapper.overflow:
+        wrapper._skip_invalid_grad_norm()
+        return
+    wrapper._global_grad_norm = norm
+    wrapper._update_scale(False)
+    for part in _parts(pairs):
+        for parameter, master in part:
+            # without a gradient it still decays
+            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        wrapper.unscale_and_clip_grads(norm)
+        wrapper.optimizer.step()  # passes over what has no gradient
+        for parameter, master in part:
+            master.grad = None
+            parameter.data.copy_(master.data)
+
+
+def _norm(gradients: Sequence[Tensor]) -> float:
+    """Of all of them together, in fp32, by way of one scratch: a copy of each would fragment a CPU's heap."""
+    pieces = [piece for gradient in gradients for piece in gradient.flatten().split(STEP_ELEMENTS)]
+    wide = torch.empty(max(map(len, pieces)), device=pieces[0].device)
+    norms = wide.new_empty(len(pieces))
+    for piece, norm in zip(pieces, norms, strict=True):
+        torch.linalg.vector_norm(wide[: len(piece)].copy_(piece), out=norm)
+    return float(torch.linalg.vector_norm(norms))
+
+
+def _parts(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+    """In their order, as many together as STEP_ELEMENTS allows; at least one."""
+    part, size = [], 0
+    for pair in pairs:
+        if part and size + pair[1].numel() > STEP_ELEMENTS:
+            yield part
+            part, size = [], 0
+        part.append(pair)
+        size += pair[1].numel()
+    yield part

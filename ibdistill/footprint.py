@@ -174,7 +174,7 @@ def step_buffers(sizes: Sizes, precision: str, zero: Zero, ranks: int) -> int:
     if zero.offload_optimizer or (zero.stage == 0 and precision == "fp32"):
         return 0
     if zero.stage == 0:
-        return 4 * trained
+        return 4 * max(min(engine.STEP_ELEMENTS, trained), *(n for n, t in sizes if t))
     return 4 * min(-(-trained // ranks), 1_000_000_000 if zero.stage == 3 else trained)
 
 
@@ -228,7 +228,12 @@ def head_loss_bytes(
     per_row = 4 * vocabulary * (2 if teacher else 1)
     in_chunk = max(1, min(rows, chunk // per_row))
     copied = device == "cpu" and not multiplies_natively("cpu", dryrun.DTYPES[precision])
-    total = per_row * in_chunk + 4 * vocabulary * width + 4 * rows * width + narrow * rows * width
+    summed = 4 * vocabulary * width
+    if (
+        device == "cpu" and narrow < 4 and not copied
+    ):  # `ChunkedLinear` keeps the narrow rows where that is less
+        summed = min(summed, narrow * vocabulary * rows)
+    total = per_row * in_chunk + summed + 4 * rows * width + narrow * rows * width
     total += 4 * vocabulary * width if copied else 0
     total += narrow * (vocabulary * width + rows * width)  # the results, in the parameters' dtype
     if mi:  # pooled log probabilities, their gradients and the winning positions of a chunk's questions

@@ -115,6 +115,26 @@ def test_the_reported_gradient_norm_is_unclipped(make_job, config, precision):
     assert float(job.engine.get_global_grad_norm()) > 0.5
 
 
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_a_step_in_parts_is_deepspeeds_own(make_job, tmp_path, monkeypatch, clip_norm):
+    """In bf16 without ZeRO; parts of several parameters, and the norm's pieces within one."""
+    monkeypatch.setattr(engine, "STEP_ELEMENTS", 7000)
+    masters, norms = [], []
+    for own in (True, False):
+        given = {"student.precision": "bf16", "optim.clip_norm": clip_norm, "optim.weight_decay": 0.1}
+        job = make_job(tmp_path / str(own), **given, **{"deepspeed.config": "zero0"})
+        if own:
+            del job.engine.optimizer.step
+        steps(job, 3)
+        masters.append([p.clone() for group in job.engine.optimizer.fp32_groups for p in group])
+        norms.append(job.engine.get_global_grad_norm())
+        assert all(p.grad is None for group in job.engine.optimizer.fp32_groups for p in group)
+    assert max(p.numel() for p in masters[0]) > 7000 > min(p.numel() for p in masters[0])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    for own, ours in zip(*masters, strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-5 if clip_norm else 0, atol=1e-7 if clip_norm else 0)
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 def test_the_learning_rate_follows_its_schedule(make_job, schedule):
     job = make_job(**{"optim.schedule": schedule, "optim.warmup_steps": 4, "optim.max_steps": 12})

@@ -60,6 +60,10 @@ class ChunkedLinear:
 
     hidden [N, D], weight [K, D], bias [K]. Products are made in the dtype that suits the device,
     accumulated in `accumulator`: float64 for float64 weights, else float32.
+
+    Where products are made in a narrower dtype than they are added in, and all N rows of dy take no more
+    memory in it than the weight's gradient in the wider one, those are kept for a single product at the
+    end: less memory, one rounding of the sum, and no passes over a gradient as large as the head.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs=(False, False, False)):
@@ -68,10 +72,16 @@ class ChunkedLinear:
         native = multiplies_natively(weight.device.type, weight.dtype) and hidden.dtype == weight.dtype
         self.weight = weight if native else weight.to(self.accumulator)
         self.bias = bias
-        self.narrow: Tensor | None = None  # scratch for a chunk's products in a narrower dtype
+        wide, narrow = self.accumulator.itemsize, self.weight.dtype.itemsize
+        self.keeps = needs[1] and narrow < wide and len(hidden) * narrow <= hidden.shape[1] * wide
+        self.narrow: Tensor | None = None  # y, then dy of a chunk, or of all rows if they are kept
+        self.d_weight: Tensor | None = None
+        if self.keeps:
+            self.narrow = empty_in_huge_pages((len(hidden), len(weight)), weight, weight.dtype)
+        elif needs[1]:
+            # filled by the first product: zeros first would be a pass more over what is as large as the head
+            self.d_weight = empty_in_huge_pages(weight.shape, weight, self.accumulator)
         self.d_hidden = torch.zeros_like(hidden, dtype=self.accumulator) if needs[0] else None
-        # filled by the first product: zeros first would be one more pass over a tensor as large as the head
-        self.d_weight = empty_in_huge_pages(weight.shape, weight, self.accumulator) if needs[1] else None
         self.has_rows = False
         self.d_bias = torch.zeros_like(bias, dtype=self.accumulator) if needs[2] else None
 
@@ -83,16 +93,19 @@ class ChunkedLinear:
         if self.weight.dtype == out.dtype:
             torch.mm(hidden.to(out.dtype), self.weight.T, out=out)
         else:
-            out.copy_(torch.mm(hidden, self.weight.T, out=self.narrow[: b - a]))
+            out.copy_(torch.mm(hidden, self.weight.T, out=self._narrow(a, b)))
         if self.bias is not None:
             out.add_(self.bias)
         return out
+
+    def _narrow(self, a: int, b: int) -> Tensor:
+        return self.narrow[a:b] if self.keeps else self.narrow[: b - a]
 
     def add_gradients(self, dy: Tensor, a: int, b: int) -> None:
         """Of the rows a to b: write dy W into d_hidden, add dy^T hidden and sum dy to the other two."""
         hidden, low = self.hidden[a:b], dy
         if self.narrow is not None:
-            low = self.narrow[: b - a].copy_(dy)
+            low = self._narrow(a, b).copy_(dy)
         if self.d_hidden is not None:
             self.d_hidden[a:b] = low @ self.weight
         if self.d_weight is not None:
@@ -120,7 +133,10 @@ class ChunkedLinear:
         self.has_rows = True
 
     def weight_gradient(self) -> Tensor | None:
-        """Of all rows so far."""
+        """Of all rows."""
+        if self.keeps:
+            d_weight = empty_in_huge_pages(self.weight.shape, self.weight, self.weight.dtype)
+            return torch.mm(self.narrow.T, self.hidden, out=d_weight)
         if self.d_weight is not None and not self.has_rows:
             self.d_weight.zero_()
         return self.d_weight
