@@ -11,12 +11,12 @@ import json
 
 import pytest
 import torch
-from harness import ROOT, output_of, tiny
+from harness import ROOT, output_of, steps, tiny
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from workers import footprints as worker
 
-from ibdistill import config, costs, dryrun, footprint, models, objectives, preflight, vocabulary
+from ibdistill import config, costs, dryrun, engine, footprint, models, objectives, preflight, vocabulary
 from ibdistill.footprint import Zero
 from ibdistill.job import prepare
 from ibdistill.ops.head_loss import Stream
@@ -112,12 +112,10 @@ def test_the_teachers_share_and_traffic(folder, ranks, name):
             assert sum(fact["sent"].values()) == pytest.approx(expected, rel=0.05)
 
 
-def allocated_peak(module, *arguments) -> int:
-    """The most that torch's allocator gave out at once during a forward and backward pass, in bytes."""
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+def allocated_peak(run) -> int:
+    """The most that torch's allocator gave out at once while it ran, in bytes."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        module(*arguments)[0].backward()
+        run()
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -153,8 +151,27 @@ def test_the_activations_peak(name, method, checkpointing):
             tensor.normal_()
     counts = {"predict": 20, "explain": 160, "explained": 4}
     arguments = batch, objectives.step_weights(chosen.objective, counts), signal, 360
-    allocated_peak(module, *arguments)  # libraries warm up
-    assert allocated_peak(module, *arguments) == pytest.approx(predicted, rel=0.25)
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+
+    def learn():
+        module(*arguments)[0].backward()
+
+    learn()  # libraries warm up
+    assert allocated_peak(learn) == pytest.approx(predicted, rel=0.25)
+
+
+@pytest.mark.parametrize("elements", [10_000, 4_000_000])
+def test_the_updates_peak_in_bf16_without_zero(make_job, monkeypatch, elements):
+    """Less than the largest parameter at once, and all of them."""
+    monkeypatch.setattr(engine, "STEP_ELEMENTS", elements)
+    job = make_job(**{"student.precision": "bf16", "deepspeed.config": "zero0"})
+    sizes = [(p.numel(), True) for p in job.engine.module.parameters()]
+    steps(job, 1)
+    for parameter in job.engine.module.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    predicted = footprint.step_buffers(sizes, "bf16", Zero.read("zero0"), 1)
+    assert allocated_peak(job.engine.optimizer.step) == pytest.approx(predicted, rel=0.1)
 
 
 @pytest.mark.parametrize("name", MODELS)
