@@ -133,7 +133,7 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
         config=ds_config,
         dist_init_required=False,
     )
-    if zero["stage"] == 0 and bf16:
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):  # which is bf16's too
         engine.optimizer.step = partial(_step_in_parts, engine.optimizer)
     if world.size == 1 and zero["stage"] == 0:
         # there is nobody to sum with, and DeepSpeed would copy all gradients into one buffer and back
