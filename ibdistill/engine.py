@@ -38,7 +38,6 @@ with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda **_: lambda
     import deepspeed.runtime.zero.muon.muon_optimizer
 
 STEP_ELEMENTS = 4_000_000
-"""Whose gradients a step without ZeRO has in fp32 at once, in bf16; or those of one larger parameter."""
 
 # key of a DeepSpeed file -> the setting that owns it
 _OWNED = {
@@ -189,6 +188,11 @@ def _guard(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
     optimizer.register_step_pre_hook(before_step)
 
 
+def step_elements(trained: int) -> int:
+    """How many gradients a step in bf16 without ZeRO has in fp32 at once, if no parameter is larger."""
+    return max(STEP_ELEMENTS, trained // 32)  # few enough parts that their launches cost nothing
+
+
 def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
     """A step of DeepSpeed's optimizer for bf16 without ZeRO, with few gradients in fp32 at a time.
 
@@ -197,14 +201,15 @@ def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
     """
     groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
     pairs = [pair for narrow, wide in groups for pair in zip(narrow, wide, strict=True)]
-    norm = _norm([p.grad for p, _ in pairs if p.grad is not None])
+    elements = step_elements(sum(master.numel() for _, master in pairs))
+    norm = _norm([p.grad for p, _ in pairs if p.grad is not None], elements)
     wrapper.overflow = not math.isfinite(norm)
     if wrapper.overflow:
         wrapper._skip_invalid_grad_norm()
         return
     wrapper._global_grad_norm = norm
     wrapper._update_scale(False)
-    for part in _parts(pairs):
+    for part in _parts(pairs, elements):
         for parameter, master in part:
             # without a gradient it still decays
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
@@ -216,9 +221,9 @@ def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
             parameter.data.copy_(master.data)
 
 
-def _norm(gradients: Sequence[Tensor]) -> float:
+def _norm(gradients: Sequence[Tensor], elements: int) -> float:
     """Of all of them together, in fp32, by way of one scratch: a copy of each would fragment a CPU's heap."""
-    pieces = [piece for gradient in gradients for piece in gradient.flatten().split(STEP_ELEMENTS)]
+    pieces = [piece for gradient in gradients for piece in gradient.flatten().split(elements)]
     wide = torch.empty(max(map(len, pieces)), device=pieces[0].device)
     norms = wide.new_empty(len(pieces))
     for piece, norm in zip(pieces, norms, strict=True):
@@ -226,11 +231,13 @@ def _norm(gradients: Sequence[Tensor]) -> float:
     return float(torch.linalg.vector_norm(norms))
 
 
-def _parts(pairs: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
-    """In their order, as many together as STEP_ELEMENTS allows; at least one."""
+def _parts(
+    pairs: Sequence[tuple[nn.Parameter, Tensor]], elements: int
+) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
+    """In their order, as many together as have so many elements; at least one."""
     part, size = [], 0
     for pair in pairs:
-        if part and size + pair[1].numel() > STEP_ELEMENTS:
+        if part and size + pair[1].numel() > elements:
             yield part
             part, size = [], 0
         part.append(pair)

@@ -174,7 +174,7 @@ def step_buffers(sizes: Sizes, precision: str, zero: Zero, ranks: int) -> int:
     if zero.offload_optimizer or (zero.stage == 0 and precision == "fp32"):
         return 0
     if zero.stage == 0:
-        return 4 * max(min(engine.STEP_ELEMENTS, trained), *(n for n, t in sizes if t))
+        return 4 * max(min(engine.step_elements(trained), trained), *(n for n, t in sizes if t))
     return 4 * min(-(-trained // ranks), 1_000_000_000 if zero.stage == 3 else trained)
 
 
