@@ -80,8 +80,20 @@ def init(timeout_minutes: int = 30) -> World:
     # On a CPU DeepSpeed would compile an operator for tensor parallelism, which is not used here. Besides
     # the time, a process killed meanwhile leaves a lock in the cache that every later run waits for.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    _share_cores()
     _start_logging(rank)
     return World(rank, size, local_rank, device)
+
+
+def _share_cores() -> None:
+    """Divide the threads by the node's ranks unless the user has said how many.
+
+    DeepSpeed's launcher leaves each rank as many as there are cores: two ranks on two cores then took 0.30 s
+    for a step that takes 0.03 with a thread each.
+    """
+    ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by the launcher
+    if "OMP_NUM_THREADS" not in os.environ and ranks > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks))
 
 
 def seed_everything(seed: int) -> None:

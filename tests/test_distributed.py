@@ -191,3 +191,18 @@ def check_export_decodes_the_same(folder: Path) -> None:
             output = model.generate(input_ids=ids, max_new_tokens=limit, do_sample=False)
             assert tokenizer.decode(output[0], skip_special_tokens=True) == said
     assert "arXiv 2403.03348" in (folder / "student/README.md").read_text()
+
+
+@pytest.mark.parametrize("said", [None, "2"])
+def test_ranks_share_the_cores_unless_the_user_says_how(tmp_path, monkeypatch, said):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script, log = tmp_path / "threads.py", tmp_path / "log"
+    count = "print(f'{torch.get_num_threads()} threads', flush=True)"
+    script.write_text(
+        f"import torch\nfrom ibdistill import distributed\n{count}\ndistributed.init()\n{count}\n"
+    )
+    env = {"OMP_NUM_THREADS": said} if said else {}
+    assert launch([str(script)], ranks=2, log=log, env=env) == 0, log.read_text()[-4000:]
+    found = sorted(map(int, re.findall(r"^(\d+) threads$", log.read_text(), re.MULTILINE)))
+    cores = max(found)  # before `init`
+    assert found == (4 * [cores] if said else sorted(2 * [cores] + 2 * [max(1, cores // 2)]))
