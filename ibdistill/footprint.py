@@ -229,9 +229,8 @@ def head_loss_bytes(
     in_chunk = max(1, min(rows, chunk // per_row))
     copied = device == "cpu" and not multiplies_natively("cpu", dryrun.DTYPES[precision])
     summed = 4 * vocabulary * width
-    if (
-        device == "cpu" and narrow < 4 and not copied
-    ):  # `ChunkedLinear` keeps the narrow rows where that is less
+    if device == "cpu" and narrow < 4 and not copied:
+        # `ChunkedLinear` keeps the narrow rows where that is less
         summed = min(summed, narrow * vocabulary * rows)
     total = per_row * in_chunk + summed + 4 * rows * width + narrow * rows * width
     total += 4 * vocabulary * width if copied else 0

@@ -208,8 +208,17 @@ def rms(a, b):
 
 
 @pytest.mark.parametrize("native", [False, True], ids=["fp32-products", "low-precision-products"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("more", [[], [70]], ids=["kept", "summed"])
+@pytest.mark.parametrize(
+    ("dtype", "more"),
+    [
+        (torch.bfloat16, []),
+        (torch.bfloat16, [70]),
+        (torch.float16, []),
+        (torch.float16, [70]),
+        (torch.float32, []),
+    ],
+    ids=lambda value: str(value) if isinstance(value, torch.dtype) else "summed" if value else "kept",
+)
 @pytest.mark.parametrize("mi", [None, *(m for m in EVERY_MI if m.gradient != "predict")], ids=name_of)
 def test_no_worse_than_eager_in_its_own_dtype(mi, more, dtype, native, generator, monkeypatch):
     """Truth: float64 from the same rounded inputs. `native`: as where low-precision products are fast.
@@ -237,7 +246,7 @@ def test_no_worse_than_eager_in_its_own_dtype(mi, more, dtype, native, generator
     )
     lean = evaluate(head_loss, *case, **arguments, chunk_bytes=20 * V * 4)
     assert bool(sums) == (bool(more) or dtype == torch.float32 or not native)
-    slack = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 2e-6}[dtype]
+    slack = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 1e-6}[dtype]
     assert rms(lean[0], truth[0]) <= rms(eager[0], truth[0]) + slack
     for name in truth[1]:
         if not name.startswith("correct"):
