@@ -21,23 +21,19 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
-from ibdistill import (
-    calibration,
-    distributed,
-    evaluation,
-    evaluation_report,
-    metrics,
-    models,
-    presets,
-    rationale_quality,
-    settings,
-    tasks,
-)
-from ibdistill.checkpoint import MARKER
-from ibdistill.config import StudentConfig, StudentEvaluation
-from ibdistill.distributed import World
-from ibdistill.evaluation import Prediction
-from ibdistill.records import STREAMS, Record
+from ibdistill.config import fields
+from ibdistill.config.sections import StudentConfig, StudentEvaluation
+from ibdistill.data import loading
+from ibdistill.data.records import STREAMS, Record
+from ibdistill.evaluation import calibration, faithfulness, report
+from ibdistill.evaluation import predictions as evaluation_predictions
+from ibdistill.evaluation.predictions import Prediction
+from ibdistill.models import presets
+from ibdistill.models.student import load_student, load_tokenizer
+from ibdistill.monitor import meter
+from ibdistill.runtime import distributed
+from ibdistill.runtime.distributed import World
+from ibdistill.training.checkpoint import MARKER
 
 logger = logging.getLogger("ibdistill")
 
@@ -47,12 +43,12 @@ def main(student: str | None = None, *extra: Any, local_rank: int = -1, **overri
     world = distributed.init()
     if overrides.pop("help", False) or overrides.pop("h", False):
         if world.rank == 0:
-            print(f"{__doc__}{settings.describe(StudentEvaluation)}")
+            print(f"{__doc__}{fields.describe(StudentEvaluation)}")
         return
     with distributed.user_errors():
         if extra:
             raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-        config = settings.from_flat(StudentEvaluation, overrides)
+        config = fields.from_flat(StudentEvaluation, overrides)
         evaluate = prepare(None if student is None else str(student), config, world)
     evaluate()
     dist.destroy_process_group()
@@ -71,10 +67,10 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
             "give either a STUDENT (an exported folder, a run folder, a hub name) or --eval.predictions"
         )
     folder = Path(eval_.dir or Path("evaluation") / f"{_name(student or eval_.predictions)}-{task}")
-    encoder = rationale_quality.load_encoder(eval_.embedding_model) if eval_.embedding_model else None
-    records = getattr(tasks.load(config.data, needs_rationale=False), eval_.split)[task]
+    encoder = faithfulness.load_encoder(eval_.embedding_model) if eval_.embedding_model else None
+    records = getattr(loading.load(config.data, needs_rationale=False), eval_.split)[task]
     if student is None:
-        answer = list(evaluation.read_predictions(Path(eval_.predictions), records)).copy
+        answer = list(evaluation_predictions.read_predictions(Path(eval_.predictions), records)).copy
     else:
         answer = _decoder(student, records[: eval_.limit or None], config, world)
 
@@ -88,13 +84,13 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
             "records": len(predictions),
             "ranks": world.size,
             "calibration_bins": calibration.BINS,
-            "scores": evaluation.scores(predictions, encoder),
+            "scores": evaluation_predictions.scores(predictions, encoder),
             "seconds": round(time.perf_counter() - start, 1),
         }
-        evaluation.write_predictions(folder / "predictions.jsonl", predictions)
-        for name, figure in evaluation_report.figures(predictions, folder.name).items():
+        evaluation_predictions.write_predictions(folder / "predictions.jsonl", predictions)
+        for name, figure in report.figures(predictions, folder.name).items():
             figure.savefig(folder / f"{name}.png", dpi=120)
-        metrics.write_json(folder / "result.json", result)
+        meter.write_json(folder / "result.json", result)
         return result
 
     def evaluate() -> dict[str, Any]:
@@ -131,11 +127,18 @@ def _decoder(
                 f"{student!r} is a run without a student: it is not finished, or run.export is off"
             )
     source = str(path) if path.is_dir() else student
-    tokenizer = models.load_tokenizer(source, "STUDENT")
-    model = models.load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
+    tokenizer = load_tokenizer(source, "STUDENT")
+    model = load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
     streams = STREAMS if config.eval.rationales else STREAMS[:1]
     return partial(
-        evaluation.evaluate, model, tokenizer, records, streams, config.data, world, config.eval.batch_size
+        evaluation_predictions.evaluate,
+        model,
+        tokenizer,
+        records,
+        streams,
+        config.data,
+        world,
+        config.eval.batch_size,
     )
 
 

@@ -33,23 +33,19 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ibdistill import (
-    agreement,
-    distributed,
-    evaluation,
-    evaluation_report,
-    export,
-    hardware,
-    metrics,
-    objectives,
-    settings,
-)
-from ibdistill import config as configuration
-from ibdistill.config import Config
-from ibdistill.distributed import EXIT_DIVERGED
-from ibdistill.evaluation import Prediction
-from ibdistill.job import Job, prepare
-from ibdistill.records import Record
+from ibdistill.config import fields, sections
+from ibdistill.config.sections import Config
+from ibdistill.data.records import Record
+from ibdistill.evaluation import predictions as evaluation_predictions
+from ibdistill.evaluation import report
+from ibdistill.evaluation.predictions import Prediction
+from ibdistill.models import export
+from ibdistill.monitor import meter
+from ibdistill.objectives import distillation
+from ibdistill.runtime import distributed, hardware
+from ibdistill.runtime.distributed import EXIT_DIVERGED
+from ibdistill.training import pseudo_labels
+from ibdistill.training.job import Job, prepare
 
 gc.freeze()
 gc.enable()
@@ -62,12 +58,12 @@ def main(recipe: str | None = None, *extra: Any, local_rank: int = -1, **overrid
     world = distributed.init()
     if overrides.pop("help", False) or overrides.pop("h", False):
         if world.rank == 0:
-            print(f"{__doc__}\nRecipes: {', '.join(configuration.recipes())}\n{settings.describe(Config)}")
+            print(f"{__doc__}\nRecipes: {', '.join(sections.recipes())}\n{fields.describe(Config)}")
         return
     with distributed.user_errors():
         if extra:
             raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-        job = prepare(configuration.load(recipe, overrides), world)
+        job = prepare(sections.load(recipe, overrides), world)
     if (job.folder / "result.json").is_file() and job.state.step >= job.config.optim.max_steps:
         logger.info("%s is finished already; its result is in result.json", job.folder)
     else:
@@ -80,7 +76,7 @@ def main(recipe: str | None = None, *extra: Any, local_rank: int = -1, **overrid
 def train(job: Job) -> None:
     """Step until the last step or a signal. Everything but `train_step` happens once in a while."""
     run, state = job.config.run, job.state
-    refreshes = agreement.due_steps(job.config)
+    refreshes = pseudo_labels.due_steps(job.config)
     while state.step < job.config.optim.max_steps:
         start = time.perf_counter()
         if state.step in refreshes:
@@ -116,7 +112,7 @@ def train_step(job: Job) -> None:
     factor.
     """
     state, counts = job.state, job.plan.counts(job.state.step)
-    weights = objectives.step_weights(job.config.objective, counts)
+    weights = distillation.step_weights(job.config.objective, counts)
     job.engine.module.head.measures = job.measures_gradients()
     start = time.perf_counter()
     micro_batches = job.micro_batches()
@@ -144,7 +140,7 @@ def train_step(job: Job) -> None:
 def answers(job: Job, model: PreTrainedModel, records: Sequence[Record]) -> list[Prediction]:
     """What the student says to records of one task. Collective; `model` is whole on every rank."""
     config = job.config
-    return evaluation.evaluate(
+    return evaluation_predictions.evaluate(
         model, job.tokenizer, records, job.streams, config.data, job.world, config.run.eval_batch_size
     )
 
@@ -154,8 +150,8 @@ def refresh(job: Job) -> None:
     config, start = job.config, time.perf_counter()
     with job.whole() as model:
         predictions = answers(job, model, job.unlabelled)
-    pseudo = agreement.used(predictions, config.data)
-    scalars = agreement.scalars(predictions, pseudo, time.perf_counter() - start)
+    pseudo = pseudo_labels.used(predictions, config.data)
+    scalars = pseudo_labels.scalars(predictions, pseudo, time.perf_counter() - start)
     # at the first step that learns from them: a run that is resumed here purges it and writes it again
     job.board.scalars(scalars, job.state.step + 1)
     brief = "  ".join(f"{tag.removeprefix('agree/')} {value:.4g}" for tag, value in scalars.items())
@@ -167,7 +163,7 @@ def refresh(job: Job) -> None:
         )
         pseudo = []
     try:
-        write = partial(agreement.write, job.folder, job.state.step, pseudo)
+        write = partial(pseudo_labels.write, job.folder, job.state.step, pseudo)
         job.state.pseudo = distributed.run_on_rank_0(write)
         job.mix(pseudo)
     except OSError as error:
@@ -183,11 +179,11 @@ def log(job: Job) -> None:
     interval = job.meter.close_interval()
     job.state.tokens += interval.tokens
     asked, right = (interval.terms.pop(f"teacher_{name}", 0.0) for name in ("asked", "right"))
-    terms = objectives.means(interval.terms, interval.counts)
-    scalars = {"loss/total": objectives.total(config.objective, terms)}
-    scalars |= {metrics.tag(name): value for name, value in terms.items()}
+    terms = distillation.means(interval.terms, interval.counts)
+    scalars = {"loss/total": distillation.total(config.objective, terms)}
+    scalars |= {meter.tag(name): value for name, value in terms.items()}
     if terms.get("mi"):
-        scalars["mi/constant_share"] = metrics.constant_share(terms["mi"], terms.get("mi_constant", 0.0))
+        scalars["mi/constant_share"] = meter.constant_share(terms["mi"], terms.get("mi_constant", 0.0))
     scalars |= interval.gradient_scalars(config.optim.clip_norm)
     if asked and config.data.label_source == "gt":
         scalars["teacher/agreement"] = right / asked
@@ -238,15 +234,15 @@ def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
 def show(job: Job, name: str, predictions: Sequence[Prediction]) -> dict[str, float]:
     """Score one task's predictions; the scores, the predictions, figures and samples where people look."""
     step, folder = job.state.step, job.folder / "predictions"
-    scores = evaluation.scores(predictions)
-    evaluation.write_predictions(folder / f"step-{step:08d}" / f"{name}.jsonl", predictions)
+    scores = evaluation_predictions.scores(predictions)
+    evaluation_predictions.write_predictions(folder / f"step-{step:08d}" / f"{name}.jsonl", predictions)
     job.board.scalars({f"eval/{name}_{key}": value for key, value in scores.items()}, step)
     if job.config.run.tensorboard:
-        figures = evaluation_report.figures(predictions, f"{name}, step {step}")
-        curve = evaluation_report.learning_curve(folder, f"{name}.jsonl", step)
+        figures = report.figures(predictions, f"{name}, step {step}")
+        curve = report.learning_curve(folder, f"{name}.jsonl", step)
         figures |= {"accuracy_by_length": curve} if curve else {}
         job.board.figures({f"{name}/{key}": figure for key, figure in figures.items()}, step)
-        job.board.text(f"{name}/samples", evaluation_report.samples(predictions), step, markdown=True)
+        job.board.text(f"{name}/samples", report.samples(predictions), step, markdown=True)
     brief = ("accuracy", "ece", "rationale_bleu", "rationale_rouge_l", "faithful")
     logger.info("%s  %s", name, "  ".join(f"{key} {scores[key]:.4g}" for key in brief if key in scores))
     return scores
@@ -260,7 +256,7 @@ def close(job: Job) -> None:
     evaluate(job, "test", config.run.test_limit)
     if config.run.export:
         with job.whole() as model:
-            card = export.card(configuration.to_yaml(config), json.dumps(job.results.get("test"), indent=2))
+            card = export.card(sections.to_yaml(config), json.dumps(job.results.get("test"), indent=2))
             export.write(model, job.tokenizer, job.folder / "student", card)
     if job.world.rank == 0:
         result = {
@@ -273,15 +269,15 @@ def close(job: Job) -> None:
             "best_step": state.best_step if state.best_step >= 0 else None,
             **{split: scores for split, scores in job.results.items()},
         }
-        metrics.write_json(job.folder / "result.json", result)
+        meter.write_json(job.folder / "result.json", result)
     final = {
         f"eval/{split}_{task}_{name}": value
         for split in ("valid", "test")
         for task, scores in job.results.get(split, {}).items()
         for name, value in scores.items()
     }
-    flat, defaults = settings.to_flat(config), settings.to_flat(Config())
-    job.board.hparams(metrics.hyperparameters(flat, defaults), final)
+    flat, defaults = fields.to_flat(config), fields.to_flat(Config())
+    job.board.hparams(meter.hyperparameters(flat, defaults), final)
     logger.info("done: %s", job.folder / "result.json")
 
 

@@ -24,9 +24,13 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
-from ibdistill import agreement, distributed, preflight, rationales, tasks
-from ibdistill import config as configuration
-from ibdistill.distributed import StopRequest
+from ibdistill.config import sections
+from ibdistill.data import loading
+from ibdistill.planning import memory_check
+from ibdistill.runtime import distributed
+from ibdistill.runtime.distributed import StopRequest
+from ibdistill.teacher import writing
+from ibdistill.training import pseudo_labels
 
 
 def main(
@@ -42,12 +46,12 @@ def main(
         if extra:
             raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
         share = part_of(part)
-        config = configuration.load(recipe, overrides)
+        config = sections.load(recipe, overrides)
         config.rationale_folder()  # before the data is read
-        preflight.check_models(config, world, with_student=False, with_teacher=True)
-        records = tasks.load(config.data, needs_rationale=False).train
-        records += agreement.questions(config.data, "taught")
-        rationales.write(config, records, world, StopRequest(), part=share)
+        memory_check.check_models(config, world, with_student=False, with_teacher=True)
+        records = loading.load(config.data, needs_rationale=False).train
+        records += pseudo_labels.questions(config.data, "taught")
+        writing.write(config, records, world, StopRequest(), part=share)
     dist.destroy_process_group()
 
 

@@ -41,7 +41,7 @@ if [ -n "${IBDISTILL_SWEEP:-}" ]; then # an element of slurm/sweep.sh: the setti
   read -r -a element < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$IBDISTILL_SWEEP/grid.txt")
   set -- "$@" "${element[@]:1}" --run.dir "$IBDISTILL_SWEEP/${element[0]}"
 fi
-run=$(python slurm/preflight.py run "$@")
+run=$(python slurm/check_settings.py run "$@")
 
 progress() {
   local newest=none marker

@@ -74,7 +74,7 @@ while read -r number name rest; do
     fail "$grid:$number: '$name' is no name for a run; start the line with one of letters, digits and . _ = , + -"
   [ ! -f "$folder/$name/result.json" ] || continue
   read -r -a settings <<< "$rest"
-  python slurm/preflight.py run "$@" "${settings[@]}" --run.dir "$folder/$name" > /dev/null < /dev/null ||
+  python slurm/check_settings.py run "$@" "${settings[@]}" --run.dir "$folder/$name" > /dev/null < /dev/null ||
     fail "$grid:$number: run $name has wrong settings"
   todo+=("$number")
 done < <(elements "$grid")

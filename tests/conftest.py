@@ -46,7 +46,7 @@ def world() -> Iterator:
     """A process group of one rank, for code that talks to its peers."""
     import torch.distributed as dist
 
-    from ibdistill import distributed
+    from ibdistill.runtime import distributed
 
     yield distributed.init()
     dist.destroy_process_group()
@@ -57,13 +57,13 @@ def make_job(world, tmp_path):
     """A one-rank job in a folder; asked again, it resumes."""
     import torch
 
-    from ibdistill import config
-    from ibdistill.job import prepare
+    from ibdistill.config import sections
+    from ibdistill.training.job import prepare
 
     jobs, linear = [], torch.nn.functional.linear
 
     def make(folder=tmp_path / "run", **overrides):
-        jobs.append(prepare(config.load(None, tiny(folder, **overrides)), world))
+        jobs.append(prepare(sections.load(None, tiny(folder, **overrides)), world))
         return jobs[-1]
 
     yield make

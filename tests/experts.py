@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ibdistill.records import Record
+from ibdistill.data.records import Record
 
 
 def demo_records(n: int) -> list[Record]:
     """The training records of a run on the demo corpus with `data.subsample` n."""
-    from ibdistill import tasks
-    from ibdistill.config import DataConfig
+    from ibdistill.config.sections import DataConfig
+    from ibdistill.data import loading
 
-    return tasks.load(DataConfig(subsample=n), needs_rationale=True).train
+    return loading.load(DataConfig(subsample=n), needs_rationale=True).train
 
 
 def taught(records: Sequence[Record]) -> list[Record]:
@@ -29,22 +29,23 @@ def by_heart(folder: Path, records: Sequence[Record], preset: str = "demo-studen
     """Train a preset until it writes the records' labels and rationales; save model and tokenizer."""
     import torch
 
-    from ibdistill import data, families, models, vocabulary
-    from ibdistill.config import DataConfig
-    from ibdistill.tasks import TASKS
+    from ibdistill.config.sections import DataConfig
+    from ibdistill.data import batches, tokenizers
+    from ibdistill.data.loading import TASKS
+    from ibdistill.models import families, student
 
-    tokenizer = vocabulary.demo_tokenizer()
+    tokenizer = tokenizers.demo_tokenizer()
     model = families.load_preset(preset, tokenizer, seed=0, dropout=0.0).train()
-    features = data.tokenize(records, {"demo": TASKS["demo"].prefixes}, tokenizer, DataConfig())
+    features = batches.tokenize(records, {"demo": TASKS["demo"].prefixes}, tokenizer, DataConfig())
     layout = families.layout(model, tokenizer)
-    batch = data.collate(features, range(len(records)), ("predict", "explain"), **layout)
+    batch = batches.collate(features, range(len(records)), ("predict", "explain"), **layout)
     tables = [p for name, p in model.named_parameters() if "relative" in name]
     others = [p for name, p in model.named_parameters() if "relative" not in name]
     groups = [{"params": others}] + ([{"params": tables, "lr": 3e-2}] if tables else [])
     optimizer = torch.optim.AdamW(groups, lr=3e-3)
     for _ in range(steps):
         head = model.get_output_embeddings().weight
-        states = models.states(model, batch).targets
+        states = student.states(model, batch).targets
         loss = sum(
             torch.nn.functional.cross_entropy(hidden @ head.T, batch.labels[stream])
             for stream, hidden in states.items()

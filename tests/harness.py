@@ -18,7 +18,7 @@ def start(
     arguments: Sequence[str], *, ranks: int, log: Path, env: dict[str, str] | None = None
 ) -> subprocess.Popen:
     """Start a script through DeepSpeed's launcher; its output goes to `log`."""
-    from ibdistill.distributed import free_port
+    from ibdistill.runtime.distributed import free_port
 
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     launcher += ["--master_port", str(free_port())]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ibdistill.config import DataConfig
-from ibdistill.tasks import TASKS, load
+from ibdistill.config.sections import DataConfig
+from ibdistill.data.loading import TASKS, load
 
 DATA = Path(os.environ.get("IBDISTILL_DATA") or Path(__file__).parents[2] / "shared" / "data")
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="no folder of real data (IBDISTILL_DATA)")

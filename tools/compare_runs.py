@@ -116,7 +116,7 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def draw_scores(grouped: dict[str, list[Path]], path: Path) -> None:
     """One panel a task and score."""
-    from ibdistill import plots
+    from ibdistill.evaluation import plots
 
     panels: dict[str, dict[str, tuple[float, float]]] = {}
     for name, folders in grouped.items():
@@ -138,7 +138,7 @@ def draw_curves(grouped: dict[str, list[Path]], path: Path) -> list[Path]:
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ibdistill import plots
+    from ibdistill.evaluation import plots
 
     panels: dict[str, list] = {}
     without = []

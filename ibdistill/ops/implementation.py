@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ibdistill.ops.arguments import check_choice
+from ibdistill.ops.head_loss.arguments import check_choice
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 

@@ -6,7 +6,7 @@ at a time, or too few loads are in flight per program. A width V below the block
 of two. D only matters to the GEMM, whose blocks are the vendor's.
 
 Nothing is tuned at run time. The environment variables IBDISTILL_WARPS (1, 2, 4, 8, 16; default 4) and
-IBDISTILL_LOADS (1, 2, 4; default 2) replace the two numbers; `tools/bench_head_loss.py --tune` measures all
+IBDISTILL_LOADS (1, 2, 4; default 2) replace the two numbers; `tools/bench/head_loss.py --tune` measures all
 pairs on the GPU at hand and prints them.
 """
 

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from ibdistill.ops.head_loss import IGNORED, MISettings, Stream, Weights
+from ibdistill.ops.head_loss.api import IGNORED, MISettings, Stream, Weights
 
 EVERY_MI = [
     MISettings(estimator, pool, gradient)

@@ -7,16 +7,9 @@ from test_vid import evaluate as evaluate_vid
 from test_vid import make as make_vid
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ibdistill.ops import head_loss as module
-from ibdistill.ops import vid
-from ibdistill.ops.head_loss import (
-    MISettings,
-    Teacher,
-    TeacherStream,
-    Weights,
-    head_loss,
-    logits_loss,
-)
+from ibdistill.ops.head_loss import api
+from ibdistill.ops.head_loss.api import MISettings, Teacher, TeacherStream, Weights, head_loss, logits_loss
+from ibdistill.ops.vid.api import _vid_loss, vid_loss
 
 D, V = 7, 29
 PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]
@@ -44,7 +37,7 @@ def op_arguments(case, mi, teacher, needs):
     """Arguments of the custom op as `head_loss` passes them."""
     seen = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_head_loss", lambda *args: seen.append(args) or [torch.zeros(())] * 20)
+        patch.setattr(api, "_head_loss", lambda *args: seen.append(args) or [torch.zeros(())] * 20)
         predict, explain, weight, bias = case
         leafs = [
             x.detach().clone().requires_grad_(need)
@@ -59,14 +52,14 @@ def op_arguments(case, mi, teacher, needs):
 @pytest.mark.parametrize("needs", [(True,) * 4, (False, True, True, False)])
 def test_the_head_loss_is_a_sound_op(generator, mi, needs):
     case, teacher = make(generator)
-    torch.library.opcheck(module._head_loss, op_arguments(case, mi, teacher, needs), test_utils=CHECKS)
+    torch.library.opcheck(api._head_loss, op_arguments(case, mi, teacher, needs), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("tokens", [0, 6])
 def test_vid_is_a_sound_op(generator, tokens):
     student, teacher, *rest = make_vid(tokens, 3, 5, generator)
     leafs = [x.requires_grad_() for x in (student, *rest)]
-    torch.library.opcheck(vid._vid_loss, (*leafs, teacher, "torch", 80, [True] * 4), test_utils=CHECKS)
+    torch.library.opcheck(_vid_loss, (*leafs, teacher, "torch", 80, [True] * 4), test_utils=CHECKS)
 
 
 @pytest.mark.parametrize("mi", MIS, ids=name_of)
@@ -115,15 +108,15 @@ def test_logits_and_vid_compiled(generator):
     want, got = (f(*streams, weights=WEIGHTS, mi=MISettings())[0] for f in (logits_loss, compiled))
     assert torch.equal(got, want)
     inputs = make_vid(9, 4, 6, generator)
-    compiled = torch.compile(vid.vid_loss, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(evaluate_vid(compiled, inputs, 0.4), evaluate_vid(vid.vid_loss, inputs, 0.4))
+    compiled = torch.compile(vid_loss, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(evaluate_vid(compiled, inputs, 0.4), evaluate_vid(vid_loss, inputs, 0.4))
 
 
 def test_token_counts_compile_nothing_new(generator):
     """The second shape makes sizes symbolic; from then on one graph serves every batch and every weight."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(head_loss, backend=counter, fullgraph=True)
-    compiled_vid = torch.compile(vid.vid_loss, backend=counter, fullgraph=True)
+    compiled_vid = torch.compile(vid_loss, backend=counter, fullgraph=True)
     batches = [([3, 4], [6, 19]), ([5, 2, 2], [3, 9, 4]), ([4] * 5, [7] * 5), ([9, 8, 1, 2], [6, 5, 4, 3])]
     counts = []
     for lengths in batches:
@@ -134,7 +127,7 @@ def test_token_counts_compile_nothing_new(generator):
             evaluate(compiled, *case, **arguments), evaluate(head_loss, *case, **arguments), rtol=0, atol=0
         )
         inputs = make_vid(sum(lengths[0]), 4, 6, generator)
-        torch.testing.assert_close(evaluate_vid(compiled_vid, inputs), evaluate_vid(vid.vid_loss, inputs))
+        torch.testing.assert_close(evaluate_vid(compiled_vid, inputs), evaluate_vid(vid_loss, inputs))
         counts.append(counter.frame_count)
     assert counts[0] == 2 and counts[1:] == [4] * 3
 

@@ -8,8 +8,7 @@ import torch
 from head_loss_cases import PAIRED, WEIGHTS, assert_same, evaluate, make_head, make_stream, name_of
 
 from ibdistill.ops import linear
-from ibdistill.ops.divergences import DIVERGENCES
-from ibdistill.ops.head_loss import (
+from ibdistill.ops.head_loss.api import (
     MISettings,
     Stream,
     Teacher,
@@ -18,7 +17,8 @@ from ibdistill.ops.head_loss import (
     head_loss,
     logits_loss,
 )
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops.head_loss.divergences import DIVERGENCES
+from ibdistill.ops.head_loss.reference import head_loss_reference
 
 D, V, K = 7, 29, 4
 PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]

@@ -6,11 +6,11 @@ import pytest
 import torch
 from head_loss_cases import make_stream
 
-from ibdistill.ops import estimators
-from ibdistill.ops.arguments import MISettings, Weights
-from ibdistill.ops.estimators import barber_agakov, infonce, normalized, paper
-from ibdistill.ops.head_loss import Stream, head_loss
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops.head_loss import estimators
+from ibdistill.ops.head_loss.api import Stream, head_loss
+from ibdistill.ops.head_loss.arguments import MISettings, Weights
+from ibdistill.ops.head_loss.estimators import barber_agakov, infonce, normalized, paper
+from ibdistill.ops.head_loss.reference import head_loss_reference
 
 LENGTHS = ([3, 1, 6, 2], [5, 4, 1, 8])
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from head_loss_cases import EVERY_MI, PAIRED, make_head, make_stream, name_of
 
-from ibdistill.ops.head_loss import Teacher, TeacherStream, Weights, head_loss
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops.head_loss.api import Teacher, TeacherStream, Weights, head_loss
+from ibdistill.ops.head_loss.reference import head_loss_reference
 
 
 def small(generator, D=3, V=5):

@@ -21,15 +21,10 @@ from head_loss_cases import (
     name_of,
 )
 
-from ibdistill.ops import head_loss_torch, linear
-from ibdistill.ops.head_loss import (
-    IGNORED,
-    MISettings,
-    Stream,
-    Weights,
-    head_loss,
-)
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops import linear
+from ibdistill.ops.head_loss.api import IGNORED, MISettings, Stream, Weights, head_loss
+from ibdistill.ops.head_loss.reference import head_loss_reference
+from ibdistill.ops.head_loss.torch import ChunkedLinear
 
 
 @pytest.mark.parametrize(
@@ -162,7 +157,7 @@ def test_no_grad_makes_no_gradients(case, monkeypatch):
     predict, explain, weight, bias = case
     weight = weight.clone().requires_grad_()
     with torch.no_grad():
-        monkeypatch.setattr(head_loss_torch.ChunkedLinear, "add_gradients", None)
+        monkeypatch.setattr(ChunkedLinear, "add_gradients", None)
         total, _ = head_loss(predict, explain, weight, bias, weights=WEIGHTS, mi=MISettings())
     assert not total.requires_grad
     want, _ = head_loss_reference(predict, explain, weight, bias, weights=WEIGHTS, mi=MISettings())

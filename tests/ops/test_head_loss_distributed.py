@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from head_loss_cases import evaluate, make_head, make_stream
 
-from ibdistill.ops.head_loss import MISettings, Stream, Weights, head_loss
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops.head_loss.api import MISettings, Stream, Weights, head_loss
+from ibdistill.ops.head_loss.reference import head_loss_reference
 
 D, V = 6, 17
 PREDICT, EXPLAIN = [3, 1, 2, 4, 2], [5, 2, 0, 3, 1]

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("set TRITON_INTERPRET=1 to run the kernels without a GPU", allow_module_level=True)
 
-from ibdistill.ops.head_loss import (
+from ibdistill.ops.head_loss.api import (
     MISettings,
     Stream,
     Teacher,
@@ -19,7 +19,7 @@ from ibdistill.ops.head_loss import (
     head_loss,
     logits_loss,
 )
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops.head_loss.reference import head_loss_reference
 
 D, V = 7, 37
 PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]

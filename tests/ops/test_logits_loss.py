@@ -4,8 +4,8 @@ import pytest
 import torch
 from head_loss_cases import MIS, ROW, WEIGHTS, assert_same, evaluate, name_of
 
-from ibdistill.ops.head_loss import MISettings, logits_loss
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops.head_loss.api import MISettings, logits_loss
+from ibdistill.ops.head_loss.reference import head_loss_reference
 
 
 def given_logits(predict, explain, weight, bias, **arguments):

@@ -5,11 +5,12 @@ import torch
 from head_loss_cases import MIS, WEIGHTS, evaluate, make_head, make_stream, name_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ibdistill.ops import custom, head_loss_torch
-from ibdistill.ops import head_loss as head_loss_module
-from ibdistill.ops.arguments import Call
-from ibdistill.ops.head_loss import CHUNK_BYTES, MISettings, head_loss
-from ibdistill.ops.head_loss_reference import head_loss_reference
+from ibdistill.ops import custom
+from ibdistill.ops.head_loss import api
+from ibdistill.ops.head_loss.api import CHUNK_BYTES, MISettings, head_loss
+from ibdistill.ops.head_loss.arguments import Call
+from ibdistill.ops.head_loss.reference import head_loss_reference
+from ibdistill.ops.head_loss.torch import compute
 
 
 class LogitsWatch(TorchDispatchMode):
@@ -39,7 +40,7 @@ def test_logits_stay_within_the_chunk(mi, generator):
     call = Call(predict, explain, WEIGHTS, mi, None, chunk_bytes)
     # inside the custom op nothing can be watched
     with LogitsWatch(V, allowed) as watch:
-        head_loss_torch.compute(call, weight, bias, [True] * 4)
+        compute(call, weight, bias, [True] * 4)
     assert 0 < watch.largest <= chunk_bytes
     with LogitsWatch(V, allowed) as watch:
         evaluate(head_loss_reference, predict, explain, weight, bias, weights=WEIGHTS, mi=mi)
@@ -54,15 +55,13 @@ def test_default_chunk_at_t5s_vocabulary(generator):
     weight, _ = make_head(8, 32128, torch.float32, generator=generator)
     call = Call(predict, explain, WEIGHTS, MISettings(), None, CHUNK_BYTES["cpu"])
     with LogitsWatch(32128, {(32128, 8), (8, 32128)}) as watch:
-        head_loss_torch.compute(call, weight, None, [True, True, True, False])
+        compute(call, weight, None, [True, True, True, False])
     assert 0 < watch.largest <= CHUNK_BYTES["cpu"]
 
 
 def test_default_chunk_is_the_devices(case, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        head_loss_module, "_head_loss", lambda *args: seen.append(args) or [torch.zeros(())] * 9
-    )
+    monkeypatch.setattr(api, "_head_loss", lambda *args: seen.append(args) or [torch.zeros(())] * 9)
     head_loss(*case, weights=WEIGHTS)
     assert seen[0][-2] == CHUNK_BYTES["cpu"] < CHUNK_BYTES["gpu"]
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ibdistill.ops import linear, vid
-from ibdistill.ops.vid import vid_loss, vid_loss_reference
+from ibdistill.ops import linear
+from ibdistill.ops.vid import api
+from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
 
 NAMES = ("student", "weight", "bias", "log_variance")
 
@@ -73,7 +74,7 @@ def test_no_tokens(dtype, generator):
 
 def test_no_grad_makes_no_gradients(generator, monkeypatch):
     inputs = [x.requires_grad_() for x in make(4, 3, 5, generator)]
-    monkeypatch.setattr(vid.ChunkedLinear, "add_gradients", None)
+    monkeypatch.setattr(api.ChunkedLinear, "add_gradients", None)
     with torch.no_grad():
         value = vid_loss(*inputs)
     assert not value.requires_grad
@@ -189,7 +190,7 @@ def test_temporaries_stay_within_the_chunk(generator):
     allowed = {(N, D), (D_t, D), (D, D_t)}
     # inside the custom op nothing can be watched
     with Watch(allowed) as watch:
-        vid.compute(inputs[0], *inputs[2:], inputs[1], vid.absorb_torch, rows * D_t * 4, [True] * 4)
+        api.compute(inputs[0], *inputs[2:], inputs[1], api.absorb_torch, rows * D_t * 4, [True] * 4)
     teacher = N * D_t * 4
     assert 0 < watch.largest <= rows * D_t * 4 < teacher
 

@@ -24,10 +24,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ibdistill import distributed
-from ibdistill.ops.head_loss import MISettings, Stream, Teacher, TeacherStream, Weights, head_loss
-from ibdistill.ops.head_loss_reference import head_loss_reference
-from ibdistill.ops.vid import vid_loss, vid_loss_reference
+from ibdistill.ops.head_loss.api import MISettings, Stream, Teacher, TeacherStream, Weights, head_loss
+from ibdistill.ops.head_loss.reference import head_loss_reference
+from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
+from ibdistill.runtime import distributed
 
 V, D, D_T, ACCUMULATION = 61, 16, 12, 2
 LENGTHS = {"predict": [2, 3], "explain": [5, 4]}

@@ -11,7 +11,7 @@ import psutil
 from harness import ROOT
 from slurm_cluster import clean_env, lacking, wait_for
 
-from ibdistill.distributed import free_port
+from ibdistill.runtime.distributed import free_port
 
 
 def bash(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

@@ -14,8 +14,11 @@ from pathlib import Path
 
 import fire
 
-from ibdistill import demo, distributed, evaluation, train
-from ibdistill.evaluation import Answer
+from ibdistill import train
+from ibdistill.data.tasks import demo
+from ibdistill.evaluation import predictions
+from ibdistill.evaluation.predictions import Answer
+from ibdistill.runtime import distributed
 
 
 def answers_of_an_oracle(calls: list[int]) -> Callable:
@@ -24,7 +27,7 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
 
     `calls`: gets the number of unlabelled questions of each call.
     """
-    honest = evaluation.decode
+    honest = predictions.decode
     known = {
         prefix + record.question: text
         for record in demo._unlabelled()
@@ -49,7 +52,7 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
 
 
 if __name__ == "__main__":
-    evaluation.decode = answers_of_an_oracle([])
+    predictions.decode = answers_of_an_oracle([])
     try:
         fire.Fire(train.main)
     except SystemExit as end:

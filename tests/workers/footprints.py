@@ -54,16 +54,14 @@ if __name__ == "__main__":  # before DeepSpeed takes references to them
     for collective in COLLECTIVES:
         count(*collective)
 
-from ibdistill import (  # noqa: E402
-    config,
-    distributed,
-    dryrun,
-    engine,
-    models,
-    objectives,
-    teacher,
-    vocabulary,
-)
+from ibdistill.config import sections  # noqa: E402
+from ibdistill.data import tokenizers  # noqa: E402
+from ibdistill.models.student import load_student  # noqa: E402
+from ibdistill.objectives import distillation  # noqa: E402
+from ibdistill.planning import dryrun  # noqa: E402
+from ibdistill.runtime import distributed  # noqa: E402
+from ibdistill.teacher import teacher  # noqa: E402
+from ibdistill.training import engine  # noqa: E402
 
 
 def size(tensors, without=frozenset()) -> int:
@@ -104,7 +102,7 @@ def buckets(outer) -> int:
 
 def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
     """Some steps with a teacher: the states and what the last one sent."""
-    settings = config.load(
+    settings = sections.load(
         None,
         {
             "student.model": name,
@@ -116,11 +114,11 @@ def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
             "optim.batch_size": LENGTHS["questions"] * world.size,
         },
     )
-    student = models.load_student(settings.student, vocabulary.demo_tokenizer(), 0)
+    student = load_student(settings.student, tokenizers.demo_tokenizer(), 0)
     batch = batch_for(student)
-    module = objectives.Distillation(student, settings.objective, teacher_width=loaded.width)
+    module = distillation.Distillation(student, settings.objective, teacher_width=loaded.width)
     built = engine.build_engine(module, settings, world)
-    weights = objectives.step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
+    weights = distillation.step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
     seen = []
     module.vid.bias.register_hook(lambda gradient: seen.append(buckets(built.optimizer)))
     signal, facts = loaded(batch), {}
@@ -143,8 +141,8 @@ def batch_for(model):
 
 def measure_teacher(loaded: teacher.Teacher, student: str) -> dict:
     """What a teacher keeps, and what its second answer sent."""
-    settings = config.StudentConfig(model=student, precision=STUDENTS[student])
-    batch = batch_for(models.load_student(settings, vocabulary.demo_tokenizer(), 0))
+    settings = sections.StudentConfig(model=student, precision=STUDENTS[student])
+    batch = batch_for(load_student(settings, tokenizers.demo_tokenizer(), 0))
     for _ in range(2):
         SENT.clear()
         loaded(batch)
@@ -154,11 +152,13 @@ def measure_teacher(loaded: teacher.Teacher, student: str) -> dict:
 def main(folder: Path) -> None:
     world = distributed.init()
     facts = {}
-    tokenizer, wanted = vocabulary.demo_tokenizer(), teacher.Wanted(questions=True, targets=True)
+    tokenizer, wanted = tokenizers.demo_tokenizer(), teacher.Wanted(questions=True, targets=True)
     small = [str(folder / "small.json")] if world.size == 2 else []
     for name in STUDENTS:
         for placement in ("zero3", "replica"):
-            asked = config.TeacherConfig(placement=placement, model=TEACHERS[name], precision=STUDENTS[name])
+            asked = sections.TeacherConfig(
+                placement=placement, model=TEACHERS[name], precision=STUDENTS[name]
+            )
             loaded = teacher.Teacher(asked, wanted, tokenizer, len(tokenizer), world)
             facts[f"{name} teacher {placement}"] = distributed.gather_objects(measure_teacher(loaded, name))
             for stage in ("zero0", "zero1", "zero2", "zero3", *small) if placement == "replica" else ():

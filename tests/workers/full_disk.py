@@ -12,8 +12,10 @@ from pathlib import Path
 
 from harness import full_disk, same, steps, tiny
 
-from ibdistill import checkpoint, config, distributed
-from ibdistill.job import Job, prepare
+from ibdistill.config import sections
+from ibdistill.runtime import distributed
+from ibdistill.training import checkpoint
+from ibdistill.training.job import Job, prepare
 
 
 def main(folder: Path) -> None:
@@ -21,7 +23,7 @@ def main(folder: Path) -> None:
 
     def make(name: str, stage: int) -> Job:
         settings = {"deepspeed.config": f"zero{stage}", "student.dropout": 0.0, "run.tensorboard": False}
-        return prepare(config.load(None, tiny(folder / f"{name}{stage}", **settings)), world)
+        return prepare(sections.load(None, tiny(folder / f"{name}{stage}", **settings)), world)
 
     def whole(job: Job) -> dict:
         with job.whole() as model:

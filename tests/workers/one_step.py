@@ -6,7 +6,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 
 from ibdistill import train
-from ibdistill.job import Job
+from ibdistill.training.job import Job
 
 
 def gradients_of_step(job: Job) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.multiprocessing import start_processes
 
-from ibdistill import distributed
+from ibdistill.runtime import distributed
 
 
 def run(main: Callable[..., None], *arguments: Any, ranks: Sequence[int]) -> None:

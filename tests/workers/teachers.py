@@ -20,8 +20,10 @@ import ranks
 import torch
 from one_step import gradients_of_step
 
-from ibdistill import config, distributed, train
-from ibdistill.job import prepare
+from ibdistill import train
+from ibdistill.config import sections
+from ibdistill.runtime import distributed
+from ibdistill.training.job import prepare
 
 SETTINGS = {
     "data.subsample": 64,
@@ -69,7 +71,7 @@ def main(folder: Path, cases: list[str]) -> None:
         }
         if many:
             settings["optim.micro_batch_size"] = settings["optim.batch_size"] // world.size
-        job = prepare(config.load(None, settings), world)
+        job = prepare(sections.load(None, settings), world)
         teacher = job.signals.teacher
         before, replaced = checksum(teacher), torch.nn.functional.linear is not linear
         gradients = gradients_of_step(job)

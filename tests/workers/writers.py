@@ -24,9 +24,13 @@ SETTINGS = {
 def main(folder: Path, expert: str) -> None:
     from teachers import checksum
 
-    from ibdistill import config, distributed, rationales, tasks, train
-    from ibdistill.distributed import StopRequest
-    from ibdistill.job import prepare
+    from ibdistill import train
+    from ibdistill.config import sections
+    from ibdistill.data import loading
+    from ibdistill.runtime import distributed
+    from ibdistill.runtime.distributed import StopRequest
+    from ibdistill.teacher import writing
+    from ibdistill.training.job import prepare
 
     world = distributed.init()
     linear = torch.nn.functional.linear
@@ -36,16 +40,16 @@ def main(folder: Path, expert: str) -> None:
             "teacher.temperature": temperature,
             "teacher.rationale_cache": f"{folder}/texts-{temperature}",
         }
-        loaded = config.load(None, shared | cache)
-        records = tasks.load(loaded.data, needs_rationale=False).train
-        rationales.write(loaded, records, world, StopRequest())
+        loaded = sections.load(None, shared | cache)
+        records = loading.load(loaded.data, needs_rationale=False).train
+        writing.write(loaded, records, world, StopRequest())
 
     training = {"objective.method": "ib+kd", "optim.batch_size": 4, "student.dropout": 0.0}
     jobs = []
     for name in ("wrote", "never"):  # the second one finds its texts in the cache
         settings = shared | training | {"run.dir": f"{folder}/{name}"}
         settings |= {"teacher.rationale_cache": f"{folder}/both", "data.label_source": "teacher"}
-        jobs.append(prepare(config.load(None, settings), world))
+        jobs.append(prepare(sections.load(None, settings), world))
     before = checksum(jobs[0].signals.teacher)
     error = 0.0
     for _ in range(4):

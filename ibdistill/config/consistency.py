@@ -1,0 +1,134 @@
+"""What one setting decides about another: defaults that depend on others, and settings that contradict.
+
+Everything here is about a whole `config.Config` whose single values have passed their own rules.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ibdistill.config.sections import Config, ObjectiveConfig
+
+
+def settle(config: Config) -> None:
+    """Replace the settings that stand for "by the others" (auto, none) by what they come to."""
+    teacher, objective = config.teacher, config.objective
+    if objective.estimator == "auto":
+        white_box = teacher.placement != "none" and objective.mi_pair == "student"
+        objective.estimator = "vid" if white_box else "paper"
+    if objective.beta is None:
+        objective.beta = {"vid": 1.0, "vib": 1e-3}.get(objective.estimator, 0.1)
+    if teacher.cache and teacher.cache_form == "auto":
+        teacher.cache_form = "states" if objective.mi_pair == "teacher" else "topk"
+
+
+def check(config: Config) -> None:
+    """Raise ValueError, with the settings, their values and the way out, where settings contradict."""
+    optim = config.optim
+    if optim.warmup_steps > optim.max_steps:
+        raise ValueError(
+            f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps})"
+        )
+    _check_teacher(config)
+    _check_agreement(config)
+
+
+def _needs_teacher(objective: ObjectiveConfig) -> list[str]:
+    """The settings that ask for an online teacher, for a message; empty: none is needed."""
+    ib = "ib" in objective.method
+    asking = {
+        f"objective.method {objective.method}": "kd" in objective.method,
+        "objective.estimator vid": ib and objective.estimator == "vid",
+        "objective.mi_pair teacher": ib and objective.mi_pair == "teacher",
+    }
+    return [setting for setting, asks in asking.items() if asks]
+
+
+def _check_teacher(config: Config) -> None:
+    """Raise ValueError where the settings of a teacher contradict what needs one."""
+    teacher, objective = config.teacher, config.objective
+    online = teacher.placement != "none"
+    wanted = _needs_teacher(objective)
+    writes = teacher.rationales != "none"
+    asks = wanted + [f"teacher.rationales {teacher.rationales}"] * writes
+    if asks and not online:
+        raise ValueError(
+            f"{' and '.join(asks)} needs an online teacher; set teacher.placement and teacher.model"
+        )
+    if config.data.label_source == "teacher" and not writes:
+        raise ValueError("data.label_source is 'teacher'; set teacher.rationales to missing or all")
+    if config.data.taught is not None and not (writes and config.data.label_source == "teacher"):
+        raise ValueError(
+            f"data.taught is {config.data.taught!r}: questions whose labels the teacher has to write; "
+            "set teacher.rationales missing and data.label_source teacher"
+        )
+    if online and not asks:
+        raise ValueError(
+            f"teacher.placement is {teacher.placement!r}, but objective.method {objective.method} with "
+            f"estimator {objective.estimator} does not use a teacher; choose kd, ib or ib+kd, "
+            "let it write (teacher.rationales), or placement none"
+        )
+    if online and not teacher.model:
+        raise ValueError(
+            f"teacher.placement is {teacher.placement!r} and teacher.model is empty: which model?"
+        )
+    if teacher.placement == "cache":
+        for needed, name in ((wanted, "cache"), (writes, "rationale_cache")):
+            if needed and not getattr(teacher, name):
+                raise ValueError(f"teacher.placement is 'cache'; name its folder in teacher.{name}")
+    if teacher.load_in_8bit and teacher.placement != "replica":
+        raise ValueError(
+            f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "
+            "8-bit weights are not sharded"
+        )
+    if objective.mi_pair == "teacher" and objective.estimator not in ("paper", "normalized"):
+        raise ValueError(
+            f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
+        )
+
+
+def _check_agreement(config: Config) -> None:
+    """Raise ValueError where the settings of `data.unlabelled` contradict others."""
+    data, batch_size = config.data, config.optim.batch_size
+    if data.unlabelled is None:
+        if data.agree_use == "mi":
+            raise ValueError("data.agree_use is mi, but of which questions? Name them in data.unlabelled")
+        return
+    if not data.agree_at or sorted(set(data.agree_at)) != data.agree_at:
+        raise ValueError(
+            f"data.agree_at is {data.agree_at}; give one or more shares of optim.max_steps in rising order"
+        )
+    if not 0 < data.pseudo_batch_size(batch_size) < batch_size:
+        raise ValueError(
+            f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
+            f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one gold"
+        )
+    if data.agree_use == "mi":
+        _check_mi_on_answers(config)
+    if config.objective.method == "finetune":
+        raise ValueError(
+            "data.unlabelled compares the two streams' answers, and objective.method finetune trains one; "
+            "choose another method, or leave data.unlabelled out"
+        )
+    if config.teacher.placement == "cache":
+        raise ValueError(
+            "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
+            "teacher.placement"
+        )
+
+
+def _check_mi_on_answers(config: Config) -> None:
+    """Raise ValueError where `data.agree_use` mi contradicts other settings."""
+    objective = config.objective
+    if objective.method != "ib" or objective.beta == 0 or objective.estimator in ("vid", "vib"):
+        raise ValueError(
+            "data.agree_use mi is about the term between the student's two streams; set objective.method ib "
+            f"(it is {objective.method}) with objective.estimator paper, normalized or infonce (it is "
+            f"{objective.estimator}) and objective.beta above 0"
+        )
+    if config.teacher.placement != "none" and _needs_teacher(objective):
+        raise ValueError(
+            f"data.agree_use mi takes no teacher's answers, for which {_needs_teacher(objective)[0]} asks; "
+            "leave that out"
+        )

@@ -1,0 +1,314 @@
+"""From records to batches: token tables, packed targets, rows for either family of models.
+
+Questions and targets are tokenized apart, so both families and every teacher of the same
+vocabulary see the same target tokens and the same question tokens.
+
+An encoder-decoder model reads the question, end token included. A decoder-only model reads
+`[BOS] question separator target` in one row:
+
+- BOS is there if the tokenizer by itself puts one in front of a text, as the model was then
+  pretrained with it.
+- The separator stands where the question's end token stands in the other family, so the
+  question tokens of both families pair up one to one. It is the newline token where the
+  vocabulary has one, else the end token. Something has to tell the model that the question is
+  over; the end token is what pretrained decoder-only models have seen *between unrelated
+  texts*, after which they forget, while a line break before an answer is ordinary text.
+- Prompts are built by `_prompt` alone, in training and in decoding, from ids: tokenizing the
+  joined text would merge `?` and newline into one token in many vocabularies (Qwen's).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ibdistill.config.sections import DataConfig
+from ibdistill.data.records import STREAMS, Record
+
+logger = logging.getLogger("ibdistill")
+
+Rows = dict[str, list[np.ndarray]]
+"""Stream -> token ids of each record."""
+
+
+class Ragged:
+    """Token sequences as one flat array and offsets: a few bytes a token, however many records."""
+
+    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
+        arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
+        self.offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
+        np.cumsum([len(array) for array in arrays], out=self.offsets[1:])
+        self.flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.flat[self.offsets[index] : self.offsets[index + 1]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __add__(self, other: Ragged) -> Ragged:
+        joined = Ragged([])
+        joined.offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
+        joined.flat = np.concatenate([self.flat, other.flat])
+        return joined
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Features:
+    """The token ids of some records. Targets end with the end-of-sequence token."""
+
+    ids: list[str]
+    """The records' names, for messages."""
+    groups: np.ndarray
+    """[records] int: which task of the mixture each belongs to, counted in the order of `data.task`."""
+    questions: dict[str, Ragged]
+    """Stream -> prefix and question."""
+    targets: dict[str, Ragged]
+    """Stream -> label or rationale; the explain target of a record without a rationale is empty."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __add__(self, other: Features) -> Features:
+        """These records and then the other ones, of the same tasks."""
+        return Features(
+            ids=self.ids + other.ids,
+            groups=np.concatenate([self.groups, other.groups]),
+            questions={stream: self.questions[stream] + other.questions[stream] for stream in STREAMS},
+            targets={stream: self.targets[stream] + other.targets[stream] for stream in STREAMS},
+        )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of B questions, S streams. Targets are packed: N tokens in all, no padding.
+
+    The rows of all streams are stacked, predict first, so that one call serves both: of the
+    encoder, or of a decoder-only model, whose rows hold the targets too. Padding is on the right.
+    """
+
+    question_ids: tuple[str, ...]
+    input_ids: Tensor
+    """[S * B, L] int64."""
+    attention_mask: Tensor
+    """[S * B, L] int64, 1 where a token is."""
+    question_positions: Tensor
+    """[N_question] int64: where the predict stream's question tokens sit in its flattened [B * L].
+
+    The same tokens in the same order for both families: BOS is left out, and the separator of
+    a decoder-only model stands for the end token of the other family."""
+    decoder_input_ids: dict[str, Tensor]
+    """Stream -> [B, T_stream] int64, targets shifted right behind the start token. Decoder-only: empty."""
+    positions: dict[str, Tensor]
+    """Stream -> [N_stream] int64: the places that predict the targets, in the flattened [B * T_stream] of
+    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows."""
+    labels: dict[str, Tensor]
+    """Stream -> [N_stream] int64."""
+    cu: dict[str, Tensor]
+    """Stream -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
+    num_extra: int = 0
+    """The last so many questions are for the mutual-information term alone (`data.agree_use` mi)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Real (unpadded) tokens that enter the model: questions and targets."""
+        decoded = sum(len(self.labels[stream]) for stream in self.decoder_input_ids)
+        return int(self.attention_mask.sum()) + decoded
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that the model computes, padding included."""
+        return self.input_ids.numel() + sum(ids.numel() for ids in self.decoder_input_ids.values())
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, `cu` apart: offsets are read by the host.
+
+        The copy overlaps with what the device is doing.
+        """
+
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {key: moved(tensor) for key, tensor in value.items()}
+            if isinstance(value, Tensor) and device.type == "cuda":
+                return value.pin_memory().to(device, non_blocking=True)
+            return value
+
+        fields = {f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return Batch(**fields | {"cu": self.cu})
+
+
+def tokenize(
+    records: Sequence[Record],
+    prefixes: dict[str, dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+) -> Features:
+    """Token ids of both streams; `prefixes` maps task -> stream -> prefix.
+
+    Text beyond the limits of `config` is cut, counted and reported.
+    """
+    tasks = list(dict.fromkeys(record.task for record in records))  # in the order of data.task
+    questions = {}
+    for stream in STREAMS:
+        texts = [prefixes[record.task][stream] + record.question for record in records]
+        questions[stream] = _encode(texts, tokenizer, config.max_question_tokens, f"{stream} questions")
+    labels = [record.label for record in records]
+    rationales = [record.rationale for record in records]
+    return Features(
+        ids=[record.id for record in records],
+        groups=np.array([tasks.index(record.task) for record in records]),
+        questions=questions,
+        targets={
+            "predict": _encode(labels, tokenizer, config.max_label_tokens, "labels"),
+            "explain": _encode(rationales, tokenizer, config.max_rationale_tokens, "rationales"),
+        },
+    )
+
+
+def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int, what: str) -> Ragged:
+    """Ids with the end token; a text that is too long loses its end but keeps the end token."""
+    eos = tokenizer.eos_token_id
+    sequences, cut = [], 0
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    for text, ids in zip(texts, encoded, strict=True):
+        cut += len(ids) >= limit
+        sequences.append([*ids[: limit - 1], eos] if text else [])
+    if cut:
+        logger.warning("%d of %d %s are longer than %d tokens and were cut", cut, len(texts), what, limit)
+    return Ragged(sequences)
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer by itself puts in front of a text, or None."""
+    first = tokenizer("a").input_ids[0]
+    return first if first == tokenizer.bos_token_id else None
+
+
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between question and target in a decoder-only model's row: newline, else the end token."""
+    ids = tokenizer("\n", add_special_tokens=False).input_ids
+    return ids[-1] if ids and tokenizer.decode(ids[-1:]) == "\n" else tokenizer.eos_token_id
+
+
+def collate(
+    features: Features,
+    rows: Sequence[int],
+    streams: Sequence[str],
+    *,
+    pad: int,
+    start: int | None,
+    separator: int | None = None,
+) -> Batch:
+    """The micro-batch of some records. `families.layout` gives the keyword arguments for a model.
+
+    Args:
+        pad: the padding token.
+        start: the decoder's start token; for a decoder-only model its BOS, or None.
+        separator: what stands between question and target for a decoder-only model; None for
+            an encoder-decoder model.
+    """
+    questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
+    targets = {stream: [features.targets[stream][row] for row in rows] for stream in streams}
+    if separator is None:
+        inputs = _encoder_decoder(questions, targets, pad, start)
+    else:
+        inputs = _decoder_only(questions, targets, pad, start, separator)
+    return Batch(
+        question_ids=tuple(features.ids[row] for row in rows),
+        labels={stream: torch.from_numpy(np.concatenate(targets[stream])).long() for stream in streams},
+        cu={
+            stream: torch.tensor(np.cumsum([0, *map(len, targets[stream])]), dtype=torch.int32)
+            for stream in streams
+        },
+        **inputs,
+    )
+
+
+def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int) -> dict[str, Any]:
+    input_ids, attention_mask = _pad([row for rows in questions.values() for row in rows], pad)
+    num_rows = len(questions["predict"])
+    decoder_input_ids, positions = {}, {}
+    for stream, rows in targets.items():
+        shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
+        decoder_input_ids[stream], mask = _pad(shifted, pad)
+        positions[stream] = mask.flatten().nonzero().squeeze(1)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "question_positions": attention_mask[:num_rows].flatten().nonzero().squeeze(1),
+        "decoder_input_ids": decoder_input_ids,
+        "positions": positions,
+    }
+
+
+def _decoder_only(
+    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int
+) -> dict[str, Any]:
+    """Rows of prompt and target; the last target token is predicted, never read."""
+    prompts = {s: [_prompt(question[:-1], bos, separator) for question in questions[s]] for s in questions}
+    pairs = {stream: list(zip(prompts[stream], targets[stream], strict=True)) for stream in prompts}
+    rows = [np.concatenate([prompt, target[:-1]]) for rows in pairs.values() for prompt, target in rows]
+    input_ids, attention_mask = _pad(rows, pad)
+    width, lead = input_ids.shape[1], int(bos is not None)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "question_positions": _places([(lead, len(p) - lead) for p in prompts["predict"]], width),
+        "decoder_input_ids": {},
+        "positions": {
+            stream: _places([(len(prompt) - 1, len(target)) for prompt, target in rows], width)
+            for stream, rows in pairs.items()
+        },
+    }
+
+
+def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
+    """Where each row's (first column, count) lies in the flattened rows."""
+    return torch.from_numpy(
+        np.concatenate([row * width + first + np.arange(count) for row, (first, count) in enumerate(spans)])
+    )
+
+
+def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:
+    """What a decoder-only model reads before the target; `question` is without its end token."""
+    return np.array([*([] if bos is None else [bos]), *question, separator], dtype=np.int64)
+
+
+def prompts(
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    limit: int,
+    *,
+    pad: int,
+    start: int | None,
+    separator: int,
+) -> tuple[Tensor, Tensor]:
+    """Questions for a decoder-only model to answer, the same ids as in its training rows.
+
+    `limit` counts a question's tokens and the separator, not BOS; longer ones lose their end.
+    Returns ids and mask, [texts, longest] int64, padded on the left.
+    """
+    questions = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return _pad([_prompt(ids[: limit - 1], start, separator) for ids in questions], pad, left=True)
+
+
+def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
+    """[rows, longest] int64 ids, and the mask of real ones. At least one column, for models' sake."""
+    lengths = np.array([len(sequence) for sequence in sequences])
+    mask = np.arange(max(1, lengths.max(initial=0)))[None, :] < lengths[:, None]
+    mask = mask[:, ::-1] if left else mask
+    ids = np.full(mask.shape, pad, dtype=np.int64)
+    ids[mask] = np.concatenate(sequences)
+    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -1,0 +1,311 @@
+"""Tasks: for each data set how it is read, how LLM text about it is parsed, when an answer is right.
+
+`load` yields the records of a run. What it holds fixed, so that figures can be compared:
+
+- the validation split of a task that has none is the same for every seed and subsample (and,
+  for a tenth of the records, the same as the DSS release's, see `sources.hold_out`);
+- subsamples of one seed are nested, so the points of a data-efficiency curve share records;
+- validation and test records keep the ground truth, whatever the training labels are.
+
+Answers are right by a rule of their own task, not by string equality alone: an equation by
+its exact value (`arithmetic.evaluate`, with a record's quantities as n0, n1, ...), text
+apart from case, spacing, quotes and closing punctuation. What cannot be evaluated is wrong.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+
+from ibdistill.config.sections import DataConfig
+from ibdistill.data import answers, sources
+from ibdistill.data.records import Record, map_numbers
+from ibdistill.data.sources import Example
+
+logger = logging.getLogger("ibdistill")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One data set as the rest of the system sees it."""
+
+    name: str
+    read: Callable[..., dict[str, list[Example]]]
+    """Called with (data, needs_rationale=...): see `sources`."""
+    is_correct: Callable[[str, Record], bool]
+    """Whether a decoded prediction answers the record; never raises."""
+    parse_llm: Callable[[str], tuple[str, str] | None] | None = None
+    """LLM text -> (rationale, label), or None if it has no such parts. None: no LLM text for this task."""
+    prefixes: Mapping[str, str] = field(
+        default_factory=lambda: {"predict": "predict: ", "explain": "explain: "}
+    )
+    """Stream -> what precedes the question."""
+    arithmetic: bool = False
+    """Labels are numbers or equations, so that numbers may be mapped."""
+    generated: bool = False
+    """Made here: takes no `data.path`."""
+    partial_rationales: bool = False
+    """The source explains some records only; the others are left out where rationales are needed."""
+
+
+def _anli(n: int) -> Task:
+    return Task(
+        name=f"anli{n}",
+        read=partial(sources.read, sources.ANLI[n - 1]),
+        is_correct=answers.same_text,
+        parse_llm=answers.parse_anli,
+        partial_rationales=True,
+    )
+
+
+TASKS: dict[str, Task] = {
+    "demo": Task(
+        name="demo",
+        read=partial(sources.read_demo, "demo"),
+        is_correct=answers.same_value,
+        arithmetic=True,
+        generated=True,
+    ),
+    "demo_pretrain": Task(
+        name="demo_pretrain",
+        read=partial(sources.read_demo, "demo_pretrain"),
+        is_correct=answers.same_value_or_text,
+        prefixes={"predict": "solve: ", "explain": "steps: "},
+        arithmetic=True,
+        generated=True,
+    ),
+    "svamp": Task(
+        name="svamp",
+        read=partial(sources.read, sources.SVAMP),
+        is_correct=answers.same_value,
+        parse_llm=answers.parse_equation,
+        arithmetic=True,
+    ),
+    "asdiv": Task(
+        name="asdiv",
+        read=partial(sources.read, sources.ASDIV),
+        is_correct=answers.same_value,
+        parse_llm=answers.parse_equation,
+        arithmetic=True,
+    ),
+    "cqa": Task(
+        name="cqa",
+        read=partial(sources.read, sources.CQA),
+        is_correct=answers.same_choice,
+        parse_llm=answers.parse_choice,
+    ),
+    "gsm8k": Task(
+        name="gsm8k",
+        read=partial(sources.read, sources.GSM8K),
+        is_correct=answers.same_value,
+        parse_llm=answers.parse_amount,
+        arithmetic=True,
+    ),
+    "esnli": Task(
+        name="esnli",
+        read=partial(sources.read, sources.ESNLI),
+        is_correct=answers.same_text,
+        parse_llm=answers.parse_esnli,
+    ),
+    "anli1": _anli(1),
+    "anli2": _anli(2),
+    "anli3": _anli(3),
+    "jsonl": Task(
+        name="jsonl", read=sources.read_jsonl, is_correct=answers.same_text, parse_llm=answers.parse_text
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """The records of a run."""
+
+    train: list[Record]
+    """Of all tasks, one after the other."""
+    valid: dict[str, list[Record]]
+    test: dict[str, list[Record]]
+    report: dict[str, int]
+    """Counts under TASK/SPLIT/WHAT: records; unparsable (LLM outputs); dropped; no_rationale; llm_correct
+    (LLM labels that equal the ground truth); unscorable (ground truths that have no value)."""
+
+
+def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
+    """Reads every task of `data.task`; `needs_rationale` is whether the explain stream is trained.
+
+    Raises:
+        ValueError: bad settings or bad data; the message names the setting or the file and line.
+    """
+    tasks = _checked_tasks(data)
+    loaded = Loaded([], {}, {}, {})
+    for task in tasks:
+        counts: Counter[str] = Counter()
+        train, valid, test = _load_task(task, data, needs_rationale, counts)
+        if data.map_numbers:
+            train, valid, test = (
+                [r if r.quantities else map_numbers(r) for r in part] for part in (train, valid, test)
+            )
+        if data.choice_labels == "letter":
+            train = [replace(record, label=answers.letter(record.label, record)) for record in train]
+        loaded.train.extend(train)
+        loaded.valid[task.name], loaded.test[task.name] = valid, test
+        for split, part in (("train", train), ("valid", valid), ("test", test)):
+            counts[f"{split}/records"] = len(part)
+            if task.arithmetic and split != "train":
+                counts[f"{split}/unscorable"] = sum(not task.is_correct(r.gold, r) for r in part)
+        found = {f"{task.name}/{what}": n for what, n in counts.items() if n or what.endswith("/records")}
+        loaded.report.update(found)
+        logger.info("data: %s", ", ".join(f"{what} {n}" for what, n in found.items()))
+    return loaded
+
+
+def _checked_tasks(data: DataConfig) -> list[Task]:
+    names = [data.task] if isinstance(data.task, str) else list(data.task)
+    for name in names:
+        if name not in TASKS:
+            close = difflib.get_close_matches(str(name), TASKS, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"data.task {name!r} is unknown: choose from {', '.join(TASKS)}{hint}")
+    tasks = [TASKS[name] for name in names]
+    if not tasks or len(set(names)) < len(names):
+        raise ValueError(f"data.task is {names}: name at least one task, and each only once")
+    weights = data.mixture_weights
+    if weights is not None and (len(weights) != len(names) or not all(0 < w < np.inf for w in weights)):
+        raise ValueError(
+            f"data.mixture_weights is {weights}: give one positive number for each of the "
+            f"{len(names)} tasks of data.task ({', '.join(names)}), or leave it out"
+        )
+    if data.map_numbers and (others := [task.name for task in tasks if not task.arithmetic]):
+        arithmetic = ", ".join(task.name for task in TASKS.values() if task.arithmetic)
+        raise ValueError(
+            f"data.map_numbers is for arithmetic tasks ({arithmetic}), not {', '.join(others)}: turn it off"
+        )
+    if data.derive_rationales and names != ["svamp"]:
+        raise ValueError(f"data.derive_rationales is for task svamp, not {', '.join(names)}: turn it off")
+    if data.choice_labels == "letter" and any(task.is_correct is not answers.same_choice for task in tasks):
+        raise ValueError(
+            f"data.choice_labels is 'letter', which is for tasks of options (cqa), not {', '.join(names)}; "
+            "leave it at text"
+        )
+    if data.path is not None and all(task.generated for task in tasks):
+        raise ValueError(f"data.path {data.path!r}: {', '.join(names)} is generated; leave data.path empty")
+    if not 0 < data.valid_share < 1:
+        raise ValueError(f"data.valid_share is {data.valid_share}; it must be between 0 and 1, both excluded")
+    if not (0 < data.subsample <= 1 or (data.subsample > 1 and data.subsample == data.subsample // 1)):
+        raise ValueError(
+            f"data.subsample is {data.subsample}; it must be a share in (0, 1] or a whole number above 1"
+        )
+    if not 0 <= data.subsample_seed < 2**32:
+        raise ValueError(f"data.subsample_seed is {data.subsample_seed}; it must be in 0 .. 2**32 - 1")
+    return tasks
+
+
+def _load_task(
+    task: Task, data: DataConfig, needs_rationale: bool, counts: Counter[str]
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """One task's training (subsampled), validation and test records."""
+    splits = task.read(data, needs_rationale=needs_rationale)
+    _refuse_empty(task, splits)
+    wants_llm = data.label_source == "llm"
+    if wants_llm and (task.parse_llm is None or splits["train"][0].llm is None):
+        raise ValueError(
+            f"data.label_source is 'llm', but task {task.name!r} has no LLM outputs here; set data.path to "
+            "the folder of the DSS data release, or data.label_source to 'gt'"
+        )
+    resolved = {
+        split: _resolve(task, split, examples, wants_llm or needs_rationale, counts)
+        for split, examples in splits.items()
+    }
+    if "valid" not in resolved:
+        labelled = [item for item in resolved["train"] if item.record.label]
+        unlabelled = [item for item in resolved["train"] if not item.record.label]
+        labelled, resolved["valid"] = sources.hold_out(labelled, data.valid_share)
+        resolved["train"] = labelled + unlabelled
+    # Only demo_pretrain has no test split: a stand-in for pretraining is no benchmark.
+    resolved.setdefault("test", resolved["valid"])
+    train = resolved["train"]
+    order = np.random.RandomState(data.subsample_seed).permutation(len(train))
+    trainable = [_trainable(task, item, wants_llm, needs_rationale, counts) for item in train]
+    kept = [i for i in order if trainable[i]]
+    _refuse_empty(task, {**resolved, "train": kept})
+    kept = sorted(kept[: _sample_size(task, data.subsample, len(kept))])
+    labels = [(train[i].record, train[i].label) for i in kept]
+    records = [replace(record, label=label) if wants_llm else record for record, label in labels]
+    return records, *([item.record for item in resolved[split]] for split in ("valid", "test"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Resolved:
+    """A record with the rationale to train on, and the LLM's label for it."""
+
+    record: Record
+    where: str
+    label: str
+    """The LLM's; empty without LLM outputs."""
+    parsed: bool
+    """False where the LLM's text has no label and rationale."""
+
+
+def _resolve(
+    task: Task, split: str, examples: list[Example], needed: bool, counts: Counter[str]
+) -> list[_Resolved]:
+    """Parses the LLM's outputs, which replace the source's own rationales."""
+    if task.parse_llm is None or examples[0].llm is None:
+        return [_Resolved(example.record, example.where, "", True) for example in examples]
+    resolved = []
+    for example in examples:
+        parts = task.parse_llm(example.llm or "")
+        rationale, label = parts or ("", "")
+        record = replace(example.record, rationale=rationale)
+        resolved.append(_Resolved(record, example.where, label, parts is not None))
+        counts[f"{split}/unparsable"] += parts is None
+        counts[f"{split}/llm_correct"] += parts is not None and task.is_correct(label, record)
+    if needed and counts[f"{split}/unparsable"] == len(examples):
+        raise ValueError(
+            f"none of the {len(examples)} LLM outputs for the {split} split of task {task.name!r} has a "
+            f"rationale and an answer; the first is {(examples[0].llm or '')[:200]!r}. "
+            "Are these this task's files?"
+        )
+    return resolved
+
+
+def _trainable(
+    task: Task, item: _Resolved, wants_llm: bool, needs_rationale: bool, counts: Counter[str]
+) -> bool:
+    """Whether to train on it. Leaves out, and counts, what has no target for a stream that is trained."""
+    if not item.parsed and (wants_llm or needs_rationale):
+        counts["train/dropped"] += 1
+        return False
+    if needs_rationale and not item.record.rationale:
+        if not task.partial_rationales:
+            raise ValueError(
+                f"{item.where}: no rationale, and the method trains on rationales; use --objective.method "
+                f"finetune, or set data.path to data with rationales (for {task.name!r}: the DSS data "
+                "release, or your own with --data.task jsonl)"
+            )
+        counts["train/no_rationale"] += 1
+        return False
+    return True
+
+
+def _refuse_empty(task: Task, splits: Mapping[str, list]) -> None:
+    for split, part in splits.items():
+        if not part:
+            raise ValueError(
+                f"task {task.name!r} has no {split} records left; give it more, or change data.valid_share"
+            )
+
+
+def _sample_size(task: Task, subsample: float, available: int) -> int:
+    size = round(subsample * available) if subsample <= 1 else int(subsample)
+    if not 1 <= size <= available:
+        raise ValueError(
+            f"data.subsample {subsample} asks for {size} of the {available} training records of task "
+            f"{task.name!r}; it must leave 1 to {available}"
+        )
+    return size

@@ -1,0 +1,144 @@
+"""Figures, drawn without pyplot: no display, no state between them. Each function returns one Figure.
+
+matplotlib is imported with the first figure: that is a tenth of a rank's start, and one rank draws.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ibdistill.evaluation import calibration
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Curve = tuple[str, Sequence[float], Sequence[float]]
+"""Name, x, y."""
+
+
+def reliability(confidence: ArrayLike, correct: ArrayLike, title: str) -> Figure:
+    """Accuracy against confidence in `calibration.BINS` bins of equal width; the dots' area is the count."""
+    bins = calibration.equal_width(confidence, correct)
+    figure, axes = _axes(title, "confidence", "accuracy")
+    axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
+    low, high = bins.edges.T
+    axes.bar(low, bins.accuracy, width=high - low, align="edge", alpha=0.35, edgecolor="C0")
+    axes.scatter(bins.confidence, bins.accuracy, s=4 + 200 * bins.count / bins.count.sum(), color="C0")
+    n = int(bins.count.sum())
+    axes.set(
+        xlim=(0, 1), ylim=(0, 1), title=f"{title}\nECE {bins.error:.3f}, {calibration.BINS} bins, n = {n}"
+    )
+    axes.legend(loc="upper left")
+    return figure
+
+
+def risk_coverage(confidence: ArrayLike, correct: ArrayLike, title: str) -> Figure:
+    """Share of wrong answers among the most confident ones, against how many are answered."""
+    coverage, risk = calibration.risk_coverage(confidence, correct)
+    figure, axes = _axes(f"{title}\nAURC {risk.mean():.3f}", "coverage", "risk")
+    axes.plot(coverage, risk)
+    axes.set(xlim=(0, 1), ylim=(0, None))
+    return figure
+
+
+def confusion(gold: Sequence[str], predicted: Sequence[str], title: str) -> Figure:
+    """Counts of each gold label's predictions; what is no gold label of any record counts as `(other)`."""
+    labels = sorted(set(gold))
+    columns = labels + ["(other)"] * any(label not in labels for label in predicted)
+    counts = np.zeros((len(labels), len(columns)), dtype=int)
+    for truth, label in zip(gold, predicted, strict=True):
+        counts[labels.index(truth), columns.index(label if label in labels else "(other)")] += 1
+    figure, axes = _axes(title, "predicted", "gold")
+    axes.imshow(counts / counts.sum(axis=1, keepdims=True), vmin=0, vmax=1, cmap="Blues")
+    for (row, column), count in np.ndenumerate(counts):
+        dark = count > counts[row].sum() / 2
+        axes.text(column, row, str(count), ha="center", va="center", color="w" if dark else "k")
+    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.grid(False)
+    return figure
+
+
+def accuracy_by(groups: Sequence[int], correct: Sequence[float], title: str, xlabel: str) -> Figure:
+    """Accuracy of the records of each group, with the 95 % Wilson interval, and their number above."""
+    figure, axes = _axes(title, xlabel, "accuracy")
+    values, member = np.unique(groups, return_inverse=True)
+    count = np.bincount(member)
+    right = np.bincount(member, np.asarray(correct, dtype=float))
+    low, high = wilson(right, count)
+    accuracy = right / count
+    axes.bar(range(len(values)), accuracy, alpha=0.6)
+    axes.errorbar(
+        range(len(values)), accuracy, yerr=[accuracy - low, high - accuracy], fmt="none", color="k", capsize=3
+    )
+    for x, (top, n) in enumerate(zip(high, count, strict=True)):
+        axes.text(x, top + 0.01, f"n={n}", ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(values)), [str(value) for value in values])
+    axes.set_ylim(0, 1.08)
+    return figure
+
+
+def lines(panels: Mapping[str, Sequence[Curve]], title: str, xlabel: str = "step") -> Figure:
+    """One panel for each entry; curves of one name have one colour in all of them."""
+    names = list(dict.fromkeys(name for curves in panels.values() for name, _, _ in curves))
+    figure = _figure(4.2 * len(panels), 3.6)
+    for axes, (ylabel, curves) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        labelled = set()
+        for name, x, y in curves:
+            label = name if name not in labelled else None
+            axes.plot(
+                x, y, color=f"C{names.index(name) % 10}", label=label, marker="." if len(x) < 20 else ""
+            )
+            labelled.add(name)
+        axes.set(xlabel=xlabel, title=ylabel)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=7)
+    figure.suptitle(title)
+    return figure
+
+
+def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], title: str) -> Figure:
+    """One panel for each metric: by name the mean and the half width of its interval (NaN: none)."""
+    figure = _figure(4.2 * len(panels), 3.6)
+    for axes, (metric, rows) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for x, (mean, half) in enumerate(rows.values()):
+            axes.errorbar(
+                x, mean, yerr=None if math.isnan(half) else half, fmt="o", color=f"C{x % 10}", capsize=4
+            )
+        axes.set_xticks(range(len(rows)), rows, rotation=20, ha="right", fontsize=8)
+        axes.set(title=metric, xlim=(-0.5, len(rows) - 0.5))
+        axes.grid(alpha=0.3, axis="y")
+    figure.suptitle(title)
+    return figure
+
+
+def wilson(right: ArrayLike, n: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper end of the 95 % interval of a share (Wilson, 1927), which stays within 0..1."""
+    z, n = 1.959964, np.asarray(n, dtype=float)
+    p = np.asarray(right) / n
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return np.minimum(centre - half, p).clip(0), np.maximum(centre + half, p).clip(max=1)
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _axes(title: str, xlabel: str, ylabel: str):
+    figure = _figure(4.8, 4.2)
+    axes = figure.subplots()
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    return figure, axes

@@ -1,0 +1,265 @@
+"""The two families of models, and loading any of their members.
+
+A model type is in `FAMILIES` if its base model's forward gives the states that its head
+takes, so that `models.states` needs to know nothing else about it; the tests hold every type
+to that, on its own logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
+
+from ibdistill.data import batches
+from ibdistill.models import presets
+from ibdistill.ops import layers
+
+ATTENTION = "ibdistill"
+"""The name in transformers of SDPA, with our own on a CPU where there is dropout."""
+ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
+FAMILIES = dict.fromkeys(("t5", "mt5"), ENCODER_DECODER) | dict.fromkeys(
+    ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3"),
+    DECODER_ONLY,
+)
+"""Model type -> family, of all supported types."""
+
+_SCALES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+    "logits_mup_width_multiplier",
+)
+# T5's; GPT-2's three; everybody else's two
+_DROPOUTS = ("dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "dropout")
+
+
+def family(model: nn.Module | PreTrainedConfig) -> str:
+    """`encoder-decoder` or `decoder-only`, of a supported model or its configuration."""
+    return FAMILIES[getattr(model, "config", model).model_type]
+
+
+def layout(
+    model: torch.nn.Module | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, int | None]:
+    """The keyword arguments of `data.collate` for a model or its configuration."""
+    if family(model) == ENCODER_DECODER:
+        config = getattr(model, "config", model)
+        return {"pad": tokenizer.pad_token_id, "start": config.decoder_start_token_id}
+    return {
+        "pad": tokenizer.pad_token_id,
+        "start": batches.bos_of(tokenizer),
+        "separator": batches.separator_of(tokenizer),
+    }
+
+
+def load_config(name: str, setting: str) -> PreTrainedConfig:
+    """A model's configuration by hub name or folder.
+
+    Raises ValueError, naming `setting`, if there is none, if the type is not supported, or if
+    the model does something to its logits that our loss on the head's weights would miss.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        known = f"no preset ({', '.join(presets.PRESETS)}), and " if setting == "student.model" else ""
+        raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {error}") from error
+    for field in _SCALES:
+        if (value := getattr(config, field, None)) not in (None, 1):
+            raise ValueError(
+                f"{setting} is {name!r}, a {config.model_type!r} model with {field} {value} between its head "
+                "and its logits, which is not supported; take a model without"
+            )
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"{setting} is {name!r}, a {config.model_type!r} model; supported are {', '.join(FAMILIES)}"
+        )
+    return config
+
+
+def load_preset(
+    name: str, tokenizer: PreTrainedTokenizerBase, seed: int, dropout: float | None = None
+) -> PreTrainedModel:
+    """A preset, with random weights, for a tokenizer."""
+    overrides = {} if dropout is None else {presets.dropout_field(name): dropout}
+    if presets.is_decoder_only(name):
+        overrides |= {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
+    return fused(decodes_greedily(presets.build(name, len(tokenizer), seed, **overrides), tokenizer))
+
+
+def empty_model(name: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> PreTrainedModel:
+    """The modules of a model or preset on the meta device: shapes, no storage.
+
+    A head that the checkpoint keeps apart from the embeddings counts as tied here, since T5's
+    configuration does not tell.
+    """
+    with torch.device("meta"):
+        if name in presets.PRESETS:
+            return load_preset(name, tokenizer, seed=0)
+        config = load_config(name, setting)
+        return _auto_class(config).from_config(config)
+
+
+def load_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    setting: str,
+    dropout: float | None = None,
+    random_seed: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """A model with its head, by hub name or folder; the student's or a teacher's.
+
+    The head is `get_output_embeddings()`; what is below it, `get_decoder()` and in the
+    encoder-decoder family `get_encoder()`.
+
+    Args:
+        setting: what messages call `name`.
+        dropout: replaces the model's own rates.
+        random_seed: the model's shape with new random weights.
+        kwargs: further ones of `from_pretrained`, such as `quantization_config`.
+
+    Raises:
+        ValueError: as `load_config` does.
+    """
+    config = _with_dropout(load_config(name, setting), dropout)
+    if random_seed is None:
+        model = _auto_class(config).from_pretrained(name, config=config, dtype=dtype, **kwargs)
+    else:
+        torch.manual_seed(random_seed)
+        model = _auto_class(config).from_config(config, dtype=dtype)
+    return fused(decodes_greedily(model, tokenizer))
+
+
+class _Norm(T5LayerNorm):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return layers.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class _GatedFeedForward(T5DenseGatedActDense):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        rate = self.dropout.p if self.training else 0.0
+        inner = layers.gated_gelu(self.wi_0(hidden_states), self.wi_1(hidden_states), rate)
+        dtype = self.wo.weight.dtype  # kept in fp32 beside fp16 weights; an 8-bit layer casts by itself
+        return self.wo(inner.to(dtype) if dtype.is_floating_point else inner)
+
+
+def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """`sdpa_attention_forward`, save for dropout on a CPU, where that has no kernel."""
+    is_ours = query.device.type == "cpu" and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
+    if not (dropout and is_ours):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    is_causal = kwargs.get("is_causal")
+    if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = kwargs.get("position_bias")
+    out = layers.attention(query, key, value, bias=bias, mask=attention_mask, rate=dropout, scale=scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(ATTENTION, _attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def fused(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, whose layers compute the same and keep less for the backward pass (`ops.layers`).
+
+    `gelu_new` (T5 v1.1, GPT-2) becomes torch's one operation for the same formula instead of transformers'
+    eight; dropout, T5's norm and its gated feed-forward become one each, as does attention with dropout on a
+    CPU. What the model saves is as before.
+    """
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(ATTENTION)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):
+                setattr(module, name, nn.GELU(approximate="tanh"))
+        if type(module) in (T5LayerNorm, MT5LayerNorm):
+            module.__class__ = _Norm
+        elif type(module) in (T5DenseGatedActDense, MT5DenseGatedActDense) and type(module.act) is nn.GELU:
+            module.__class__ = _GatedFeedForward
+        elif type(module) is nn.Dropout:
+            module.__class__ = layers.Dropout
+    return model
+
+
+def from_config(config: PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
+    """A model of this shape, with weights as its class initialises them. `dropout` as in `load_model`."""
+    return fused(_auto_class(config).from_config(_with_dropout(config, dropout)))
+
+
+def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:
+    if dropout is not None:
+        for field in set(_DROPOUTS) & set(config.to_dict()):
+            setattr(config, field, dropout)
+    return config
+
+
+def decodes_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The same model, whose `generate` is greedy and ends with the tokenizer's end token.
+
+    Published decoder-only models bring sampling temperatures and repetition penalties along,
+    and the latter change greedy decoding too.
+    """
+    if family(model) == DECODER_ONLY:
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    return model
+
+
+def _auto_class(config: PreTrainedConfig) -> type:
+    return AutoModelForSeq2SeqLM if family(config) == ENCODER_DECODER else AutoModelForCausalLM
+
+
+def identity(name: str) -> str:
+    """What tells one teacher's weights from another's: a digest of its folder, or the hub's commit.
+
+    Of the weight files it reads names, sizes and both ends, not gigabytes.
+    """
+    if name in presets.PRESETS:
+        return f"preset {name}"
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name} at {AutoConfig.from_pretrained(name)._commit_hash}"
+    parts = [(folder / "config.json").read_bytes()]
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        parts += [path.name.encode(), str(path.stat().st_size).encode()]
+        with path.open("rb") as file:
+            parts.append(file.read(1 << 16))
+            file.seek(-min(1 << 16, path.stat().st_size), 2)
+            parts.append(file.read())
+    return digest(b"\0".join(parts))
+
+
+def digest(content: bytes) -> str:
+    """A short name for some bytes."""
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,0 +1,129 @@
+"""What a plot shows only to those who look: a warning for what makes a run pointless, once each.
+
+Every alarm names the number, the bound and what to try.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from ibdistill.data import answers
+from ibdistill.data.loading import TASKS
+from ibdistill.data.records import Record
+
+logger = logging.getLogger("ibdistill")
+
+LEAST_SHARE, LARGEST_SHARE = 0.001, 0.9
+"""Of the sum of the terms' gradient norms, that one term's may be."""
+LARGEST_CONSTANT = 0.99
+"""Of the mutual-information term, that may be the same whatever the student does."""
+LARGEST_WAIT = 0.5
+"""Of a step, that may be spent on waiting for data."""
+PATIENCE = 3
+"""Measurements in a row beyond a bound before an alarm."""
+
+
+class Alarms:
+    """Remembers what was beyond its bound, and what was said already."""
+
+    def __init__(self, records: Sequence[Record] = ()) -> None:
+        """`records`: to train on; they say how often guessing is right."""
+        parts = _by_task(records).values()
+        right = sum(len(part) * chance(part) for part in parts)
+        self._chance = right / max(1, sum(map(len, parts)))
+        self._in_row: Counter[str] = Counter()
+        self._said: set[str] = set()
+
+    def check(self, scalars: Mapping[str, float], step: int) -> None:
+        """Look at a logging step's scalars, by TensorBoard tag."""
+        for tag, share in scalars.items():
+            if tag.startswith("grad/share_"):
+                self._check_share(tag.removeprefix("grad/share_"), share, step)
+        constant = scalars.get("mi/constant_share")
+        if constant is not None:
+            self._count(
+                "constant",
+                constant > LARGEST_CONSTANT,
+                step,
+                f"{constant:.2%} of the mutual-information term is constant (bound {LARGEST_CONSTANT:.0%}): "
+                "it hardly trains the student. Try --objective.estimator normalized",
+            )
+        if scalars.get("speed/step_s"):
+            wait = scalars["speed/data_wait_s"] / scalars["speed/step_s"]
+            self._count(
+                "wait",
+                wait > LARGEST_WAIT,
+                step,
+                f"{wait:.0%} of the step time is spent on waiting for data (bound {LARGEST_WAIT:.0%}). Give "
+                "each process more CPU cores, check the file system, or enlarge optim.batch_size",
+            )
+        if "teacher/agreement" in scalars:
+            self.check_teacher(scalars["teacher/agreement"], self._chance)
+
+    def check_teacher(self, agreement: float, chance: float, task: str = "") -> None:
+        """`agreement`: share of a teacher's labels that are right; `chance`: that of guessing."""
+        if agreement < chance:
+            self._say(
+                f"teacher {task}",
+                f"the teacher{f' of {task}' if task else ''} agrees with {agreement:.1%} of the gold labels, "
+                f"guessing with {chance:.1%}. Check that its data, prompt and answer format belong to this "
+                "task, or learn the gold labels with --data.label_source gt",
+            )
+
+    def check_labels(self, records: Sequence[Record]) -> None:
+        """The labels to train on, where they are an LLM's (`data.label_source`), against the ground truth."""
+        for task, own in _by_task(records).items():
+            agreement = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
+            self.check_teacher(agreement, chance(own), task)
+
+    def check_written(self, counts: Mapping[str, int], records: Sequence[Record]) -> None:
+        """What an online teacher answered before training, by `rationales.Written.counts`."""
+        for task, own in _by_task(records).items():
+            parsed = counts.get(f"{task}/train/teacher_parsed", 0)
+            if parsed:
+                self.check_teacher(counts.get(f"{task}/train/teacher_agrees", 0) / parsed, chance(own), task)
+
+    def _check_share(self, term: str, share: float, step: int) -> None:
+        weights = "objective.beta for mi, objective.gamma for kd, objective.alpha for the streams"
+        self._count(
+            f"small {term}",
+            share < LEAST_SHARE,
+            step,
+            f"the {term} term makes {share:.3%} of the gradient (bound {LEAST_SHARE:.1%}): it has no effect. "
+            f"Raise its weight ({weights}), or leave it out",
+        )
+        self._count(
+            f"large {term}",
+            share > LARGEST_SHARE,
+            step,
+            f"the {term} term makes {share:.1%} of the gradient (bound {LARGEST_SHARE:.0%}): the others have "
+            f"hardly any effect. Lower its weight ({weights})",
+        )
+
+    def _count(self, name: str, is_beyond: bool, step: int, message: str) -> None:
+        self._in_row[name] = self._in_row[name] + 1 if is_beyond else 0
+        if self._in_row[name] >= PATIENCE:
+            self._say(name, f"step {step}: {message}")
+
+    def _say(self, name: str, message: str) -> None:
+        if name not in self._said:
+            self._said.add(name)
+            logger.warning("%s", message)
+
+
+def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Those whose ground truth is known."""
+    tasks = dict.fromkeys(record.task for record in records if record.gold)
+    return {task: [record for record in records if record.task == task and record.gold] for task in tasks}
+
+
+def chance(records: Sequence[Record]) -> float:
+    """Share of right answers by guessing: among a question's options, or else among all gold labels if
+    there are few (up to a tenth of the records); 0 for free answers."""
+    options = [len(answers.options(record)) for record in records]
+    if records and all(options):
+        return sum(1 / n for n in options) / len(records)
+    labels = {record.gold for record in records}
+    return 1 / len(labels) if labels and len(labels) <= len(records) / 10 else 0.0

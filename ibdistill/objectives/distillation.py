@@ -1,0 +1,313 @@
+"""The objective: which terms, with which weights, on which streams (DESIGN: total loss).
+
+    total = alpha CE_predict + (1 - alpha) CE_explain + beta MI
+            + gamma (alpha KD_predict + (1 - alpha) KD_explain)
+
+with each CE and KD a mean over the step's target tokens and MI a mean over the step's
+questions (`vid`, `vib`: over the tokens of its questions), over all ranks and micro-batches. A
+method is a name for which of the weights are zero.
+
+`finetune` keeps alpha out of it: its one term has weight 1, so that its learning rate means
+the same as in ordinary finetuning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ibdistill.config.sections import ObjectiveConfig
+from ibdistill.data.batches import Batch
+from ibdistill.models import student
+from ibdistill.models.families import ENCODER_DECODER, family
+from ibdistill.monitor.meter import GRADIENT
+from ibdistill.objectives.question_terms import Bottleneck, VidMap
+from ibdistill.ops.head_loss.api import MISettings, Stream, Teacher, Weights, head_loss
+from ibdistill.teacher.teacher import TeacherSignal, Wanted
+
+
+def streams_of(objective: ObjectiveConfig) -> Sequence[str]:
+    """The streams that a method trains."""
+    return ("predict",) if objective.method == "finetune" else ("predict", "explain")
+
+
+def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
+    """The mutual-information term that the head loss computes, or None."""
+    if "ib" not in objective.method or objective.beta == 0 or objective.estimator in ("vid", "vib"):
+        return None
+    return MISettings(
+        estimator=objective.estimator,
+        pool=objective.pool,
+        gradient=objective.mi_gradient,
+        temperature=objective.infonce_temperature,
+        pair=objective.mi_pair,
+    )
+
+
+def uses_vid(objective: ObjectiveConfig) -> bool:
+    """Whether the mutual-information term is the one between teacher and student states."""
+    return "ib" in objective.method and objective.beta != 0 and objective.estimator == "vid"
+
+
+def uses_vib(objective: ObjectiveConfig) -> bool:
+    """Whether the mutual-information term is the bottleneck between question and decoder."""
+    return "ib" in objective.method and objective.beta != 0 and objective.estimator == "vib"
+
+
+def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
+    """Raise ValueError for `vib` with a model in which no single state stands between question and answer."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if uses_vib(objective) and family(base) != ENCODER_DECODER:
+        raise ValueError(
+            f"objective.estimator is vib, but student.model is decoder-only ({base.config.model_type}): its "
+            "answer reads the question's states in every layer; choose an encoder-decoder student or another "
+            "estimator"
+        )
+
+
+def distils(objective: ObjectiveConfig) -> bool:
+    """Whether the teacher's token distributions are distilled."""
+    return "kd" in objective.method and objective.gamma != 0
+
+
+def wanted(objective: ObjectiveConfig) -> Wanted | None:
+    """What the objective asks of a teacher; None: nothing."""
+    pairs = "ib" in objective.method and objective.beta != 0 and objective.mi_pair == "teacher"
+    result = Wanted(uses_vid(objective), distils(objective) or pairs, objective.kd_temperature)
+    return result if result.questions or result.targets else None
+
+
+def teacher_streams(objective: ObjectiveConfig) -> Sequence[str]:
+    """The streams whose targets a teacher reads; none if it is asked for question states only."""
+    asked = wanted(objective)
+    return streams_of(objective) if asked and asked.targets else ()
+
+
+def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
+    """What each term's *sum* is multiplied with, given a step's global counts (`plan.Plan.counts`)."""
+    if objective.method == "finetune":
+        return Weights(ce_predict=1.0 / counts["predict"])
+    predict = objective.alpha / counts["predict"]
+    explain = (1.0 - objective.alpha) / max(1, counts["explain"])
+    gamma = objective.gamma if distils(objective) else 0.0
+    return Weights(
+        ce_predict=predict,
+        ce_explain=explain,
+        mi=objective.beta / max(1, counts["explained"]) if mi_settings(objective) else 0.0,
+        kd_predict=gamma * predict,
+        kd_explain=gamma * explain,
+    )
+
+
+class _LossHead(nn.Module):
+    """The head's weight and the loss on it, as one module.
+
+    ZeRO-3 gathers a module's own parameters around that module's forward, so the loss has to
+    happen inside a module that owns the head. The parameter is the model's own, not a copy.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight = head.weight
+        self.bias = head.bias
+        self.measures = False
+        """Whether the next forward also measures each term's gradient (`term_gradients`)."""
+
+    def forward(
+        self,
+        predict: Stream,
+        explain: Stream | None,
+        weights: Weights,
+        mi: MISettings | None,
+        teacher: Teacher | None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        arguments = predict, explain, self.weight, self.bias
+        total, terms = head_loss(*arguments, weights=weights, mi=mi, teacher=teacher)
+        if self.measures:
+            terms |= term_gradients(*arguments, weights, mi=mi, teacher=teacher)
+        return total, terms
+
+
+def term_gradients(
+    predict: Stream,
+    explain: Stream | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    weights: Weights,
+    *,
+    mi: MISettings | None,
+    **rest: Any,
+) -> dict[str, Tensor]:
+    """`gradient_TERM` -> squared norm of d (weight x TERM) / d (target states), 0-d fp32, for terms in use.
+
+    Taken where all terms meet, the states that enter the head, so that one head loss a term is the
+    cost and no engine takes part. Micro-batches and ranks hold different states of one sum, so
+    the squares of a step add up to that of the global batch. `rest` goes to `head_loss`.
+    """
+    squares = {}
+    nothing = Weights(**dict.fromkeys(asdict(weights), 0.0))
+    for name, factor in asdict(weights).items():
+        if factor == 0:
+            continue
+        streams = [s and s._replace(hidden=s.hidden.detach().requires_grad_()) for s in (predict, explain)]
+        with torch.enable_grad():
+            loss, _ = head_loss(
+                *streams,
+                weight.detach(),
+                None if bias is None else bias.detach(),
+                weights=replace(nothing, **{name: factor}),
+                mi=mi if name == "mi" else None,
+                **rest,
+            )
+        hidden = [s.hidden for s in streams if s is not None]
+        gradients = torch.autograd.grad(loss, hidden, allow_unused=True)
+        squares[f"{GRADIENT}{name}"] = sum(g.float().square().sum() for g in gradients if g is not None)
+    return squares
+
+
+@torch.no_grad()
+def teacher_agreement(signal: TeacherSignal, batch: Batch) -> dict[str, Tensor]:
+    """`teacher_right`: of `teacher_asked` questions, those whose label the teacher would write; 0-d fp32.
+
+    Greedy decoding writes a text if and only if each of its tokens is the most probable one after
+    the tokens before it, so the scores of the label say it and nothing has to be decoded.
+    """
+    target, labels = signal.targets["predict"], batch.labels["predict"]
+    if target.hidden is None:
+        best = target.ids[:, 0]
+    else:
+        best = nn.functional.linear(target.hidden, signal.weight, signal.bias).argmax(-1)
+    differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
+    bounds = batch.cu["predict"].to(labels.device).long()
+    right = (differs[bounds[1:]] == differs[bounds[:-1]]).sum()
+    return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(bounds) - 1).float()}
+
+
+class Distillation(nn.Module):
+    """What the engine wraps: the student, its head and the loss, in one forward."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: ObjectiveConfig,
+        *,
+        teacher_width: int = 0,
+        seed: int = 0,
+        mi_on_extra: bool = False,
+    ) -> None:
+        """`teacher_width`: size of the teacher's question states, for the estimator vid. `mi_on_extra`: the
+        term between the streams is on a batch's extra questions, and the cross entropies on the others."""
+        super().__init__()
+        self.mi_on_extra = mi_on_extra
+        self.model = model
+        self.head = _LossHead(model.get_output_embeddings())
+        self.objective = objective
+        self.mi = mi_settings(objective)
+        width = model.get_input_embeddings().embedding_dim
+        self.vid = VidMap(width, teacher_width, seed) if uses_vid(objective) else None
+        self.vib = Bottleneck(width) if uses_vib(objective) else None
+
+    def forward(
+        self,
+        batch: Batch,
+        weights: Weights,
+        signal: TeacherSignal | None = None,
+        question_tokens: int = 0,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The micro-batch's share of the step's total (0-d fp32), and the sums of all terms, detached.
+
+        `question_tokens`: of the whole step, for vid and vib.
+        """
+        states = student.states(self.model, batch, bottleneck=self.vib)
+        streams = {
+            name: Stream(hidden, batch.labels[name], batch.cu[name])
+            for name, hidden in states.targets.items()
+        }
+        if self.mi_on_extra:
+            total, terms = self._apart(streams, weights, len(batch.question_ids) - batch.num_extra)
+        else:
+            total, terms = self.head(
+                streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(signal)
+            )
+        if self.vid is not None:
+            factor = self.objective.beta / question_tokens
+            vid, more = self.vid(states.questions, signal.questions, factor, measures=self.head.measures)
+            total, terms = total + vid, terms | more
+        if self.vib is not None:
+            kl, squares = states.bottleneck
+            factor = self.objective.beta / question_tokens
+            total, terms["vib"] = total + factor * kl, kl.detach()
+            if self.head.measures:  # in the question's states, as for vid
+                terms[f"{GRADIENT}vib"] = factor**2 * squares.detach()
+        if self.head.measures and signal is not None and signal.targets:
+            terms |= teacher_agreement(signal, batch)
+        return total, terms
+
+    def _apart(
+        self, streams: dict[str, Stream], weights: Weights, num_gold: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The cross entropies of the first questions and the mutual-information term of the others.
+
+        Both calls are made in any case, with nothing if need be: under ZeRO-3 all ranks and steps use
+        their modules in the same order.
+        """
+        parts = [_split(streams[name], num_gold) for name in ("predict", "explain")]
+        gold, extra = zip(*parts, strict=True)
+        total, terms = self.head(*gold, replace(weights, mi=0.0), None, None)
+        more, own = self.head(*extra, Weights(ce_predict=0.0, mi=weights.mi), self.mi, None)
+        own = {name: value for name, value in own.items() if name.removeprefix(GRADIENT).startswith("mi")}
+        return total + more, terms | own
+
+    def _teacher(self, signal: TeacherSignal | None) -> Teacher | None:
+        if signal is None or not signal.targets:
+            return None
+        return Teacher(
+            predict=signal.targets["predict"],
+            explain=signal.targets["explain"],
+            weight=signal.weight,
+            bias=signal.bias,
+            divergence=self.objective.divergence,
+            beta=self.objective.jsd_beta,
+            temperature=self.objective.kd_temperature,
+        )
+
+
+def _split(stream: Stream, questions: int) -> tuple[Stream, Stream]:
+    """The first questions' positions, and the others'."""
+    hidden, labels, cu = stream
+    at = int(cu[questions])
+    return (
+        Stream(hidden[:at], labels[:at], cu[: questions + 1]),
+        Stream(hidden[at:], labels[at:], cu[questions:] - cu[questions]),
+    )
+
+
+def means(sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
+    """Terms as people read them, from sums and counts of the same steps.
+
+    Cross entropies and divergences in nats a token, the mutual-information terms in nats a
+    question; `vid` in nats a question token and teacher dimension, `vib` in nats a question token, its
+    twin in the explain stream included.
+    """
+    counts = counts | dict.fromkeys(("vid", "vib"), counts.get("question_tokens", 0))
+    return {
+        name: value / (counts.get(name.rsplit("_", 1)[-1]) or sums.get("mi_questions") or 1)
+        for name, value in sums.items()
+        if name != "mi_questions"
+    }
+
+
+def total(objective: ObjectiveConfig, mean: dict[str, float]) -> float:
+    """The total loss of the mean terms."""
+    if objective.method == "finetune":
+        return mean["ce_predict"]
+    shares = {"predict": objective.alpha, "explain": 1 - objective.alpha}
+    value = sum(share * mean[f"ce_{stream}"] for stream, share in shares.items())
+    if distils(objective):
+        value += objective.gamma * sum(share * mean[f"kd_{stream}"] for stream, share in shares.items())
+    term = next((mean[name] for name in ("vid", "vib", "mi") if name in mean), 0.0)
+    return value + (objective.beta or 0.0) * term

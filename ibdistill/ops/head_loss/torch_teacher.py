@@ -1,0 +1,97 @@
+"""Distillation from a teacher, for the lean torch path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, SMALLEST_PROBABILITY, Call
+from ibdistill.ops.head_loss.divergences import DIVERGENCES
+from ibdistill.ops.head_loss.packing import Rows
+from ibdistill.ops.linear import ChunkedLinear, log_softmax_
+
+
+class Distiller:
+    """Divergences from the teacher, chunk by chunk, and their gradients in a buffer of the chunk's size."""
+
+    def __init__(self, call: Call, rows: Rows, vocabulary: int, dtype: torch.dtype):
+        self.vocabulary = vocabulary
+        self.teacher, self.is_explain = call.teacher, rows.is_explain
+        self.losses = torch.zeros(len(rows.labels), dtype=dtype, device=rows.labels.device)
+        self.buffer = self.losses.new_empty(0)
+        self.has = {"predict": call.teacher.predict is not None, "explain": call.teacher.explain is not None}
+        on = [self.has["predict"], self.has["explain"]]
+        self.taught = torch.where(self.is_explain, on[1], on[0])
+        self.factor = torch.full_like(self.losses, call.weights.kd_predict)
+        self.factor.masked_fill_(self.is_explain, call.weights.kd_explain).mul_(call.teacher.temperature)
+        self.hidden, self.ids, self.probabilities = (self._pack(call, rows, i) for i in range(3))
+        if self.hidden is not None:
+            self.head = ChunkedLinear(self.hidden, call.teacher.weight.detach(), call.teacher.bias)
+
+    def _pack(self, call: Call, rows: Rows, field: int) -> Tensor | None:
+        """One field of the teacher's streams in the order of the rows; zeros where it has nothing to say."""
+        fields = [(call.teacher.predict, call.predict), (call.teacher.explain, call.explain)]
+        example = next((signal[field] for signal, _ in fields if signal is not None), None)
+        if example is None:
+            return None
+        parts = [
+            example.new_zeros(stream.hidden.shape[0], example.shape[1]) if signal is None else signal[field]
+            for signal, stream in fields
+            if stream is not None
+        ]
+        return torch.cat(parts).detach()[rows.order]
+
+    def log_probabilities(self, a: int, b: int) -> Tensor:
+        """The teacher's at temperature 1 for the rows a to b, [b - a, V]; a top k's tail in equal shares."""
+        out = self._buffer(b - a)
+        if self.hidden is not None:
+            return log_softmax_(self.head.forward(a, b, out))
+        ids, q = self.ids[a:b], self.probabilities[a:b].to(out.dtype)
+        tail = (1 - q.sum(-1, keepdim=True)).clamp_min_(SMALLEST_PROBABILITY) / max(
+            out.shape[1] - ids.shape[1], 1
+        )
+        return out.copy_(tail).scatter_(1, ids, q).clamp_min_(torch.finfo(out.dtype).tiny).log_()
+
+    def _buffer(self, rows: int) -> Tensor:
+        if len(self.buffer) < rows:
+            self.buffer = self.buffer.new_empty(rows, self.vocabulary)
+        return self.buffer[:rows]
+
+    def distil(self, log_p: Tensor, a: int, b: int) -> Tensor:
+        """Losses of the rows a to b from their log probabilities; their gradients for the logits."""
+        out = self._buffer(b - a)
+        if self.hidden is not None:
+            self.head.forward(a, b, out)
+        temperature = self.teacher.temperature
+        for row in range(0, b - a, BLOCK_ROWS):
+            block = slice(row, min(row + BLOCK_ROWS, b - a))
+            mine = slice(a + block.start, a + block.stop)
+            student = torch.log_softmax(log_p[block] / temperature, -1)
+            if self.hidden is not None:
+                log_q = torch.log_softmax(out[block] / temperature, -1)
+                losses, gradient = DIVERGENCES[self.teacher.divergence](log_q, student, self.teacher.beta)
+            else:
+                losses, gradient = self._top_k(student, mine)
+            taught = self.taught[mine]
+            self.losses[mine] = torch.where(taught, losses * temperature**2, 0)
+            out[block] = gradient.mul_(self.factor[mine, None]).masked_fill_(~taught[:, None], 0)
+        return out
+
+    def _top_k(self, student: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
+        """Losses and gradients between the k + 1 buckets. Overwrites the log probabilities `student`."""
+        ids, q = self.ids[mine], self.probabilities[mine].to(student.dtype)
+        q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1).clamp_min(SMALLEST_PROBABILITY)
+        top = student.gather(1, ids)
+        rest = student.scatter_(1, ids, -torch.inf).exp_()
+        mass = rest.sum(-1, keepdim=True)
+        # k = V leaves no tail: its logarithm must still be a number
+        log_p = torch.cat([top, mass.clamp_min(torch.finfo(mass.dtype).tiny).log()], -1)
+        losses, gradient = DIVERGENCES[self.teacher.divergence](q.log(), log_p, self.teacher.beta)
+        # a bucket's gradient is shared among its tokens in proportion to their probabilities
+        rest.mul_(torch.where(mass > 0, gradient[:, -1:] / mass, 0))
+        return losses, rest.scatter_(1, ids, gradient[:, :-1])
+
+    def terms(self) -> dict[str, Tensor]:
+        """Sums over the rows of each stream that the teacher has."""
+        mine = {"predict": ~self.is_explain, "explain": self.is_explain}
+        return {f"kd_{name}": self.losses[mine[name]].sum() for name, has in self.has.items() if has}

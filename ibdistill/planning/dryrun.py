@@ -1,0 +1,310 @@
+"""A step without its data: the modules, kernels and shapes of a forward and backward pass, and no storage.
+
+Models are built on fake tensors (shapes, dtypes and devices, nothing behind them) and run for real otherwise,
+so what is counted here holds for every supported family without a formula for each: the bytes of the tensors
+that live at once, and the order in which modules use their parameters. The insides of custom operators (head
+loss, vid) are invisible to it; `footprint` adds their buffers by formula.
+
+A GPU's attention kernels keep no [T, T] matrices; a CPU's keep them where there is dropout or a trained bias.
+`device` chooses.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from ibdistill.config.sections import ObjectiveConfig, StudentConfig
+from ibdistill.data import batches
+from ibdistill.models import families, presets
+from ibdistill.models import student as models_student
+from ibdistill.objectives import distillation
+from ibdistill.ops.head_loss.arguments import TeacherStream
+from ibdistill.planning import published_shapes
+from ibdistill.teacher.teacher import TeacherSignal, Wanted
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A micro-batch: so many questions, all of these lengths in tokens."""
+
+    questions: int
+    question: int
+    label: int
+    rationale: int
+
+    def targets(self, streams: Sequence[str]) -> int:
+        """Target tokens of all streams: rows of the head loss."""
+        of = {"predict": self.label, "explain": self.rationale}
+        return self.questions * sum(of[stream] for stream in streams)
+
+    def batch(self, model: nn.Module, streams: Sequence[str]) -> batches.Batch:
+        """As `data.collate` makes it; without streams the questions alone (`models.states`)."""
+        parts = {"question": self.question, "predict": self.label, "explain": self.rationale}
+        ids = {name: batches.Ragged([np.full(n, 2)] * self.questions) for name, n in parts.items()}
+        features = batches.Features(
+            ids=["?"] * self.questions,
+            groups=np.zeros(self.questions, dtype=int),
+            questions=dict.fromkeys(batches.STREAMS, ids["question"]),
+            targets={stream: ids[stream] for stream in batches.STREAMS},
+        )
+        separator = 1 if families.family(base_of(model)) == families.DECODER_ONLY else None
+        rows, read = range(self.questions), streams or batches.STREAMS
+        batch = batches.collate(features, rows, read, pad=0, start=0, separator=separator)
+        return batch if streams else models_student.questions_only(batch)
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model below its adapters, if it has any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+class Skeleton:
+    """A model of fake tensors, and the mode in which they live."""
+
+    def __init__(
+        self,
+        name: str,
+        setting: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+        precision: str,
+        student: StudentConfig | None = None,
+    ) -> None:
+        """`name`: a preset (which needs the tokenizer), a published shape, a folder or a hub name, of which
+        only the configuration is read. `student`: its dropout, adapters and checkpointing.
+
+        Raises ValueError as `families.load_config` does, and for a configuration that lacks a size.
+        """
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(DTYPES[precision])
+        try:
+            with self.mode:
+                self.model = self._build(name, setting, tokenizer, student)
+        finally:
+            torch.set_default_dtype(default)
+
+    def _build(self, name, setting, tokenizer, student) -> nn.Module:
+        dropout = student.dropout if student else None
+        if name in presets.PRESETS:
+            model = families.load_preset(name, tokenizer, seed=0, dropout=dropout)
+        else:
+            try:
+                config = _published(name) or families.load_config(name, setting)
+                model = families.from_config(config, dropout)
+            except (TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+                raise ValueError(
+                    f"{setting} is {name!r}: no model can be built from its configuration ({error}); "
+                    "it lacks a size, or has one that does not divide"
+                ) from error
+            if name in published_shapes.SEPARATE_HEAD:
+                presets.untie_head(model)
+        if student is None:
+            return model.eval().requires_grad_(False)
+        if student.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        if student.lora_rank:
+            model = models_student.with_lora(model, student)
+        return model.train()
+
+    def sizes(self) -> list[tuple[int, bool]]:
+        """(elements, trained) of each parameter."""
+        return [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+
+    @property
+    def head(self) -> tuple[int, int]:
+        """[V, D] of the head."""
+        return tuple(base_of(self.model).get_output_embeddings().weight.shape)
+
+    def fake(self, batch: batches.Batch) -> batches.Batch:
+        """The batch with fake tensors, `cu` apart: offsets are read by the host."""
+
+        def moved(value):
+            if isinstance(value, dict):
+                return {key: moved(tensor) for key, tensor in value.items()}
+            return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
+
+        parts = {f.name: moved(getattr(batch, f.name)) for f in fields(batch) if f.name != "cu"}
+        return batches.Batch(**parts, cu=batch.cu)
+
+
+def _published(name: str) -> PreTrainedConfig | None:
+    shape = published_shapes.PUBLISHED.get(name)
+    return AutoConfig.for_model(**shape) if shape else None
+
+
+@dataclass(frozen=True)
+class Living:
+    """Bytes of living tensors beside the model's states."""
+
+    peak: int
+    """The most at any time, custom operators' insides left out."""
+    at_head: int = 0
+    """When the head loss starts."""
+
+
+def student_step(
+    skeleton: Skeleton,
+    lengths: Lengths,
+    objective: ObjectiveConfig,
+    *,
+    wanted: Wanted | None = None,
+    teacher_head: tuple[int, int] = (0, 0),
+    device: str = "cuda",
+) -> Living:
+    """Forward and backward of a micro-batch; its gradients' memory is there already, as a model state."""
+    streams = distillation.streams_of(objective)
+    batch = skeleton.fake(lengths.batch(skeleton.model, streams))
+    with skeleton.mode:
+        width = teacher_head[1] if wanted and wanted.questions else 0
+        module = distillation.Distillation(skeleton.model, objective, teacher_width=width)
+        head = skeleton.head[0], teacher_head[1]  # fitted to the student's rows
+        signal = teacher_signal(batch, wanted, head) if wanted else None
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    known = [t for p in module.parameters() for t in (p, p.grad) if t is not None]
+    tracker = _Tracker([*known, *module.buffers(), *_tensors(batch)])
+    at_head = []
+    hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
+    weights = distillation.step_weights(objective, {"predict": 1, "explain": 1, "explained": 1})
+    with _attention(device), skeleton.mode, tracker:
+        loss, _ = module(batch, weights, signal, 1)
+        loss.backward()
+    hook.remove()
+    for parameter in module.parameters():
+        parameter.grad = None
+    return Living(tracker.peak, at_head[0])
+
+
+def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str) -> Living:
+    """A teacher's pass over a micro-batch, its answers included."""
+    batch = skeleton.fake(lengths.batch(skeleton.model, streams))
+    tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
+    with _attention(device), skeleton.mode, tracker, torch.no_grad():
+        states = models_student.states(skeleton.model, batch)
+    del states
+    return Living(tracker.peak)
+
+
+@dataclass(frozen=True)
+class Use:
+    """A module's turn in a pass."""
+
+    parameters: tuple[nn.Parameter, ...]
+    """Those that it owns itself."""
+    is_embedding: bool
+
+
+def uses(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], *, head: bool) -> list[Use]:
+    """The modules that own parameters, in the order in which a forward pass uses them; the head last."""
+    model, order = skeleton.model, []
+
+    def note(module: nn.Module, _) -> None:
+        order.append(Use(tuple(module.parameters(recurse=False)), isinstance(module, nn.Embedding)))
+
+    owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
+    hooks = [module.register_forward_pre_hook(note) for module in owners]
+    batch = skeleton.fake(lengths.batch(model, streams))
+    with skeleton.mode, torch.no_grad():
+        models_student.states(model, batch)
+    for hook in hooks:
+        hook.remove()
+    last = tuple(base_of(model).get_output_embeddings().parameters())
+    return [*order, Use(last, False)] if head else order
+
+
+def teacher_signal(batch: batches.Batch, wanted: Wanted, head: tuple[int, int]) -> TeacherSignal:
+    """Of the shapes in which a teacher with a head of [V, D] would answer; its tensors are not filled."""
+    rows, width = head
+    questions = torch.empty(len(batch.question_positions), width) if wanted.questions else None
+    if not wanted.targets:
+        return TeacherSignal(questions)
+    targets = {s: TeacherStream(hidden=torch.empty(len(ids), width)) for s, ids in batch.labels.items()}
+    return TeacherSignal(questions, targets, torch.empty(rows, width))
+
+
+def _tensors(batch: batches.Batch) -> list[Tensor]:
+    values = [getattr(batch, f.name) for f in fields(batch)]
+    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+
+
+class _Tracker(TorchDispatchMode):
+    """Sums the bytes of the storages that operators make, for as long as they live."""
+
+    def __init__(self, known: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {t.untyped_storage()._cdata for t in known}
+        self._alive: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor.untyped_storage())
+        return out
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known or key in self._alive:
+            return
+
+        def forget(_: weakref.ref) -> None:
+            del self._alive[key]
+            self.now -= size
+
+        self._alive[key] = weakref.ref(storage, forget)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The memory of a fused attention: its inputs, its output and a logarithm a row are kept."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask):
+        out = torch.empty_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).contiguous()
+        ctx.save_for_backward(query, key, value, mask, out, torch.empty(query.shape[:-1]))
+        return out
+
+    @staticmethod
+    def backward(ctx, _):
+        inputs = ctx.saved_tensors[:4]
+        return tuple(
+            torch.empty_like(x) if need else None
+            for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
+        )
+
+
+@contextmanager
+def _attention(device: str) -> Iterator[None]:
+    """On a GPU, attention as a fused kernel does it; on a CPU torch chooses by itself."""
+    if device == "cpu":
+        with nullcontext():
+            yield
+        return
+    original = nn.functional.scaled_dot_product_attention
+
+    def fused(query, key, value, attn_mask=None, *args, **kwargs):
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:  # grouped queries: kernels read each key for its group
+            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
+        return _FusedAttention.apply(query, key, value, attn_mask)
+
+    nn.functional.scaled_dot_product_attention = fused
+    try:
+        yield
+    finally:
+        nn.functional.scaled_dot_product_attention = original

@@ -1,0 +1,315 @@
+"""Bytes that a run puts on each rank, from shapes alone.
+
+Student, with P parameters, T of them trained, N ranks, w = 4 (fp32) or 2 (bf16) bytes, as DeepSpeed 0.19.8
+really allocates it (measured by `tests/test_footprint.py`):
+
+    stage  parameters   gradients  optimizer              buckets for reductions
+    0      w P          w T        8 T, in bf16 12 T      none
+    1, 2   w P          w T / N    12 T / N               reduce_bucket_size w, overlap_comm: twice
+    3      w P / N + *  w T / N    12 T / N               reduce_bucket_size w
+
+Optimizer means AdamW's two moments and a master copy in fp32, which ZeRO keeps even where the parameters are
+fp32. * With several ranks small parameters stay whole on each (w each, beside the share), and whole copies
+of the others live while modules need them (`gathers`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ibdistill.config.sections import Config, TeacherConfig
+from ibdistill.data import tokenizers
+from ibdistill.models import presets
+from ibdistill.models.student import load_tokenizer
+from ibdistill.objectives import distillation
+from ibdistill.ops.head_loss.api import CHUNK_BYTES
+from ibdistill.ops.linear import multiplies_natively
+from ibdistill.planning import dryrun
+from ibdistill.planning.dryrun import Lengths, Skeleton, Use
+from ibdistill.teacher import sharding
+from ibdistill.teacher.teacher import SHARDED
+from ibdistill.training import engine
+
+GIB = 2**30
+PLACED = ("replica", *SHARDED)
+"""Placements in which there is a teacher in the job."""
+WIDTH = {"fp32": 4, "bf16": 2}
+Sizes = Sequence[tuple[int, bool]]
+"""(elements, trained) of each parameter."""
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What of a DeepSpeed file bears on memory and communication. Sizes in elements."""
+
+    stage: int
+    overlap: bool = False
+    reduce_bucket: int = 500_000_000
+    prefetch: int = 50_000_000
+    persistence: int = 100_000
+    reuse: int = 1_000_000_000
+    """Stage 3 keeps a gathered parameter that is needed again within so many elements."""
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+    @classmethod
+    def of(cls, ds_config: dict[str, Any]) -> Zero:
+        """From the content of a DeepSpeed file; what it leaves out has DeepSpeed's defaults."""
+        zero = ds_config.get("zero_optimization", {})
+        stage = zero.get("stage", 0)
+
+        def offloads(what: str) -> bool:
+            return zero.get(what, {}).get("device", "none") != "none"
+
+        return cls(
+            stage,
+            overlap=zero.get("overlap_comm", stage == 3),
+            reduce_bucket=int(zero.get("reduce_bucket_size", cls.reduce_bucket)),
+            prefetch=int(zero.get("stage3_prefetch_bucket_size", cls.prefetch)),
+            persistence=int(zero.get("stage3_param_persistence_threshold", cls.persistence)),
+            reuse=int(zero.get("stage3_max_reuse_distance", cls.reuse)),
+            offload_optimizer=offloads("offload_optimizer"),
+            offload_parameters=offloads("offload_param"),
+        )
+
+    @classmethod
+    def read(cls, name: str) -> Zero:
+        """Of `deepspeed.config`. Raises ValueError as `engine.read_ds_config`."""
+        return cls.of(engine.read_ds_config(name))
+
+    def persistent(self, sizes: Sizes) -> int:
+        """Elements that stay whole on every rank in stage 3."""
+        return sum(n for n, _ in sizes if n <= self.persistence)
+
+
+@dataclass(frozen=True)
+class Gathers:
+    """What stage 3 does over one micro-batch, in elements."""
+
+    moved: int
+    """Gathered, each as often as it is."""
+    peak: int
+    """Whole at once, persistent ones left out."""
+
+
+def gathers(zero: Zero, uses: Sequence[Use], *, backward: bool) -> Gathers:
+    """Follow stage 3 through a pass, whose backward part goes the same way back.
+
+    A module's parameters are gathered unless they are there, and let go unless they are needed again
+    within `zero.reuse` elements. In the backward part embeddings stay to the end: their inputs have no
+    gradient, whose arrival would tell that they are done with.
+    """
+    order = [(use, False) for use in uses]
+    order += [(use, True) for use in reversed(uses)] if backward else []
+    keys = [[(id(p), p.numel()) for p in use.parameters if p.numel() > zero.persistence] for use, _ in order]
+    following: dict[int, list[int]] = {}
+    for index, step in enumerate(keys):
+        for key, _ in step:
+            following.setdefault(key, []).append(index)
+    travelled = [0]
+    for use, _ in order:
+        travelled.append(travelled[-1] + sum(p.numel() for p in use.parameters))
+    there: dict[int, int] = {}
+    moved = peak = 0
+    for index, (step, (use, back)) in enumerate(zip(keys, order, strict=True)):
+        missing = {key: size for key, size in step if key not in there}
+        there |= missing
+        moved += sum(missing.values())
+        peak = max(peak, sum(there.values()))
+        for key, _ in step if not (back and use.is_embedding) else ():
+            later = next((i for i in following[key] if i > index), None)
+            if later is None or travelled[later] - travelled[index + 1] >= zero.reuse:
+                there.pop(key, None)
+    total = sum({key: size for step in keys for key, size in step}.values())
+    return Gathers(moved, min(total, peak + zero.prefetch))
+
+
+def student_gathers(
+    zero: Zero, student: Skeleton, lengths: Lengths, streams: Sequence[str], sizes: Sizes
+) -> Gathers | None:
+    """Of a student under stage 3, else None; `sizes` may hold vid's map beyond the student's own."""
+    if zero.stage < 3:
+        return None
+    own = gathers(zero, dryrun.uses(student, lengths, streams, head=True), backward=True)
+    beyond = sum(n for n, _ in sizes[len(student.sizes()) :] if n > zero.persistence)
+    return Gathers(own.moved + beyond, own.peak + beyond)
+
+
+def teacher_gathers(teacher: Skeleton, lengths: Lengths, streams: Sequence[str]) -> Gathers:
+    """Of a sharded teacher's forward pass; its head is apart."""
+    zero = Zero(3, persistence=sharding.persistence_threshold([n for n, _ in teacher.sizes()]))
+    return gathers(zero, dryrun.uses(teacher, lengths, streams, head=False), backward=False)
+
+
+def student_states(
+    sizes: Sizes, precision: str, zero: Zero, ranks: int, *, gathered: int = 0
+) -> tuple[dict[str, int], int]:
+    """Bytes of one rank on its device by part, and in the host's memory (offload).
+
+    `gathered`: elements that stage 3 has whole at once (`Gathers.peak`).
+    """
+    width, total, trained = WIDTH[precision], sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
+    share = -(-trained // ranks)
+    master = 4 if precision == "bf16" or zero.stage else 0
+    parts = {"parameters": width * total, "gradients": width * trained, "optimizer": (8 + master) * trained}
+    parts["buckets"] = 0
+    host = 0
+    if zero.stage:
+        parts["gradients"], parts["optimizer"] = width * share, (8 + master) * share
+        parts["buckets"] = zero.reduce_bucket * width * (2 if zero.overlap and zero.stage < 3 else 1)
+    if zero.stage == 3:
+        persistent = zero.persistent(sizes) if ranks > 1 else 0
+        parts["parameters"] = width * (-(-total // ranks) + persistent)
+        parts["gathered"] = width * gathered if ranks > 1 or zero.offload_parameters else 0
+        if zero.offload_parameters:
+            host += width * -(-total // ranks)
+            parts["parameters"] = width * persistent
+    if zero.offload_optimizer:
+        host += (12 + 4) * share  # master, moments, and the gradients in fp32
+        parts["optimizer"] = parts["gradients"] = 0
+    return parts, host
+
+
+def step_buffers(sizes: Sizes, precision: str, zero: Zero, ranks: int) -> int:
+    """Bytes of gradients that the optimizer's step copies to fp32, when activations are gone."""
+    trained = sum(n for n, t in sizes if t)
+    if zero.offload_optimizer or (zero.stage == 0 and precision == "fp32"):
+        return 0
+    if zero.stage == 0:
+        return 4 * max(min(engine.step_elements(trained), trained), *(n for n, t in sizes if t))
+    return 4 * min(-(-trained // ranks), 1_000_000_000 if zero.stage == 3 else trained)
+
+
+def teacher_states(
+    sizes: Sizes,
+    head: tuple[int, int],
+    config: TeacherConfig,
+    ranks: int,
+    on_node: int,
+    *,
+    wants_head: bool,
+    gathered: int = 0,
+) -> tuple[dict[str, int], int]:
+    """Bytes of one rank on its device by part, and in the host's memory, of an online teacher.
+
+    Its head is in `sizes`, tied or not. `gathered`: elements that a sharded one has whole at once.
+    """
+    width = 1 if config.load_in_8bit else WIDTH[config.precision]
+    total = sum(n for n, _ in sizes)
+    if config.placement == "replica":
+        return {"teacher": width * total}, 0
+    group = on_node if config.placement == "zero3_node" else ranks
+    persistent = Zero(3, persistence=sharding.persistence_threshold([n for n, _ in sizes])).persistent(sizes)
+    share = width * -(-total // group)
+    parts = {"teacher": share + width * persistent, "teacher gathered": width * gathered}
+    if wants_head:  # a plain tensor beside the engine, whole while it is used
+        parts["teacher"] += width * -(-head[0] // group) * head[1]
+        parts["teacher gathered"] += width * head[0] * head[1]
+    if config.placement == "cpu_offload":
+        parts["teacher"] -= share
+        return parts, share
+    return parts, 0
+
+
+def head_loss_bytes(
+    rows: int,
+    questions: int,
+    head: tuple[int, int],
+    precision: str,
+    *,
+    mi: bool,
+    teacher: tuple[int, int] | None,
+    device: str,
+) -> int:
+    """Bytes within the head loss on `rows` target tokens: chunks of logits, fp32 gradients, packed states.
+
+    `teacher`: its [V, D], if its distributions are distilled.
+    """
+    (vocabulary, width), narrow = head, WIDTH[precision]
+    chunk = CHUNK_BYTES["cpu" if device == "cpu" else "gpu"]
+    per_row = 4 * vocabulary * (2 if teacher else 1)
+    in_chunk = max(1, min(rows, chunk // per_row))
+    copied = device == "cpu" and not multiplies_natively("cpu", dryrun.DTYPES[precision])
+    summed = 4 * vocabulary * width
+    if device == "cpu" and narrow < 4 and not copied:
+        # `ChunkedLinear` keeps the narrow rows where that is less
+        summed = min(summed, narrow * vocabulary * rows)
+    total = per_row * in_chunk + summed + 4 * rows * width + narrow * rows * width
+    total += 4 * vocabulary * width if copied else 0
+    total += narrow * (vocabulary * width + rows * width)  # the results, in the parameters' dtype
+    if mi:  # pooled log probabilities, their gradients and the winning positions of a chunk's questions
+        total += 4 * 4 * vocabulary * max(1, in_chunk * questions // max(1, rows))
+    if teacher:
+        total += narrow * rows * teacher[1] + (4 * teacher[0] * teacher[1] if copied else 0)
+    return total
+
+
+def activation_bytes(
+    config: Config, student: Skeleton, teacher: Skeleton | None, lengths: Lengths, device: str
+) -> int:
+    """The most that a micro-batch's forward and backward pass hold beside the model states."""
+    objective, wanted = config.objective, distillation.wanted(config.objective) if teacher else None
+    head = teacher.head if teacher else (0, 0)
+    living = dryrun.student_step(student, lengths, objective, wanted=wanted, teacher_head=head, device=device)
+    inside = head_loss_bytes(
+        lengths.targets(distillation.streams_of(objective)),
+        lengths.questions,
+        student.head,
+        config.student.precision,
+        mi=distillation.mi_settings(objective) is not None,
+        teacher=head if wanted and wanted.targets else None,
+        device=device,
+    )
+    return max(living.peak, living.at_head + inside)
+
+
+def student_skeleton(config: Config) -> Skeleton:
+    """The run's student. Raises ValueError as `Skeleton`."""
+    student = config.student
+    return Skeleton(student.model, "student.model", _tokenizer(config), student.precision, student)
+
+
+def teacher_skeleton(config: Config) -> Skeleton | None:
+    """The run's teacher, or None."""
+    teacher = config.teacher
+    if teacher.placement not in PLACED:
+        return None
+    return Skeleton(teacher.model, "teacher.model", _tokenizer(config), teacher.precision)
+
+
+class _Rows:
+    """In a tokenizer's place where only its length matters: one that the run will train."""
+
+    bos_token_id = eos_token_id = pad_token_id = 0
+
+    def __init__(self, rows: int) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return self._rows
+
+
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | _Rows | None:
+    """What gives presets their number of rows: at most `student.vocab_size` where one is trained."""
+    student = config.student
+    if not {student.model, config.teacher.model} & presets.PRESETS.keys():
+        return None
+    if student.tokenizer not in ("", "train"):
+        return load_tokenizer(student.tokenizer, "student.tokenizer")
+    if student.tokenizer == "" and student.model.startswith("demo-"):
+        return tokenizers.demo_tokenizer()
+    return _Rows(student.vocab_size)
+
+
+def student_sizes(config: Config, student: Skeleton, teacher: Skeleton | None) -> Sizes:
+    """The student's parameters and those of vid's map or vib's noise."""
+    if distillation.uses_vib(config.objective):
+        return [*student.sizes(), (student.head[1], True)]
+    if teacher is None or not distillation.uses_vid(config.objective):
+        return student.sizes()
+    width = teacher.head[1]
+    return [*student.sizes(), (width * student.head[1], True), (width, True), (width, True)]

@@ -1,0 +1,314 @@
+"""The online teacher: a frozen model that says, in the same job, what it thinks of the student's targets.
+
+It is asked for last hidden states only: those of the question's tokens (for the estimator `vid`)
+and those at the target positions of both streams, from which the head loss recomputes the
+teacher's logits chunk by chunk. Its [N, V] logits never exist at once.
+
+Placements:
+
+- `replica`      every rank holds all of it: no communication, the first choice where it fits
+                 (a frozen model gains nothing from ZeRO but memory); 8-bit weights optionally
+- `zero3`        cut into shares over all ranks, gathered layer by layer
+- `zero3_node`   the same within each node, so that gathering never leaves it
+- `cpu_offload`  zero3 with the shares in CPU memory
+- `cache`        not loaded at all; answers come from `teacher.cache` (`signals`)
+
+The sharded ones use `sharding`: an engine without an optimizer, on the model without its head,
+in a process group of its own. The head is a plain tensor, cut by rows and gathered for a
+micro-batch: outside the engine's hooks a partitioned head would be an empty tensor.
+
+The teacher reads the student's own token sequences, prefixes included, so both share a
+vocabulary and their states pair up position by position. Only for the text that it writes
+(`rationales`) it may have a tokenizer of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
+
+from ibdistill.config.sections import TeacherConfig
+from ibdistill.data import tokenizers
+from ibdistill.data.batches import Batch
+from ibdistill.models import families, presets, student
+from ibdistill.ops.head_loss.arguments import TeacherStream
+from ibdistill.runtime import distributed
+from ibdistill.runtime.distributed import World
+from ibdistill.teacher import sharding
+
+logger = logging.getLogger("ibdistill")
+
+SHARDED = ("zero3", "zero3_node", "cpu_offload")
+_PADDING_BIAS = -1e4
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What the teacher says about one micro-batch, whether it was asked just now or long ago."""
+
+    questions: Tensor | None = None
+    """[N_question, D_teacher] states of the predict stream's question tokens; None: not asked for."""
+    targets: dict[str, TeacherStream] = field(default_factory=dict)
+    """Stream -> hidden states [N, D_teacher] or top k at the target positions; empty: not asked for."""
+    weight: Tensor | None = None
+    """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states."""
+    bias: Tensor | None = None
+    """[V]"""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of it."""
+        streams = [t for stream in self.targets.values() for t in stream]
+        return [t for t in (self.questions, self.weight, self.bias, *streams) if t is not None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an objective asks of the teacher."""
+
+    questions: bool
+    """States of the question's tokens."""
+    targets: bool
+    """States at the target positions, and the head."""
+    temperature: float = 1.0
+    """Of the distributions, for a teacher's top k."""
+    text: bool = False
+    """Text that it writes."""
+
+
+class Teacher:
+    """A loaded teacher, in one of the placements."""
+
+    def __init__(
+        self,
+        config: TeacherConfig,
+        wanted: Wanted,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int | None,
+        world: World,
+    ) -> None:
+        """Load it. Collective.
+
+        Args:
+            tokenizer: the student's; the teacher's must be the same. Without a student: the teacher's.
+            rows: of the student's head; None: `pair` it with a student before it is asked for signals.
+
+        Raises:
+            ValueError: no such model, another vocabulary, does not fit into memory, 8 bits without
+                bitsandbytes or a GPU.
+        """
+        self.config = config
+        self._world = world
+        self._wanted = wanted
+        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        skeleton = self._skeleton(tokenizer)
+        self.width = skeleton.get_input_embeddings().embedding_dim
+        self._model_config = skeleton.config
+        self._own_rows = skeleton.get_output_embeddings().weight.shape[0]
+        if rows is not None:
+            self.pair(tokenizer, rows)
+        self._head: Tensor | sharding.RowShard | None = None
+        self._bias: Tensor | None = None
+        if config.load_in_8bit:
+            check_8bit()
+        self.group = self._group()
+        sizes = [p.numel() for p in skeleton.parameters()]
+        if config.placement in SHARDED:
+            self._load_shares(tokenizer, sizes)
+        else:
+            self._load_replica(tokenizer)
+        logger.info(
+            "teacher %s: %.1f M parameters, %s, %s, %.1f MiB a rank",
+            config.model,
+            sum(sizes) / 1e6,
+            config.placement,
+            "8 bits" if config.load_in_8bit else config.precision,
+            self.bytes() / 2**20,
+        )
+
+    def pair(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+        """Let it answer a student's token sequences. Raises ValueError if their vocabularies differ."""
+        check_vocabulary(self.config.model, tokenizer, rows, self._own_rows)
+        self.layout = families.layout(self._model_config, tokenizer)
+        self._rows = rows
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> TeacherSignal:
+        """The signal of a micro-batch, on its device. Collective for sharded placements."""
+        targets, questions = self._scorer(batch)
+        if not self._wanted.targets:
+            return TeacherSignal(questions)
+        weight, bias = self.head()
+        streams = {stream: TeacherStream(hidden=hidden) for stream, hidden in targets.items()}
+        return TeacherSignal(questions if self._wanted.questions else None, streams, weight, bias)
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
+        weight = self._head.gather() if isinstance(self._head, sharding.RowShard) else self._head
+        return fit_rows(weight, self._bias, self._rows)
+
+    @contextmanager
+    def speaking(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[nn.Module]:
+        """The model with its head, to generate text with; `tokenizer` is the teacher's own.
+
+        A sharded one's layers, and its head, are gathered for each token on all ranks: all must
+        call `generate` equally often, with `synced_gpus`. It bypasses the engine's forward, so
+        nothing is prefetched, and the trace starts anew with the next signals.
+        """
+        model = getattr(self._scorer, "module", self._scorer).model
+        # a rank that built the modules without the checkpoint has not read its settings
+        model.generation_config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            decoder_start_token_id=getattr(model.config, "decoder_start_token_id", None),
+        )
+        head = model.get_output_embeddings()
+        if isinstance(self._head, sharding.RowShard):
+            model.set_output_embeddings(sharding.GatheredHead(self._head, self._bias))
+        try:
+            yield model
+        finally:
+            model.set_output_embeddings(head)
+
+    def close(self) -> None:
+        """Give its memory back. Collective if sharded."""
+        if self.config.placement in SHARDED:
+            self._scorer.destroy()
+        del self._scorer, self._head
+        gc.collect()
+        if self._world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def bytes(self) -> int:
+        """Bytes of the teacher's parameters that this rank holds at rest."""
+        held = {
+            id(t): t.numel() * t.element_size() for p in self._scorer.parameters() for t in sharding.held(p)
+        }
+        if isinstance(self._head, sharding.RowShard):
+            return sum(held.values()) + self._head.bytes()
+        return sum(held.values())
+
+    def _group(self) -> dist.ProcessGroup | None:
+        """The ranks that share one copy, as a group of the teacher's own; None for a replica."""
+        if self.config.placement not in SHARDED:
+            return None
+        if self.config.placement != "zero3_node":
+            return dist.new_group()
+        members = sharding.node_groups(distributed.gather_objects(socket.gethostname()))
+        groups = [dist.new_group(ranks) for ranks in members]
+        return next(g for g, ranks in zip(groups, members, strict=True) if self._world.rank in ranks)
+
+    def _skeleton(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        return families.empty_model(self.config.model, tokenizer, "teacher.model")
+
+    def _load(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
+        """The teacher whole, on the CPU (8 bits: on the GPU)."""
+        if self.config.model in presets.PRESETS:
+            model = families.load_preset(self.config.model, tokenizer, seed=0).to(self._dtype)
+        else:
+            bits = BitsAndBytesConfig(load_in_8bit=True) if self.config.load_in_8bit else None
+            model = families.load_model(
+                self.config.model,
+                tokenizer,
+                setting="teacher.model",
+                dtype=self._dtype,
+                **({"quantization_config": bits} if bits else {}),
+            )
+        return model.eval().requires_grad_(False)
+
+    def _load_replica(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        model = self._load(tokenizer)
+        if not self.config.load_in_8bit:
+            model.to(self._world.device)
+        if self._wanted.targets:
+            head = model.get_output_embeddings()
+            self._head, self._bias = head.weight, head.bias
+        self._scorer = Scorer(model, targets=self._wanted.targets)
+
+    def _load_shares(self, tokenizer: PreTrainedTokenizerBase, sizes: list[int]) -> None:
+        config = sharding.inference_config(
+            sizes,
+            bf16=self.config.precision == "bf16",
+            offload=self.config.placement == "cpu_offload",
+            world_size=self._world.size,
+        )
+        leads = dist.get_rank(self.group) == 0
+        model = self._load(tokenizer) if leads else self._skeleton(tokenizer).to(self._dtype)
+        if self._wanted.targets or self._wanted.text:
+            head = model.get_output_embeddings()
+            self._head = sharding.RowShard(head.weight, self.group, self._world.device)
+            self._bias = (
+                None if head.bias is None else sharding.broadcast(head.bias, self.group, self._world.device)
+            )
+        model.set_output_embeddings(nn.Identity())
+        model = sharding.partition(model, self.group, config)
+        self._scorer = sharding.engine(Scorer(model, targets=self._wanted.targets), config)
+
+
+class Scorer(nn.Module):
+    """A model's states as one forward, so that an engine's hooks and prefetch trace see it whole."""
+
+    def __init__(self, model: nn.Module, *, targets: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.targets = targets
+
+    def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """`models.States` as plain containers: DeepSpeed's hooks do not look into others."""
+        states = student.states(self.model, batch, targets=self.targets)
+        return states.targets, states.questions
+
+
+def own_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of the text that a teacher writes. Raises ValueError if it has none."""
+    if name not in presets.PRESETS:
+        return student.load_tokenizer(name, "teacher.model")
+    if name.startswith("demo-"):
+        return tokenizers.demo_tokenizer()
+    raise ValueError(
+        f"teacher.model is the preset {name!r}, which has no text to write: its weights are random"
+    )
+
+
+def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int, own_rows: int) -> None:
+    """Raise ValueError unless the teacher reads the student's token ids."""
+    if name in presets.PRESETS:
+        return
+    theirs = student.load_tokenizer(name, "teacher.model")
+    student.check_vocabularies(tokenizer, theirs, rows, own_rows)
+
+
+def fit_rows(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
+    """A head [V_teacher, D] on the student's `rows`: padding rows are cut, or added as never predicted.
+
+    The tokenizers are the same, so rows that only one of the two has are padding.
+    """
+    have = weight.shape[0]
+    if have == rows:
+        return weight, bias
+    if have > rows:
+        return weight[:rows], None if bias is None else bias[:rows]
+    bias = weight.new_zeros(have) if bias is None else bias
+    padding = weight.new_full((rows - have,), _PADDING_BIAS)
+    return torch.cat([weight, weight.new_zeros(rows - have, weight.shape[1])]), torch.cat([bias, padding])
+
+
+def check_8bit() -> None:
+    """Raise ValueError where 8-bit weights cannot work."""
+    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            "teacher.load_in_8bit needs a CUDA device and the package bitsandbytes "
+            f"(GPU: {'yes' if torch.cuda.is_available() else 'no'}, bitsandbytes: "
+            f"{'installed' if importlib.util.find_spec('bitsandbytes') else 'not installed'}); "
+            "set teacher.load_in_8bit false, or shard the teacher with teacher.placement zero3"
+        )

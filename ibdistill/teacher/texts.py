@@ -1,0 +1,147 @@
+"""What the teacher is asked and what it wrote: prompts, parsing, and the texts on disk.
+
+    FOLDER/fingerprint.json      what wrote the texts, and how
+           rank-R-RANDOM.jsonl   one record a line: the texts as they came, and what was read from them
+           summary.json          the counts of the last complete pass
+
+A line is a record, under a key made of its prompts, and every process appends to a file of its
+own: a crash costs the batch under way, and neither ranks nor the elements of a job array need
+locks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ibdistill.config.sections import Config
+from ibdistill.data import answers
+from ibdistill.data.formats import NLI_LABELS
+from ibdistill.data.loading import TASKS
+from ibdistill.data.records import STREAMS, Record, map_numbers
+from ibdistill.teacher.cache import FINGERPRINT, differences, write_file
+
+logger = logging.getLogger("ibdistill")
+
+FORMAT = "ibdistill-rationales-1"
+QUESTION = "{question}"
+_CHOICES = dict.fromkeys(("esnli", "anli1", "anli2", "anli3"), lambda record: NLI_LABELS) | {
+    "cqa": answers.options
+}
+Texts = dict[str, str]
+"""What the teacher wrote about a record: `predict` and `explain`, or, to a template, `answer`."""
+
+
+def read_template(config: Config) -> str:
+    """The text of `teacher.template`; empty: there is none. Raises ValueError if it cannot be used."""
+    given = config.teacher.template
+    if not given:
+        return ""
+    text = given
+    if QUESTION not in given:
+        if not os.path.isfile(given):  # also of a text that is too long for a name
+            raise ValueError(f"teacher.template is {given!r}: neither a text with {QUESTION} nor a file")
+        text = Path(given).read_text()
+    if text.count(QUESTION) != 1:
+        raise ValueError(
+            f"teacher.template {given!r} has {QUESTION} {text.count(QUESTION)} times; put it once"
+        )
+    names = [config.data.task] if isinstance(config.data.task, str) else config.data.task
+    if without := [name for name in names if TASKS[name].parse_llm is None]:
+        raise ValueError(
+            f"teacher.template: task {', '.join(without)} has no parser for such answers; leave it empty"
+        )
+    return text
+
+
+def prompts_of(record: Record, template: str) -> Texts:
+    """What the teacher is asked; with a template, about the question's own numbers (`map_numbers`)."""
+    if template:
+        return {"answer": template.replace(QUESTION, _unmapped(record).question)}
+    return {stream: TASKS[record.task].prefixes[stream] + record.question for stream in STREAMS}
+
+
+def key_of(prompts: Texts) -> str:
+    """Names a record's texts: 32 hexadecimal digits."""
+    return hashlib.blake2b(json.dumps(prompts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def parse(texts: Texts, record: Record) -> tuple[str, str] | None:
+    """(rationale, label) from what the teacher wrote; None: it has no rationale, or no label that could
+    answer the question (an equation with a value, an option, a relation)."""
+    if "answer" not in texts:
+        parts = texts["explain"].strip(), texts["predict"].strip()
+    elif parts := TASKS[record.task].parse_llm(texts["answer"]):
+        parts = parts[0], parts[1]
+        if record.quantities:
+            mapped = map_numbers(replace(_unmapped(record), rationale=parts[0], label=parts[1]))
+            parts = mapped.rationale, mapped.label
+    if not parts or not all(parts):
+        return None
+    choices = _CHOICES[record.task](record) if record.task in _CHOICES else [parts[1]]
+    is_correct = TASKS[record.task].is_correct  # an equation without a value does not even equal itself
+    return parts if any(is_correct(parts[1], replace(record, gold=choice)) for choice in choices) else None
+
+
+def read_texts(folder: Path) -> dict[str, Texts]:
+    """All that is in a cache, by key. A line that a crash cut off is left out, and asked again."""
+    found: dict[str, Texts] = {}
+    for path in sorted(folder.glob("rank-*.jsonl")):
+        for line in path.read_bytes().split(b"\n"):
+            try:
+                row = json.loads(line) if line else None
+            except ValueError:
+                logger.warning("%s has an unfinished line, which is ignored", path)
+                continue
+            if row:
+                found.setdefault(row["key"], row["texts"])
+    return found
+
+
+def open_cache(folder: Path, here: dict[str, Any]) -> None:
+    """Make the cache, or check that it is of the same kind."""
+    path = folder / FINGERPRINT
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            write_file(path, (json.dumps(here, indent=2) + "\n").encode())
+        there = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"teacher.rationale_cache {folder} cannot be written: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged; delete {folder} or choose another folder") from error
+    if found := differences(there, here):
+        raise ValueError(
+            f"teacher.rationale_cache {folder} was written by something else: {found}. "
+            "Choose another folder, or delete that one to have it written again"
+        )
+
+
+def append(path: Path, rows: Sequence[tuple[Record, str, Texts]]) -> None:
+    """Add (record, key, texts) to a process's own file, and see them on disk. Raises OSError."""
+    lines = []
+    for record, key, texts in rows:
+        rationale, label = parse(texts, record) or (None, None)
+        read = {"rationale": rationale, "label": label}
+        row = {"key": key, "id": record.id, "question": record.question, **read, "texts": texts}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(lines))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _unmapped(record: Record) -> Record:
+    """The record with its own numbers again in question and gold label."""
+
+    def fill(text: str) -> str:
+        return re.sub(r"\bn(\d+)\b", lambda m: dict(enumerate(record.quantities)).get(int(m[1]), m[0]), text)
+
+    return replace(record, question=fill(record.question), gold=fill(record.gold), quantities=())

@@ -1,0 +1,197 @@
+"""Checkpoints that either count or do not exist, and how a run finds its way back.
+
+    RUN/checkpoints/step-00000500/    DeepSpeed's files, ours inside its client state
+                                  complete.json     written last: step, score, every file's size
+    RUN/checkpoints/best.json     names the best step
+
+DeepSpeed's own `latest` is written before all ranks are done, so it is not used. Ours is
+`complete.json`: it is written by rank 0 after every rank has written and all have agreed
+that nothing failed, and it lists what must be there. A folder without it, or with a file
+missing or of another size, is refused by name and the one before it is used.
+
+A failed write (full disk, lost permission) must not lose the training state: ranks swallow
+the error inside DeepSpeed's save so that every one of them reaches its barriers, agree
+afterwards, remove the half-written folder, and the run goes on with the previous checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+
+from ibdistill.monitor.meter import write_json
+from ibdistill.runtime import distributed
+from ibdistill.runtime.distributed import World
+
+logger = logging.getLogger("ibdistill")
+
+MARKER = "complete.json"
+
+
+@dataclass
+class TrainState:
+    """What a run must remember besides weights, optimizer and schedule."""
+
+    step: int = 0
+    """Optimizer steps taken or skipped; the position in the data plan."""
+    tokens: int = 0
+    """Real tokens trained on, over all ranks."""
+    seconds: float = 0.0
+    """Training time, over all starts of the run."""
+    skipped: int = 0
+    """Steps skipped for a non-finite loss or gradient."""
+    skipped_in_row: int = 0
+    best_step: int = -1
+    best_score: float = float("-inf")
+    """Mean validation accuracy over tasks at `best_step`."""
+    pseudo: str = ""
+    """The file of the pseudo-labelled records in force (`agreement`); empty: there are none."""
+
+
+class Checkpoints:
+    """The checkpoints of a run folder."""
+
+    def __init__(self, run: Path, world: World, *, keep_last: int) -> None:
+        self.folder = run / "checkpoints"
+        self._world = world
+        self._keep_last = keep_last
+
+    def save(self, engine: deepspeed.DeepSpeedEngine, state: TrainState) -> bool:
+        """Save; False (after a warning) if it could not be written. Collective."""
+        folder = self.folder / f"step-{state.step:08d}"
+        # RNG states of all ranks: only rank 0 writes the client state
+        rng = distributed.gather_objects(distributed.rng_state(self._world.device))
+        errors: list[str] = []
+        self._on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), errors)
+        if not self._agree(errors):
+            with _errors_kept(engine, errors):
+                engine.save_checkpoint(
+                    str(self.folder),
+                    tag=folder.name,
+                    client_state={"ibdistill": asdict(state), "rng": rng},
+                    save_latest=False,
+                )
+        failed = self._agree(errors)
+        if not failed:
+            self._on_rank_0(lambda: self._complete(folder, state), errors)
+            failed = self._agree(errors)
+        if failed:
+            self._on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True), [])
+            logger.error("checkpoint of step %d not saved, training goes on: %s", state.step, failed)
+            return False
+        self._on_rank_0(lambda: self._prune(state), errors)
+        return True
+
+    def restore(self, engine: deepspeed.DeepSpeedEngine, step: int | None = None) -> TrainState | None:
+        """Load the newest valid checkpoint, or that of `step`; None if there is none. Collective.
+
+        Raises ValueError if the checkpoint was written by another number of ranks.
+        """
+        tag = self._newest() if step is None else f"step-{step:08d}"
+        if tag is None:
+            return None
+        written_by = json.loads((self.folder / tag / MARKER).read_text())["world_size"]
+        if written_by != self._world.size:
+            raise ValueError(
+                f"{self.folder / tag} was written by {written_by} ranks and this run has {self._world.size}; "
+                "ZeRO's shards fit the same number only. Continue with that number, or start a new run"
+            )
+        _, client_state = engine.load_checkpoint(str(self.folder), tag=tag)
+        distributed.set_rng_state(client_state["rng"][self._world.rank], self._world.device)
+        state = TrainState(**client_state["ibdistill"])
+        logger.info("resumed from %s", self.folder / tag)
+        return state
+
+    def _newest(self) -> str | None:
+        """Rank 0 looks, so that all ranks load the same one."""
+        found: list[str | None] = [None]
+        if self._world.rank == 0:
+            for folder in sorted(self.folder.glob("step-*"), reverse=True):
+                problem = problem_with(folder)
+                if problem is None:
+                    found = [folder.name]
+                    break
+                logger.warning("checkpoint %s is not used: %s", folder, problem)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def _complete(self, folder: Path, state: TrainState) -> None:
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != MARKER}
+        write_json(folder / MARKER, {"step": state.step, "world_size": self._world.size, "files": files})
+
+    def _prune(self, state: TrainState) -> None:
+        """Keep the best and the newest; what is neither, or was never completed, goes."""
+        complete = [folder for folder in sorted(self.folder.glob("step-*")) if problem_with(folder) is None]
+        keep = {folder.name for folder in complete[-self._keep_last :]} | {f"step-{state.best_step:08d}"}
+        for folder in self.folder.glob("step-*"):
+            if folder.name not in keep:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _on_rank_0(self, action: Callable[[], Any], errors: list[str]) -> None:
+        if self._world.rank == 0:
+            try:
+                action()
+            except OSError as error:
+                errors.append(f"{type(error).__name__}: {error}")
+
+    def _agree(self, errors: list[str]) -> str:
+        """All ranks' errors as one text, the same on every rank; empty if none. Collective."""
+        return "; ".join(
+            f"rank {rank}: {error}"
+            for rank, rank_errors in enumerate(distributed.gather_objects(errors))
+            for error in rank_errors
+        )
+
+
+def problem_with(folder: Path) -> str | None:
+    """Why a checkpoint folder does not count, or None if it does."""
+    marker = folder / MARKER
+    if not re.fullmatch(r"step-\d{8}", folder.name):
+        return "its name is not that of a checkpoint"
+    if not marker.is_file():
+        return f"it has no {MARKER}, so it was never finished or was not written by ibdistill"
+    try:
+        content = json.loads(marker.read_text())
+        files, step = content["files"], content["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return f"its {MARKER} is damaged"
+    if folder.name != f"step-{step:08d}":
+        return f"its {MARKER} is that of step {step}"
+    for name, size in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    return None
+
+
+@contextmanager
+def _errors_kept(engine: deepspeed.DeepSpeedEngine, errors: list[str]) -> Iterator[None]:
+    """Within, a rank that cannot write notes the error and goes on to the barrier where others wait."""
+    storage = engine.checkpoint_engine
+    write = storage.save
+
+    def save(state_dict: Any, path: str) -> None:
+        try:
+            write(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+            errors.append(f"{path}: {error}")
+
+    storage.save = save
+    # a script beside the checkpoints that turns shards into weights; `train.close` exports the student
+    engine._copy_recovery_script = lambda save_path: None
+    try:
+        yield
+    finally:
+        storage.save = write

@@ -1,0 +1,186 @@
+"""Learning from unlabelled questions, where the student's own two streams agree.
+
+At the points `data.agree_at` of a run the student answers the questions of `data.unlabelled`
+in both streams. Where its rationale implies one label and the predict stream gave that
+label, question, label and rationale become a **pseudo-labelled record** of both streams.
+The new records replace the earlier ones and take `data.agree_share` of every following batch
+(`plan.MixedPlan`). With an online teacher its terms apply to this text too.
+
+Two streams with different errors agree where both are right more often than either is right
+alone; that is all the filter knows. Hence the defaults: the student must be good before it
+starts (0.4 of the run), and half of each batch stays gold. On the demo starting earlier, more
+pseudo-labels, or labels that nothing filters lost accuracy.
+
+With `data.agree_use` mi the answers are not learned: all of them, agreed or not, join the batches of
+gold records (`plan.ExtraPlan`) for the objective's term between the two streams, which is on them
+alone. On a labelled question both cross entropies fix both streams' distributions already; on an
+unlabelled one what the streams know of each other is all there is to learn.
+
+    RUN/agree/step-STEP-DIGEST.jsonl    the records, written before training goes on
+
+The checkpoint names the file in force, by its content. A run that is killed while it answers
+has its last checkpoint at that step or before, so it answers again with the same weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ibdistill.config.sections import Config, DataConfig
+from ibdistill.data.formats import field_text, read_rows
+from ibdistill.data.records import Record, map_numbers
+from ibdistill.data.tasks import demo
+from ibdistill.evaluation.faithfulness import IMPLIED, agrees
+from ibdistill.evaluation.predictions import Prediction
+
+FOLDER = "agree"
+
+
+def questions(data: DataConfig, setting: str = "unlabelled") -> list[Record]:
+    """The records of `data.unlabelled`, or of `data.taught`, without label and rationale; none if it is off.
+
+    `gold` is there where the source has a label, to measure how good the labels are that they get.
+
+    Raises:
+        ValueError: several tasks; for `unlabelled` one without a rule for what a rationale implies; a
+            missing or bad file; more questions than the demo has.
+    """
+    name, value = f"data.{setting}", getattr(data, setting)
+    if value is None:
+        return []
+    names = [data.task] if isinstance(data.task, str) else data.task
+    if len(names) > 1:
+        raise ValueError(
+            f"{name} goes with one task, and data.task is a mixture of {', '.join(names)}; "
+            "which one its questions are of would be unknown"
+        )
+    task = names[0]
+    ruled = [name for name in IMPLIED if name != "demo_pretrain"]
+    if setting == "unlabelled" and task not in ruled:
+        raise ValueError(
+            f"data.unlabelled needs a rule for the label that a rationale implies, and task {task!r} has "
+            f"none; tasks with one: {', '.join(ruled)}"
+        )
+    if (task == "demo") != isinstance(value, int):
+        needs = "a number of questions to generate" if task == "demo" else "the path of a JSONL file"
+        raise ValueError(f"{name} is {value!r}; for task {task!r} it is {needs}")
+    if isinstance(value, int):
+        try:
+            return demo.unlabelled(value)
+        except ValueError as error:
+            raise ValueError(f"{name} is {value}: {error}") from None
+    records = _from_file(Path(value), task, data, name)
+    return [map_numbers(record) for record in records] if data.map_numbers else records
+
+
+def _from_file(path: Path, task: str, data: DataConfig, name: str) -> list[Record]:
+    if not path.is_file():
+        raise ValueError(f"{name} {str(path)!r} is no file (seen from {Path.cwd()})")
+    records = []
+    for i, (where, row) in enumerate(read_rows(path)):
+        try:
+            question = field_text(row, data.question_field)
+            gold = field_text(row, data.label_field) if row.get(data.label_field) is not None else ""
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{where}: no question ({type(error).__name__}: {error}); each line is an object with the "
+                f"field {data.question_field!r} (data.question_field) and perhaps {data.label_field!r}"
+            ) from None
+        if not question.strip():
+            raise ValueError(f"{where}: the question is empty")
+        records.append(Record(f"{task}/unlabelled/{i}", task, question, "", "", gold=gold.strip()))
+    if not records:
+        raise ValueError(f"{name} {str(path)!r} holds no questions")
+    return records
+
+
+def due_steps(config: Config) -> set[int]:
+    """The steps before which the unlabelled questions are answered."""
+    if config.data.unlabelled is None:
+        return set()
+    steps = config.optim.max_steps
+    return {min(round(share * steps), steps - 1) for share in config.data.agree_at}
+
+
+def agreed(predictions: Sequence[Prediction]) -> list[Record]:
+    """The predictions whose rationale implies exactly one label, the predicted one, as training records."""
+    return [
+        dataclasses.replace(p.record, label=p.label, rationale=p.rationale)
+        for p in predictions
+        if len(implied := p.implied) == 1 and agrees(p.label, implied, p.record)
+    ]
+
+
+def used(predictions: Sequence[Prediction], data: DataConfig) -> list[Record]:
+    """The predictions to train on, as records: `agreed`, or for `data.agree_use` mi all with two texts."""
+    if data.agree_use == "labels":
+        return agreed(predictions)
+    return [
+        dataclasses.replace(p.record, label=p.label, rationale=p.rationale)
+        for p in predictions
+        if p.label and p.rationale
+    ]
+
+
+def check_share(data: DataConfig, micro_batch_size: int) -> None:
+    """Raise ValueError unless `data.agree_use` mi adds a whole number of answers to each micro-batch."""
+    more = data.agree_share * micro_batch_size
+    if data.unlabelled is not None and data.agree_use == "mi" and abs(more - round(more)) > 1e-6:
+        raise ValueError(
+            f"data.agree_share is {data.agree_share}; with data.agree_use mi each micro-batch of "
+            f"{micro_batch_size} questions gets so many answers more, {more:g}, which must be a whole number"
+        )
+
+
+def scalars(predictions: Sequence[Prediction], pseudo: Sequence[Record], seconds: float) -> dict[str, float]:
+    """By TensorBoard tag: `agree/asked`, `agree/agreed` (those in use), `agree/seconds`; and where there is
+    ground truth, as shares of the questions that have it, `agree/precision` of the pseudo-labels and
+    `agree/accuracy` of all answers, which is what no filter would give."""
+    result = {"agree/asked": len(predictions), "agree/agreed": len(pseudo), "agree/seconds": seconds}
+    correct = {p.record.id: p.correct for p in predictions if p.record.gold}
+    kept = [correct[record.id] for record in pseudo if record.id in correct]
+    if correct:
+        result["agree/accuracy"] = sum(correct.values()) / len(correct)
+    if kept:
+        result["agree/precision"] = sum(kept) / len(kept)
+    return result
+
+
+def write(run: Path, step: int, pseudo: Sequence[Record]) -> str:
+    """Write the records before training goes on; the file's name, empty for none. Raises OSError."""
+    if not pseudo:
+        return ""
+    folder = run / FOLDER
+    lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in pseudo]
+    content = "".join(lines).encode()
+    path = folder / f"step-{step:08d}-{_digest(content)}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    return path.name
+
+
+def read(run: Path, name: str) -> list[Record]:
+    """The records of a file that `write` made. Raises ValueError if it is missing or has changed."""
+    path = run / FOLDER / name
+    content = path.read_bytes() if path.is_file() else b""
+    if _digest(content) != path.stem.rpartition("-")[2]:
+        raise ValueError(
+            f"{path} is {'damaged' if content else 'missing'}: the checkpoint was trained with its records. "
+            "Put it back, or start a new run"
+        )
+    rows = [json.loads(line) for line in content.decode().splitlines()]
+    return [Record(**row | {"quantities": tuple(row["quantities"])}) for row in rows]
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,0 +1,97 @@
+"""Figures: what they show is what they were given, and they draw in awkward cases."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from ibdistill.evaluation import predictions
+from ibdistill.evaluation import report
+from ibdistill.evaluation import plots
+from ibdistill.config.sections import DataConfig
+from ibdistill.data.records import Record
+from ibdistill.data.loading import load
+
+
+def drawn(figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=40)
+    return buffer.getvalue()
+
+
+def test_the_wilson_interval_of_known_cases():
+    """Against the textbook's 8 of 10: 0.490 to 0.943; and at the ends it stays within 0..1."""
+    low, high = plots.wilson([8, 0, 10], [10, 10, 10])
+    assert low == pytest.approx([0.490, 0.0, 0.722], abs=1e-3)
+    assert high == pytest.approx([0.943, 0.278, 1.0], abs=1e-3)
+    assert (low >= 0).all() and (high <= 1).all() and low[1] == 0 and high[2] == 1
+
+
+def test_the_confusion_matrix_counts_every_answer():
+    gold, predicted = ["a", "b", "b", "c"], ["a", "a", "b", "neither"]
+    axes = plots.confusion(gold, predicted, "t").axes[0]
+    counts = np.array([int(text.get_text()) for text in axes.texts]).reshape(3, 4)
+    assert counts.tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 1]]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b", "c", "(other)"]
+
+
+@pytest.mark.parametrize("n", [1, 2, 30])
+@pytest.mark.parametrize("right", [0, 1])
+def test_figures_of_constant_answers_draw(n, right):
+    correct = [right] * n
+    for figure in (
+        plots.reliability([0.0] * n, correct, "t"),
+        plots.risk_coverage([1.0] * n, correct, "t"),
+        plots.accuracy_by(list(range(n)), correct, "t", "steps"),
+        plots.intervals({"accuracy": {"a": (0.5, float("nan")), "b": (0.5, 0.1)}}, "t"),
+        plots.lines({"loss": [("a", [1], [2.0]), ("a", [1, 2], [2.0, 1.0])]}, "t"),
+    ):
+        assert drawn(figure).startswith(b"\x89PNG")
+
+
+def predictions_of(records: list[Record], right: list[bool]) -> list[predictions.Prediction]:
+    explained = [predictions.Answer(r.rationale, 1.0, 1.0) for r in records]
+    return [
+        predictions.prediction(r, predictions.Answer(r.gold if ok else "| `x`", 0.5, 0.5), rationale)
+        for r, ok, rationale in zip(records, right, explained, strict=True)
+    ]
+
+
+def test_figures_samples_and_learning_curve_of_a_run(tmp_path):
+    records = load(DataConfig(), needs_rationale=True).valid["demo"][:30]
+    for step in (10, 20, 30):
+        made = predictions_of(records, [i < step for i in range(30)])
+        predictions.write_predictions(tmp_path / f"step-{step:08d}/valid_demo.jsonl", made)
+    assert report.figures(made, "t").keys() == {
+        "reliability",
+        "first_token_reliability",
+        "risk_coverage",
+        "accuracy_by_steps",
+    }
+    shown = report.samples(predictions_of(records, [False] * 30), count=3)
+    assert shown.count("**demo/valid/") == 3 and "demo/valid/20: wrong**" in shown and "\\| 'x'" in shown
+
+    figure = report.learning_curve(tmp_path, "valid_demo.jsonl", last_step=20)
+    lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
+    assert lines.keys() == {"short rationales", "middle rationales", "long rationales"}
+    words = [len(r.rationale.split()) for r in records]
+    short = [i for i in range(30) if words[i] <= np.quantile(words, 1 / 3)]
+    expected = [[10, np.mean([i < 10 for i in short])], [20, np.mean([i < 20 for i in short])]]
+    assert lines["short rationales"].tolist() == pytest.approx(np.array(expected))
+    # a resumed run writes its last evaluation anew
+    predictions.write_predictions(
+        tmp_path / "step-00000020/valid_demo.jsonl", predictions_of(records, [True] * 30)
+    )
+    figure = report.learning_curve(tmp_path, "valid_demo.jsonl", last_step=20)
+    assert figure.axes[0].lines[0].get_ydata()[-1] == 1.0
+    assert report.learning_curve(tmp_path, "test_demo.jsonl", last_step=20) is None
+
+
+def test_without_rationales_there_is_no_learning_curve(tmp_path):
+    row = {"gold_rationale": "", "correct": True}
+    (tmp_path / "step-00000001").mkdir()
+    (tmp_path / "step-00000001/p.jsonl").write_text(json.dumps(row) + "\n")
+    assert report.learning_curve(tmp_path, "p.jsonl", last_step=1) is None

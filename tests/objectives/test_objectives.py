@@ -1,0 +1,94 @@
+"""Objectives against transformers' own loss, and their weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_data import random_features
+from transformers import T5Config, T5ForConditionalGeneration
+
+from ibdistill.config.sections import DataConfig, ObjectiveConfig
+from ibdistill.data import batches
+from ibdistill.data.sampler import Plan
+from ibdistill.objectives import distillation
+
+SHAPE = dict(
+    vocab_size=20_000, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
+)
+
+
+def two_forwards(model, batch: batches.Batch, stream: str) -> torch.Tensor:
+    """transformers' own mean loss of one stream on padded labels."""
+    index = list(batch.decoder_input_ids).index(stream)
+    size = len(batch.question_ids)
+    rows = slice(index * size, (index + 1) * size)
+    labels = torch.full(batch.decoder_input_ids[stream].shape, -100).flatten()
+    labels[batch.positions[stream]] = batch.labels[stream]
+    return model(
+        input_ids=batch.input_ids[rows],
+        attention_mask=batch.attention_mask[rows],
+        labels=labels.view(size, -1),
+    ).loss
+
+
+@pytest.mark.parametrize("tie", [True, False])
+@pytest.mark.parametrize("method", ["finetune", "dss", "ib"])
+def test_loss_and_gradients_equal_two_forwards_with_transformers_loss(method, tie):
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**SHAPE, tie_word_embeddings=tie)).double().eval()
+    objective = ObjectiveConfig(method=method, alpha=0.3, beta=0.0)
+    features = random_features(40)
+    plan = Plan(features, DataConfig(), batch_size=6, seed=0)
+    streams = distillation.streams_of(objective)
+    batch = batches.collate(features, plan.step(0), streams, pad=0, start=0)
+
+    wrapped = distillation.Distillation(model, objective)
+    loss, terms = wrapped(batch, distillation.step_weights(objective, plan.counts(0)))
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.zero_grad()
+    expected = two_forwards(model, batch, "predict")
+    if method != "finetune":
+        expected = 0.3 * expected + 0.7 * two_forwards(model, batch, "explain")
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-8, atol=1e-12)
+
+    mean = distillation.means({k: float(v) for k, v in terms.items()}, plan.counts(0))
+    assert distillation.total(objective, mean) == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_streams_and_terms_of_each_method():
+    assert distillation.streams_of(ObjectiveConfig(method="finetune")) == ("predict",)
+    assert distillation.mi_settings(ObjectiveConfig(method="dss")) is None
+    assert distillation.mi_settings(ObjectiveConfig(method="ib", beta=0.0)) is None
+    mi = distillation.mi_settings(
+        ObjectiveConfig(method="ib", estimator="infonce", mi_gradient="both", pool="mean")
+    )
+    assert (mi.estimator, mi.gradient, mi.pool, mi.temperature) == ("infonce", "both", "mean", 0.1)
+
+
+def test_weights_divide_by_global_counts():
+    counts = {"predict": 20, "explain": 50, "questions": 4, "explained": 3}
+    weights = distillation.step_weights(
+        ObjectiveConfig(method="ib", estimator="paper", alpha=0.25, beta=0.6), counts
+    )
+    assert (weights.ce_predict, weights.ce_explain, weights.mi) == pytest.approx((0.25 / 20, 0.75 / 50, 0.2))
+    nothing_explained = counts | {"explain": 0, "explained": 0}
+    weights = distillation.step_weights(
+        ObjectiveConfig(method="ib", estimator="paper", beta=0.1), nothing_explained
+    )
+    assert weights.ce_explain == 0.5 and weights.mi == 0.1  # finite; their sums are empty
+
+
+def test_means_are_per_token_and_per_question():
+    counts = {"predict": 10, "explain": 40, "questions": 4, "explained": 4}
+    sums = {"ce_predict": 20.0, "ce_explain": 20.0, "correct_predict": 5.0, "mi": 8.0, "mi_questions": 4.0}
+    assert distillation.means(sums, counts) == {
+        "ce_predict": 2.0,
+        "ce_explain": 0.5,
+        "correct_predict": 0.5,
+        "mi": 2.0,
+    }

@@ -1,0 +1,164 @@
+"""Teacher signals: asked once, read later; a cache of something else is refused; top k loses little."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import steps, tiny, weights
+
+from ibdistill.config import sections
+from ibdistill.teacher import answers
+from ibdistill.teacher.teacher import Teacher
+from ibdistill.training.job import prepare
+
+ONLINE = {
+    "teacher.placement": "replica",
+    "teacher.model": "demo-teacher",
+    "teacher.precision": "fp32",
+    "teacher.cache_form": "states",
+    "objective.method": "ib+kd",
+    "student.dropout": 0.0,
+    "data.subsample": 64,  # 8 steps an epoch, nothing left over
+    "optim.max_steps": 24,
+}
+
+
+@pytest.fixture
+def asked(monkeypatch) -> list[int]:
+    """How many questions each of the teacher's forwards had."""
+    calls: list[int] = []
+    honest = Teacher.__call__
+
+    def counted(self, batch):
+        calls.append(len(batch.question_ids))
+        return honest(self, batch)
+
+    monkeypatch.setattr(Teacher, "__call__", counted)
+    return calls
+
+
+def terms(job) -> dict[str, float]:
+    return job.meter.close_interval().terms
+
+
+@pytest.mark.parametrize("method", ["ib+kd", "ib"])
+def test_the_first_epoch_asks_and_later_ones_read(make_job, tmp_path, asked, method):
+    """ib alone reads question states only, and no head."""
+    online = ONLINE | {"objective.method": method}
+    plain = make_job(tmp_path / "plain", **online)
+    steps(plain, 24)
+    assert asked == [8] * 24
+    asked.clear()
+    cached = make_job(tmp_path / "cached", **online, **{"teacher.cache": str(tmp_path / "cache")})
+    steps(cached, 24)
+    assert asked == [8] * 8
+    for name, weight in weights(plain).items():
+        torch.testing.assert_close(weights(cached)[name], weight, rtol=1e-3, atol=1e-5)
+
+    # another seed, another subsample of the same records, and no teacher in memory
+    overrides = online | {"teacher.placement": "cache", "run.seed": 5, "data.subsample": 1.0}
+    with pytest.raises(ValueError, match="lacks 15936 of the 16000 training records; run the same data once"):
+        make_job(tmp_path / "more", **overrides, **{"teacher.cache": str(tmp_path / "cache")})
+    again = make_job(
+        tmp_path / "again",
+        **online | {"teacher.placement": "cache", "run.seed": 5},
+        **{"teacher.cache": str(tmp_path / "cache")},
+    )
+    asked.clear()
+    assert again.signals.teacher is None
+    steps(again, 8)
+    fresh = make_job(tmp_path / "fresh", **online | {"run.seed": 5})
+    steps(fresh, 8)
+    cached_terms, fresh_terms = terms(again), terms(fresh)
+    assert fresh_terms.keys() >= ({"vid", "kd_predict", "kd_explain"} if method == "ib+kd" else {"vid"})
+    assert cached_terms == pytest.approx(fresh_terms, rel=1e-4)
+
+
+def test_records_left_over_by_an_epoch_are_asked_for_later(make_job, tmp_path, asked):
+    job = make_job(**ONLINE | {"data.subsample": 60}, **{"teacher.cache": str(tmp_path / "cache")})
+    steps(job, 7)  # 56 of 60
+    asked.clear()
+    steps(job, 7)
+    assert 1 <= len(asked) <= 4
+
+
+def test_a_record_keeps_its_first_answer_in_a_batch_that_is_asked_again(make_job, tmp_path):
+    """And the rows beside it get theirs: the batch equals one that is asked without a cache, to rounding."""
+    job = make_job(**ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
+    first = job.signals.of([3, 5], job.collate([3, 5]))
+    kept = [{name: t + 1 for name, t in job.signals._cache.get([job.signals._keys[5]])[0].items()}]
+    job.signals._cache._buffer[job.signals._keys[5]] = kept[0]
+    mixed = job.signals.of([9, 5, 3], job.collate([9, 5, 3]))
+    plain = make_job(tmp_path / "plain", **ONLINE).signals.of([9, 5, 3], job.collate([9, 5, 3]))
+    for stream in ("predict", "explain"):
+        cu = job.collate([9, 5, 3]).cu[stream].tolist()
+        ours, theirs = mixed.targets[stream].hidden, plain.targets[stream].hidden
+        assert torch.equal(ours[cu[1] : cu[2]], kept[0][stream])
+        assert torch.equal(ours[cu[2] :], first.targets[stream].hidden[: cu[3] - cu[2]])
+        torch.testing.assert_close(ours[: cu[1]], theirs[: cu[1]])
+        torch.testing.assert_close(ours[cu[2] :], theirs[cu[2] :])
+
+
+@pytest.mark.parametrize(("k", "tolerance"), [(268, 1e-3), (32, 0.5)])
+def test_top_k_says_nearly_what_the_states_say(make_job, tmp_path, k, tolerance):
+    whole = make_job(tmp_path / "whole", **ONLINE)
+    topk = make_job(
+        tmp_path / "topk",
+        **ONLINE
+        | {"teacher.cache": str(tmp_path / "c"), "teacher.cache_form": "topk", "teacher.cache_top_k": k},
+    )
+    steps(whole, 1)
+    steps(topk, 1)
+    expected, ours = terms(whole), terms(topk)
+    assert ours["kd_explain"] == pytest.approx(expected["kd_explain"], rel=tolerance)
+    # merging tokens into the tail can only lose divergence
+    assert ours["kd_explain"] <= expected["kd_explain"] * (1 + 1e-3)
+
+
+def test_top_k_in_chunks():
+    hidden, weight, bias = torch.randn(7, 4), torch.randn(9, 4), torch.randn(9)
+    ids, probabilities = answers.top_k(hidden, weight, bias, 3, 2.0, chunk=2)
+    expected = torch.softmax((hidden @ weight.T + bias) / 2.0, -1).sort(-1, descending=True)
+    assert torch.equal(ids, expected.indices[:, :3])
+    torch.testing.assert_close(probabilities, expected.values[:, :3])
+    ids, probabilities = answers.top_k(hidden[:0], weight, bias, 3, 2.0)
+    assert ids.shape == probabilities.shape == (0, 3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"teacher.model": "t5-mini"}, "teacher"),
+        ({"teacher.precision": "bf16"}, "precision"),
+        ({"objective.method": "kd"}, "holds"),
+        ({"teacher.cache_form": "topk"}, "top_k"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_with_both_fingerprints(make_job, world, tmp_path, changed, key):
+    cache = {"teacher.cache": str(tmp_path / "cache")}
+    make_job(tmp_path / "one", **ONLINE, **cache)
+    settings = tiny(tmp_path / "two") | ONLINE | cache | changed
+    with pytest.raises(ValueError, match=rf"{key} is .* there and .* here"):
+        prepare(sections.load(None, settings), world)
+
+
+def test_weights_have_an_identity(tmp_path):
+    from ibdistill.data import tokenizers
+    from ibdistill.models import families
+
+    tokenizer = tokenizers.demo_tokenizer()
+    for seed, folder in ((0, "a"), (0, "b"), (1, "c")):
+        families.load_preset("demo-student", tokenizer, seed).save_pretrained(tmp_path / folder)
+    names = [families.identity(str(tmp_path / folder)) for folder in "abc"]
+    assert names[0] == names[1] != names[2]
+
+
+def test_a_full_disk_ends_the_cache_and_not_the_run(make_job, tmp_path, monkeypatch, caplog, asked):
+    job = make_job(**ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
+    monkeypatch.setattr(job.signals._cache, "flush", lambda: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(answers.logger, "propagate", True)
+    steps(job, 9)
+    assert "no space. The run goes on and asks the teacher" in caplog.text
+    monkeypatch.undo()
+    steps(job, 1)
+    assert job.state.step == 10

@@ -1,0 +1,57 @@
+"""The kernels compiled ahead of time, without a GPU: tools/bench/kernel_report.py passes its own checks."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
+
+PATH = Path(__file__).parents[2] / "tools/bench/kernel_report.py"
+spec = importlib.util.spec_from_file_location("kernel_report", PATH)
+kernel_report = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernel_report)
+
+
+@pytest.mark.parametrize("V", [32128, 50257])
+def test_all_checks_pass(V, capsys):
+    kernel_report.main("sm_90", V)
+    out = capsys.readouterr().out
+    assert "all checks passed" in out and "logits, CE + paper, max                8" in out
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_narrow_load_is_found(target):
+    """Given logits whose rows aren't padded: V = 50257 leaves nothing wider than 2 bytes."""
+    launches = kernel_report.record(50257, torch.bfloat16, lanes=kernel_report.TARGETS[target][2])
+    compiled = kernel_report.compile_launch(launches["logits, CE + paper, max"][0], target)
+    code = kernel_report.machine_code(compiled, target)
+    assert kernel_report.wide(code["mix"], target, *kernel_report.moves(compiled, torch.bfloat16))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+@pytest.mark.parametrize("case", ["VID, D_t = 1024", "head, CE + paper, max + KD jsd"])
+def test_targets_differ_in_lanes_and_both_pass(target, case):
+    """64 lanes need blocks twice as large for the same 16 bytes per thread."""
+    lanes = kernel_report.TARGETS[target][2]
+    failures = []
+    for launch in kernel_report.record(32128, torch.bfloat16, lanes=lanes)[case]:
+        kernel_report.inspect(launch, case, target, 32128, torch.bfloat16, failures)
+    assert failures == []
+
+
+def test_token_counts_never_recompile():
+    """Launches of batches with other lengths and numbers of questions are the same to the compiler."""
+    keys = [
+        {
+            kernel_report.key_of(x)
+            for launches in kernel_report.record(32128, torch.bfloat16, lengths).values()
+            for x in launches
+        }
+        for lengths in [(3, 3), (1,), (16,) * 16, (7, 1, 5)]
+    ]
+    assert all(k == keys[0] for k in keys)

@@ -1,0 +1,361 @@
+"""The study: statistics by formulas of their own, what counts as finished, what is refused, real runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from harness import ROOT, launch, output_of
+from miniatures import said, svamp
+
+sys.path.append(str(ROOT / "tools"))
+
+import compare_runs
+from fire.parser import DefaultParseValue
+from study import arms as study_arms
+from study import command, paper, report
+
+from ibdistill.config import sections
+
+TINY = {
+    "optim.max_steps": 2,
+    "optim.batch_size": 4,
+    "optim.warmup_steps": 0,
+    "data.max_label_tokens": 8,
+    "data.max_rationale_tokens": 16,
+    "run.test_limit": 4,
+    "run.tensorboard": False,
+    "run.export": False,
+}
+
+
+def content(**changes):
+    return {
+        "recipe": "demo",
+        "settings": dict(TINY),
+        "seeds": [1, 2],
+        "labels": [8],
+        "baseline": "dss",
+        "arms": {"dss": {"objective.method": "dss"}, "ib": {"objective.method": "ib", "seeds": [1]}},
+    } | changes
+
+
+def built(**changes):
+    return study_arms.build(content(**changes), Path("x.yaml"))
+
+
+def t_probability(t, degrees):
+    """P(|T| < t) of Student's t by Simpson's rule on its density."""
+    log_c = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+
+    def density(x):
+        return math.exp(log_c - (degrees + 1) / 2 * math.log1p(x * x / degrees))
+
+    n = 20000
+    h = t / n
+    inner = sum((4 if i % 2 else 2) * density(i * h) for i in range(1, n))
+    return 2 * h / 3 * (density(0) + inner + density(t))
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 4, 9, 15, 16, 24, 60, 500])
+def test_quantiles_of_students_t(degrees):
+    assert t_probability(compare_runs.t_quantile(degrees), degrees) == pytest.approx(0.95, abs=2e-4)
+
+
+def test_paired_interval():
+    """Against the textbook formula, in its one-pass form, on the seeds that both have."""
+    rng = random.Random(0)
+    a = {seed: rng.gauss(70, 5) for seed in range(12)}
+    b = {seed: a[seed] - 4 + rng.gauss(0, 1) for seed in range(2, 14) if seed in a}
+    b |= {99: 0.0}
+    center, half, n = report.paired(a, b)
+    d = [a[seed] - b[seed] for seed in range(2, 12)]
+    variance = (sum(x * x for x in d) - sum(d) ** 2 / 10) / 9
+    assert n == 10 and center == pytest.approx(sum(d) / 10)
+    assert half == pytest.approx(2.262 * math.sqrt(variance / 10), rel=1e-6)
+    assert half < compare_runs.interval(list(a.values()))[1] / 2  # what pairing is for
+    with pytest.raises(ValueError, match="no seed in common"):
+        report.paired({1: 0.0}, {2: 0.0})
+
+
+def test_an_interval_covers_the_truth_as_often_as_it_says():
+    rng = random.Random(1)
+    hits = 0
+    for _ in range(2000):
+        a = {seed: rng.gauss(3, 2) for seed in range(5)}
+        center, half, _ = report.paired(a, dict.fromkeys(range(5), 0.0))
+        hits += abs(center - 3) < half
+    assert hits / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+def test_arms_labels_and_seeds_become_runs():
+    arms = {
+        "dss": {"objective.method": "dss", "labels": {4: [1, 2], 8: [1, 2]}},
+        "ib": {"seeds": [2], "ranks": 2, "objective.method": "ib"},
+    }
+    assert built(arms=arms).runs == built(arms=arms | {"dss": arms["dss"] | {"labels": [4, 8]}}).runs
+    found = built(arms=arms, comparisons=[["ib@8", "dss@4"]])
+    # seed by seed; what takes all cores at the end
+    assert [(r.arm, r.labels, r.seed) for r in found.runs] == [
+        ("dss", 4, 1),
+        ("dss", 8, 1),
+        ("dss", 4, 2),
+        ("dss", 8, 2),
+        ("ib", 8, 2),
+    ]
+    flat = found.runs[0].settings
+    assert (flat["run.seed"], flat["data.subsample"], flat["data.subsample_seed"]) == (1, 4, 1)
+    assert found.comparisons == [("ib@8", "dss@4")]
+
+
+def test_seeds_share_models_and_a_models_settings_change_its_users():
+    models = {"pretrain": {"recipe": "demo_pretrain"}, "teacher": {"student.model": "{pretrain}"}}
+    arms = {
+        "dss": {"student.model": "{pretrain}", "seeds": [1, 2, 3]},
+        "kd": {
+            "objective.method": "kd",
+            "teacher.placement": "replica",
+            "teacher.model": "{teacher}",
+            "teacher.cache": "{run}/signals",
+            "seeds": [1],
+        },
+    }
+    found = built(models=models, variants=2, arms=arms)
+    assert [(m.arm, m.seed, m.stage) for m in found.models] == [
+        ("pretrain", 0, 0),
+        ("pretrain", 1, 0),
+        ("teacher", 0, 1),
+        ("teacher", 1, 1),
+    ]
+    pretrain, teacher = found.models[:2], found.models[2:]
+    used = {r.seed: r.settings["student.model"] for r in found.runs if r.arm == "dss"}
+    assert used == {s: f"runs/{pretrain[s % 2].name}/student" for s in (1, 2, 3)}
+    kd = next(r for r in found.runs if r.arm == "kd")
+    assert kd.stage == 2 and kd.settings["teacher.model"] == f"runs/{teacher[1].name}/student"
+    out = Path("out")
+    assert study_arms.resolved(kd, out).teacher.cache == f"out/runs/{kd.name}/signals"
+    assert study_arms.resolved(kd, out, out / "x").teacher.cache == "out/x/signals"
+    other = arms | {"kd": arms["kd"] | {"teacher.model": "{teacher+1}"}}
+    kd = next(r for r in built(models=models, variants=2, arms=other).runs if r.arm == "kd")
+    assert kd.settings["teacher.model"] == f"runs/{teacher[0].name}/student"
+    further = {"settings": dict(TINY) | {"data.path": "/data"}, "recipe": "svamp"}
+    read = {"teacher": {"recipe": "svamp", "student.model": "demo-teacher", "student.tokenizer": "train"}}
+    found_read = built(models=read, **further)
+    assert {run.settings["data.path"] for run in found_read.models + found_read.runs} == {"/data"}
+    models["pretrain"]["optim.max_steps"] = 700
+    changed = built(models=models, variants=2, arms=arms)
+    assert not {r.name for r in found.runs + found.models} & {r.name for r in changed.runs + changed.models}
+
+
+def test_a_changed_setting_is_another_run():
+    names = {r.name for r in built().runs}
+    assert names == {r.name for r in built().runs}
+    assert names.isdisjoint(r.name for r in built(settings=TINY | {"optim.lr": 1e-3}).runs)
+    more = {r.name for r in built(seeds=[1, 2, 3]).runs}
+    assert names < more and len(more) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arms": {}}, "must map `arms` to at least one arm"),
+        ({"seed": [1]}, "unknown key seed; there are arms, baseline"),
+        ({"baseline": "ds"}, "baseline is 'ds'; it must be one of the arms dss, ib"),
+        ({"variants": 0}, "variants is 0; it must be a whole number above 0"),
+        ({"seeds": []}, r"seeds of arm dss is \[\]; it must be a list of numbers"),
+        ({"labels": None}, "labels of arm dss is None; it must be a list"),
+        ({"arms": {"dss": {"sedes": [1]}}}, "arm dss has sedes; besides section.field there are labels"),
+        ({"arms": {"dss": {"optim.lrr": 1}}}, "arm dss: unknown setting 'optim.lrr'. Did you mean optim.lr"),
+        ({"arms": {"dss": {"student.model": "{pre}"}}}, "{pre} in dss is none of the models above it"),
+        (
+            {"arms": {"dss": {"objective.method": "kd"}}},
+            "arm dss: objective.method kd needs an online teacher",
+        ),
+        ({"comparisons": [["ib@8", "dss@9"]]}, r"\['ib@8', 'dss@9'\] must be two of dss@8, ib@8"),
+    ],
+)
+def test_what_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        built(**({"baseline": "dss"} | changes))
+
+
+def test_files_that_are_no_study(tmp_path):
+    (tmp_path / "a.yaml").write_text("arms: [")
+    for path in (tmp_path / "a.yaml", tmp_path / "none.yaml"):
+        with pytest.raises(ValueError, match="is no study"):
+            study_arms.load(path)
+
+
+def test_shipped_studies_are_valid():
+    for path in (ROOT / "tools/study").glob("*.yaml"):
+        assert study_arms.load(path).runs
+
+
+def fake(accuracy, seconds=10.0):
+    return {"test": {"demo": {"accuracy": accuracy}}, "steps": 5, "seconds": seconds, "commit": "abc"}
+
+
+def test_table_json_and_figure(tmp_path):
+    arms = {
+        "dss": {"labels": [4, 8]},
+        "ib": {"objective.method": "ib", "note": "as published"},
+        "kd": {
+            "objective.method": "kd",
+            "teacher.placement": "replica",
+            "teacher.model": "x",
+            "seeds": [1],
+        },
+    }
+    found = built(arms=arms, seeds=[1, 2, 3], variants=2, comparisons=[["ib@8", "dss@4"]])
+    shown = {"dss": (0.6, 0.61, 0.62), "ib": (0.63, 0.65, 0.67)}
+    results = {
+        r.name: fake(shown[r.arm][r.seed - 1] - 0.1 * (r.labels == 4)) if r.arm in shown else None
+        for r in found.runs
+    }
+    text = report.write(found, tmp_path, results)
+    rows = {tuple(c.strip() for c in line.split("|")[1:3]): line for line in text.splitlines()[2:6]}
+    # differences 3, 4, 5: standard deviation 1, so the half width is 4.303 / sqrt(3) = 2.48
+    assert "| 65.0 | 2.0 | 63.0 65.0 67.0 | +4.0 [+1.5, +6.5] | 10 |" in rows["ib", "8"]
+    assert "| 51.0 | 1.0 | 50.0 51.0 52.0 |  |" in rows["dss", "4"]
+    assert "not run" in rows["kd", "8"]
+    assert "ib@8 against dss@4: +14.0 [+11.5, +16.5]" in text and "ib: as published" in text
+    assert "3 arms were tried; 9 of 10 runs are finished" in text and "commit abc" in text
+    saved = json.loads((tmp_path / "study.json").read_text())
+    assert len(saved["runs"]) == 10 and saved["arms"]["ib@8"]["difference"]["variants"] == pytest.approx(
+        {"0": 4.0, "1": 4.0}
+    )
+    assert (tmp_path / "study.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="has no finished run"):
+        report.write(found, tmp_path, dict.fromkeys(results))
+
+
+def test_a_grid_says_what_a_run_would_do(tmp_path):
+    models = {"pretrain": {"recipe": "demo_pretrain"}}
+    arms = {"dss": {"student.model": "{pretrain}", "data.unlabelled": 9, "data.agree_at": [0.5, 0.75]}}
+    found = built(models=models, arms=arms)
+    commands = command.write_grids(found, tmp_path)
+    assert [command.split()[-2:] for command in commands] == [
+        [str(tmp_path / "grid-0.txt"), "demo_pretrain"],
+        [str(tmp_path / "grid-1.txt"), "demo"],
+    ]
+    name, *settings = (tmp_path / "grid-1.txt").read_text().splitlines()[0].split()
+    pairs = [setting.removeprefix("--").split("=", 1) for setting in settings]
+    given = {key: DefaultParseValue(value) for key, value in pairs}
+    assert name == found.runs[0].name
+    given |= {"run.dir": str(tmp_path / "runs" / name)}
+    assert sections.load("demo", given) == study_arms.resolved(found.runs[0], tmp_path)
+    with pytest.raises(ValueError, match="a grid takes no spaces: data.path 'a b'"):
+        command.write_grids(built(settings=TINY | {"data.path": "a b"}), tmp_path)
+
+
+def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
+    """Real runs: two that end well, one through two ranks, and one that does not; then nothing is left
+    to do but that one."""
+    arms = {"dss": {}, "lost": {"student.model": "no/such/model"}, "dss-2": {"ranks": 2}}
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content(arms=arms, seeds=[1])))
+    line = [sys.executable, str(ROOT / "tools/study.py"), "run", str(tmp_path / "mini.yaml")]
+    line += [str(tmp_path / "out"), "--jobs", "3"]
+    first = subprocess.run(line, capture_output=True, text=True)
+    assert first.returncode == 1, first.stderr
+    done = re.findall(r"(\S+)-\w{8}: done", first.stdout)
+    assert done == ["dss-n8-s1", "dss-2-n8-s1"]
+    assert re.search(r"lost-n8-s1-\w{8}: failed with exit code 2, see .*\.log", first.stdout)
+    assert "failed: lost-n8-s1-" in first.stderr
+    folders = sorted((tmp_path / "out/runs").glob("dss-*"))
+    assert [json.loads((f / "result.json").read_text())["ranks"] for f in folders] == [2, 1]
+    notes = json.loads((folders[0] / "study.json").read_text())
+    assert notes["process_seconds"] > 0 and notes["cpu_seconds"] > 1 and notes["commit"]
+    before = [(f / "result.json").stat().st_mtime_ns for f in folders]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert "1/1  lost-n8-s1-" in again.stdout and "dss-n8-s1" not in again.stdout
+    assert [(f / "result.json").stat().st_mtime_ns for f in folders] == before
+
+
+def test_what_an_interrupted_run_took_is_counted(tmp_path):
+    command._note(tmp_path, 10.04, 7.0)
+    command._note(tmp_path, 2.0, 1.5)
+    assert json.loads((tmp_path / "study.json").read_text()) == {
+        "process_seconds": 12.0,
+        "cpu_seconds": 8.5,
+        "commit": command.commit(),
+    }
+
+
+def test_the_papers_tables_dry(tmp_path, capsys):
+    """All three methods through the real entry point, on the DSS release's layout, from random weights."""
+    svamp(tmp_path / "data", [said(i) for i in range(2, 30)], [said(i) for i in range(2)])
+    options = ["--dataset", "svamp", "--student", "t5-mini", "--data", str(tmp_path / "data"), "--dry-run"]
+    options += ["--out", str(tmp_path / "out"), "--seeds", "1", "--jobs", "3"]
+    options += ["--student.tokenizer", "train", "--student.vocab_size", "300"]
+    with pytest.raises(SystemExit) as ended:
+        paper.main(options, command.perform)
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "svamp, t5-mini, DRY RUN" in out and re.search(r"^ib +\d+\.\d\d +-$", out, re.MULTILINE)
+    folders = sorted((tmp_path / "out/runs").glob("ib-*"))
+    config = yaml.safe_load((folders[0] / "config.yaml").read_text())
+    assert config["objective"]["estimator"] == "paper" and config["objective"]["beta"] == 0.1
+    assert (
+        config["optim"]["lr"] == 5e-5 and json.loads((folders[0] / "result.json").read_text())["steps"] == 2
+    )
+
+
+def test_the_papers_settings_and_figures(tmp_path):
+    options = paper.parser().parse_args(
+        "--dataset svamp --student google/t5-v1_1-small --out x --seeds 2".split()
+    )
+    found = study_arms.build(paper.content(options, {}), Path("paper"))
+    assert [run.arm for run in found.runs] == ["finetune", "dss", "ib"] * 2
+    config = study_arms.resolved(found.runs[2], tmp_path)
+    assert (config.optim.max_steps, config.optim.batch_size, config.objective.alpha) == (10000, 64, 0.5)
+    for run in found.runs:
+        folder = tmp_path / "runs" / run.name
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text(json.dumps(fake(0.45 + 0.01 * run.seed)))
+    lines = paper.comparison(found, tmp_path, options).splitlines()
+    assert lines[2].split() == ["finetune", "45.50", "45.00"] and lines[4].split() == ["ib", "45.50", "52.50"]
+
+
+def test_further_settings(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # runs start in the project's root, and still find the data
+    given = study_arms.further_settings(["--optim.lr", "1e-3", "--run.export", "False", "--data.path", "a"])
+    assert given == {"optim.lr": 1e-3, "run.export": False, "data.path": str(tmp_path / "a")}
+    for rest in (["--beta", "1"], ["--objective.beta"], ["x"]):
+        with pytest.raises(ValueError, match="further settings are given as --section.field value"):
+            study_arms.further_settings(rest)
+
+
+def test_further_settings_reach_all_arms(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content()))
+    plain, changed = (study_arms.load(tmp_path / "a.yaml", f) for f in (None, {"optim.lr": 0.5}))
+    assert [run.settings for run in changed.runs] == [r.settings | {"optim.lr": 0.5} for r in plain.runs]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_speed_measures_the_arms_of_so_many_ranks(tmp_path, ranks):
+    steps = {"optim.max_steps": 300}
+    arms = {"dss": {}, "dss-2": {"ranks": 2}, "twice-2": {"ranks": 2, "optim.max_steps": 600}}
+    (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content(arms=arms, seeds=[1], settings=TINY | steps)))
+    script = [str(ROOT / "tools/study.py"), "speed", str(tmp_path / "mini.yaml"), str(tmp_path / "out")]
+    if ranks == 1:
+        printed = output_of(*script)
+    else:
+        log = tmp_path / "log"
+        assert launch(script, ranks=ranks, log=log) == 0, log.read_text()[-2000:]
+        printed = log.read_text()
+    table = re.findall(r"^(\S+) +([\d.]+) +([\d.]+) +([\d.]+)  (\d+)$", printed, re.MULTILINE)
+    found = {arm: tuple(map(float, row)) for arm, *row in table}
+    assert found.keys() == ({"dss"} if ranks == 1 else {"dss-2", "twice-2"})
+    milliseconds, seconds, ratio, base_steps = found["dss" if ranks == 1 else "dss-2"]
+    assert seconds == pytest.approx(300 * milliseconds / 1000, abs=0.1) and (ratio, base_steps) == (1.0, 300)
+    if ranks == 2:
+        milliseconds, seconds, _, base_steps = found["twice-2"]
+        assert seconds == pytest.approx(600 * milliseconds / 1000, abs=0.1)
+        assert base_steps == pytest.approx(300 * seconds / found["dss-2"][1], rel=0.05)

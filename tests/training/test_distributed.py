@@ -1,0 +1,208 @@
+"""Claims about several ranks, each through the real launcher."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from harness import ROOT, TRAIN, as_arguments, kill_session, launch, output_of, start, tiny
+
+
+@pytest.fixture(scope="module")
+def gradients(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
+    """`MODEL_zeroS_Rranks` -> parameter -> gradient of one global batch of 8, in micro-batches of 2."""
+    folder = tmp_path_factory.mktemp("gradients")
+    worker, log = [str(ROOT / "tests/workers/gradients.py"), str(folder)], folder / "log"
+    assert launch(worker, ranks=2, log=log) == 0, log.read_text()[-4000:]
+    output_of(*worker)
+    return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(("model", "parameters"), [("demo-student", 40), ("demo-student-decoder", 25)])
+def test_the_gradient_does_not_depend_on_ranks_micro_batches_and_stage(
+    gradients, model, parameters, ranks, stage
+):
+    reference, ours = gradients[f"{model}_zero0_1ranks"], gradients[f"{model}_zero{stage}_{ranks}ranks"]
+    assert reference.keys() == ours.keys() and len(reference) > parameters
+    for name, gradient in reference.items():
+        error = (ours[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
+        assert error < 1e-5, f"{name}: {error}"
+
+
+def ranks_of(launcher: psutil.Popen) -> list[psutil.Process]:
+    children = psutil.Process(launcher.pid).children(recursive=True)
+    return [c for c in children if any(part.startswith("--local_rank") for part in c.cmdline())]
+
+
+def wait_for_step(log: Path, step: int, timeout: float = 300) -> None:
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        steps = re.findall(r"step (\d+)/", log.read_text())
+        if steps and int(steps[-1]) >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} was not reached:\n{log.read_text()[-4000:]}")
+
+
+def scalar_steps(folder: Path, tag: str) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    return [event.step for event in events.Scalars(tag)]
+
+
+@pytest.mark.parametrize(
+    ("stage", "signal_number", "exit_code"), [(3, signal.SIGTERM, 143), (2, signal.SIGUSR1, 85)]
+)
+def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
+    tmp_path, stage, signal_number, exit_code
+):
+    """kill -9 at a random step, resume, a signal to one rank only, resume: the same weights and curve.
+
+    Accumulation is on (2 ranks x 2 micro-batches of 2), and no checkpoint falls on an epoch's
+    end (60 records, 7 steps an epoch). The ZeRO-3 run has all else that there is: a teacher in ZeRO-3, its
+    cache, and agreement on unlabelled questions after steps 14 and 32. It is killed within the first of these
+    refreshes too: the cache then holds all of the epoch that has just ended, and the last checkpoint is
+    older. The other two interruptions are between the refreshes.
+    """
+    settings = {
+        "data.subsample": 60,
+        "objective.method": "ib",
+        "optim.max_steps": 40,
+        "optim.micro_batch_size": 2,
+        "optim.warmup_steps": 5,
+        "run.save_every": 5,
+        "run.test_limit": 11,
+        "deepspeed.config": f"zero{stage}",
+    }
+    teacher = {
+        "teacher.placement": "zero3",
+        "teacher.model": "demo-teacher",
+        "objective.method": "ib+kd",
+        "data.unlabelled": 64,
+        "data.agree_at": "[0.35,0.8]",
+    }
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    script, kill_at = TRAIN, random.randrange(6, 20)
+    if stage == 3:
+        settings |= teacher
+        script, kill_at = str(ROOT / "tests/workers/agreeing.py"), random.randrange(15, 21)
+    caches = {run: {"teacher.cache": f"{run}_cache"} if stage == 3 else {} for run in (whole, broken)}
+    log = tmp_path / "whole.log"
+    assert launch([script, *as_arguments(tiny(whole, **settings, **caches[whole]))], ranks=2, log=log) == 0, (
+        log.read_text()[-4000:]
+    )
+
+    command = [script, *as_arguments(tiny(broken, **settings, **caches[broken]))]
+    if stage == 3:
+        kill_within_the_first_refresh(command, tmp_path)
+        assert not (broken / "agree").exists() and max(scalar_steps(broken, "loss/total")) == 14
+    print(f"kill -9 after step {kill_at}")
+    log = tmp_path / "killed.log"
+    process = start(command, ranks=2, log=log)
+    wait_for_step(log, kill_at)
+    kill_session(process)
+    assert not (broken / "result.json").exists()
+
+    log = tmp_path / "signalled.log"
+    process = start(command, ranks=2, log=log)
+    wait_for_step(log, 25)
+    ranks_of(process)[1].send_signal(signal_number)
+    assert process.wait(120) == exit_code, log.read_text()[-4000:]
+    assert "resumed from" in log.read_text()
+
+    log = tmp_path / "resumed.log"
+    assert launch(command, ranks=2, log=log) == 0, log.read_text()[-4000:]
+    assert "resumed from" in log.read_text()
+
+    name = "student/model.safetensors"
+    assert (whole / name).read_bytes() == (broken / name).read_bytes()
+    results = [json.loads((folder / "result.json").read_text()) for folder in (whole, broken)]
+    for result in results:
+        assert result.pop("seconds") > 0 and result.pop("test_seconds") > 0
+    assert results[0] == results[1]
+    assert results[0]["steps"] == 40 and results[0]["ranks"] == 2
+    assert scalar_steps(whole, "loss/total") == scalar_steps(broken, "loss/total") == list(range(1, 41))
+    if stage == 3:
+        answers = [sorted(path.name for path in (run / "agree").iterdir()) for run in (whole, broken)]
+        assert answers[0] == answers[1] and len(answers[0]) == 2  # a name holds its content's digest
+        assert scalar_steps(whole, "agree/agreed") == scalar_steps(broken, "agree/agreed") == [15, 33]
+    check_export_decodes_the_same(broken)
+
+
+def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp_path):
+    """Rank 1 of 2 cannot write its shard: both ranks say so, go on, and save again later."""
+    log = tmp_path / "log"
+    worker = [str(ROOT / "tests/workers/full_disk.py"), str(tmp_path)]
+    code = launch(worker, ranks=2, log=log, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert code == 0, log.read_text()[-4000:]
+    assert log.read_text().count("checkpoint of step 3 not saved, training goes on: rank 1: ") >= 2
+    expected = {
+        "saved": [True, False, True],
+        "left": ["step-00000002"],
+        "problem": None,
+        "lost": False,
+        "resumed_at": 4,
+        "resumed_same": True,
+    }
+    assert json.loads((tmp_path / "facts.json").read_text()) == [[expected] * 2] * 2
+
+
+def kill_within_the_first_refresh(command: list[str], folder: Path) -> None:
+    """kill -9 of all where rank 1 is between its two answers and rank 0 may be waiting for it."""
+    reached, log = folder / "reached", folder / "within.log"
+    process = start(command, ranks=2, log=log, env={"AGREEING_STOPS_AT": str(reached)})
+    deadline = time.monotonic() + 300
+    while not reached.exists():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.01)
+    kill_session(process)
+
+
+def check_export_decodes_the_same(folder: Path) -> None:
+    """The exported student, loaded by transformers alone, says what the run's predictions say.
+
+    11 records over 2 ranks: uneven shares, each record once and in order.
+    """
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    from ibdistill.data.loading import load
+
+    rows = [json.loads(line) for line in (folder / "predictions/step-00000040/test_demo.jsonl").open()]
+    from ibdistill.config.sections import DataConfig
+
+    records = load(DataConfig(), needs_rationale=True).test["demo"][:11]
+    assert [row["id"] for row in rows] == [record.id for record in records]
+    model = AutoModelForSeq2SeqLM.from_pretrained(folder / "student").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    for row in rows:
+        for prefix, said, limit in (("predict: ", row["label"], 16), ("explain: ", row["rationale"], 48)):
+            ids = tokenizer(prefix + row["question"], return_tensors="pt").input_ids
+            output = model.generate(input_ids=ids, max_new_tokens=limit, do_sample=False)
+            assert tokenizer.decode(output[0], skip_special_tokens=True) == said
+    assert "arXiv 2403.03348" in (folder / "student/README.md").read_text()
+
+
+@pytest.mark.parametrize("said", [None, "2"])
+def test_ranks_share_the_cores_unless_the_user_says_how(tmp_path, monkeypatch, said):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    script, log = tmp_path / "threads.py", tmp_path / "log"
+    count = "print(f'{torch.get_num_threads()} threads', flush=True)"
+    script.write_text(
+        f"import torch\nfrom ibdistill import distributed\n{count}\ndistributed.init()\n{count}\n"
+    )
+    env = {"OMP_NUM_THREADS": said} if said else {}
+    assert launch([str(script)], ranks=2, log=log, env=env) == 0, log.read_text()[-4000:]
+    found = sorted(map(int, re.findall(r"^(\d+) threads$", log.read_text(), re.MULTILINE)))
+    cores = max(found)  # before `init`
+    assert found == (4 * [cores] if said else sorted(2 * [cores] + 2 * [max(1, cores // 2)]))

@@ -1,0 +1,228 @@
+"""The loop: it learns, skips what is not finite, gives up with names; the command line says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import TRAIN, alone, same, steps, tiny, weights
+
+from ibdistill import train
+from ibdistill.config import sections
+from ibdistill.objectives import distillation
+from ibdistill.runtime import distributed
+from ibdistill.runtime.distributed import EXIT_DIVERGED
+from ibdistill.training import engine
+
+
+def test_the_student_learns_a_few_records_by_heart(make_job):
+    overrides = {"data.subsample": 16, "optim.max_steps": 120, "optim.relative_bias_lr_scale": 10.0}
+    job = make_job(**overrides, **{"student.dropout": 0.0, "optim.lr": 4e-3})
+    steps(job, 120)
+    interval = job.meter.close_interval()
+    start = distillation.means(interval.terms, interval.counts)
+    steps(job, 2)
+    interval = job.meter.close_interval()
+    end = distillation.means(interval.terms, interval.counts)
+    assert end["ce_predict"] < 0.35 * start["ce_predict"] and end["ce_explain"] < 0.5 * start["ce_explain"]
+
+
+@pytest.mark.parametrize(
+    ("config", "precision"),
+    [(f"zero{stage}", precision) for stage in range(4) for precision in ("fp32", "bf16")],
+)
+def test_a_non_finite_step_is_skipped_and_counted(make_job, monkeypatch, config, precision):
+    job = make_job(**{"deepspeed.config": config, "student.precision": precision})
+    whole = job.whole
+    steps(job, 1)
+    with whole() as model:
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    lr = job.engine.get_lr()
+    honest = distillation.head_loss
+
+    def poisoned(*args, **kwargs):
+        total, terms = honest(*args, **kwargs)
+        return total * math.nan, terms
+
+    monkeypatch.setattr(distillation, "head_loss", poisoned)
+    steps(job, 2)
+    with whole() as model:
+        assert same({name: p.detach().clone() for name, p in model.named_parameters()}, before)
+    assert (job.state.step, job.state.skipped, job.state.skipped_in_row) == (3, 2, 2)
+    assert job.engine.get_lr() == lr
+    monkeypatch.undo()
+    steps(job, 1)
+    with whole() as model:
+        after = {name: p.detach().clone() for name, p in model.named_parameters()}
+    assert not same(after, before) and all(bool(p.isfinite().all()) for p in after.values())
+    assert (job.state.skipped, job.state.skipped_in_row) == (2, 0)
+
+
+def test_zero_is_left_out_where_there_is_nothing_to_divide(make_job, tmp_path):
+    job = make_job()
+    assert job.engine.zero_optimization_stage() == 0
+    assert "config: zero0" in (job.folder / "config.yaml").read_text()
+    asked_for = make_job(tmp_path / "other", **{"deepspeed.config": "zero2"})
+    assert asked_for.engine.zero_optimization_stage() == 2
+    settings = sections.load(None, tiny(tmp_path))
+    engine.settle_ds_config(settings, 2)
+    assert settings.deepspeed.config == "zero2"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_late_rank_waits_for_the_tokenizer_even_if_it_is_there_by_then(
+    make_job, tmp_path, monkeypatch, is_there
+):
+    """A rank that looks for itself may find what rank 0 has just written, and skip what rank 0 waits in."""
+    if is_there:
+        make_job(**{"student.tokenizer": "train", "student.vocab_size": 200})
+    together, honest = [], distributed.run_on_rank_0
+    monkeypatch.setattr(
+        distributed, "run_on_rank_0", lambda act: together.append(act.__name__) or honest(act)
+    )
+    make_job(**{"student.tokenizer": "train", "student.vocab_size": 200})
+    assert "make" in together
+
+
+def test_after_too_many_skipped_steps_the_run_ends_and_names_the_questions(make_job, monkeypatch, caplog):
+    job = make_job(**{"run.max_skipped_steps": 3, "run.save_every": 2, "run.term_gradients_every": 0})
+    honest = distillation.head_loss
+    calls = []
+
+    def poisoned_from_the_fourth_on(*args, **kwargs):
+        total, terms = honest(*args, **kwargs)
+        calls.append(1)
+        return (total * math.nan if len(calls) > 3 else total), terms
+
+    monkeypatch.setattr(distillation, "head_loss", poisoned_from_the_fourth_on)
+    with pytest.raises(SystemExit) as exit_:
+        train.train(job)
+    assert exit_.value.code == EXIT_DIVERGED
+    assert job.state.skipped_in_row == 3
+    message = next(r.getMessage() for r in caplog.records if "3 steps in a row" in r.getMessage())
+    ids = [job.features.ids[i] for i in job.plan.step(5)]
+    assert all(name in message for name in ids)
+    assert sorted(path.name for path in job.checkpoints.folder.iterdir())[0] == "step-00000002"
+
+
+@pytest.mark.parametrize("config", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_reported_gradient_norm_is_unclipped(make_job, config, precision):
+    """Clipping is on, and the reported norm is the one before it."""
+    job = make_job(**{"deepspeed.config": config, "student.precision": precision, "optim.clip_norm": 1e-3})
+    steps(job, 1)
+    assert float(job.engine.get_global_grad_norm()) > 0.5
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.1])
+def test_a_step_in_parts_is_deepspeeds_own(make_job, tmp_path, monkeypatch, clip_norm):
+    """In bf16 without ZeRO; parts of several parameters, and the norm's pieces within one."""
+    monkeypatch.setattr(engine, "STEP_ELEMENTS", 7000)
+    masters, norms = [], []
+    for own in (True, False):
+        given = {"student.precision": "bf16", "optim.clip_norm": clip_norm, "optim.weight_decay": 0.1}
+        job = make_job(tmp_path / str(own), **given, **{"deepspeed.config": "zero0"})
+        if own:
+            del job.engine.optimizer.step
+        steps(job, 3)
+        masters.append([p.clone() for group in job.engine.optimizer.fp32_groups for p in group])
+        norms.append(job.engine.get_global_grad_norm())
+        assert all(p.grad is None for group in job.engine.optimizer.fp32_groups for p in group)
+    assert max(p.numel() for p in masters[0]) > 7000 > min(p.numel() for p in masters[0])
+    assert norms[1] == pytest.approx(norms[0], rel=1e-5)
+    for own, ours in zip(*masters, strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-5 if clip_norm else 0, atol=1e-7 if clip_norm else 0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+def test_the_learning_rate_follows_its_schedule(make_job, schedule):
+    job = make_job(**{"optim.schedule": schedule, "optim.warmup_steps": 4, "optim.max_steps": 12})
+    rates = []
+    for _ in range(12):
+        rates.append(job.engine.get_lr()[0])
+        steps(job, 1)
+    warm = [2e-3 * k / 4 for k in range(4)]
+    progress = [k / 8 for k in range(8)]
+    decay = {
+        "linear": [2e-3 * (1 - p) for p in progress],
+        "cosine": [1e-3 * (1 + math.cos(math.pi * p)) for p in progress],
+        "constant": [2e-3] * 8,
+    }[schedule]
+    assert rates == pytest.approx(warm + decay, abs=1e-9)
+
+
+@pytest.mark.parametrize("config", ["zero2_offload", "zero3_offload"])
+def test_offload_configurations_train(make_job, config):
+    job = make_job(**{"deepspeed.config": config})
+    before = weights(job)
+    steps(job, 2)
+    assert not same(weights(job), before) and job.state.skipped == 0
+
+
+def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch):
+    """Through dynamo and AOT autograd; inductor's C++ would take minutes to build on two cores."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw)
+    )
+    losses = []
+    for compiled in (False, True):
+        job = make_job(tmp_path / str(compiled), **{"student.compile": compiled, "student.dropout": 0.0})
+        steps(job, 2)
+        losses.append(job.meter.close_interval().terms["ce_explain"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def run_command(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, TRAIN, *arguments], capture_output=True, text=True, timeout=120, env=alone()
+    )
+
+
+def test_the_command_line_refuses_before_it_trains(tmp_path):
+    settings = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", str(value))]
+    bad = run_command("demo", *settings, "--optim.lrr", "1")
+    assert bad.returncode == 2 and not (tmp_path / "run").exists()
+    assert "error: unknown setting 'optim.lrr'" in bad.stderr and "Traceback" not in bad.stderr
+    stray = run_command("demo", "stray", *settings)
+    assert stray.returncode == 2 and "error: unexpected arguments ('stray',)" in stray.stderr
+
+
+def test_help_lists_recipes_and_settings():
+    shown = run_command("--help")
+    assert shown.returncode == 0
+    assert (
+        "cqa, demo" in shown.stdout and "--objective.alpha  (float, in (0, 1]; default 0.5)" in shown.stdout
+    )
+
+
+def test_evaluations_decode_so_many_records_together(make_job, monkeypatch):
+    job, sizes = make_job(**{"run.eval_batch_size": 5}), []
+    model = type(job.engine.module.model)
+    generate = model.generate
+
+    def noted(self, *, input_ids, **settings):
+        sizes.append(len(input_ids))
+        return generate(self, input_ids=input_ids, **settings)
+
+    monkeypatch.setattr(model, "generate", noted)
+    train.evaluate(job, "test", 11)
+    assert sizes == [5, 5, 1] * 2  # both streams
+
+
+def test_a_finished_run_is_not_run_again(make_job, tmp_path):
+    job = make_job(**{"optim.max_steps": 2, "run.test_limit": 3, "run.eval_every": 1, "run.eval_limit": 5})
+    train.train(job)
+    train.close(job)
+    result = json.loads((job.folder / "result.json").read_text())
+    assert result["steps"] == 2 and result["method"] == "dss"
+    assert 0 <= result["test"]["demo"]["accuracy"] <= 1 and "rationale_bleu" in result["test"]["demo"]
+    assert result["best_step"] in (1, 2)
+    rows = [json.loads(line) for line in (job.folder / "predictions/step-00000002/test_demo.jsonl").open()]
+    assert [row["id"] for row in rows] == [r.id for r in job.records.test["demo"][:3]]
+    assert sum(row["correct"] for row in rows) / 3 == result["test"]["demo"]["accuracy"]
+    assert len((job.folder / "predictions/step-00000001/valid_demo.jsonl").read_text().splitlines()) == 5

@@ -1,0 +1,327 @@
+"""Proofs about the Triton kernels that need no GPU: compile them ahead of time and read the machine code.
+
+    python tools/bench/kernel_report.py            # all targets
+    python tools/bench/kernel_report.py --targets sm_90 --V 50257
+
+The launches are recorded, not described a second time: the losses run on CPU tensors of the real shape
+class (bfloat16, given V) with every kernel replaced by a recorder, so argument types, alignment, block sizes
+and warps are those of a real call. Each launch is compiled for each target. The report fails (exit code 1) on
+
+- register spills or local memory on sm_90 and gfx942,
+- blocks of logits (or of VID's residuals) moved by less than 16 bytes per thread and instruction; the single
+  logit of a row's label is not a block; given logits whose rows aren't multiples of 16 bytes can't do better,
+- shared memory above the target's limit,
+- more than 8 bytes moved per bfloat16 logit, forward and backward, cross entropy and max-pooled term
+  together, in the logits entry, and more than 6 per element of VID. Counted in the compiler's own IR: the
+  kernels' loops visit each logit once, so every load or store of a block of logits in it is one movement.
+
+The last table is a prediction from that count and the vendors' bandwidths, not a measurement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+BANDWIDTH = {"A100 80GB": 2.04e12, "H100 SXM": 3.35e12, "B200": 8.0e12}
+"""Bytes per second, vendors' data sheets."""
+LIMITS = {"logits, CE + paper, max": 8, "VID, D_t = 1024": 6}
+"""Bytes per bfloat16 element."""
+
+
+class Launch(NamedTuple):
+    """One kernel with the arguments of a real call."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+class Recorder:
+    """Stands in for a kernel: notes the launch, runs nothing."""
+
+    def __init__(self, kernel: Any, launches: list[Launch]):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps: int, **constants):
+            names = [p.name for p in self.kernel.params]
+            arguments = dict(zip(names, args, strict=False)) | constants
+            self.launches.append(Launch(self.kernel, arguments, {"num_warps": num_warps}))
+
+        return launch
+
+
+def record(
+    V: int, dtype: torch.dtype, lengths: tuple[int, ...] = (3, 3), lanes: int = 32, D: int = 16
+) -> dict[str, list[Launch]]:
+    """Case -> the launches of one call of it, with questions of these lengths in both streams."""
+    from ibdistill.ops import launch, linear
+    from ibdistill.ops.head_loss import triton_group, triton_teacher
+    from ibdistill.ops.head_loss.arguments import Call, MISettings, Stream, Teacher, TeacherStream, Weights
+    from ibdistill.ops.head_loss.triton import compute
+    from ibdistill.ops.vid import api
+    from ibdistill.ops.vid import triton as vid_triton
+
+    cu = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    labels = torch.zeros(sum(lengths), dtype=torch.int64)
+    hidden = Stream(torch.zeros(sum(lengths), D, dtype=dtype), labels, cu)
+    logits = Stream(torch.zeros(sum(lengths), V, dtype=dtype), labels, cu)
+    weight = torch.zeros(V, D, dtype=dtype)
+    signal = TeacherStream(hidden.hidden)
+    white = Teacher(signal, signal, weight)
+    cases: dict[str, tuple[Any, ...]] = {
+        "logits, CE + paper, max": (logits, MISettings(), None),
+        "logits, CE + normalized, mean": (logits, MISettings("normalized", "mean"), None),
+        "head, CE": (hidden, None, None),
+        "head, CE + paper, max": (hidden, MISettings(), None),
+        "head, CE + normalized, max": (hidden, MISettings("normalized"), None),
+        "head, CE + paper, mean": (hidden, MISettings("paper", "mean"), None),
+        "head, CE + normalized, max, teacher": (hidden, MISettings("normalized", pair="teacher"), white),
+    }
+    few = TeacherStream(None, labels[:, None], torch.ones(len(labels), 1))
+    cases["head, CE + paper, max + KD top k"] = (hidden, MISettings(), Teacher(few, few))
+    for divergence in ("forward", "reverse", "jsd"):
+        teacher = dataclasses.replace(white, divergence=divergence)
+        cases[f"head, CE + KD {divergence}"] = (hidden, None, teacher)
+        cases[f"head, CE + paper, max + KD {divergence}"] = (hidden, MISettings(), teacher)
+    out = {}
+    modules = (triton_group, triton_teacher, vid_triton)
+    with recorded(*modules) as launches, mock.patch.object(launch, "LANES", lanes):
+        for case, (stream, mi, teacher) in cases.items():
+            call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, 32 << 20)
+            head = None if case.startswith("logits") else weight
+            compute(call, head, None, [True, True, head is not None, False])
+            out[case], launches[:] = list(launches), []
+        # as on a GPU: the product in the states' dtype
+        with mock.patch.object(linear, "multiplies_natively", lambda *_: True):
+            for case, width in (("VID, D_t = 1024", 1024), ("VID, D_t = 768", 768)):
+                vector, states = torch.zeros(width), torch.zeros(sum(lengths), width, dtype=dtype)
+                arguments = (hidden.hidden, torch.zeros(width, D, dtype=dtype), vector, vector, states)
+                api.compute(*arguments, vid_triton.absorb, 32 << 20, [True] * 4)
+                out[case], launches[:] = list(launches), []
+    return out
+
+
+@contextlib.contextmanager
+def recorded(*modules: Any) -> Iterator[list[Launch]]:
+    """The launches of the modules' kernels, none of which run."""
+    launches: list[Launch] = []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for name in [name for name in vars(module) if name.endswith("_kernel")]:
+                recorder = Recorder(getattr(module, name), launches)
+                stack.enter_context(mock.patch.object(module, name, recorder))
+        yield launches
+
+
+def compile_launch(launch: Launch, target: str):
+    """Compile one launch for one target, with what the launch guarantees about its arguments."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kinds = {
+        torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+        torch.int32: "*i32", torch.int64: "*i64",
+    }  # fmt: skip
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        aligned = False
+        if parameter.is_constexpr:
+            signature[parameter.name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = kinds[value.dtype]
+            aligned = value.data_ptr() % 16 == 0
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif value == 1 and not parameter.do_not_specialize:
+            signature[parameter.name], constants[(i,)] = "constexpr", 1
+        else:
+            signature[parameter.name] = "i32"
+            aligned = value % 16 == 0 and not parameter.do_not_specialize
+        if aligned:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=launch.options)
+
+
+def tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def machine_code(compiled, target: str) -> dict[str, Any]:
+    """Registers, spills, shared memory and instructions by name."""
+    if target.startswith("gfx"):
+        text = compiled.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # noqa: E731
+        mix = Counter(re.findall(r"^\s+([a-z]\w+_\w+)", text, re.M))
+        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+        return {
+            "registers": number("vgpr_count"),
+            "spills": spills,
+            "shared": compiled.metadata.shared,
+            "mix": mix,
+        }
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True)
+        sass = subprocess.run([tool("cuobjdump"), "-sass", file.name], capture_output=True, text=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage.stdout + usage.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump -res-usage said: {usage.stdout}{usage.stderr}")
+    registers, stack, _, local = map(int, found.groups())
+    mix = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]+)", sass.stdout))
+    return {"registers": registers, "spills": stack + local, "shared": compiled.metadata.shared, "mix": mix}
+
+
+def moves(compiled, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Reads and writes of blocks of logits, and reads of a single logit, before any optimisation."""
+    element = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}[dtype]
+    lines = compiled.asm["ttir"].splitlines()
+    block = rf"tensor<\d+x!tt.ptr<{element}>"
+    reads = sum("tt.load" in line and re.search(block, line) is not None for line in lines)
+    writes = sum("tt.store" in line and re.search(block, line) is not None for line in lines)
+    single = sum("tt.load" in line and f": !tt.ptr<{element}>" in line for line in lines)
+    return reads, writes, single
+
+
+def wide(mix: Counter, target: str, reads: int, writes: int, single: int) -> str | None:
+    """What is wrong with the widths of the global accesses, or None. 16-bit accesses are logits cut small."""
+    if target.startswith("gfx"):
+        load, store, full = r"(global|buffer|flat)_load_", r"(global|buffer|flat)_store_", "dwordx4"
+        small = r"_(short|ushort|byte|ubyte|sbyte)"
+    else:
+        load, store, full, small = "LDG", "STG", ".128", r"\.[US](8|16)\b"
+    loads = sum(n for name, n in mix.items() if re.match(load, name) and full in name)
+    stores = sum(n for name, n in mix.items() if re.match(store, name) and full in name)
+    narrow = {
+        name: n for name, n in mix.items() if re.match(f"{load}|{store}", name) and re.search(small, name)
+    }
+    if sum(narrow.values()) > single or loads < reads or stores < writes:
+        return f"{loads} loads and {stores} stores of 16 bytes for {reads} and {writes}, narrow: {narrow}"
+    return None
+
+
+def occupancy(registers: int, warps: int) -> float:
+    """Share of an SM's 64 warps that the registers allow (NVIDIA: handed out 8 per thread at a time)."""
+    per_warp = -(-registers // 8) * 8 * 32
+    return min(64, 65536 // per_warp // warps * warps) / 64
+
+
+def main(targets: str | tuple[str, ...] = tuple(TARGETS), V: int = 32128, dtype: str = "bfloat16") -> None:
+    """Compile, check and print. See the top of this file."""
+    targets = (targets,) if isinstance(targets, str) else targets
+    kind = getattr(torch, dtype)
+    failures, per_logit = [], {}
+    print(f"{'kernel':20} {'constants':34} {'target':7} regs spill shared occup.  instructions")
+    for target in targets:
+        seen: dict[tuple, int] = {}
+        for case, launches in record(V, kind, lanes=TARGETS[target][2]).items():
+            moved = 0
+            for launch in {key_of(x): x for x in launches}.values():
+                if key_of(launch) not in seen:
+                    seen[key_of(launch)] = inspect(launch, case, target, V, kind, failures)
+                moved += seen[key_of(launch)]
+            per_logit[case] = moved * kind.itemsize
+    print("\nbytes moved per logit or residual, forward + backward; besides, [B, V] arrays: 36 bytes per")
+    print("sequence and entry, and VID's partial sums")
+    for case, moved in per_logit.items():
+        print(f"  {case:38} {moved}")
+    for case, limit in LIMITS.items() if dtype == "bfloat16" else ():
+        if per_logit[case] > limit:
+            failures.append(f"{case}: more than {limit} bytes per element")
+    predict(V, per_logit["logits, CE + paper, max"])
+    print("\n" + ("FAILED:\n  " + "\n  ".join(failures) if failures else "all checks passed"))
+    if failures:
+        sys.exit(1)
+
+
+def key_of(launch: Launch) -> tuple:
+    """Launches with the same key are one compilation."""
+    return launch.kernel.__name__, str(constants_of(launch)), shapes_of(launch)
+
+
+def inspect(launch: Launch, case: str, target: str, V: int, kind: torch.dtype, failures: list[str]) -> int:
+    """Compile, check and print one launch; how often it moves a block of logits."""
+    name, constants = launch.kernel.__name__, constants_of(launch)
+    compiled = compile_launch(launch, target)
+    code, (reads, writes, single) = machine_code(compiled, target), moves(compiled, kind)
+    aligned = not case.startswith("logits") or V * kind.itemsize % 16 == 0
+    problem = wide(code["mix"], target, reads, writes, single) if aligned else None
+    failures += check(f"{name} {constants} on {target}", target, code, problem)
+    print(line(name, constants, target, code, launch.options["num_warps"]))
+    return reads + writes
+
+
+def predict(V: int, moved: int) -> None:
+    """Time of the logits entry at the bandwidth limit, B = 64, 16 + 128 tokens."""
+    B, tokens = 64, 16 + 128
+    total = B * tokens * V * moved + 2 * B * V * 36
+    print(f"\nPREDICTION (not measured), logits entry, B = {B}, 16 + 128 tokens, V = {V}:")
+    print(f"  {total / 1e9:.2f} GB moved")
+    for device, bandwidth in BANDWIDTH.items():
+        print(f"  {device:10} {total / bandwidth * 1e3:6.2f} ms at {bandwidth / 1e12:.2f} TB/s")
+
+
+def constants_of(launch: Launch) -> dict[str, Any]:
+    return {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
+
+
+def shapes_of(launch: Launch) -> tuple:
+    """What the compiler tells two launches with the same constants apart by."""
+    key = []
+    for parameter in launch.kernel.params:
+        value = launch.arguments[parameter.name]
+        if isinstance(value, torch.Tensor):
+            key.append((str(value.dtype), value.data_ptr() % 16 == 0))
+        elif isinstance(value, int) and not parameter.is_constexpr and not parameter.do_not_specialize:
+            key.append((value % 16 == 0, value == 1))
+    return tuple(key)
+
+
+def check(where: str, target: str, code: dict, problem: str | None) -> list[str]:
+    """The failures of one compiled kernel."""
+    out = [f"{where}: {problem}"] if problem else []
+    if target in ("sm_90", "gfx942") and code["spills"]:
+        out.append(f"{where}: {code['spills']} bytes of local memory")
+    if code["shared"] > SHARED_LIMIT[target]:
+        out.append(f"{where}: {code['shared']} bytes of shared memory, {SHARED_LIMIT[target]} exist")
+    return out
+
+
+def line(name: str, constants: dict, target: str, code: dict, warps: int) -> str:
+    shown = " ".join(f"{k[:5].lower()}={v}" for k, v in constants.items())
+    busy = "-" if target.startswith("gfx") else f"{occupancy(code['registers'], warps):.0%}"
+    mix = ", ".join(f"{n} {k}" for k, n in code["mix"].most_common(5))
+    numbers = f"{code['registers']:4} {code['spills']:5} {code['shared']:6} {busy:>6}"
+    return f"{name:20} {shown:34} {target:7} {numbers}  {mix}"
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(main)

@@ -1,0 +1,270 @@
+"""Weak scaling on one machine, 1, 2 and 4 processes of one thread each, and what the planner makes of it.
+
+    python tools/bench/scaling.py [--model t5-mini] [--zero zero2] [--questions 8] [--steps 6] [--rounds 5]
+
+The processes share the machine's cores, memory bandwidth and caches, so this says nothing of real machines:
+it shows whether the planner's model (products, traffic, optimizer, nothing overlapped on a CPU) explains
+what is measured. Each process has the same number of questions, all of one length. In every round each
+number of processes measures, all its processes at once:
+
+- before every step the rate of a matrix product of the model's shapes (as many operations as a step), of
+  copying memory, and of an all-reduce of the gradients' size, until the last rank is done: ranks wait for
+  each other in a step too;
+- a training step: seconds, and of these the seconds within collectives, waiting for the others included.
+
+The best of each counts, as in bench_train. `imbalance` is the slowest rank's time outside collectives over
+the ranks' mean. The planner gets one number from the steps themselves: what the step of one process takes
+beyond its products and its optimizer is put down to memory (activations that are written and read), at the
+rate of a copy. It predicts the ratios: tokens/s of n processes over n times those of one.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing import start_processes
+
+SPENT = [0.0]
+"""Seconds within collectives."""
+
+
+def timed(name: str) -> None:
+    """Count the time within a collective, which is made to end before it returns."""
+    function = getattr(dist, name)
+
+    def measured(*args, **kwargs):
+        start = time.perf_counter()
+        result = function(*args, **kwargs)
+        if kwargs.get("async_op"):
+            result.wait()
+        SPENT[0] += time.perf_counter() - start
+        return result
+
+    setattr(dist, name, measured)
+
+
+if __name__ == "__main__":  # before DeepSpeed takes references to them
+    for collective in (
+        "all_reduce",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+        "all_gather",
+        "reduce",
+    ):
+        timed(collective)
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where the planner is
+from plan import costs  # noqa: E402
+
+from ibdistill.config import sections  # noqa: E402
+from ibdistill.data import tokenizers  # noqa: E402
+from ibdistill.models.student import load_student  # noqa: E402
+from ibdistill.objectives import distillation  # noqa: E402
+from ibdistill.planning import dryrun, footprint  # noqa: E402
+from ibdistill.runtime import distributed  # noqa: E402
+from ibdistill.training import engine  # noqa: E402
+
+PROCESSES = (1, 2, 4)
+STREAMS = ("predict", "explain")
+COPIES, REDUCTIONS = 40, 4
+"""Of the gradients' size, for the rates of memory and links: long against a slice of the scheduler's time."""
+
+
+def settings(model: str, zero: str, questions: int) -> sections.Config:
+    """Of the run that is measured and planned."""
+    given = {"student.model": model, "deepspeed.config": zero, "optim.batch_size": questions}
+    given |= {"objective.method": "dss", "student.tokenizer": "train", "student.dropout": 0.0}
+    return sections.load(None, given | {"student.vocab_size": len(tokenizers.demo_tokenizer())})
+
+
+def seconds_of(function, repeats: int) -> float:
+    """Of some repeats on all ranks at once, until the last is done."""
+    dist.barrier()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    dist.barrier()
+    return time.perf_counter() - start
+
+
+class Rank:
+    """What one process measures."""
+
+    def __init__(self, model: str, zero: str, lengths: dryrun.Lengths) -> None:
+        self.world = distributed.init()
+        chosen = settings(model, zero, lengths.questions * self.world.size)
+        student = load_student(chosen.student, tokenizers.demo_tokenizer(), 0)
+        self.batch = lengths.batch(student, STREAMS)
+        widest = max((m for m in student.modules() if isinstance(m, torch.nn.Linear)), key=self._width)
+        self.x, self.w = torch.randn(self.batch.input_ids.numel(), widest.in_features), widest.weight.detach()
+        self.gradients = torch.zeros(sum(p.numel() for p in student.parameters()))
+        self.other = torch.zeros_like(self.gradients)
+        self.operations = costs.operations(
+            footprint.student_skeleton(chosen), lengths, chosen.objective
+        ).student
+        module = distillation.Distillation(student, chosen.objective)
+        self.engine = engine.build_engine(module, chosen, self.world)
+        questions = self.world.size * lengths.questions
+        counts = {"predict": questions * lengths.label, "explain": questions * lengths.rationale}
+        self.weights = distillation.step_weights(chosen.objective, counts | {"explained": 1})
+
+    @staticmethod
+    def _width(layer: torch.nn.Linear) -> int:
+        return layer.in_features * layer.out_features if layer.out_features < 1000 else 0
+
+    def step(self) -> None:
+        loss, _ = self.engine(self.batch, self.weights, None, 1)
+        self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+        self.engine.step()
+
+    def round(self, steps: int) -> list[dict[str, float]]:
+        """Of each step: rates just before it, its seconds, and those of them within collectives."""
+        size, once = self.gradients.numel() * 4, 2.0 * self.x.shape[0] * self.w.numel()
+        products, sent = (
+            max(1, round(self.operations / once)),
+            costs.sent({"all_reduce": size}, self.world.size),
+        )
+        work = {"products": products * once, "memory": COPIES * 2.0 * size, "link": REDUCTIONS * sent or 1.0}
+        found: list[dict[str, float]] = []
+        for _ in range(steps):
+            took = {
+                "products": seconds_of(lambda: self.x @ self.w.T, products),
+                "memory": seconds_of(lambda: self.other.copy_(self.gradients), COPIES),
+                "link": seconds_of(lambda: dist.all_reduce(self.gradients), REDUCTIONS),
+            }
+            SPENT[0] = 0.0
+            rates = {name: amount / took[name] for name, amount in work.items()}
+            found.append(rates | {"step": seconds_of(self.step, 1), "collectives": SPENT[0]})
+        return found
+
+
+def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps: int) -> None:
+    """One process of one round."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    worker = Rank(*arguments)
+    for _ in range(2):
+        worker.step()
+    facts = list(zip(*distributed.gather_objects(worker.round(steps)), strict=True))
+    if rank == 0:
+        torch.save(facts, path)
+    dist.barrier()
+
+
+def run(ranks: int, arguments: tuple, steps: int) -> list[tuple[dict[str, float], ...]]:
+    """One round of so many processes, forked after the imports; of each step what each rank measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "facts.pt"
+        given = ranks, distributed.free_port(), path, arguments, steps
+        start_processes(child, given, ranks, start_method="fork")
+        return torch.load(path)
+
+
+def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs.Load:
+    """The planner's view of a step."""
+    chosen = settings(model, zero, lengths.questions * ranks)
+    student, sharding = footprint.student_skeleton(chosen), footprint.Zero.read(zero)
+    sizes = student.sizes()
+    gathered = footprint.student_gathers(sharding, student, lengths, STREAMS, sizes)
+    traffic = costs.student_traffic(sizes, "fp32", sharding, 1, gathered) if ranks > 1 else {}
+    total = sum(n for n, _ in sizes)
+    return costs.Load(
+        operations=costs.operations(student, lengths, chosen.objective),
+        micro_batches=1,
+        student_bytes=0,  # a CPU's products hide the reading of weights
+        teacher_bytes=0,
+        reduced=costs.sent({k: v for k, v in traffic.items() if k != "all_gather"}, ranks),
+        gathered=costs.sent({k: v for k, v in traffic.items() if k == "all_gather"}, ranks),
+        teacher_gathered=0.0,
+        updated=total // ranks if sharding.stage else total,
+        overlaps_reduction=False,
+        overlaps_gathers=False,
+    )
+
+
+def predict(load: costs.Load, measured: dict[str, float]) -> float:
+    """Seconds of a step."""
+    products, link = measured["products"], measured["link"]
+    rates = costs.Rates(products, products, measured["memory"], link, link, overlap=False)
+    return sum(costs.step_seconds(load, rates).values())
+
+
+def main(
+    model: str = "t5-mini",
+    zero: str = "zero2",
+    questions: int = 8,
+    question: int = 96,
+    steps: int = 6,
+    rounds: int = 5,
+) -> None:
+    """Measure, predict, compare."""
+    lengths = dryrun.Lengths(questions, question, 4, 40)
+    arguments = (model, zero, lengths)
+    found: dict[int, list[tuple[dict[str, float], ...]]] = {n: [] for n in PROCESSES}
+    for _ in range(rounds):  # in turns: whoever shares the machine disturbs all alike
+        for n in PROCESSES:
+            found[n] += run(n, arguments, steps)
+    facts = {n: best(steps_) for n, steps_ in found.items()}
+    loads = {n: load_of(*arguments, n) for n in PROCESSES}
+    rest = facts[1]["step"] - predict(loads[1], facts[1])
+    moved = max(0.0, rest) * facts[1]["memory"]
+    loads = {n: replace(load, moved=moved) for n, load in loads.items()}
+    predicted = {n: predict(loads[n], facts[n]) for n in PROCESSES}
+    print(
+        f"{model}, {zero}, {questions} questions a process, {os.cpu_count()} cores shared by all, load "
+        f"{os.getloadavg()[0]:.1f}; {rest / facts[1]['step']:.0%} of one's step beside products and optimizer"
+    )
+    heads = (
+        "processes",
+        "tokens/s",
+        "s/step",
+        "collectives",
+        "imbalance",
+        "GFLOP/s",
+        "copy GB/s",
+        "ring GB/s",
+    )
+    print("".join(f"{head:>12}" for head in (*heads, "ratio", "predicted")))
+    tokens = lengths.questions * (2 * question + lengths.label + lengths.rationale)
+    for n in PROCESSES:
+        f = facts[n]
+        ratio, expected = facts[1]["step"] / f["step"], predicted[1] / predicted[n]
+        values = [
+            *(
+                f"{n}",
+                f"{n * tokens / f['step']:.0f}",
+                f"{f['step']:.3f}",
+                f"{f['collectives'] / f['step']:.0%}",
+            ),
+            *(f"{imbalance(found[n]):.2f}", f"{f['products'] / 1e9:.1f}", f"{f['memory'] / 1e9:.1f}"),
+            *(f"{f['link'] / 1e9:.2f}" if n > 1 else "-", f"{ratio:.2f}", f"{expected:.2f}"),
+        ]
+        print("".join(f"{value:>12}" for value in values), f" {expected / ratio - 1:+.0%}")
+
+
+def best(steps: list[tuple[dict[str, float], ...]]) -> dict[str, float]:
+    """The highest of each rate and the shortest step: others on the machine only ever slow things down."""
+    fastest = min(steps, key=lambda ranks: ranks[0]["step"])
+    rates = {name: max(ranks[0][name] for ranks in steps) for name in ("products", "memory", "link")}
+    return rates | {key: mean(rank[key] for rank in fastest) for key in ("step", "collectives")}
+
+
+def imbalance(steps: list[tuple[dict[str, float], ...]]) -> float:
+    """The slowest rank's seconds outside collectives over the mean, median of the steps."""
+    outside = [[rank["step"] - rank["collectives"] for rank in ranks] for ranks in steps]
+    return median(max(seconds) / mean(seconds) for seconds in outside)
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(main)

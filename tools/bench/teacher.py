@@ -1,0 +1,224 @@
+"""What an online teacher costs a step, by placement:
+
+    deepspeed --num_gpus 2 tools/bench/teacher.py [--student t5-mini] [--teacher t5-v1_1-small] [--method ib]
+
+Each variant is a run by `job.prepare` and `train.train_step` on the same questions of the demo corpus:
+`none` (method dss), `replica`, `zero3`, and `cache`: the second and later epochs of a run with a zero3
+teacher, whose answers all come from files. The variants take turns at every step, and all steps are repeated
+in rounds; the least time of a step counts, of the slowest rank (on a shared machine the mean measures the
+neighbours). A round before them warms up, fills the cache and completes the prefetch traces.
+
+The floor is `none`'s step plus one bare forward of the whole teacher, in turn with the others: transformers'
+own modules on the micro-batch, without the cache, packing or the terms that use it; only the encoder, of the
+predict stream, if the objective reads nothing but question states.
+
+Memory is measured in processes of their own, forked after the imports, a set of ranks for each variant: a
+rank's high-water mark over three steps (on a GPU the allocator's, else the resident set's).
+
+`fidelity` says instead what the forms of the cache keep: bytes a target token, and how far the distillation
+loss and the student's gradient move when a form takes the place of the teacher's own states. It wants a
+trained teacher and student, as `tools/demo.sh` leaves them:
+
+    python tools/bench/teacher.py fidelity --student FOLDER --teacher FOLDER
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import fire
+import numpy as np
+import torch
+
+from ibdistill import train
+from ibdistill.config import sections
+from ibdistill.models import presets
+from ibdistill.models.student import states
+from ibdistill.objectives import distillation
+from ibdistill.ops.head_loss.arguments import TeacherStream
+from ibdistill.runtime import distributed, hardware
+from ibdistill.runtime.distributed import World
+from ibdistill.teacher.answers import top_k
+from ibdistill.teacher.teacher import TeacherSignal
+from ibdistill.training.job import Job, prepare
+
+VARIANTS = ("none", "replica", "zero3", "cache")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all variants share."""
+
+    root: str
+    student: str
+    teacher: str
+    method: str
+    batch_size: int
+    precision: str
+    zero: str
+    form: str = "topk"
+
+    def job(self, variant: str, world: World) -> Job:
+        values = {
+            "run.dir": f"{self.root}/{variant}",
+            "run.tensorboard": False,
+            "student.model": self.student,
+            "student.precision": self.precision,
+            "optim.batch_size": self.batch_size,
+            "deepspeed.config": self.zero,
+        }
+        if self.student in presets.PRESETS and not self.student.startswith("demo-"):
+            values["student.tokenizer"] = "train"
+        if variant != "none":
+            values |= {"objective.method": self.method, "teacher.model": self.teacher}
+            values |= {"teacher.precision": self.precision}
+            values["teacher.placement"] = "zero3" if variant == "cache" else variant
+        if variant == "cache":
+            values |= {"teacher.cache": f"{self.root}/signals", "teacher.cache_form": self.form}
+        return prepare(sections.load("demo", values), world)
+
+
+def bare_forward(job: Job) -> Callable[[], None]:
+    """One forward of `job`'s teacher, a replica, on the micro-batch of the job's step."""
+    wanted = distillation.wanted(job.config.objective)
+
+    @torch.no_grad()
+    def forward() -> None:
+        batch = job.micro_batches()[0][1].to(job.world.device)
+        with job.signals.teacher.speaking(job.tokenizer) as model:
+            states(model, batch, targets=wanted.targets)
+
+    return forward
+
+
+def timed(action: Callable[[], None], world: World) -> float:
+    """Seconds on this rank, its device's work included."""
+    start = time.perf_counter()
+    action()
+    if world.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[dict[str, float], dict]:
+    """Seconds a step by variant, and of a bare forward; teacher bytes that this rank holds, by variant."""
+    jobs = {variant: case.job(variant, world) for variant in VARIANTS}
+    actions = {variant: partial(train.train_step, job) for variant, job in jobs.items()}
+    actions["forward"] = bare_forward(jobs["replica"])
+    best = {name: np.full(steps, np.inf) for name in actions}
+    for turn in range(-1, rounds):
+        for index in range(steps):
+            names = list(actions) if (turn + index) % 2 else list(actions)[::-1]  # none always goes first
+            for name in names:
+                jobs.get(name, jobs["replica"]).state.step = index
+                seconds = timed(actions[name], world)
+                slowest = max(distributed.gather_objects(seconds))
+                if turn >= 0:
+                    best[name][index] = min(best[name][index], slowest)
+        if turn < 0:
+            jobs["cache"].signals.end_epoch()
+    held = {name: job.signals.teacher.bytes() for name, job in jobs.items() if job.signals}
+    return {name: float(seconds.mean()) for name, seconds in best.items()}, held
+
+
+def peak_bytes(case: Case, variant: str, port: int) -> int:
+    """For a process of its own: this rank's high-water mark over three steps."""
+    os.environ["MASTER_PORT"] = str(port)
+    world = distributed.init()
+    logging.getLogger("ibdistill").setLevel(logging.ERROR)
+    job = case.job(variant, world)
+    for _ in range(3):
+        train.train_step(job)
+    return hardware.peak_memory(world.device)
+
+
+def measure_memory(case: Case, variant: str) -> int:
+    """The largest high-water mark of the ranks, each of which starts a process for it."""
+    port = distributed.run_on_rank_0(distributed.free_port)
+    context = multiprocessing.get_context("forkserver")  # which has no device, no threads and no tensors
+    context.set_forkserver_preload(["ibdistill.train"])
+    with ProcessPoolExecutor(1, context) as process:
+        return distributed.max_over_ranks(process.submit(peak_bytes, case, variant, port).result())
+
+
+def main(
+    student: str = "t5-mini",
+    teacher: str = "t5-v1_1-small",
+    method: str = "ib",
+    batch_size: int = 16,
+    precision: str = "fp32",
+    zero: str = "auto",
+    cache_form: str = "topk",
+    steps: int = 8,
+    rounds: int = 5,
+    memory: bool = True,
+    local_rank: int = -1,
+) -> None:
+    """`student`, `teacher`: presets or folders; `method`: ib (vid), kd or ib+kd; `precision`: of both;
+    `cache_form`: topk or states, for kd."""
+    world = distributed.init()
+    logging.getLogger("ibdistill").setLevel(logging.ERROR)
+    root = distributed.run_on_rank_0(tempfile.mkdtemp)
+    case = Case(root, student, teacher, method, batch_size, precision, zero, cache_form)
+    peaks = {name: measure_memory(case, name) for name in VARIANTS} if memory else {}
+    seconds, held = measure_times(case, steps, rounds, world)
+    if world.rank:
+        return
+    floor = seconds["none"] + seconds["forward"]
+    print(f"{student} from {teacher}, {method}, {precision}, {zero}, batch {batch_size}, {world.size} ranks")
+    print(f"floor {1000 * floor:.1f} ms: a step without teacher and a bare forward of it")
+    print("variant    ms/step  of none  of floor  teacher_MiB  peak_MiB")
+    for name in VARIANTS:
+        time_, mib = seconds[name], f"{held[name] / 2**20:.1f}" if name in held else "-"
+        peak = f"{peaks[name] / 2**20:.0f}" if peaks else "-"
+        ratios = f"{time_ / seconds['none']:9.2f}{time_ / floor:10.2f}"
+        print(f"{name:10}{1000 * time_:8.1f}{ratios}{mib:>13}{peak:>10}")
+
+
+def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
+    """Bytes a token, loss and gradient of each form, on one batch of the demo corpus."""
+    world = distributed.init()
+    logging.getLogger("ibdistill").setLevel(logging.ERROR)
+    with tempfile.TemporaryDirectory() as root:
+        job = Case(root, student, teacher, "kd", batch_size, "fp32", "zero0").job("replica", world)
+        rows, batch = job.micro_batches()[0]
+        signal, module = job.signals.of(rows, batch), job.engine.module.eval()
+        weights = distillation.step_weights(job.config.objective, job.plan.counts(0))
+
+        def kd(signal: TeacherSignal) -> tuple[float, torch.Tensor]:
+            """The distillation term and its gradient, in one vector."""
+            total, terms = module(batch, weights, signal)
+            plain = total - sum(getattr(weights, f"kd_{s}") * terms[f"kd_{s}"] for s in job.streams)
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            gradient = torch.autograd.grad(total, parameters)
+            return float((total - plain).detach()), torch.cat([g.flatten() for g in gradient])
+
+        loss, gradient = kd(signal)
+        width = signal.targets["predict"].hidden.shape[1]
+        print(f"{len(rows)} questions; distillation loss {loss:.4f} nats a token")
+        print("form          bytes/token  loss moved  gradient moved")
+        half = {s: TeacherStream(hidden=t.hidden.bfloat16().float()) for s, t in signal.targets.items()}
+        forms = {"states bf16": (2 * width, TeacherSignal(None, half, signal.weight, signal.bias))}
+        for k in (8, 16, 32, 64, 128):
+            kept = {}
+            for stream, target in signal.targets.items():
+                ids, p = top_k(target.hidden, signal.weight, signal.bias, k, 1.0)
+                kept[stream] = TeacherStream(ids=ids, probabilities=p.half().float())
+            forms[f"top {k}"] = (k * (4 + 2), TeacherSignal(None, kept))
+        for name, (size, form) in forms.items():
+            moved_loss, moved = kd(form)
+            relative = float((moved - gradient).norm() / gradient.norm())
+            print(f"{name:14}{size:11}{abs(moved_loss - loss) / loss:12.1e}{relative:16.1e}")
+
+
+if __name__ == "__main__":
+    fire.Fire({"fidelity": fidelity} if "fidelity" in sys.argv[1:2] else main)

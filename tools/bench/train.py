@@ -1,0 +1,316 @@
+"""A training step of ours against the loop that a plain transformers script runs, on ragged lengths.
+
+    python tools/bench/train.py --data GSM8K_FOLDER             # real lengths
+    python tools/bench/train.py --zero zero2 --method dss       # lengths drawn like GSM8K's
+
+`plain` is the reference's loop in eager torch: shuffled batches, two forwards padded to the longest of
+the batch with transformers' losses, the MI term from full logits, backward, clip, fused AdamW. `ours` is
+`train.train_step` with its DeepSpeed engine, on length-bucketed batches (`data.bucket_batches` 64).
+Both learn from the same questions and start from the same weights; unless their losses of one ragged
+batch agree nothing is measured.
+
+Variants take turns at every step, and all steps are repeated in rounds; the least time of a step counts
+(on a shared machine the mean measures the neighbours). The floor is what the matrix products of a variant's
+own steps, padding included, would take at the best rates of linear layers of these shapes, measured
+between the steps; attention's products count at the projections' rate.
+
+Memory, in a process per variant: the high-water mark of the resident set over the run's three largest
+batches, less what was resident before the model was built (libraries warm), less the model states: 16 bytes
+a parameter in fp32 (weights, gradients, two moments) and in bf16 (2 + 2, and 12 for fp32 master and moments).
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+
+from ibdistill import train
+from ibdistill.config import sections
+from ibdistill.data import batches, loading, tokenizers
+from ibdistill.data.sampler import Plan
+from ibdistill.models import families, presets
+from ibdistill.monitor.meter import Meter
+from ibdistill.objectives import distillation
+from ibdistill.runtime import distributed
+from ibdistill.training import engine, job
+from ibdistill.training.checkpoint import TrainState
+
+PAD, IGNORED, CLIP_NORM, LR, PIECES = 0, -100, 1.0, 5e-5, 4000
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KINDS = ("projection", "feed-forward", "head")
+VARIANTS = {"plain": "fp32", "ours": "fp32", "ours-bf16": "bf16"}
+
+
+def read_features(folder: str) -> batches.Features:
+    """GSM8K's training split, with a tokenizer trained on it."""
+    settings = sections.load(None, {"data.task": "gsm8k", "data.path": folder}).data
+    records = loading.load(settings, needs_rationale=True).train
+    texts = (text for r in records for text in (r.question, r.label, r.rationale))
+    with tempfile.TemporaryDirectory() as target:
+        tokenizer = tokenizers.train_tokenizer(texts, PIECES, Path(target))
+    return batches.tokenize(records, {"gsm8k": loading.TASKS["gsm8k"].prefixes}, tokenizer, settings)
+
+
+def generate_features(records: int = 6725) -> batches.Features:
+    """Random ids; lengths log-normal, fitted to GSM8K's training split under a tokenizer of 4000 pieces.
+
+    log(question and prefix): mean 4.12, deviation 0.35; rationale: 4.07, 0.50; correlation 0.52.
+    Labels are 2 tokens (78 %) or 3, end tokens included.
+    """
+    rng = np.random.default_rng(0)
+    x, y = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
+    question, rationale = np.exp(4.12 + 0.35 * x).clip(8, 1024), np.exp(4.07 + 0.50 * y).clip(4, 256)
+    lengths = [question, 2 + (rng.random(records) > 0.78), rationale]
+    q, t, r = (batches.Ragged([rng.integers(3, PIECES, int(n)) for n in part]) for part in lengths)
+    questions, targets = {"predict": q, "explain": q}, {"predict": t, "explain": r}
+    return batches.Features(
+        [str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets
+    )
+
+
+def plain_batch(features: batches.Features, rows: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
+    """Stream -> arguments of a transformers forward."""
+    batch = {}
+    for stream in batches.STREAMS:
+        parts = [features.questions[stream], features.targets[stream]]
+        ids, labels = ([torch.from_numpy(part[row]).long() for row in rows] for part in parts)
+        batch[stream] = {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        }
+    return batch
+
+
+def plain_loss(model, batch, objective: sections.ObjectiveConfig, pool_padding: bool = True) -> torch.Tensor:
+    """As the reference has it: its pool takes the maximum over padded positions too."""
+    outputs = {stream: model(**arguments) for stream, arguments in batch.items()}
+    loss = objective.alpha * outputs["predict"].loss + (1 - objective.alpha) * outputs["explain"].loss
+    if objective.method != "ib":
+        return loss
+    pooled = []
+    for stream, output in outputs.items():
+        p = torch.softmax(output.logits, -1)
+        if not pool_padding:
+            p = p.masked_fill(batch[stream]["labels"][..., None] == IGNORED, 0)
+        pooled.append(p.max(1).values)
+    return loss + objective.beta * nn.functional.cross_entropy(pooled[1], pooled[0].detach())
+
+
+def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None]]:
+    """A variant's model and its step. Ours is a `Job` without the parts that work once in a while."""
+    model, settings = case.model(), case.settings(VARIANTS[name])
+    if name == "plain":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+    else:
+        module = distillation.Distillation(families.fused(model), settings.objective)
+        parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
+        parts |= {"config": settings, "world": world, "streams": batches.STREAMS, "features": case.features}
+        parts |= {"tokenizer": SimpleNamespace(pad_token_id=PAD), "plan": case.plan, "meter": Meter()}
+        parts |= {"engine": engine.build_engine(module, settings, world), "state": TrainState()}
+        work = job.Job(**parts)
+
+    def plain_step(index: int) -> None:
+        batch = plain_batch(case.features, case.batches[name][index])
+        plain_loss(model, batch, settings.objective).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def our_step(index: int) -> None:
+        work.state.step = index
+        train.train_step(work)
+
+    return model, plain_step if name == "plain" else our_step
+
+
+@dataclass
+class Case:
+    """What all variants share, and which records each step takes."""
+
+    features: batches.Features
+    preset: str
+    method: str
+    batch_size: int
+    steps: int
+    zero: str
+
+    def __post_init__(self) -> None:
+        self.plan = Plan(
+            self.features, sections.DataConfig(bucket_batches=64), batch_size=self.batch_size, seed=0
+        )
+        self.steps = min(self.steps, self.plan.steps_per_epoch)
+        bucketed = np.stack([self.plan.step(index) for index in range(self.steps)])
+        shuffled = np.random.default_rng(0).permutation(bucketed.ravel()).reshape(bucketed.shape)
+        self.batches = {"plain": shuffled, "ours": bucketed, "ours-bf16": bucketed}
+
+    def settings(self, precision: str = "fp32") -> sections.Config:
+        overrides = {"objective.method": self.method, "optim.batch_size": self.batch_size, "optim.lr": LR}
+        overrides |= {"student.precision": precision, "deepspeed.config": self.zero}
+        overrides["run.term_gradients_every"] = 0
+        settings = sections.load(None, overrides)
+        engine.settle_ds_config(settings, 1)
+        return settings
+
+    def model(self, **overrides):
+        return presets.build(self.preset, PIECES + 100, seed=0, **overrides).train()
+
+    def sizes(self, name: str) -> dict[str, np.ndarray]:
+        """Of each step: padded lengths of questions and targets, rows of the head, tokens real and padded."""
+        kinds = {"q": self.features.questions, "t": self.features.targets}
+        parts = {(k, s): kinds[k][s].lengths[self.batches[name]] for k in kinds for s in batches.STREAMS}
+        sizes = {key: part.max(1) for key, part in parts.items()}
+        if name != "plain":  # one encoder call for both streams
+            longest = np.maximum(sizes["q", "predict"], sizes["q", "explain"])
+            sizes |= {("q", s): longest for s in batches.STREAMS}
+        padded_head = self.batch_size * (sizes["t", "predict"] + sizes["t", "explain"])
+        packed_head = parts["t", "predict"].sum(1) + parts["t", "explain"].sum(1)
+        real, padded = sum(p.sum(1) for p in parts.values()), self.batch_size * sum(sizes.values())
+        return sizes | {
+            "real": real,
+            "padded": padded,
+            "head": padded_head if name == "plain" else packed_head,
+        }
+
+
+def check_losses(case: Case) -> float:
+    """Relative difference of the two losses of one ragged batch; padding is kept out of the pool."""
+    model, objective, rows = case.model(dropout_rate=0.0), case.settings().objective, case.batches["plain"][0]
+    batch = batches.collate(case.features, rows, batches.STREAMS, pad=PAD, start=0)
+    counts = {stream: len(labels) for stream, labels in batch.labels.items()} | {"explained": len(rows)}
+    with torch.no_grad():
+        expected = plain_loss(model, plain_batch(case.features, rows), objective, pool_padding=False)
+        module = distillation.Distillation(families.fused(model), objective)
+        ours, _ = module(batch, distillation.step_weights(objective, counts))
+    return float((ours - expected).abs() / expected.abs())
+
+
+def products(case: Case, name: str, c) -> dict[str, float]:
+    """Floating point operations of the matrix products of all steps, by kind; `c`: the model's config."""
+    inner, feed, sizes = c.num_heads * c.d_kv, (3 if c.is_gated_act else 2) * c.d_ff, case.sizes(name)
+    projection, rows = 0, 0
+    for stream in batches.STREAMS:
+        q, t = sizes["q", stream], sizes["t", stream]
+        encoder = q * (4 * c.d_model + 2 * q)
+        decoder = t * (6 * c.d_model + 2 * (t + q)) + q * 2 * c.d_model
+        projection += case.batch_size * inner * (c.num_layers * encoder + c.num_decoder_layers * decoder)
+        rows += case.batch_size * (c.num_layers * q + c.num_decoder_layers * t)
+    multiplies = [projection, rows * feed * c.d_model, sizes["head"] * c.d_model * c.vocab_size]
+    # 2 operations each, once forward and twice backward
+    return dict(zip(KINDS, (6.0 * count.sum() for count in multiplies), strict=True))
+
+
+def measure_rates(shapes: dict[str, tuple[int, int, int]], best: dict) -> None:
+    """Raise the best rate of each kind and dtype: a linear layer, forward and both backward products."""
+    for kind, dtype in itertools.product(KINDS, DTYPES.values()):
+        m, k, n = shapes[kind]
+        x, w, g = (torch.randn(*size).to(dtype) for size in ((m, k), (n, k), (m, n)))
+        start = time.perf_counter()
+        x @ w.T, g @ w, g.T @ x
+        rate = 6.0 * m * k * n / (time.perf_counter() - start)
+        best[kind, dtype] = max(rate, best.get((kind, dtype), 0.0))
+
+
+def status(key: str) -> int:
+    """Bytes of an entry of this process's status: VmRSS, VmHWM (its high-water mark)."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def peak_bytes(case: Case, name: str) -> int:
+    """Above the model states. For a process of its own: see the module's docstring."""
+    world = distributed.init()
+    build(replace(case, preset="demo-student", batch_size=2, steps=1), name, world)[1](0)
+    before = status("VmRSS")
+    module, step = build(case, name, world)
+    order = np.argsort(case.sizes(name)["padded"])
+    step(int(order[0]))
+    Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    for index in order[-3:]:
+        step(int(index))
+    return status("VmHWM") - before - 16 * sum(p.numel() for p in module.parameters())
+
+
+def measure_time(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Seconds of all steps, and of their matrix products alone, by variant."""
+    world = distributed.init()
+    steps = {name: build(case, name, world)[1] for name in VARIANTS}
+    c, sizes = case.model().config, case.sizes("ours")
+    rows, head = int(sizes["padded"].mean()) // 2, int(sizes["head"].mean())
+    widths = [(rows, c.num_heads * c.d_kv), (rows, c.d_ff), (head, c.vocab_size)]
+    shapes = {kind: (m, c.d_model, n) for kind, (m, n) in zip(KINDS, widths, strict=True)}
+    rates: dict[tuple[str, torch.dtype], float] = {}
+    seconds = {name: np.full(case.steps, np.inf) for name in VARIANTS}
+    for _, index in itertools.product(range(rounds), range(case.steps)):
+        measure_rates(shapes, rates)
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step(index)
+            seconds[name][index] = min(seconds[name][index], time.perf_counter() - start)
+    for (kind, dtype), rate in rates.items():
+        print(f"products, {kind:12} {str(dtype)[6:]:8} {rate / 1e9:6.0f} GFLOP/s at {shapes[kind]}")
+    floors = {}
+    for name, precision in VARIANTS.items():
+        floors[name] = sum(n / rates[kind, DTYPES[precision]] for kind, n in products(case, name, c).items())
+    return {name: float(part.sum()) for name, part in seconds.items()}, floors
+
+
+def report(case: Case, seconds: dict, floors: dict, peaks: dict) -> None:
+    """One line a variant, then the ratios to the plain loop."""
+    print(" " * 13 + "s/step tokens/s  padding  floor_s  of_time peak_MiB")
+    for name, time_ in seconds.items():
+        sizes = case.sizes(name)
+        real, padded = (int(sizes[key].sum()) for key in ("real", "padded"))
+        peak = f"{peaks[name] / 2**20:9.0f}" if name in peaks else ""
+        print(
+            f"{name:10}{time_ / case.steps:9.3f}{real / time_:9.0f}{1 - real / padded:9.1%}"
+            f"{floors[name] / case.steps:9.3f}{floors[name] / time_:9.0%}{peak}"
+        )
+    for name in list(seconds)[1:]:
+        print(f"{name} / plain: {seconds['plain'] / seconds[name]:.2f} times the tokens/s")
+        if peaks:
+            print(f"{name} / plain: {peaks[name] / peaks['plain']:.2f} of the memory above the model states")
+
+
+def main(
+    data: str | None = None,
+    preset: str = "t5-v1_1-small",
+    method: str = "ib",
+    batch_size: int = 8,
+    steps: int = 12,
+    rounds: int = 2,
+    zero: str = "auto",
+    memory: bool = True,
+) -> None:
+    """`data`: folder with GSM8K's files, or generated; `method`: ib or dss; `zero`: a file of ds_configs."""
+    features = read_features(data) if data else generate_features()
+    case = Case(features, preset, method, batch_size, steps, zero)
+    used = case.settings().deepspeed.config
+    print(f"{preset}, {method}, {used}, {case.steps} x {batch_size} of {data or 'generated lengths'}")
+    print(f"loss of one batch: relative difference {(difference := check_losses(case)):.1e}")
+    if not difference < 1e-4:
+        sys.exit("the two losses disagree: nothing is measured")
+    peaks = {}
+    for name in VARIANTS if memory else ():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            peaks[name] = process.submit(peak_bytes, case, name).result()
+    report(case, *measure_time(case, rounds), peaks)
+
+
+if __name__ == "__main__":
+    import fire
+
+    fire.Fire(main)

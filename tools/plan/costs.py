@@ -1,0 +1,243 @@
+"""What a step computes and sends, and how long that would take at given rates.
+
+Operations are those of the matrix products, 2 for a multiplication and an addition: forward once, backward
+twice (once where the weight is frozen), and the blocks' forward again under checkpointing. Attention counts
+whole [T, S] products, also under a causal mask.
+
+Seconds are predictions: products at `utilization` of the peak or at the speed at which weights can be read,
+whichever is slower; transfers as rings, at the slowest link on their way. Overlapped transfers cost what
+exceeds the products beside them. Latencies are left out, so many small collectives over many nodes look
+cheaper here than they are; data loading, evaluations and checkpoints come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.pytorch_utils import Conv1D
+
+from ibdistill.config.sections import ObjectiveConfig
+from ibdistill.models import families
+from ibdistill.objectives import distillation
+from ibdistill.planning.dryrun import Lengths, Skeleton, base_of
+from ibdistill.planning.footprint import WIDTH, Gathers, Sizes, Zero
+from plan.accelerators import Accelerator
+
+_FACTOR = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
+"""A ring sends so many times (N - 1) / N of the whole tensor from each rank (Patarasuk and Yuan, 2009)."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one micro-batch on one rank."""
+
+    student: float
+    """Its blocks, forward and backward."""
+    head: float
+    """Of the loss: the student's head three times, the teacher's once, vid's map three times."""
+    teacher: float
+
+
+def _linears(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> Iterator[tuple[nn.Module, int]]:
+    """The linear layers below the head, and the operations of a forward pass in each."""
+    base, batch = base_of(model), lengths.batch(model, streams)
+    is_pair = families.family(base) == families.ENCODER_DECODER
+    encoder_rows = batch.input_ids.numel()
+    decoder_rows = sum(ids.numel() for ids in batch.decoder_input_ids.values())
+    for name, module in base.named_modules():
+        if module is base.get_output_embeddings() or not isinstance(module, (nn.Linear, Conv1D)):
+            continue
+        if is_pair and name.startswith("decoder.") and not decoder_rows:
+            continue
+        reads_memory = "EncDecAttention.k" in name or "EncDecAttention.v" in name
+        rows = decoder_rows if is_pair and name.startswith("decoder.") and not reads_memory else encoder_rows
+        yield module, 2 * rows * module.weight.numel()
+
+
+def _attention(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> int:
+    """Operations of a forward pass in attention's own two products."""
+    base, batch = base_of(model), lengths.batch(model, streams)
+    config, (rows, width) = base.config, batch.input_ids.shape
+    if families.family(base) == families.DECODER_ONLY:
+        heads = config.num_attention_heads
+        inner = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+        return 4 * rows * width**2 * inner * config.num_hidden_layers
+    encoder = rows * width**2 * config.num_layers
+    shapes = [ids.shape for ids in batch.decoder_input_ids.values()]
+    decoder = config.num_decoder_layers * sum(rows * n * (n + width) for rows, n in shapes)
+    return 4 * config.num_heads * config.d_kv * (encoder + decoder)
+
+
+def _not_repeated(model: nn.Module) -> set[nn.Module]:
+    """What checkpointing does not run again: a block's last layer, unless dropout or a norm follows it."""
+    config = base_of(model).config
+    rates = [
+        getattr(config, name, 0.0) for name in ("dropout_rate", "resid_pdrop", "hidden_dropout", "dropout")
+    ]
+    if any(rates) or config.model_type == "olmo2":
+        return set()
+    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return {[m for m in block.modules() if isinstance(m, (nn.Linear, Conv1D))][-1] for block in blocks}
+
+
+def forward_operations(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> int:
+    """Of a forward pass below the head."""
+    linear = sum(count for _, count in _linears(model, lengths, streams))
+    return linear + _attention(model, lengths, streams)
+
+
+def operations(
+    student: Skeleton,
+    lengths: Lengths,
+    objective: ObjectiveConfig,
+    teacher: Skeleton | None = None,
+    *,
+    checkpointing: bool = False,
+) -> Operations:
+    """Of one micro-batch."""
+    streams = distillation.streams_of(objective)
+    linear = list(_linears(student.model, lengths, streams))
+    attention = _attention(student.model, lengths, streams)
+    blocks = sum((3 if layer.weight.requires_grad else 2) * n for layer, n in linear) + 3 * attention
+    if checkpointing:
+        skipped = _not_repeated(student.model)
+        blocks += sum(n for layer, n in linear if layer not in skipped) + attention
+    rows = lengths.targets(streams)
+    vocabulary, width = student.head
+    head, of_teacher = 6 * rows * vocabulary * width, 0
+    if teacher is not None:
+        of_teacher = forward_operations(teacher.model, lengths, distillation.teacher_streams(objective))
+        theirs, wide = teacher.head
+        if distillation.uses_vid(objective):
+            head += 6 * lengths.questions * lengths.question * width * wide
+        if distillation.wanted(objective).targets:
+            head += 2 * rows * theirs * wide
+    return Operations(blocks, head, of_teacher)
+
+
+def student_traffic(
+    sizes: Sizes, precision: str, zero: Zero, micro_batches: int, gathered: Gathers | None
+) -> dict[str, int]:
+    """Collective -> bytes a step of the whole tensors, on more than one rank (norms and flags left out).
+
+    DeepSpeed 0.19.8 reduces by all-reduce in stages 1 and 2 too: stage 2 with every micro-batch, the others
+    with the last one. `gathered`: stage 3's (`footprint.gathers`).
+    """
+    width, trained = WIDTH[precision], sum(n for n, t in sizes if t)
+    if zero.stage == 3:
+        persistent = zero.persistent(sizes)
+        return {
+            "all_gather": width * (micro_batches * gathered.moved + persistent),
+            "reduce_scatter": width * trained * micro_batches,
+        }
+    reduced = {"all_reduce": width * trained * (micro_batches if zero.stage == 2 else 1)}
+    return reduced | ({"all_gather": width * trained} if zero.stage else {})
+
+
+def teacher_traffic(
+    head: tuple[int, int], precision: str, micro_batches: int, gathered: Gathers, *, targets: bool
+) -> int:
+    """Bytes a step that a sharded teacher's ranks gather; its head is gathered where targets are scored."""
+    width = WIDTH[precision]
+    return micro_batches * width * (gathered.moved + (head[0] * head[1] if targets else 0))
+
+
+def sent(traffic: dict[str, int], ranks: int) -> float:
+    """Bytes that each rank sends for it."""
+    return sum(_FACTOR[name] * size for name, size in traffic.items()) * (ranks - 1) / ranks
+
+
+@dataclass(frozen=True)
+class Load:
+    """One rank's step: everything that takes time."""
+
+    operations: Operations
+    micro_batches: int
+    student_bytes: int
+    """Weights of the student, whole."""
+    teacher_bytes: int
+    """Weights of the teacher, whole; 0: none."""
+    reduced: float
+    """Bytes sent for gradients."""
+    gathered: float
+    """Bytes sent for the student's parameters."""
+    teacher_gathered: float
+    """Bytes sent for the teacher's."""
+    updated: int
+    """Parameters that this rank's optimizer updates."""
+    overlaps_reduction: bool
+    overlaps_gathers: bool
+    """Stage 3 gathers ahead; stages 1 and 2 gather after the update, when there is nothing beside it."""
+    moved: float = 0.0
+    """Bytes that a micro-batch moves beside its products, where `utilization` does not stand for that."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Of one rank, in operations and bytes a second."""
+
+    products: float
+    """The student's and the head's."""
+    teacher_products: float
+    memory: float
+    link: float
+    teacher_link: float
+    overlap: bool = True
+    """Whether transfers and products can go on at the same time."""
+
+    @classmethod
+    def of(
+        cls,
+        gpu: Accelerator,
+        ranks: int,
+        on_node: int,
+        placement: str,
+        precision: str,
+        teacher_precision: str,
+    ) -> Rates:
+        """A GPU's, for a job of so many ranks. A ring over nodes is as fast as the network."""
+        link = (gpu.link_gbs if ranks <= on_node else gpu.network_gbs) * 1e9
+        teacher_link = gpu.link_gbs * 1e9 if placement == "zero3_node" else link
+        if placement == "cpu_offload":  # shares come over the bus before they are gathered
+            teacher_link = min(teacher_link, gpu.host_gbs * 1e9)
+        products, theirs = gpu.products(precision), gpu.products(teacher_precision)
+        return cls(products, theirs, gpu.bandwidth_gbs * 1e9, link, teacher_link)
+
+
+def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
+    """Predicted seconds of a step by part; the keys' sum is the step. See the module's docstring.
+
+    `... wait` is what a transfer takes beyond the products beside it.
+    """
+    micro, work = load.micro_batches, load.operations
+    student = micro * max(work.student / rates.products, 3 * load.student_bytes / rates.memory)
+    teacher = micro * max(work.teacher / rates.teacher_products, load.teacher_bytes / rates.memory)
+    student += micro * load.moved / rates.memory
+    head = micro * work.head / rates.products
+    parts = {"student": student, "head": head, "teacher": teacher}
+    reduce, gather = load.reduced / rates.link, load.gathered / rates.link
+    theirs = load.teacher_gathered / rates.teacher_link
+    beside = 0.0
+    if rates.overlap and load.overlaps_reduction:
+        beside, reduce = beside + reduce, 0.0
+    if rates.overlap and load.overlaps_gathers:
+        beside, gather = beside + gather, 0.0
+    parts["gradients wait"] = reduce + max(0.0, beside - student - head)
+    parts["parameters wait"] = gather
+    parts["teacher wait"] = max(0.0, theirs - teacher) if rates.overlap else theirs
+    # reads and writes master and moments, reads the gradient, writes the weight
+    parts["optimizer"] = 28 * load.updated / rates.memory
+    return parts
+
+
+def bound(parts: dict[str, float]) -> str:
+    """The part that takes longest."""
+    return max(parts, key=parts.__getitem__)
+
+
+def efficiency(parts: dict[str, float]) -> float:
+    """Share of the step in which products are made: 1 would be perfect scaling."""
+    return sum(parts[name] for name in ("student", "head", "teacher")) / sum(parts.values())

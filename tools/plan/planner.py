@@ -1,0 +1,298 @@
+"""The choices that a run has on given GPUs: what each takes, how long its step would be, which is best."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
+
+from ibdistill.config.sections import Config
+from ibdistill.objectives import distillation
+from ibdistill.planning import dryrun, footprint
+from ibdistill.planning.dryrun import Lengths, Skeleton
+from ibdistill.planning.footprint import PLACED, WIDTH, Zero
+from ibdistill.training import engine
+from plan import costs
+from plan.accelerators import Accelerator
+
+FILES = ("zero2", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload")
+"""In order of preference where they are about equally fast; offloading is for when nothing else fits."""
+ABOUT = 1.1
+"""Steps within this factor of the fastest count as equally fast: predictions are no better than that."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run it, on each GPU."""
+
+    placement: str
+    file: str
+    """Of `deepspeed.config`."""
+    checkpointing: bool
+    micro_batch_size: int
+    states: dict[str, int]
+    """Part -> bytes that are there all the time."""
+    activations: dict[str, int]
+    """What comes and goes: the largest of these is added."""
+    host: int
+    """Bytes of the host's memory, of one rank."""
+    room: int
+    """Bytes that there are."""
+    host_room: int
+    """Of the host, for one rank."""
+    traffic: dict[str, int]
+    """Collective -> bytes a step, of whole tensors; `teacher` for its all-gathers."""
+    seconds: dict[str, float]
+    """Predicted, of a step by part."""
+
+    @property
+    def bytes(self) -> int:
+        """At the peak."""
+        return sum(self.states.values()) + max(self.activations.values())
+
+    @property
+    def fits(self) -> bool:
+        return self.bytes <= self.room and self.host <= self.host_room
+
+    @property
+    def step(self) -> float:
+        """Predicted seconds of a step."""
+        return sum(self.seconds.values())
+
+    @property
+    def offloads(self) -> bool:
+        return self.file.endswith("_offload")
+
+
+@dataclass
+class Planner:
+    """A run and the machines it is planned for. Raises ValueError as `engine.split_batch` does."""
+
+    config: Config
+    gpu: Accelerator
+    nodes: int
+    on_node: int
+    question: int
+    """Tokens of every question; label, rationale: of every target."""
+    label: int
+    rationale: int
+
+    def __post_init__(self) -> None:
+        self._check_division()
+        self.streams = distillation.streams_of(self.config.objective)
+        self._scored = distillation.teacher_streams(self.config.objective)
+        self.wanted = distillation.wanted(self.config.objective)
+        self.students = {on: footprint.student_skeleton(self._checkpointing(on)) for on in (False, True)}
+        self.teacher = footprint.teacher_skeleton(self.config) if self.wanted else None
+        self.sizes = footprint.student_sizes(self.config, self.student, self.teacher)
+        self._gathers: dict[Zero, footprint.Gathers | None] = {}
+
+    def _check_division(self) -> None:
+        engine.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
+
+    def on(self, nodes: int, on_node: int, batch_size: int) -> Planner:
+        """The same models on other machines: what was traced is kept, as it doesn't depend on them."""
+        other = copy.copy(self)
+        other.nodes, other.on_node = nodes, on_node
+        optim = dataclasses.replace(self.config.optim, batch_size=batch_size)
+        other.config = dataclasses.replace(self.config, optim=optim)
+        other._check_division()
+        return other
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.on_node
+
+    @property
+    def student(self) -> Skeleton:
+        return self.students[False]
+
+    @property
+    def per_rank(self) -> int:
+        """Questions of a rank in a step."""
+        return self.config.optim.batch_size // self.ranks
+
+    def micro_batch_sizes(self) -> list[int]:
+        """Those that divide a rank's questions, largest first; the recipe's alone if it sets one."""
+        if given := self.config.optim.micro_batch_size:
+            engine.split_batch(self.config.optim, self.ranks)
+            return [given]
+        return [size for size in range(self.per_rank, 0, -1) if self.per_rank % size == 0]
+
+    def placements(self) -> tuple[str, ...]:
+        """All of an online teacher; else the recipe's."""
+        return PLACED if self.teacher else (self.config.teacher.placement,)
+
+    def choices(self, micro_batch_size: int) -> list[Choice]:
+        """Every placement, ZeRO file and checkpointing at one micro-batch size."""
+        return [
+            self.choice(placement, file, checkpointing, micro_batch_size)
+            for placement in self.placements()
+            for file in FILES
+            for checkpointing in (False, True)
+        ]
+
+    def best(self) -> Choice | None:
+        """Of what fits, and is about as fast as the fastest, the simplest; None: nothing fits."""
+        fitting = [c for size in self.micro_batch_sizes() for c in self.choices(size) if c.fits]
+        if not fitting:
+            return None
+        fitting = [c for c in fitting if not c.offloads] or fitting
+        limit = ABOUT * min(c.step for c in fitting)
+        return min((c for c in fitting if c.step <= limit), key=self._complexity)
+
+    def _complexity(self, choice: Choice) -> tuple:
+        order = self.placements().index(choice.placement), FILES.index(choice.file)
+        return choice.checkpointing, *order, -choice.micro_batch_size
+
+    def smallest(self) -> Choice:
+        """What needs least memory."""
+        return min(self.choices(self.micro_batch_sizes()[-1]), key=lambda c: c.bytes)
+
+    def choice(self, placement: str, file: str, checkpointing: bool, micro: int) -> Choice:
+        """See `Choice`."""
+        config, zero = self.config, Zero.read(file)
+        precision, teacher = config.student.precision, self.teacher
+        if zero not in self._gathers:
+            lengths = self._lengths(1)
+            args = zero, self.student, lengths, self.streams, self.sizes
+            self._gathers[zero] = footprint.student_gathers(*args)
+        gathered = self._gathers[zero]
+        states, host = footprint.student_states(
+            self.sizes, precision, zero, self.ranks, gathered=gathered.peak if gathered else 0
+        )
+        activations = {
+            "student": self._living(checkpointing, micro),
+            "update": footprint.step_buffers(self.sizes, precision, zero, self.ranks),
+        }
+        if zero.stage == 3:  # evaluation collects a copy (`models.WholeModel`)
+            activations["evaluation"] = WIDTH[precision] * sum(n for n, _ in self.sizes)
+        micro_batches = self.per_rank // micro
+        traffic = costs.student_traffic(self.sizes, precision, zero, micro_batches, gathered)
+        if self.ranks == 1:
+            traffic = {}
+        theirs, teacher_bytes, group = 0, 0, self.ranks
+        if teacher is not None:
+            asked = dataclasses.replace(config.teacher, placement=placement)
+            sharded, group = placement != "replica", self._group(placement)
+            moves = sharded and (group > 1 or placement == "cpu_offload")
+            peak = self._teacher_gathers.peak if moves else 0
+            more, hosted = footprint.teacher_states(
+                *(teacher.sizes(), teacher.head, asked, self.ranks, self.on_node),
+                wants_head=self.wanted.targets,
+                gathered=peak,
+            )
+            states, host = states | more, host + hosted
+            activations["student"] += self._signal_bytes(micro)
+            activations["teacher"] = self._teacher_living(micro)
+            teacher_bytes = WIDTH[asked.precision] * sum(n for n, _ in teacher.sizes())
+            if moves:
+                theirs = costs.teacher_traffic(
+                    *(teacher.head, asked.precision, micro_batches, self._teacher_gathers),
+                    targets=self.wanted.targets,
+                )
+        trained = sum(n for n, t in self.sizes if t)
+        reductions = {name: size for name, size in traffic.items() if name != "all_gather"}
+        load = costs.Load(
+            operations=self._operations(checkpointing, micro),
+            micro_batches=micro_batches,
+            student_bytes=WIDTH[precision] * sum(n for n, _ in self.sizes),
+            teacher_bytes=teacher_bytes,
+            reduced=costs.sent(reductions, self.ranks),
+            gathered=costs.sent({"all_gather": traffic.get("all_gather", 0)}, self.ranks),
+            teacher_gathered=theirs if group == 1 else costs.sent({"all_gather": theirs}, group),
+            updated=trained // self.ranks if zero.stage else trained,
+            overlaps_reduction=zero.overlap,
+            overlaps_gathers=zero.stage == 3,
+        )
+        rates = costs.Rates.of(
+            *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision)
+        )
+        seconds = costs.step_seconds(load, rates)
+        if zero.offload_optimizer:  # gradients go to the host, which updates, and weights come back
+            there_and_back = (4 + WIDTH[precision]) * load.updated
+            seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
+        return Choice(
+            *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room()),
+            int(self.gpu.host_memory_gib * footprint.GIB / self.on_node),
+            *(traffic | ({"teacher": theirs} if theirs else {}), seconds),
+        )
+
+    def checkpoint(self) -> tuple[int, float]:
+        """(bytes of a checkpoint of all ranks, predicted seconds to write it)."""
+        trained = sum(n for n, t in self.sizes if t)
+        size = WIDTH[self.config.student.precision] * sum(n for n, _ in self.sizes) + 12 * trained
+        return size, size / (self.gpu.storage_gbs * 1e9)
+
+    def loading(self, placement: str) -> int:
+        """Bytes of a node's memory while models are loaded.
+
+        Each rank reads the student in fp32, and one rank for each copy of the teacher reads that, whole.
+        """
+        student = 4 * self.on_node * sum(n for n, _ in self.student.sizes())
+        if self.teacher is None:
+            return student
+        copies = self.on_node if placement == "replica" else 1
+        teacher = WIDTH[self.config.teacher.precision] * sum(n for n, _ in self.teacher.sizes())
+        return max(student, copies * teacher)
+
+    def _checkpointing(self, on: bool) -> Config:
+        student = dataclasses.replace(self.config.student, gradient_checkpointing=on)
+        return dataclasses.replace(self.config, student=student)
+
+    def _lengths(self, questions: int) -> Lengths:
+        return Lengths(questions, self.question, self.label, self.rationale)
+
+    def _group(self, placement: str) -> int:
+        return self.on_node if placement == "zero3_node" else self.ranks
+
+    def _operations(self, checkpointing: bool, micro: int) -> costs.Operations:
+        one = self._operations_of_one[checkpointing]
+        return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
+
+    @cached_property
+    def _operations_of_one(self) -> dict[bool, costs.Operations]:
+        args = self._lengths(1), self.config.objective, self.teacher
+        return {on: costs.operations(self.student, *args, checkpointing=on) for on in (False, True)}
+
+    def _signal_bytes(self, micro: int) -> int:
+        """The teacher's answers to a micro-batch."""
+        rows = micro * self.question if self.wanted.questions else 0
+        rows += self._lengths(micro).targets(self.streams) if self.wanted.targets else 0
+        return rows * self.teacher.head[1] * WIDTH[self.config.teacher.precision]
+
+    def _living(self, checkpointing: bool, micro: int) -> int:
+        """The student's activations: traced for one and two questions, a straight line beyond."""
+        one, two = self._traces[checkpointing]
+        inside = footprint.head_loss_bytes(
+            *(self._lengths(micro).targets(self.streams), micro, self.student.head),
+            self.config.student.precision,
+            mi=distillation.mi_settings(self.config.objective) is not None,
+            teacher=self.teacher.head if self.teacher and self.wanted.targets else None,
+            device="cuda",
+        )
+        peak = one.peak + (micro - 1) * (two.peak - one.peak)
+        return max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
+
+    @cached_property
+    def _traces(self) -> dict[bool, list[dryrun.Living]]:
+        given = {"wanted": self.wanted, "teacher_head": self.teacher.head} if self.teacher else {}
+        return {
+            on: [
+                dryrun.student_step(student, self._lengths(n), self.config.objective, **given) for n in (1, 2)
+            ]
+            for on, student in self.students.items()
+        }
+
+    def _teacher_living(self, micro: int) -> int:
+        one, two = self._teacher_traces
+        return one.peak + (micro - 1) * (two.peak - one.peak)
+
+    @cached_property
+    def _teacher_traces(self) -> list[dryrun.Living]:
+        return [dryrun.teacher_forward(self.teacher, self._lengths(n), self._scored, "cuda") for n in (1, 2)]
+
+    @cached_property
+    def _teacher_gathers(self) -> footprint.Gathers:
+        return footprint.teacher_gathers(self.teacher, self._lengths(1), self._scored)

@@ -1,0 +1,213 @@
+"""What a study asks for: from its YAML file (see study.py) to checked runs with names of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from fire.parser import DefaultParseValue
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from ibdistill.config import fields, sections  # noqa: E402
+from ibdistill.config.sections import Config  # noqa: E402
+
+_KEYS = {"recipe", "settings", "models", "variants", "seeds", "labels", "baseline", "arms", "comparisons"}
+_OWN = {"seeds", "labels", "ranks", "note"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One run of a study."""
+
+    name: str
+    """Folder below OUT/runs; ends with the digest."""
+    arm: str
+    """Or the model's name."""
+    labels: float
+    seed: int
+    recipe: str
+    settings: dict[str, Any]
+    """Those that differ from the recipe; folders are relative to OUT."""
+    ranks: int = 1
+    stage: int = 0
+    """Runs of a stage start from models of earlier ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A checked study and its runs, in the order in which they are run."""
+
+    path: Path
+    baseline: str
+    comparisons: list[tuple[str, str]]
+    notes: dict[str, str]
+    variants: int
+    runs: list[Run]
+    models: list[Run] = field(default_factory=list)
+
+
+def load(path: Path, further: dict[str, Any] | None = None) -> Study:
+    """Read a study; `further` settings go to all arms. Raises ValueError that names the file, the key or
+    setting, and what is allowed."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is no study: {error}") from error
+    if further and isinstance(content, dict):
+        content["settings"] = (content.get("settings") or {}) | further
+    return build(content, path)
+
+
+def further_settings(rest: Sequence[str]) -> dict[str, Any]:
+    """`--section.field value ...` as train.py reads it. Raises ValueError for anything else."""
+    names, values = rest[::2], rest[1::2]
+    if len(names) != len(values) or not all(re.fullmatch(r"--\w+\.\w+", name) for name in names):
+        raise ValueError(f"{' '.join(rest)}: further settings are given as --section.field value")
+    given = {name[2:]: DefaultParseValue(value) for name, value in zip(names, values, strict=True)}
+    if "data.path" in given:  # the runs start in the project's root, wherever this process did
+        given["data.path"] = str(Path(str(given["data.path"])).resolve())
+    return given
+
+
+def build(content: Any, path: Path) -> Study:
+    """A study from the content of its file."""
+    if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
+        raise ValueError(f"{path} must map `arms` to at least one arm; see the top of tools/study.py")
+    if unknown := sorted(content.keys() - _KEYS):
+        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; there are {', '.join(sorted(_KEYS))}")
+    arms, baseline = content["arms"], content.get("baseline", next(iter(content["arms"])))
+    if baseline not in arms:
+        raise ValueError(f"{path}: baseline is {baseline!r}; it must be one of the arms {', '.join(arms)}")
+    variants = content.get("variants", 1)
+    if not isinstance(variants, int) or variants < 1:
+        raise ValueError(f"{path}: variants is {variants!r}; it must be a whole number above 0")
+    data_path = {k: v for k, v in (content.get("settings") or {}).items() if k == "data.path"}
+    models: dict[tuple[str, int], Run] = {}
+    for stage, (name, own) in enumerate((content.get("models") or {}).items()):
+        for variant in range(variants):
+            own_ = data_path | {k: v for k, v in own.items() if k != "recipe"}
+            run = _run(path, name, own_, own.get("recipe"), None, variant, models, variant, variants, stage)
+            models[name, variant] = run
+    runs = []
+    for name, own in arms.items():
+        own = own or {}
+        if odd := [key for key in own if "." not in key and key not in _OWN]:
+            raise ValueError(
+                f"{path}: arm {name} has {', '.join(odd)}; besides section.field there are "
+                f"{', '.join(sorted(_OWN))}"
+            )
+        settings = (content.get("settings") or {}) | {k: v for k, v in own.items() if "." in k}
+        labels = own.get("labels", content.get("labels"))
+        if not isinstance(labels, dict):
+            seeds = own.get("seeds", content.get("seeds"))
+            labels = dict.fromkeys(_numbers(path, labels, "labels", name), seeds)
+        for count in _numbers(path, list(labels), "labels", name):
+            for seed in _numbers(path, labels[count], "seeds", name):
+                stage, variant = len(content.get("models") or {}), seed % variants
+                recipe, ranks = content.get("recipe"), own.get("ranks", 1)
+                which = models, variant, variants
+                runs.append(_run(path, name, settings, recipe, count, seed, *which, stage, ranks))
+    keys = {f"{run.arm}@{run.labels:g}" for run in runs}
+    comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
+    for pair in comparisons:
+        if len(pair) != 2 or not set(pair) <= keys:
+            raise ValueError(f"{path}: comparison {list(pair)} must be two of {', '.join(sorted(keys))}")
+    # all arms of a seed before the next seed: what is there of an interrupted study can be compared
+    order = list(dict.fromkeys(run.seed for run in runs))
+    runs.sort(key=lambda run: (run.ranks, order.index(run.seed)))
+    return Study(
+        path=path,
+        baseline=baseline,
+        comparisons=comparisons,
+        notes={name: (own or {}).get("note", "") for name, own in arms.items()},
+        variants=variants,
+        runs=runs,
+        models=list(models.values()),
+    )
+
+
+def _numbers(path: Path, values: Any, key: str, arm: str) -> list:
+    kind = int if key == "seeds" else (int, float)
+    if not isinstance(values, list) or not values or not all(isinstance(v, kind) for v in values):
+        raise ValueError(f"{path}: {key} of arm {arm} is {values!r}; it must be a list of numbers")
+    return values
+
+
+def _run(
+    path: Path,
+    arm: str,
+    settings: dict[str, Any],
+    recipe: str | None,
+    labels: float | None,
+    seed: int,
+    models: dict[tuple[str, int], Run],
+    variant: int,
+    variants: int,
+    stage: int,
+    ranks: int = 1,
+) -> Run:
+    """A run with its models' folders filled in, its settings checked."""
+
+    def filled(value: Any) -> Any:
+        if not isinstance(value, str) or not (match := re.fullmatch(r"\{(\w+)(\+\d+)?\}", value)):
+            return value
+        which = match[1], (variant + int(match[2] or 0)) % variants
+        if which not in models:
+            raise ValueError(f"{path}: {value} in {arm} is none of the models above it")
+        return f"runs/{models[which].name}/student"
+
+    settings = {name: filled(value) for name, value in settings.items()} | {"run.seed": seed}
+    if labels is not None:
+        settings |= {"data.subsample": labels, "data.subsample_seed": seed}
+    try:
+        config = sections.load(recipe, settings)
+    except ValueError as error:
+        raise ValueError(f"{path}: arm {arm}: {error}") from error
+    # What is as by default does not count, or each new setting of a new version would start all runs anew.
+    defaults = fields.to_flat(Config()) | {"run.dir": config.run.dir}
+    chosen = {name: v for name, v in fields.to_flat(config).items() if v != defaults[name]}
+    digest = hashlib.sha256(json.dumps([chosen, ranks], sort_keys=True).encode()).hexdigest()[:8]
+    label = "" if labels is None else f"-n{labels:g}"
+    return Run(
+        name=f"{arm}{label}-s{seed}-{digest}",
+        arm=arm,
+        labels=labels or 0,
+        seed=seed,
+        recipe=recipe or "",
+        settings=settings,
+        ranks=ranks,
+        stage=stage,
+    )
+
+
+def resolved(run: Run, out: Path, folder: Path | None = None) -> Config:
+    """The run's whole configuration, with real folders; its own is `folder`, or else one below `out`."""
+    folder = folder or out / "runs" / run.name
+
+    def placed(value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        return str(out / value) if value.startswith("runs/") else value.replace("{run}", str(folder))
+
+    settings = {name: placed(value) for name, value in run.settings.items()}
+    return sections.load(run.recipe or None, settings | {"run.dir": str(folder)})
+
+
+def result(run: Run, out: Path) -> dict[str, Any] | None:
+    """The result of a finished run, with what `execute` noted; None if it is not finished."""
+    folder = out / "runs" / run.name
+    try:
+        found = json.loads((folder / "result.json").read_text())
+    except FileNotFoundError:
+        return None
+    notes = folder / "study.json"
+    return found | (json.loads(notes.read_text()) if notes.is_file() else {})

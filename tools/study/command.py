@@ -1,0 +1,230 @@
+"""A study: arms x label counts x seeds, run, tabulated and drawn.
+
+    python tools/study.py run    STUDY.yaml OUT      run what is not finished, then report
+    python tools/study.py report STUDY.yaml OUT      table.md, study.png and study.json of what is
+    python tools/study.py grid   STUDY.yaml OUT      grids for slurm/sweep.sh; `report` once they are done
+    python tools/study.py speed  STUDY.yaml OUT      what a run of each arm costs, for equal compute
+    python tools/study.py paper  --help              the paper's tables 1 and 2
+
+Further `--section.field value` go to all arms, `data.path` to the models too. A study is a YAML file:
+
+    recipe: demo                      # each run is `ibdistill/train.py` with this recipe and
+    settings: {optim.max_steps: 900}  # these settings, in rising precedence with an arm's own
+    models:                           # trained first; {pretrain} in a setting is the exported student
+      pretrain: {recipe: demo_pretrain}  # and {run} an arm's own run folder
+      teacher: {recipe: demo_teacher, student.model: "{pretrain}"}
+    variants: 2                       # of each model, with seeds 0 and 1; seed s of an arm uses s mod 2,
+                                      # and {pretrain+1} is the other one
+    seeds: [1, 2, 3]
+    labels: [300]                     # data.subsample, drawn anew for each seed
+    baseline: dss
+    arms:
+      dss: {objective.method: dss}
+      vid: {seeds: [1, 2], objective.method: ib, ...}
+      kd: {labels: {300: [1, 2, 3], 150: [1]}, ranks: 2, note: "...", objective.method: kd, ...}
+    comparisons: [[kd@150, dss@300]]  # further paired differences, arm@labels
+
+One process a run and one thread a process; as many side by side as there are GPUs or else cores
+(`--jobs`). Runs with `ranks` go through DeepSpeed's launcher, one at a time, at the end. A
+run's folder is named after a digest of its settings and of those of the models it starts from: a
+run whose configuration has changed is another run, and one that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+from ibdistill.config import fields, sections
+from study import arms
+from study.arms import ROOT, Run, Study, resolved, result
+
+
+def execute(study: Study, out: Path, jobs: int) -> list[str]:
+    """Run what is not finished, stage by stage; the names of runs that failed."""
+    failed: list[str] = []
+    todo = [run for run in study.models + study.runs if result(run, out) is None]
+    total, done = len(todo), 0
+    start, lock = time.perf_counter(), threading.Lock()
+    slots: SimpleQueue[int] = SimpleQueue()
+    for slot in range(jobs):
+        slots.put(slot)
+    children: set[subprocess.Popen] = set()
+
+    def one(run: Run) -> None:
+        nonlocal done
+        slot = slots.get()
+        try:
+            code = _start(run, out, slot, children)
+        finally:
+            slots.put(slot)
+        with lock:
+            done += 1
+            if code:
+                failed.append(run.name)
+            word = f"failed with exit code {code}, see {out / 'logs' / run.name}.log" if code else "done"
+            print(f"{time.perf_counter() - start:6.0f} s  {done}/{total}  {run.name}: {word}", flush=True)
+
+    for stage, ranks in sorted({(run.stage, run.ranks) for run in todo}):
+        if set(failed) & {run.name for run in study.models}:
+            break
+        part = [run for run in todo if (run.stage, run.ranks) == (stage, ranks)]
+        with ThreadPoolExecutor(jobs if ranks == 1 else 1) as pool:
+            try:
+                list(pool.map(one, part))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for child in list(children):
+                    child.terminate()  # it saves, and goes on from there next time
+                raise
+    return failed
+
+
+def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> int:
+    """Run it to its end; its exit code."""
+    import torch
+
+    for folder in ("configs", "logs"):
+        (out / folder).mkdir(parents=True, exist_ok=True)
+    recipe = out / "configs" / f"{run.name}.yaml"
+    recipe.write_text(sections.to_yaml(resolved(run, out)))
+    command = [sys.executable]
+    if run.ranks > 1:
+        from ibdistill.runtime.distributed import free_port
+
+        command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks)]
+        command += ["--master_port", str(free_port())]
+    command += [str(ROOT / "ibdistill/train.py"), str(recipe)]
+    ours = (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    )  # a group of its own for each run
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    if torch.cuda.is_available() and run.ranks == 1:
+        env["CUDA_VISIBLE_DEVICES"] = str(slot)
+    start = time.perf_counter()
+    with (out / "logs" / f"{run.name}.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=ROOT)
+    children.add(process)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    children.discard(process)
+    _note(out / "runs" / run.name, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
+    return process.returncode
+
+
+def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
+    """Note in a run's folder what its process took, added to what an interrupted one before it took, and the
+    commit."""
+    import torch
+
+    if not folder.is_dir():
+        return  # it failed before it had one
+    path = folder / "study.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    spent = {"process_seconds": wall_seconds}
+    if not torch.cuda.is_available():
+        spent["cpu_seconds"] = cpu_seconds
+    notes = {name: round(before.get(name, 0) + value, 1) for name, value in spent.items()}
+    path.write_text(json.dumps(notes | {"commit": commit()}))
+
+
+def commit() -> str:
+    """Of the working tree, with a + if it has changes; empty where there is no git."""
+    try:
+        git = ["git", "-C", str(ROOT)]
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
+        )
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.stdout.strip() + "+" * bool(changes.stdout.strip())
+
+
+def write_grids(study: Study, out: Path) -> list[str]:
+    """One grid a stage, which only starts from earlier ones; the commands that run them."""
+    out.mkdir(parents=True, exist_ok=True)
+    commands = []
+    for stage in sorted({run.stage for run in study.models + study.runs}):
+        part = [run for run in study.models + study.runs if run.stage == stage]
+        lines = []
+        for run in part:
+            flat = fields.to_flat(resolved(run, out))
+            own = {name: flat[name] for name in run.settings}
+            if spaced := [f"{k} {v!r}" for k, v in own.items() if " " in _argument(v)]:
+                raise ValueError(f"{study.path}: a grid takes no spaces: {', '.join(spaced)} of {run.arm}")
+            lines.append(" ".join([run.name, *(f"--{k}={_argument(v)}" for k, v in own.items())]))
+        path = out / f"grid-{stage}.txt"
+        path.write_text("\n".join(lines) + "\n")
+        commands.append(f"SWEEP_DIR={out / 'runs'} bash slurm/sweep.sh {path} {part[0].recipe}")
+    return commands
+
+
+def _argument(value: Any) -> str:
+    """A setting as fire reads it back."""
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
+
+
+def slots() -> int:
+    """GPUs at hand, or else cores."""
+    import torch
+
+    return torch.cuda.device_count() or len(os.sched_getaffinity(0))
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["paper"]:
+        from study import paper
+
+        return paper.main(arguments[1:], perform)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=("run", "report", "grid", "speed"))
+    parser.add_argument("study", type=Path, help="YAML file")
+    parser.add_argument("out", type=Path, help="folder for runs, logs and results")
+    parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
+    options, rest = parser.parse_known_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the runs
+    try:
+        study = arms.load(options.study, arms.further_settings(rest))
+        sys.exit(perform(options.action, study, options.out.resolve(), options.jobs))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def perform(action: str, study: Study, out: Path, jobs: int | None = None) -> int:
+    """What a command does; its exit code. Raises ValueError where nothing can be reported."""
+    from study import report
+
+    if action == "grid":
+        print("\n".join(write_grids(study, out)))
+        return 0
+    if action == "speed":
+        from study import speed
+
+        if table := speed.measure(study, out):
+            print(table)
+        return 0
+    failed = execute(study, out, jobs or slots()) if action == "run" else []
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    print(report.write(study, out, {run.name: result(run, out) for run in study.models + study.runs}))
+    return int(bool(failed))

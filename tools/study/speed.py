@@ -1,0 +1,89 @@
+"""What a run of each arm costs, for comparisons at equal compute.
+
+    python tools/study.py speed STUDY.yaml OUT                          arms of one rank
+    deepspeed --num_gpus 2 tools/study.py speed STUDY.yaml OUT          arms of two
+
+All arms are loaded into one job and take turns, a few steps each, so that whatever else the
+machine does slows all of them alike. Seconds are those of the process for one rank on a CPU, else
+of the clock, waiting for other ranks included: of the steps, and of agreement's answers to the unlabelled
+questions. Loading, evaluation and the text that a teacher writes once are not in it. The models
+must be there.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from study.arms import Run, Study
+
+ROUNDS, STEPS = 12, 10
+
+
+def measure(study: Study, out: Path) -> str:
+    """A table, on rank 0: seconds a step and a run, as a ratio to the baseline's, and its steps in that time.
+
+    Where the baseline has another number of ranks, the first arm of this number takes its place. Raises
+    ValueError if there is none.
+    """
+    import torch
+
+    from ibdistill import train
+    from ibdistill.runtime import distributed
+    from ibdistill.training import pseudo_labels
+    from ibdistill.training.job import prepare
+    from study.arms import resolved
+
+    torch.set_num_threads(1)
+    world = distributed.init()
+    alone = world.size == 1 and world.device.type == "cpu"
+    clock = time.process_time if alone else time.perf_counter
+
+    def timed(work) -> float:
+        start = clock()
+        work()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - start
+
+    chosen: dict[str, Run] = {}
+    for run in study.runs:
+        if run.ranks == world.size:
+            chosen.setdefault(run.arm, run)
+    if not chosen:
+        raise ValueError(f"{study.path} has no arm of {world.size} ranks; start as many as an arm has")
+    baseline = study.baseline if study.baseline in chosen else next(iter(chosen))
+    folder = Path(distributed.run_on_rank_0(tempfile.mkdtemp))
+    try:
+        jobs = {}
+        for arm, run in chosen.items():
+            jobs[arm] = prepare(resolved(run, out, folder / arm), world)
+        steps: dict[str, list[float]] = {arm: [] for arm in jobs}
+        for _ in range(ROUNDS):
+            for arm, job in jobs.items():
+                seconds = timed(lambda job=job: [train.train_step(job) for _ in range(STEPS)])
+                steps[arm].append(seconds / STEPS)
+        whole = {}
+        for arm, job in jobs.items():
+            whole[arm] = job.config.optim.max_steps * median(steps[arm][1:])
+            if refreshes := len(pseudo_labels.due_steps(job.config)):
+                whole[arm] += refreshes * timed(lambda job=job: train.refresh(job))
+            job.board.close()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world.rank:
+        return ""
+    lines = [f"{'arm':24} {'ms a step':>9} {'s a run':>8} {'ratio':>6}  steps of {baseline} in that time"]
+    base = whole[baseline]
+    base_step = median(steps[baseline][1:])
+    for arm, seconds in whole.items():
+        lines.append(
+            f"{arm:24} {1000 * median(steps[arm][1:]):9.1f} {seconds:8.1f} {seconds / base:6.2f}"
+            f"  {round(seconds / base_step)}"
+        )
+    return "\n".join(lines)
