@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_data import features_of, random_features
+from feature_tables import features_of, random_features
 from tokenizers import Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as bpe
 from transformers import (

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_data import features_of
+from feature_tables import features_of
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
+from feature_tables import random_features
 from harness import same, steps, weights
-from test_data import random_features
-from test_objectives import SHAPE
+from tiny_t5 import SHAPE
 from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 

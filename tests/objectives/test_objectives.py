@@ -4,31 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_data import random_features
+from feature_tables import random_features
+from tiny_t5 import SHAPE, two_forwards
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
 from ibdistill.data.sampler import Plan
 from ibdistill.objectives import distillation
-
-SHAPE = dict(
-    vocab_size=20_000, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0
-)
-
-
-def two_forwards(model, batch: batches.Batch, stream: str) -> torch.Tensor:
-    """transformers' own mean loss of one stream on padded labels."""
-    index = list(batch.decoder_input_ids).index(stream)
-    size = len(batch.question_ids)
-    rows = slice(index * size, (index + 1) * size)
-    labels = torch.full(batch.decoder_input_ids[stream].shape, -100).flatten()
-    labels[batch.positions[stream]] = batch.labels[stream]
-    return model(
-        input_ids=batch.input_ids[rows],
-        attention_mask=batch.attention_mask[rows],
-        labels=labels.view(size, -1),
-    ).loss
 
 
 @pytest.mark.parametrize("tie", [True, False])

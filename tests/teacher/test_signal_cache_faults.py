@@ -25,7 +25,7 @@ from ibdistill.teacher.cache import SignalCache
 
 WRITER = """
 import itertools, os, sys, time
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/teacher")
 import test_signal_cache as t
 cache = t.SignalCache(t.Path(sys.argv[1]), t.FINGERPRINT, rank=0)
 mode = sys.argv[2]

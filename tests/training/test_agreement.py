@@ -8,8 +8,8 @@ import logging
 import numpy as np
 import pytest
 import torch
+from feature_tables import random_features
 from harness import same, steps, tiny, weights
-from test_data import random_features
 from workers.agreeing import answers_of_an_oracle
 
 from ibdistill import train

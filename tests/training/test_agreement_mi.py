@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from feature_tables import random_features
 from harness import same, tiny, weights
 from test_agreement import AGREE, OFF, said
-from test_data import random_features
-from test_objectives import SHAPE, two_forwards
+from tiny_t5 import SHAPE, two_forwards
 from transformers import T5Config, T5ForConditionalGeneration
 from workers.agreeing import answers_of_an_oracle
 

@@ -82,7 +82,7 @@ def test_nothing_depends_on_the_process(splits):
     """Neither on the hash seed nor on torch's or Python's global generators."""
     code = "import random; random.seed(5); import test_demo; print(test_demo.digest())"
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-    path = os.pathsep.join([root, os.path.join(root, "tests")])
+    path = os.pathsep.join([root, os.path.join(root, "tests/data")])
     env = {**os.environ, "PYTHONPATH": path, "PYTHONHASHSEED": "1234"}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
     assert run.stdout.strip() == digest(), run.stderr
