@@ -25,13 +25,13 @@ from ibdistill.config import fields
 from ibdistill.config.sections import StudentConfig, StudentEvaluation
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
-from ibdistill.evaluation import calibration, faithfulness, report
+from ibdistill.data.tokenizers import load_tokenizer
+from ibdistill.evaluation import calibration, report, text_scores
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.evaluation.predictions import Prediction
 from ibdistill.models import presets
-from ibdistill.models.student import load_student, load_tokenizer
-from ibdistill.monitor import meter
-from ibdistill.runtime import distributed
+from ibdistill.models.student import load_student
+from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
 from ibdistill.training.checkpoint import MARKER
 
@@ -67,7 +67,7 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
             "give either a STUDENT (an exported folder, a run folder, a hub name) or --eval.predictions"
         )
     folder = Path(eval_.dir or Path("evaluation") / f"{_name(student or eval_.predictions)}-{task}")
-    encoder = faithfulness.load_encoder(eval_.embedding_model) if eval_.embedding_model else None
+    encoder = text_scores.load_encoder(eval_.embedding_model) if eval_.embedding_model else None
     records = getattr(loading.load(config.data, needs_rationale=False), eval_.split)[task]
     if student is None:
         answer = list(evaluation_predictions.read_predictions(Path(eval_.predictions), records)).copy
@@ -90,7 +90,7 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         evaluation_predictions.write_predictions(folder / "predictions.jsonl", predictions)
         for name, figure in report.figures(predictions, folder.name).items():
             figure.savefig(folder / f"{name}.png", dpi=120)
-        meter.write_json(folder / "result.json", result)
+        files.write_json(folder / "result.json", result)
         return result
 
     def evaluate() -> dict[str, Any]:

@@ -33,19 +33,21 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ibdistill.config import fields, sections
+from ibdistill.config import fields
+from ibdistill.config.load import load_settings, recipes, to_yaml
 from ibdistill.config.sections import Config
 from ibdistill.data.records import Record
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.evaluation import report
 from ibdistill.evaluation.predictions import Prediction
 from ibdistill.models import export
-from ibdistill.monitor import meter
-from ibdistill.objectives import distillation
-from ibdistill.runtime import distributed, hardware
+from ibdistill.monitor import board, meter
+from ibdistill.objectives.weights import means, step_weights, total
+from ibdistill.runtime import distributed, files, hardware
 from ibdistill.runtime.distributed import EXIT_DIVERGED
 from ibdistill.training import pseudo_labels
-from ibdistill.training.job import Job, prepare
+from ibdistill.training.job import Job
+from ibdistill.training.prepare import prepare
 
 gc.freeze()
 gc.enable()
@@ -58,12 +60,12 @@ def main(recipe: str | None = None, *extra: Any, local_rank: int = -1, **overrid
     world = distributed.init()
     if overrides.pop("help", False) or overrides.pop("h", False):
         if world.rank == 0:
-            print(f"{__doc__}\nRecipes: {', '.join(sections.recipes())}\n{fields.describe(Config)}")
+            print(f"{__doc__}\nRecipes: {', '.join(recipes())}\n{fields.describe(Config)}")
         return
     with distributed.user_errors():
         if extra:
             raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-        job = prepare(sections.load(recipe, overrides), world)
+        job = prepare(load_settings(recipe, overrides), world)
     if (job.folder / "result.json").is_file() and job.state.step >= job.config.optim.max_steps:
         logger.info("%s is finished already; its result is in result.json", job.folder)
     else:
@@ -112,7 +114,7 @@ def train_step(job: Job) -> None:
     factor.
     """
     state, counts = job.state, job.plan.counts(job.state.step)
-    weights = distillation.step_weights(job.config.objective, counts)
+    weights = step_weights(job.config.objective, counts)
     job.engine.module.head.measures = job.measures_gradients()
     start = time.perf_counter()
     micro_batches = job.micro_batches()
@@ -179,8 +181,8 @@ def log(job: Job) -> None:
     interval = job.meter.close_interval()
     job.state.tokens += interval.tokens
     asked, right = (interval.terms.pop(f"teacher_{name}", 0.0) for name in ("asked", "right"))
-    terms = distillation.means(interval.terms, interval.counts)
-    scalars = {"loss/total": distillation.total(config.objective, terms)}
+    terms = means(interval.terms, interval.counts)
+    scalars = {"loss/total": total(config.objective, terms)}
     scalars |= {meter.tag(name): value for name, value in terms.items()}
     if terms.get("mi"):
         scalars["mi/constant_share"] = meter.constant_share(terms["mi"], terms.get("mi_constant", 0.0))
@@ -256,7 +258,7 @@ def close(job: Job) -> None:
     evaluate(job, "test", config.run.test_limit)
     if config.run.export:
         with job.whole() as model:
-            card = export.card(sections.to_yaml(config), json.dumps(job.results.get("test"), indent=2))
+            card = export.card(to_yaml(config), json.dumps(job.results.get("test"), indent=2))
             export.write(model, job.tokenizer, job.folder / "student", card)
     if job.world.rank == 0:
         result = {
@@ -269,7 +271,7 @@ def close(job: Job) -> None:
             "best_step": state.best_step if state.best_step >= 0 else None,
             **{split: scores for split, scores in job.results.items()},
         }
-        meter.write_json(job.folder / "result.json", result)
+        files.write_json(job.folder / "result.json", result)
     final = {
         f"eval/{split}_{task}_{name}": value
         for split in ("valid", "test")
@@ -277,7 +279,7 @@ def close(job: Job) -> None:
         for name, value in scores.items()
     }
     flat, defaults = fields.to_flat(config), fields.to_flat(Config())
-    job.board.hparams(meter.hyperparameters(flat, defaults), final)
+    job.board.hparams(board.hyperparameters(flat, defaults), final)
     logger.info("done: %s", job.folder / "result.json")
 
 

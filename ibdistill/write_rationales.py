@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import signal
 
+from ibdistill.config.load import load_settings
+
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as in train.py
 
 import re
@@ -24,7 +26,6 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
-from ibdistill.config import sections
 from ibdistill.data import loading
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
@@ -46,7 +47,7 @@ def main(
         if extra:
             raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
         share = part_of(part)
-        config = sections.load(recipe, overrides)
+        config = load_settings(recipe, overrides)
         config.rationale_folder()  # before the data is read
         memory_check.check_models(config, world, with_student=False, with_teacher=True)
         records = loading.load(config.data, needs_rationale=False).train

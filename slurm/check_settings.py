@@ -15,13 +15,13 @@ from typing import Any
 
 import fire
 
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 
 
 def main(what: str, recipe: str | None = None, *extra: Any, **overrides: Any) -> None:
     if extra:
         raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-    loaded = sections.load(recipe, overrides)
+    loaded = load_settings(recipe, overrides)
     print({"run": lambda: loaded.run.dir, "rationales": loaded.rationale_folder}[what]())
 
 

@@ -57,13 +57,13 @@ def make_job(world, tmp_path):
     """A one-rank job in a folder; asked again, it resumes."""
     import torch
 
-    from ibdistill.config import sections
-    from ibdistill.training.job import prepare
+    from ibdistill.config.load import load_settings
+    from ibdistill.training.prepare import prepare
 
     jobs, linear = [], torch.nn.functional.linear
 
     def make(folder=tmp_path / "run", **overrides):
-        jobs.append(prepare(sections.load(None, tiny(folder, **overrides)), world))
+        jobs.append(prepare(load_settings(None, tiny(folder, **overrides)), world))
         return jobs[-1]
 
     yield make

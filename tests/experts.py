@@ -31,12 +31,13 @@ def by_heart(folder: Path, records: Sequence[Record], preset: str = "demo-studen
 
     from ibdistill.config.sections import DataConfig
     from ibdistill.data import batches, tokenizers
+    from ibdistill.data.features import tokenize
     from ibdistill.data.loading import TASKS
-    from ibdistill.models import families, student
+    from ibdistill.models import families, forward
 
     tokenizer = tokenizers.demo_tokenizer()
     model = families.load_preset(preset, tokenizer, seed=0, dropout=0.0).train()
-    features = batches.tokenize(records, {"demo": TASKS["demo"].prefixes}, tokenizer, DataConfig())
+    features = tokenize(records, {"demo": TASKS["demo"].prefixes}, tokenizer, DataConfig())
     layout = families.layout(model, tokenizer)
     batch = batches.collate(features, range(len(records)), ("predict", "explain"), **layout)
     tables = [p for name, p in model.named_parameters() if "relative" in name]
@@ -45,7 +46,7 @@ def by_heart(folder: Path, records: Sequence[Record], preset: str = "demo-studen
     optimizer = torch.optim.AdamW(groups, lr=3e-3)
     for _ in range(steps):
         head = model.get_output_embeddings().weight
-        states = student.states(model, batch).targets
+        states = forward.states(model, batch).targets
         loss = sum(
             torch.nn.functional.cross_entropy(hidden @ head.T, batch.labels[stream])
             for stream, hidden in states.items()

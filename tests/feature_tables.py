@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ibdistill.data.batches import Features, Ragged
+from ibdistill.data.features import Features, Ragged
 
 
 def features_of(lengths: list[tuple[int, int, int]], groups: list[int] | None = None) -> Features:

@@ -7,18 +7,11 @@ model or a data set is touched: one by one as told in `settings`, against each o
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-
-from ibdistill.config import consistency
-from ibdistill.config.fields import Rule, from_flat
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
+from ibdistill.config.fields import Rule
 
 Positive = Annotated[float, Rule(lambda v: v > 0, "above 0")]
 NotNegative = Annotated[float, Rule(lambda v: v >= 0, "0 or more")]
@@ -321,52 +314,3 @@ class StudentEvaluation:
 
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
-
-
-def load(recipe: str | None, overrides: dict[str, Any]) -> Config:
-    """The checked configuration of a run: defaults < recipe < overrides.
-
-    `recipe` is a name in `ibdistill/recipes` or the path of a YAML file. `overrides` maps
-    `section.field` to a value. An empty `run.dir` becomes `runs/RECIPE`.
-
-    Raises ValueError that names the setting, its value and what is allowed.
-    """
-    values = (_read_recipe(recipe) if recipe is not None else {}) | overrides
-    config = from_flat(Config, values)
-    consistency.settle(config)
-    consistency.check(config)
-    if not config.run.dir:
-        config.run.dir = str(Path("runs") / (Path(str(recipe)).stem if recipe else "default"))
-    return config
-
-
-def to_yaml(config: Config) -> str:
-    """The configuration as a recipe that `load` reads back to an equal one."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
-
-
-def _read_recipe(recipe: str) -> dict[str, Any]:
-    path = Path(recipe)
-    if path.suffix not in (".yaml", ".yml"):
-        path = RECIPES / f"{recipe}.yaml"
-    if not path.is_file():
-        raise ValueError(f"no recipe {recipe!r}: {path} does not exist; shipped: {', '.join(recipes())}")
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must map sections to settings; it holds a {type(content).__name__}")
-    flat = {}
-    for section, fields in content.items():
-        if not isinstance(fields, dict):
-            raise ValueError(
-                f"{path}: {section!r} must be a section with settings below it; it is {fields!r}"
-            )
-        flat |= {f"{section}.{key}": value for key, value in fields.items()}
-    return flat

@@ -21,7 +21,7 @@ from dataclasses import replace
 import numpy as np
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.batches import Features
+from ibdistill.data.features import Features
 from ibdistill.data.records import STREAMS
 
 

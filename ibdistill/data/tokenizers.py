@@ -11,12 +11,17 @@ A character that the training text never showed becomes `<unk>`.
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from ibdistill.data.tasks import demo
+
+logger = logging.getLogger("ibdistill")
 
 if TYPE_CHECKING:
     from transformers import T5Tokenizer
@@ -88,3 +93,93 @@ def _t5_tokenizer(pieces: list[tuple[str, float]], sentinels: int) -> T5Tokenize
     from transformers import T5Tokenizer
 
     return T5Tokenizer(vocab=pieces, extra_ids=sentinels)
+
+
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
+
+
+def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none.
+
+    One without a padding token (GPT-2, Llama) pads with its end token. Masks and positions here
+    come from lengths, never from ids, so a padding token is nowhere mistaken for an end.
+    """
+    # transformers makes an empty tokenizer from a folder that holds a model's config only
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(
+            f"{setting} is {name!r}, which holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; "
+            "save one there with tokenizer.save_pretrained"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def check_vocabularies(
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    student_rows: int,
+    teacher_rows: int,
+) -> int:
+    """The number of head rows, counted from 0, that mean the same in student and teacher.
+
+    Rows beyond the tokenizer are padding, and models of one family often differ in it (T5:
+    32100 and 32128, Qwen: 151936 and 152064). Text is tokenized once, by the student's
+    tokenizer, so only what an id stands for has to agree, not how text is split.
+
+    Raises ValueError if an id stands for different tokens, if a tokenizer has more tokens than
+    both models have rows, or if targets would end differently.
+    """
+    ways_out = (
+        "Choose a teacher of the student's vocabulary, or distil through the teacher's text: "
+        "let it write the rationales, and train with teacher.placement none"
+    )
+    sizes = (
+        f"student.tokenizer has {len(student)} tokens (student.model {student_rows} rows), "
+        f"the teacher's {len(teacher)} ({teacher_rows} rows)"
+    )
+    ours, theirs = (
+        {index: text for text, index in tokenizer.get_vocab().items()} for tokenizer in (student, teacher)
+    )
+    differing = [i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i)]
+    if differing:
+        first = min(differing)
+        if not any(i in ours and i in theirs for i in differing):
+            ways_out += ". Or give the larger tokenizer as student.tokenizer, if student.model has the rows"
+        shown = [repr(v[first]) if first in v else "nothing" for v in (ours, theirs)]
+        raise ValueError(
+            f"{sizes}, and {len(differing)} ids differ. The first is {first}: {shown[0]} for the student, "
+            f"{shown[1]} for the teacher. {ways_out}"
+        )
+    shared = min(student_rows, teacher_rows)
+    if beyond := [i for i in ours if i >= shared]:
+        raise ValueError(
+            f"{sizes}: {len(beyond)} tokens, from {min(beyond)}, {ours[min(beyond)]!r}, on, are not among "
+            f"the {shared} shared rows. {ways_out}"
+        )
+    if student.eos_token_id != teacher.eos_token_id:
+        raise ValueError(
+            f"student.tokenizer ends a text with {student.eos_token!r} ({student.eos_token_id}), the "
+            f"teacher's with {teacher.eos_token!r} ({teacher.eos_token_id}), so the teacher would teach the "
+            "student not to end; give the teacher's tokenizer as student.tokenizer"
+        )
+    return shared
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that the tokenizer by itself puts in front of a text, or None."""
+    first = tokenizer("a").input_ids[0]
+    return first if first == tokenizer.bos_token_id else None
+
+
+def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between question and target in a decoder-only model's row: newline, else the end token."""
+    ids = tokenizer("\n", add_special_tokens=False).input_ids
+    return ids[-1] if ids and tokenizer.decode(ids[-1:]) == "\n" else tokenizer.eos_token_id

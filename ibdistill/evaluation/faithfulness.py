@@ -39,8 +39,6 @@ _PIECE = re.compile(
     r"|(?P<sign>[-+*/()\u00d7\u00b7\u2217\u00f7\u2013\u2212]|(?<![^\W\d_])[xX](?=\s*[$(\d]))"
     r"|(?P<equals>=)|(?P<unreadable>%|of\b)|(?P<word>[^\W\d_]+)|(?P<other>\n|\S)"
 )
-Encoder = Any
-"""A `sentence_transformers.SentenceTransformer`; the package is optional."""
 _LONE_NUMBER = re.compile(r"[\s$(]*[-+]?[\s$]*[\d.,]+[\s)]*")
 _MAX_UNIT_WORDS = 3
 
@@ -181,56 +179,12 @@ def _names(record: Record) -> dict[str, Fraction]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def text_scores(rationales: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """`bleu` and `chrf` of the corpus (sacrebleu's defaults, 0..100), `rouge_l` (mean F1 of words, 0..100),
-    `words` (mean length)."""
-    n = len(rationales)
-    return {
-        "bleu": BLEU(force=True).corpus_score(rationales, [references]).score,
-        "chrf": CHRF().corpus_score(rationales, [references]).score,
-        "rouge_l": 100 * sum(map(rouge_l, rationales, references)) / n,
-        "words": sum(len(text.split()) for text in rationales) / n,
-    }
 
 
-def rouge_l(text: str, reference: str) -> float:
-    """F1 of the longest common subsequence of lower-case words (Lin 2004), in 0..1.
-
-    Words are what spaces separate. (The package rouge-score keeps letters and digits only, which would
-    drop the operators of a rationale.)
-    """
-    ours, theirs = text.casefold().split(), reference.casefold().split()
-    lengths = [0] * (len(theirs) + 1)
-    for word in ours:
-        diagonal = 0
-        for j, other in enumerate(theirs, start=1):
-            diagonal, lengths[j] = (
-                lengths[j],
-                diagonal + 1 if word == other else max(lengths[j], lengths[j - 1]),
-            )
-    return 2 * lengths[-1] / (len(ours) + len(theirs)) if ours and theirs else 0.0
 
 
-def load_encoder(folder: str) -> Encoder:
-    """A local sentence-transformers model. Raises ValueError if the package or the folder is missing."""
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ValueError(
-            "eval.embedding_model needs the package sentence-transformers: pip install sentence-transformers"
-        ) from None
-    if not Path(folder).is_dir():
-        raise ValueError(f"eval.embedding_model is {folder!r}; it must be the folder of a downloaded model")
-    return SentenceTransformer(folder)
 
 
-def embedding_cosine(encoder: Encoder, rationales: Sequence[str], references: Sequence[str]) -> float:
-    """Mean cosine (-1..1) of each rationale's and its reference's sentence embedding."""
-    ours, theirs = (
-        torch.as_tensor(encoder.encode(list(texts), show_progress_bar=False))
-        for texts in (rationales, references)
-    )
-    return float(torch.cosine_similarity(ours, theirs, dim=1).mean())
 
 
 def faithfulness(

@@ -7,15 +7,12 @@ to that, on its own logits.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -24,18 +21,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5LayerNorm
-from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
-from ibdistill.data import batches
+from ibdistill.data import tokenizers
 from ibdistill.models import presets
-from ibdistill.ops import layers
+from ibdistill.models.fused import fused
+from ibdistill.runtime.files import digest
 
-ATTENTION = "ibdistill"
-"""The name in transformers of SDPA, with our own on a CPU where there is dropout."""
 ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
 FAMILIES = dict.fromkeys(("t5", "mt5"), ENCODER_DECODER) | dict.fromkeys(
     ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3"),
@@ -69,8 +60,8 @@ def layout(
         return {"pad": tokenizer.pad_token_id, "start": config.decoder_start_token_id}
     return {
         "pad": tokenizer.pad_token_id,
-        "start": batches.bos_of(tokenizer),
-        "separator": batches.separator_of(tokenizer),
+        "start": tokenizers.bos_of(tokenizer),
+        "separator": tokenizers.separator_of(tokenizer),
     }
 
 
@@ -154,61 +145,6 @@ def load_model(
     return fused(decodes_greedily(model, tokenizer))
 
 
-class _Norm(T5LayerNorm):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return layers.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-class _GatedFeedForward(T5DenseGatedActDense):
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        rate = self.dropout.p if self.training else 0.0
-        inner = layers.gated_gelu(self.wi_0(hidden_states), self.wi_1(hidden_states), rate)
-        dtype = self.wo.weight.dtype  # kept in fp32 beside fp16 weights; an 8-bit layer casts by itself
-        return self.wo(inner.to(dtype) if dtype.is_floating_point else inner)
-
-
-def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """`sdpa_attention_forward`, save for dropout on a CPU, where that has no kernel."""
-    is_ours = query.device.type == "cpu" and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
-    if not (dropout and is_ours):
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    is_causal = kwargs.get("is_causal")
-    if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
-        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias = kwargs.get("position_bias")
-    out = layers.attention(query, key, value, bias=bias, mask=attention_mask, rate=dropout, scale=scale)
-    return out.transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register(ATTENTION, _attend)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
-
-
-def fused(model: PreTrainedModel) -> PreTrainedModel:
-    """The same model, whose layers compute the same and keep less for the backward pass (`ops.layers`).
-
-    `gelu_new` (T5 v1.1, GPT-2) becomes torch's one operation for the same formula instead of transformers'
-    eight; dropout, T5's norm and its gated feed-forward become one each, as does attention with dropout on a
-    CPU. What the model saves is as before.
-    """
-    if model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(ATTENTION)
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-        if type(module) in (T5LayerNorm, MT5LayerNorm):
-            module.__class__ = _Norm
-        elif type(module) in (T5DenseGatedActDense, MT5DenseGatedActDense) and type(module.act) is nn.GELU:
-            module.__class__ = _GatedFeedForward
-        elif type(module) is nn.Dropout:
-            module.__class__ = layers.Dropout
-    return model
-
-
 def from_config(config: PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
     """A model of this shape, with weights as its class initialises them. `dropout` as in `load_model`."""
     return fused(_auto_class(config).from_config(_with_dropout(config, dropout)))
@@ -258,8 +194,3 @@ def identity(name: str) -> str:
             file.seek(-min(1 << 16, path.stat().st_size), 2)
             parts.append(file.read())
     return digest(b"\0".join(parts))
-
-
-def digest(content: bytes) -> str:
-    """A short name for some bytes."""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

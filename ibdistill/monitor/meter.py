@@ -6,52 +6,23 @@ them into means. Between logging steps nothing waits for the device.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-from tqdm import tqdm
 
 from ibdistill.data.batches import Batch
+from ibdistill.objectives.weights import GRADIENT
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 logger = logging.getLogger("ibdistill")
-
-GRADIENT = "gradient_"
-"""Prefix of a term that is the squared norm of another term's gradient, see `objectives.term_gradients`."""
-
-_LAYOUT = {
-    "training": {
-        "losses": ["Multiline", ["loss/.*"]],
-        "mutual information": ["Multiline", ["mi/(bound|entropy|constant)$"]],
-        "share of the gradient": ["Multiline", ["grad/share_.*"]],
-        "token accuracy": ["Multiline", ["accuracy/.*"]],
-    },
-    "evaluation": {
-        "accuracy": ["Multiline", ["eval/.*_accuracy$"]],
-        "calibration error": ["Multiline", ["eval/.*_ece.*"]],
-        "faithfulness": ["Multiline", ["eval/.*_(faithful|implies|agreement)$"]],
-        "rationale text": ["Multiline", ["eval/.*_rationale_(bleu|chrf|rouge_l)$"]],
-    },
-    "machine": {
-        "seconds of a step": ["Multiline", ["speed/.*_s$"]],
-        "tokens a second": ["Multiline", ["speed/tokens_per_s.*"]],
-        "memory": ["Multiline", ["memory/.*"]],
-    },
-}
 
 
 @dataclass(frozen=True)
@@ -195,81 +166,6 @@ class Meter:
         return interval
 
 
-class Board:
-    """TensorBoard events of a run and its progress bar; rank 0 only, nothing elsewhere or if `off`."""
-
-    def __init__(
-        self, folder: Path, world: World, step: int, last_step: int = 0, *, off: bool = False
-    ) -> None:
-        """`step`: the step to continue from; later points of an interrupted run are purged.
-
-        `last_step`: length of the progress bar that is shown if standard error is a terminal.
-        """
-        self._writer = self._bar = None
-        if world.rank == 0 and not off:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-            self._writer.add_custom_scalars(_LAYOUT)
-        if world.rank == 0 and last_step and sys.stderr.isatty():
-            self._bar = tqdm(total=last_step, initial=step, unit="step", dynamic_ncols=True)
-            for handler in logger.handlers:
-                handler.setStream(_AboveBar())
-
-    def scalars(self, values: dict[str, float], step: int) -> None:
-        """Write scalars by tag."""
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-
-    def text(self, tag: str, text: str, step: int, *, markdown: bool = False) -> None:
-        """Write a text; it is shown verbatim unless it is Markdown."""
-        if self._writer is not None:
-            lines = text if markdown else "\n".join("    " + line for line in text.splitlines())
-            self._writer.add_text(tag, lines, step)
-
-    def figures(self, figures: dict[str, Figure], step: int) -> None:
-        """Write figures by tag, as images."""
-        if self._writer is not None:
-            for tag, figure in figures.items():
-                self._writer.add_figure(tag, figure, step, close=False)
-
-    def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
-        """A row of the HPARAMS tab: settings, and final scores under the tags of their scalars."""
-        if self._writer is not None:
-            plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-            for summary in hparams(plain, scores):
-                self._writer.file_writer.add_summary(summary)
-
-    def advance(self, step: int) -> None:
-        """Move the progress bar, if there is one."""
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            for handler in logger.handlers:
-                handler.setStream(sys.stderr)
-        if self._writer is not None:
-            self._writer.close()
-
-
-class _AboveBar:
-    """A stream that writes above the progress bar."""
-
-    def write(self, text: str) -> None:
-        tqdm.write(text, file=sys.stderr, end="")
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old content or the new, never half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
-
-
 def tag(term: str) -> str:
     """The TensorBoard tag of a term: `ce_predict` -> `loss/predict`, `kd_predict` -> `loss/kd_predict`,
     `mi` -> `loss/mi`, `mi_bound` -> `mi/bound`, `vid` -> `loss/vid`, `vid_bound` -> `mi/vid_bound`,
@@ -282,17 +178,6 @@ def tag(term: str) -> str:
     if kind == "vid" and rest:
         return f"mi/{term}"
     return f"loss/{rest if kind == 'ce' else term}"
-
-
-def hyperparameters(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What tells a sweep's runs apart: the objective, the seed, and whatever is not at its default."""
-    return {
-        name: value
-        for name, value in settings.items()
-        if name.startswith("objective.")
-        or name == "run.seed"
-        or (value != defaults[name] and not name.startswith("run."))
-    }
 
 
 def constant_share(term: float, constant: float) -> float:

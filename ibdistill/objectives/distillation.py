@@ -13,7 +13,6 @@ the same as in ordinary finetuning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -22,40 +21,12 @@ from torch import Tensor, nn
 
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.data.batches import Batch
-from ibdistill.models import student
+from ibdistill.models import forward as models_forward
 from ibdistill.models.families import ENCODER_DECODER, family
-from ibdistill.monitor.meter import GRADIENT
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
+from ibdistill.objectives.teacher_answers import TeacherSignal
+from ibdistill.objectives.weights import GRADIENT, mi_settings, uses_vib, uses_vid
 from ibdistill.ops.head_loss.api import MISettings, Stream, Teacher, Weights, head_loss
-from ibdistill.teacher.teacher import TeacherSignal, Wanted
-
-
-def streams_of(objective: ObjectiveConfig) -> Sequence[str]:
-    """The streams that a method trains."""
-    return ("predict",) if objective.method == "finetune" else ("predict", "explain")
-
-
-def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
-    """The mutual-information term that the head loss computes, or None."""
-    if "ib" not in objective.method or objective.beta == 0 or objective.estimator in ("vid", "vib"):
-        return None
-    return MISettings(
-        estimator=objective.estimator,
-        pool=objective.pool,
-        gradient=objective.mi_gradient,
-        temperature=objective.infonce_temperature,
-        pair=objective.mi_pair,
-    )
-
-
-def uses_vid(objective: ObjectiveConfig) -> bool:
-    """Whether the mutual-information term is the one between teacher and student states."""
-    return "ib" in objective.method and objective.beta != 0 and objective.estimator == "vid"
-
-
-def uses_vib(objective: ObjectiveConfig) -> bool:
-    """Whether the mutual-information term is the bottleneck between question and decoder."""
-    return "ib" in objective.method and objective.beta != 0 and objective.estimator == "vib"
 
 
 def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
@@ -67,40 +38,6 @@ def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
             "answer reads the question's states in every layer; choose an encoder-decoder student or another "
             "estimator"
         )
-
-
-def distils(objective: ObjectiveConfig) -> bool:
-    """Whether the teacher's token distributions are distilled."""
-    return "kd" in objective.method and objective.gamma != 0
-
-
-def wanted(objective: ObjectiveConfig) -> Wanted | None:
-    """What the objective asks of a teacher; None: nothing."""
-    pairs = "ib" in objective.method and objective.beta != 0 and objective.mi_pair == "teacher"
-    result = Wanted(uses_vid(objective), distils(objective) or pairs, objective.kd_temperature)
-    return result if result.questions or result.targets else None
-
-
-def teacher_streams(objective: ObjectiveConfig) -> Sequence[str]:
-    """The streams whose targets a teacher reads; none if it is asked for question states only."""
-    asked = wanted(objective)
-    return streams_of(objective) if asked and asked.targets else ()
-
-
-def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
-    """What each term's *sum* is multiplied with, given a step's global counts (`plan.Plan.counts`)."""
-    if objective.method == "finetune":
-        return Weights(ce_predict=1.0 / counts["predict"])
-    predict = objective.alpha / counts["predict"]
-    explain = (1.0 - objective.alpha) / max(1, counts["explain"])
-    gamma = objective.gamma if distils(objective) else 0.0
-    return Weights(
-        ce_predict=predict,
-        ce_explain=explain,
-        mi=objective.beta / max(1, counts["explained"]) if mi_settings(objective) else 0.0,
-        kd_predict=gamma * predict,
-        kd_explain=gamma * explain,
-    )
 
 
 class _LossHead(nn.Module):
@@ -222,7 +159,7 @@ class Distillation(nn.Module):
 
         `question_tokens`: of the whole step, for vid and vib.
         """
-        states = student.states(self.model, batch, bottleneck=self.vib)
+        states = models_forward.states(self.model, batch, bottleneck=self.vib)
         streams = {
             name: Stream(hidden, batch.labels[name], batch.cu[name])
             for name, hidden in states.targets.items()
@@ -284,30 +221,3 @@ def _split(stream: Stream, questions: int) -> tuple[Stream, Stream]:
         Stream(hidden[:at], labels[:at], cu[: questions + 1]),
         Stream(hidden[at:], labels[at:], cu[questions:] - cu[questions]),
     )
-
-
-def means(sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
-    """Terms as people read them, from sums and counts of the same steps.
-
-    Cross entropies and divergences in nats a token, the mutual-information terms in nats a
-    question; `vid` in nats a question token and teacher dimension, `vib` in nats a question token, its
-    twin in the explain stream included.
-    """
-    counts = counts | dict.fromkeys(("vid", "vib"), counts.get("question_tokens", 0))
-    return {
-        name: value / (counts.get(name.rsplit("_", 1)[-1]) or sums.get("mi_questions") or 1)
-        for name, value in sums.items()
-        if name != "mi_questions"
-    }
-
-
-def total(objective: ObjectiveConfig, mean: dict[str, float]) -> float:
-    """The total loss of the mean terms."""
-    if objective.method == "finetune":
-        return mean["ce_predict"]
-    shares = {"predict": objective.alpha, "explain": 1 - objective.alpha}
-    value = sum(share * mean[f"ce_{stream}"] for stream, share in shares.items())
-    if distils(objective):
-        value += objective.gamma * sum(share * mean[f"kd_{stream}"] for stream, share in shares.items())
-    term = next((mean[name] for name in ("vid", "vib", "mi") if name in mean), 0.0)
-    return value + (objective.beta or 0.0) * term

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ibdistill.monitor.meter import GRADIENT
+from ibdistill.objectives.weights import GRADIENT
 from ibdistill.ops.vib import add_noise, vib_terms
 from ibdistill.ops.vid.api import vid_loss
 

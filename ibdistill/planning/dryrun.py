@@ -26,12 +26,15 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
+from ibdistill.data.features import Features, Ragged
 from ibdistill.models import families, presets
-from ibdistill.models import student as models_student
+from ibdistill.models import forward as models_forward
+from ibdistill.models.student import with_lora
 from ibdistill.objectives import distillation
+from ibdistill.objectives.teacher_answers import TeacherSignal, Wanted
+from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
-from ibdistill.teacher.teacher import TeacherSignal, Wanted
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -53,8 +56,8 @@ class Lengths:
     def batch(self, model: nn.Module, streams: Sequence[str]) -> batches.Batch:
         """As `data.collate` makes it; without streams the questions alone (`models.states`)."""
         parts = {"question": self.question, "predict": self.label, "explain": self.rationale}
-        ids = {name: batches.Ragged([np.full(n, 2)] * self.questions) for name, n in parts.items()}
-        features = batches.Features(
+        ids = {name: Ragged([np.full(n, 2)] * self.questions) for name, n in parts.items()}
+        features = Features(
             ids=["?"] * self.questions,
             groups=np.zeros(self.questions, dtype=int),
             questions=dict.fromkeys(batches.STREAMS, ids["question"]),
@@ -63,7 +66,7 @@ class Lengths:
         separator = 1 if families.family(base_of(model)) == families.DECODER_ONLY else None
         rows, read = range(self.questions), streams or batches.STREAMS
         batch = batches.collate(features, rows, read, pad=0, start=0, separator=separator)
-        return batch if streams else models_student.questions_only(batch)
+        return batch if streams else models_forward.questions_only(batch)
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -116,7 +119,7 @@ class Skeleton:
         if student.gradient_checkpointing:
             model.activation_checkpointing_enable()
         if student.lora_rank:
-            model = models_student.with_lora(model, student)
+            model = with_lora(model, student)
         return model.train()
 
     def sizes(self) -> list[tuple[int, bool]]:
@@ -165,7 +168,7 @@ def student_step(
     device: str = "cuda",
 ) -> Living:
     """Forward and backward of a micro-batch; its gradients' memory is there already, as a model state."""
-    streams = distillation.streams_of(objective)
+    streams = streams_of(objective)
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     with skeleton.mode:
         width = teacher_head[1] if wanted and wanted.questions else 0
@@ -178,7 +181,7 @@ def student_step(
     tracker = _Tracker([*known, *module.buffers(), *_tensors(batch)])
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
-    weights = distillation.step_weights(objective, {"predict": 1, "explain": 1, "explained": 1})
+    weights = step_weights(objective, {"predict": 1, "explain": 1, "explained": 1})
     with _attention(device), skeleton.mode, tracker:
         loss, _ = module(batch, weights, signal, 1)
         loss.backward()
@@ -193,7 +196,7 @@ def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str]
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
     with _attention(device), skeleton.mode, tracker, torch.no_grad():
-        states = models_student.states(skeleton.model, batch)
+        states = models_forward.states(skeleton.model, batch)
     del states
     return Living(tracker.peak)
 
@@ -218,7 +221,7 @@ def uses(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], *, head: 
     hooks = [module.register_forward_pre_hook(note) for module in owners]
     batch = skeleton.fake(lengths.batch(model, streams))
     with skeleton.mode, torch.no_grad():
-        models_student.states(model, batch)
+        models_forward.states(model, batch)
     for hook in hooks:
         hook.remove()
     last = tuple(base_of(model).get_output_embeddings().parameters())

@@ -21,18 +21,19 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ibdistill.config import zero_file
 from ibdistill.config.sections import Config, TeacherConfig
 from ibdistill.data import tokenizers
+from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
-from ibdistill.models.student import load_tokenizer
-from ibdistill.objectives import distillation
+from ibdistill.objectives import weights
 from ibdistill.ops.head_loss.api import CHUNK_BYTES
 from ibdistill.ops.linear import multiplies_natively
 from ibdistill.planning import dryrun
 from ibdistill.planning.dryrun import Lengths, Skeleton, Use
+from ibdistill.runtime import deepspeed_fixes
 from ibdistill.teacher import sharding
 from ibdistill.teacher.teacher import SHARDED
-from ibdistill.training import engine
 
 GIB = 2**30
 PLACED = ("replica", *SHARDED)
@@ -79,7 +80,7 @@ class Zero:
     @classmethod
     def read(cls, name: str) -> Zero:
         """Of `deepspeed.config`. Raises ValueError as `engine.read_ds_config`."""
-        return cls.of(engine.read_ds_config(name))
+        return cls.of(zero_file.read_ds_config(name))
 
     def persistent(self, sizes: Sizes) -> int:
         """Elements that stay whole on every rank in stage 3."""
@@ -180,7 +181,7 @@ def step_buffers(sizes: Sizes, precision: str, zero: Zero, ranks: int) -> int:
     if zero.offload_optimizer or (zero.stage == 0 and precision == "fp32"):
         return 0
     if zero.stage == 0:
-        return 4 * max(min(engine.step_elements(trained), trained), *(n for n, t in sizes if t))
+        return 4 * max(min(deepspeed_fixes.step_elements(trained), trained), *(n for n, t in sizes if t))
     return 4 * min(-(-trained // ranks), 1_000_000_000 if zero.stage == 3 else trained)
 
 
@@ -252,15 +253,15 @@ def activation_bytes(
     config: Config, student: Skeleton, teacher: Skeleton | None, lengths: Lengths, device: str
 ) -> int:
     """The most that a micro-batch's forward and backward pass hold beside the model states."""
-    objective, wanted = config.objective, distillation.wanted(config.objective) if teacher else None
+    objective, wanted = config.objective, weights.wanted(config.objective) if teacher else None
     head = teacher.head if teacher else (0, 0)
     living = dryrun.student_step(student, lengths, objective, wanted=wanted, teacher_head=head, device=device)
     inside = head_loss_bytes(
-        lengths.targets(distillation.streams_of(objective)),
+        lengths.targets(weights.streams_of(objective)),
         lengths.questions,
         student.head,
         config.student.precision,
-        mi=distillation.mi_settings(objective) is not None,
+        mi=weights.mi_settings(objective) is not None,
         teacher=head if wanted and wanted.targets else None,
         device=device,
     )
@@ -307,9 +308,9 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase | _Rows | None:
 
 def student_sizes(config: Config, student: Skeleton, teacher: Skeleton | None) -> Sizes:
     """The student's parameters and those of vid's map or vib's noise."""
-    if distillation.uses_vib(config.objective):
+    if weights.uses_vib(config.objective):
         return [*student.sizes(), (student.head[1], True)]
-    if teacher is None or not distillation.uses_vid(config.objective):
+    if teacher is None or not weights.uses_vid(config.objective):
         return student.sizes()
     width = teacher.head[1]
     return [*student.sizes(), (width * student.head[1], True), (width, True), (width, True)]

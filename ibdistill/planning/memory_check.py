@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
-from ibdistill.config.sections import DS_CONFIGS, Config
-from ibdistill.objectives import distillation
+from ibdistill.config.sections import Config
+from ibdistill.config.zero_file import DS_CONFIGS
+from ibdistill.objectives import weights
+from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Skeleton
 from ibdistill.planning.footprint import GIB, PLACED, Zero
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
-from ibdistill.teacher.teacher import Wanted
 
 
 def certain_bytes(
@@ -30,7 +31,7 @@ def certain_bytes(
             zero = dataclasses.replace(zero, reduce_bucket=bucket)
         parts, host = footprint.student_states(sizes, config.student.precision, zero, ranks)
     if teacher is not None:
-        wanted = distillation.wanted(config.objective) or Wanted(False, False, text=True)
+        wanted = weights.wanted(config.objective) or Wanted(False, False, text=True)
         needs = wanted.targets or wanted.text
         more, hosted = footprint.teacher_states(
             teacher.sizes(), teacher.head, config.teacher, ranks, on_node, wants_head=needs
@@ -45,7 +46,7 @@ def check(config: Config, world: World) -> None:
     Reads configurations only. The message names the combinations of `deepspeed.config` and
     `teacher.placement` that would fit. A teacher that only writes is gone before the student comes.
     """
-    together = distillation.wanted(config.objective) is not None
+    together = weights.wanted(config.objective) is not None
     check_models(config, world, with_student=True, with_teacher=together)
     if not together:
         check_models(config, world, with_student=False, with_teacher=True)

@@ -43,14 +43,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import TeacherConfig
 from ibdistill.data import batches
-from ibdistill.data.batches import Batch, Features
+from ibdistill.data.batches import Batch
+from ibdistill.data.features import Features
 from ibdistill.data.records import STREAMS
 from ibdistill.models import families
+from ibdistill.objectives.teacher_answers import TeacherSignal, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
-from ibdistill.runtime import distributed, hardware
+from ibdistill.runtime import distributed, files, hardware
 from ibdistill.runtime.distributed import World
 from ibdistill.teacher.cache import Entry, SignalCache, key_of
-from ibdistill.teacher.teacher import SHARDED, Teacher, TeacherSignal, Wanted, fit_rows
+from ibdistill.teacher.teacher import SHARDED, Teacher, fit_rows
 
 logger = logging.getLogger("ibdistill")
 
@@ -295,7 +297,7 @@ class Signals:
         )
         fingerprint = {
             "teacher": families.identity(config.model),
-            "tokenizer": families.digest(repr(sorted(tokenizer.get_vocab().items())).encode()),
+            "tokenizer": files.digest(repr(sorted(tokenizer.get_vocab().items())).encode()),
             "precision": "8bit" if config.load_in_8bit else config.precision,
             "holds": holds,
         }

@@ -30,7 +30,6 @@ import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -40,7 +39,9 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokeniz
 from ibdistill.config.sections import TeacherConfig
 from ibdistill.data import tokenizers
 from ibdistill.data.batches import Batch
-from ibdistill.models import families, presets, student
+from ibdistill.models import families, presets
+from ibdistill.models import forward as models_forward
+from ibdistill.objectives.teacher_answers import TeacherSignal, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
@@ -50,39 +51,6 @@ logger = logging.getLogger("ibdistill")
 
 SHARDED = ("zero3", "zero3_node", "cpu_offload")
 _PADDING_BIAS = -1e4
-
-
-@dataclass(frozen=True)
-class TeacherSignal:
-    """What the teacher says about one micro-batch, whether it was asked just now or long ago."""
-
-    questions: Tensor | None = None
-    """[N_question, D_teacher] states of the predict stream's question tokens; None: not asked for."""
-    targets: dict[str, TeacherStream] = field(default_factory=dict)
-    """Stream -> hidden states [N, D_teacher] or top k at the target positions; empty: not asked for."""
-    weight: Tensor | None = None
-    """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states."""
-    bias: Tensor | None = None
-    """[V]"""
-
-    def tensors(self) -> list[Tensor]:
-        """All tensors of it."""
-        streams = [t for stream in self.targets.values() for t in stream]
-        return [t for t in (self.questions, self.weight, self.bias, *streams) if t is not None]
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What an objective asks of the teacher."""
-
-    questions: bool
-    """States of the question's tokens."""
-    targets: bool
-    """States at the target positions, and the head."""
-    temperature: float = 1.0
-    """Of the distributions, for a teacher's top k."""
-    text: bool = False
-    """Text that it writes."""
 
 
 class Teacher:
@@ -265,14 +233,14 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """`models.States` as plain containers: DeepSpeed's hooks do not look into others."""
-        states = student.states(self.model, batch, targets=self.targets)
+        states = models_forward.states(self.model, batch, targets=self.targets)
         return states.targets, states.questions
 
 
 def own_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer of the text that a teacher writes. Raises ValueError if it has none."""
     if name not in presets.PRESETS:
-        return student.load_tokenizer(name, "teacher.model")
+        return tokenizers.load_tokenizer(name, "teacher.model")
     if name.startswith("demo-"):
         return tokenizers.demo_tokenizer()
     raise ValueError(
@@ -284,8 +252,8 @@ def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int, o
     """Raise ValueError unless the teacher reads the student's token ids."""
     if name in presets.PRESETS:
         return
-    theirs = student.load_tokenizer(name, "teacher.model")
-    student.check_vocabularies(tokenizer, theirs, rows, own_rows)
+    theirs = tokenizers.load_tokenizer(name, "teacher.model")
+    tokenizers.check_vocabularies(tokenizer, theirs, rows, own_rows)
 
 
 def fit_rows(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:

@@ -38,13 +38,12 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill.config.sections import Config
 from ibdistill.data.loading import TASKS
 from ibdistill.data.records import Record
-from ibdistill.evaluation import predictions
-from ibdistill.evaluation.predictions import Sampling
-from ibdistill.models import families, presets
-from ibdistill.monitor import meter
-from ibdistill.runtime import distributed
+from ibdistill.models import decoding, families, presets
+from ibdistill.models.decoding import Sampling
+from ibdistill.objectives.teacher_answers import Wanted
+from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import StopRequest, World
-from ibdistill.teacher.teacher import SHARDED, Teacher, Wanted, own_tokenizer
+from ibdistill.teacher.teacher import SHARDED, Teacher, own_tokenizer
 from ibdistill.teacher.texts import (
     FORMAT,
     Texts,
@@ -128,7 +127,7 @@ def write(
             loaded = None
     kept, counts = read(config, records, texts, template, partial=part[1] > 1)
     if world.rank == 0 and part[1] == 1:
-        meter.write_json(folder / "summary.json", {"teacher.model": settings.model, "counts": counts})
+        files.write_json(folder / "summary.json", {"teacher.model": settings.model, "counts": counts})
     logger.info("teacher's text: %s (%s)", ", ".join(f"{k} {n}" for k, n in counts.items()), folder)
     return Written(kept, counts, loaded)
 
@@ -258,7 +257,7 @@ class _Desk:
         """The texts for one batch of (key, prompts)."""
         texts: list[Texts] = [{} for _ in batch]
         for name, limit in self._limits.items():
-            decoded = predictions.decode(
+            decoded = decoding.decode(
                 self._model,
                 self._tokenizer,
                 [prompts[name] for _, prompts in batch],

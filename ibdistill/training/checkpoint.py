@@ -29,9 +29,9 @@ from typing import Any
 import deepspeed
 import torch.distributed as dist
 
-from ibdistill.monitor.meter import write_json
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
+from ibdistill.runtime.files import write_json
 
 logger = logging.getLogger("ibdistill")
 

@@ -7,25 +7,23 @@ import dataclasses
 import pytest
 import yaml
 
-from ibdistill.config import sections
 from ibdistill.config.fields import describe, from_flat, to_flat
+from ibdistill.config.load import load_settings, recipes, to_yaml
 from ibdistill.config.sections import Config
 
 
 def test_precedence_is_defaults_then_recipe_then_overrides(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("optim: {lr: 3e-4, max_steps: 7}\n")
-    loaded = sections.load(str(recipe), {"optim.max_steps": 9})
+    loaded = load_settings(str(recipe), {"optim.max_steps": 9})
     assert (loaded.optim.lr, loaded.optim.max_steps, loaded.optim.batch_size) == (3e-4, 9, 64)
     assert loaded.run.dir == "runs/mine"
 
 
 def test_yaml_round_trip():
-    written = sections.load(None, {"data.task": ["svamp", "cqa"], "student.dropout": 0.2, "run.dir": "x"})
+    written = load_settings(None, {"data.task": ["svamp", "cqa"], "student.dropout": 0.2, "run.dir": "x"})
     flat = {
-        f"{s}.{k}": v
-        for s, fields in yaml.safe_load(sections.to_yaml(written)).items()
-        for k, v in fields.items()
+        f"{s}.{k}": v for s, fields in yaml.safe_load(to_yaml(written)).items() for k, v in fields.items()
     }
     assert from_flat(Config, flat) == written
     assert to_flat(written) == flat
@@ -48,7 +46,7 @@ def test_yaml_round_trip():
 )
 def test_values_are_brought_to_their_type(name, given, value):
     section, key = name.split(".")
-    found = getattr(getattr(sections.load(None, {name: given}), section), key)
+    found = getattr(getattr(load_settings(None, {name: given}), section), key)
     assert found == value and type(found) is type(value)
 
 
@@ -79,12 +77,12 @@ def test_values_are_brought_to_their_type(name, given, value):
 )
 def test_what_is_refused_says_what_is_allowed(name, given, message):
     with pytest.raises(ValueError, match=message):
-        sections.load(None, {name: given})
+        load_settings(None, {name: given})
 
 
 def test_warmup_beyond_the_end_is_refused():
     with pytest.raises(ValueError, match=r"optim.warmup_steps is 9, more than optim.max_steps \(5\)"):
-        sections.load(None, {"optim.warmup_steps": 9, "optim.max_steps": 5})
+        load_settings(None, {"optim.warmup_steps": 9, "optim.max_steps": 5})
 
 
 @pytest.mark.parametrize(
@@ -101,20 +99,20 @@ def test_bad_recipes(tmp_path, content, message):
     path = tmp_path / "bad.yaml"
     path.write_text(content)
     with pytest.raises(ValueError, match=message):
-        sections.load(str(path), {})
+        load_settings(str(path), {})
 
 
 def test_unknown_recipe_lists_the_shipped_ones():
     with pytest.raises(ValueError, match=r"no recipe 'demoo'.*shipped: .*demo"):
-        sections.load("demoo", {})
+        load_settings("demoo", {})
 
 
 def test_every_shipped_recipe_loads_and_names_the_papers_settings():
-    assert {"demo", "svamp", "cqa", "gsm8k", "esnli", "anli1"} <= set(sections.recipes())
-    for name in sections.recipes():
-        sections.load(name, {})
+    assert {"demo", "svamp", "cqa", "gsm8k", "esnli", "anli1"} <= set(recipes())
+    for name in recipes():
+        load_settings(name, {})
     for name in ("svamp", "cqa", "esnli", "anli1"):
-        loaded = sections.load(name, {})
+        loaded = load_settings(name, {})
         optim, objective = loaded.optim, loaded.objective
         assert (optim.lr, optim.batch_size, optim.max_steps) == (5e-5, 64, 10_000)
         assert (objective.method, objective.alpha, objective.beta) == ("ib", 0.5, 0.1)

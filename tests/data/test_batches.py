@@ -7,7 +7,8 @@ import pytest
 from feature_tables import features_of, random_features
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.batches import collate, tokenize
+from ibdistill.data.batches import collate
+from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Plan
 

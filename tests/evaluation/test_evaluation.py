@@ -12,8 +12,10 @@ import torch
 
 from ibdistill.evaluation import calibration
 from ibdistill.evaluation import predictions as evaluation_predictions
+from ibdistill.models import decoding
 from ibdistill.models import student
 from ibdistill.evaluation import faithfulness
+from ibdistill.evaluation import text_scores
 from ibdistill.data import tokenizers
 from ibdistill.config.sections import DataConfig
 from ibdistill.config.sections import StudentConfig
@@ -32,15 +34,15 @@ def predictions(records):
     for i, record in enumerate(records):
         label = record.gold if i % 4 else "n0 * 99"
         rationale = record.rationale if i % 5 else "and so on ."
-        answer = evaluation_predictions.Answer(label, i / 40, 0.9)
-        made.append(evaluation_predictions.prediction(record, answer, evaluation_predictions.Answer(rationale, 1.0, 1.0)))
+        answer = decoding.Answer(label, i / 40, 0.9)
+        made.append(evaluation_predictions.prediction(record, answer, decoding.Answer(rationale, 1.0, 1.0)))
     return made
 
 
 def test_the_confidence_ends_with_the_end_token():
     """Two answers of a batch: one ends after two tokens (eos = 1) and is padded, one never ends."""
     logits = torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    processor = evaluation_predictions._Confidence()
+    processor = decoding._Confidence()
     generated = torch.tensor([[4, 1, 0], [5, 3, 2]])
     for step, scores in enumerate(logits):
         for row in range(2):
@@ -62,7 +64,7 @@ def test_scores_join_calibration_texts_and_faithfulness(predictions):
     assert scores["first_token_ece"] == pytest.approx(0.15) and scores["first_token_confidence"] == 0.9
     assert scores["implies"] == 0.8 and scores["rationale_accuracy"] == 0.8
     assert scores["faithful"] == pytest.approx(24 / 40) and scores["agreement"] == pytest.approx(24 / 32)
-    texts = faithfulness.text_scores(
+    texts = text_scores.text_scores(
         [p.rationale for p in predictions], [p.record.rationale for p in predictions]
     )
     assert {name: scores[f"rationale_{name}"] for name in texts} == texts

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ibdistill.evaluation import predictions
+from ibdistill.models import decoding
 from ibdistill.evaluation import report
 from ibdistill.evaluation import plots
 from ibdistill.config.sections import DataConfig
@@ -53,9 +54,9 @@ def test_figures_of_constant_answers_draw(n, right):
 
 
 def predictions_of(records: list[Record], right: list[bool]) -> list[predictions.Prediction]:
-    explained = [predictions.Answer(r.rationale, 1.0, 1.0) for r in records]
+    explained = [decoding.Answer(r.rationale, 1.0, 1.0) for r in records]
     return [
-        predictions.prediction(r, predictions.Answer(r.gold if ok else "| `x`", 0.5, 0.5), rationale)
+        predictions.prediction(r, decoding.Answer(r.gold if ok else "| `x`", 0.5, 0.5), rationale)
         for r, ok, rationale in zip(records, right, explained, strict=True)
     ]
 

@@ -10,6 +10,7 @@ import pytest
 from miniatures import DATA, loaded, real_data
 
 from ibdistill.evaluation import faithfulness
+from ibdistill.evaluation import text_scores
 from ibdistill.data.records import Record
 
 
@@ -125,9 +126,9 @@ def test_rouge_l_equals_a_recursion_over_subsequences():
     ]
     for ours, theirs in pairs:
         a, b = tuple(ours.lower().split()), tuple(theirs.lower().split())
-        assert faithfulness.rouge_l(ours, theirs) == pytest.approx(2 * by_recursion(a, b) / (len(a) + len(b)))
-    assert faithfulness.rouge_l("", "a") == faithfulness.rouge_l("", "") == 0.0
-    scores = faithfulness.text_scores(["a b c d", "start n0 ."], ["a b c d", "start n0 ."])
+        assert text_scores.rouge_l(ours, theirs) == pytest.approx(2 * by_recursion(a, b) / (len(a) + len(b)))
+    assert text_scores.rouge_l("", "a") == text_scores.rouge_l("", "") == 0.0
+    scores = text_scores.text_scores(["a b c d", "start n0 ."], ["a b c d", "start n0 ."])
     assert scores == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 100, "words": 3.5})
 
 
@@ -142,14 +143,14 @@ def test_embedding_cosine_is_the_mean_over_pairs(monkeypatch, tmp_path):
             return np.array([[len(text), 1.0] for text in texts], dtype=np.float32)
 
     monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Encoder))
-    encoder = faithfulness.load_encoder(str(tmp_path))
-    cosine = faithfulness.embedding_cosine(encoder, ["aa", "b"], ["aa", "bbb"])
+    encoder = text_scores.load_encoder(str(tmp_path))
+    cosine = text_scores.embedding_cosine(encoder, ["aa", "b"], ["aa", "bbb"])
     assert cosine == pytest.approx((1 + 4 / (2**0.5 * 10**0.5)) / 2, abs=1e-6)
     with pytest.raises(ValueError, match="must be the folder of a downloaded model"):
-        faithfulness.load_encoder(str(tmp_path / "none"))
+        text_scores.load_encoder(str(tmp_path / "none"))
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match="pip install sentence-transformers"):
-        faithfulness.load_encoder(str(tmp_path))
+        text_scores.load_encoder(str(tmp_path))
 
 
 def test_reasoning_steps_are_computations_or_clauses():

@@ -22,12 +22,12 @@ from transformers import (
 
 from ibdistill.config.sections import DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
+from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Plan
-from ibdistill.evaluation import predictions
-from ibdistill.models import export, families
-from ibdistill.models import student as models_student
-from ibdistill.objectives import distillation
+from ibdistill.models import decoding, export, families, forward
+from ibdistill.models.student import check_context, check_fit, load_model, load_student
+from ibdistill.objectives import distillation, weights
 
 STREAMS = ("predict", "explain")
 SHAPE = dict(
@@ -92,7 +92,7 @@ def byte_tokenizer(*, bos: bool = False) -> PreTrainedTokenizerFast:
 
 
 def answers(*args, **kwargs) -> list[str]:
-    return [answer.text for answer in predictions.decode(*args, **kwargs)]
+    return [answer.text for answer in decoding.decode(*args, **kwargs)]
 
 
 @pytest.fixture
@@ -103,7 +103,7 @@ def folder(tmp_path):
         name = str(tmp_path / f"{model_type}-{bos}")
         tiny(model_type, **overrides).save_pretrained(name)
         byte_tokenizer(bos=bos).save_pretrained(name)
-        return name, models_student.load_tokenizer(name, "student.tokenizer")
+        return name, tokenizers.load_tokenizer(name, "student.tokenizer")
 
     return make
 
@@ -158,7 +158,7 @@ def test_states_through_the_head_are_the_models_own_logits(model_type, bos):
     model = tiny(model_type).double()
     features = features_of([(9, 2, 7), (4, 5, 0), (13, 1, 3)])
     batch = batches.collate(features, [0, 1, 2], STREAMS, pad=0, start=bos, separator=5)
-    states = models_student.states(model, batch)
+    states = forward.states(model, batch)
     lead = [] if bos is None else [bos]
     questions = []
     for stream in STREAMS:
@@ -176,7 +176,7 @@ def test_states_through_the_head_are_the_models_own_logits(model_type, bos):
                 questions.append(hidden[0, len(lead) : len(prompt)])
     assert ours.std() > 0.1
     torch.testing.assert_close(states.questions, torch.cat(questions), rtol=1e-9, atol=1e-9)
-    only = models_student.states(model, batch, targets=False).questions
+    only = forward.states(model, batch, targets=False).questions
     torch.testing.assert_close(only, torch.cat(questions), rtol=1e-9, atol=1e-9)
 
 
@@ -188,10 +188,10 @@ def test_loss_and_gradients_equal_transformers_own_on_masked_prompts(model_type,
     objective = ObjectiveConfig(method=method, alpha=0.3)
     features = random_features(40)
     plan = Plan(features, DataConfig(), batch_size=6, seed=0)
-    streams = distillation.streams_of(objective)
+    streams = weights.streams_of(objective)
     batch = batches.collate(features, plan.step(0), streams, pad=0, start=3, separator=5)
     wrapped = distillation.Distillation(model, objective)
-    loss, _ = wrapped(batch, distillation.step_weights(objective, plan.counts(0)))
+    loss, _ = wrapped(batch, weights.step_weights(objective, plan.counts(0)))
     loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -220,9 +220,7 @@ def test_training_rows_begin_with_the_prompt_that_decoding_uses(bos):
     tokenizer = byte_tokenizer(bos=bos)
     records = [Record(f"r{i}", "t", "word " * (3 + 9 * i), "yes", "as it is", gold="yes") for i in range(3)]
     config = DataConfig(max_question_tokens=40)
-    features = batches.tokenize(
-        records, {"t": {"predict": "predict: ", "explain": "explain: "}}, tokenizer, config
-    )
+    features = tokenize(records, {"t": {"predict": "predict: ", "explain": "explain: "}}, tokenizer, config)
     newline = tokenizer.convert_tokens_to_ids("\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}")
     layout = families.layout(tiny("llama"), tokenizer)
     assert layout == {"pad": tokenizer.pad_token_id, "start": 1 if bos else None, "separator": newline}
@@ -248,8 +246,8 @@ def test_llamas_sentencepiece_tokenizer_brings_its_bos_and_a_newline_byte():
     for bos in (False, True):
         tokenizer = LlamaTokenizer(vocab=vocab, merges=[("\u2581", "a")], add_bos_token=bos)
         assert len(tokenizer("\n", add_special_tokens=False).input_ids) == 2  # a space comes first
-        assert batches.separator_of(tokenizer) == vocab["<0x0A>"]
-        assert batches.bos_of(tokenizer) == (1 if bos else None)
+        assert tokenizers.separator_of(tokenizer) == vocab["<0x0A>"]
+        assert tokenizers.bos_of(tokenizer) == (1 if bos else None)
 
 
 def greedy(model, ids: list[int], steps: int, end: int) -> list[int]:
@@ -265,7 +263,7 @@ def greedy(model, ids: list[int], steps: int, end: int) -> list[int]:
 def test_decoding_is_greedy_in_batches_and_alone(folder, model_type, bos):
     name, tokenizer = folder(model_type, bos=bos)
     assert tokenizer.pad_token == ("<|endoftext|>" if model_type == "qwen2" else tokenizer.eos_token)
-    model = models_student.load_student(StudentConfig(model=name), tokenizer, 0).eval()
+    model = load_student(StudentConfig(model=name), tokenizer, 0).eval()
     ends = [" and found 4" * (7 - i) + QUESTION[: 3 * i] for i in range(7)]
     questions = [f"predict: tom had {i} apples{end}" for i, end in enumerate(ends)]
     limits = dict(max_question_tokens=64, max_new_tokens=9, device=torch.device("cpu"))
@@ -282,11 +280,11 @@ def test_decoding_is_greedy_in_batches_and_alone(folder, model_type, bos):
 def test_a_published_models_sampling_settings_do_not_reach_decoding(folder):
     name, tokenizer = folder("qwen2")
     limits = dict(max_question_tokens=64, max_new_tokens=24, device=torch.device("cpu"))
-    plain = answers(models_student.load_model(name, tokenizer, setting="x"), tokenizer, TEXTS, **limits)
+    plain = answers(load_model(name, tokenizer, setting="x"), tokenizer, TEXTS, **limits)
     settings = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 3.0, "eos_token_id": [0, 7, 9]}
     with open(f"{name}/generation_config.json", "w") as file:
         json.dump(settings, file)
-    loaded = models_student.load_model(name, tokenizer, setting="x")
+    loaded = load_model(name, tokenizer, setting="x")
     assert answers(loaded, tokenizer, TEXTS, **limits) == plain
     theirs = AutoModelForCausalLM.from_pretrained(name)
     assert answers(theirs, tokenizer, TEXTS, **limits) != plain  # the settings do matter
@@ -295,12 +293,12 @@ def test_a_published_models_sampling_settings_do_not_reach_decoding(folder):
 @pytest.mark.parametrize(("model_type", "field"), [("gpt2", "resid_pdrop"), ("llama", "attention_dropout")])
 def test_a_local_folder_loads_with_its_weights_or_with_its_shape_only(folder, model_type, field):
     name, tokenizer = folder(model_type)
-    same = models_student.load_student(StudentConfig(model=name), tokenizer, 0)
+    same = load_student(StudentConfig(model=name), tokenizer, 0)
     original = AutoModelForCausalLM.from_pretrained(name)
     assert same.training and same.dtype == torch.float32
     embeddings = [m.get_input_embeddings().weight for m in (same, original)]
     assert torch.equal(*embeddings)
-    fresh = models_student.load_student(StudentConfig(model=name, init="random", dropout=0.3), tokenizer, 0)
+    fresh = load_student(StudentConfig(model=name, init="random", dropout=0.3), tokenizer, 0)
     assert getattr(fresh.config, field) == 0.3 and fresh.config.hidden_size == 32
     assert not torch.equal(fresh.get_input_embeddings().weight, embeddings[1])
 
@@ -308,7 +306,7 @@ def test_a_local_folder_loads_with_its_weights_or_with_its_shape_only(folder, mo
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "qwen2"])
 def test_lora_trains_adapters_and_the_export_says_the_same(folder, tmp_path, model_type):
     name, tokenizer = folder(model_type, bos=True)
-    student = models_student.load_student(StudentConfig(model=name, lora_rank=4), tokenizer, 0).eval()
+    student = load_student(StudentConfig(model=name, lora_rank=4), tokenizer, 0).eval()
     trainable = [n for n, p in student.named_parameters() if p.requires_grad]
     assert trainable and all("lora_" in n for n in trainable)
     limits = dict(max_question_tokens=64, max_new_tokens=9, device=torch.device("cpu"))
@@ -334,9 +332,9 @@ def test_gradient_checkpointing_does_not_change_gradients(folder, model_type):
     gradients = []
     for on in (False, True):
         config = StudentConfig(model=name, gradient_checkpointing=on, dropout=0.0)
-        student = models_student.load_student(config, tokenizer, 0).double()
+        student = load_student(config, tokenizer, 0).double()
         assert bool(student.is_gradient_checkpointing) == on
-        sum(s.square().sum() for s in models_student.states(student, batch).targets.values()).backward()
+        sum(s.square().sum() for s in forward.states(student, batch).targets.values()).backward()
         gradients.append({n: p.grad for n, p in student.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 15
     for n, gradient in gradients[0].items():
@@ -352,8 +350,7 @@ def test_a_compiled_student_says_the_same(folder, monkeypatch, model_type):
     )
     name, tokenizer = folder(model_type)
     eager, compiled = (
-        models_student.load_student(StudentConfig(model=name, compile=on), tokenizer, 0).eval()
-        for on in (False, True)
+        load_student(StudentConfig(model=name, compile=on), tokenizer, 0).eval() for on in (False, True)
     )
     assert compiled.get_decoder()._compiled_call_impl and not eager.get_decoder()._compiled_call_impl
     for lengths in ([(9, 2, 7), (4, 5, 0)], [(13, 1, 3), (6, 2, 2), (5, 5, 20)]):
@@ -361,7 +358,7 @@ def test_a_compiled_student_says_the_same(folder, monkeypatch, model_type):
             features_of(lengths), range(len(lengths)), STREAMS, pad=0, start=None, separator=5
         )
         with torch.no_grad():
-            ours, expected = (models_student.states(m, batch).targets["explain"] for m in (compiled, eager))
+            ours, expected = (forward.states(m, batch).targets["explain"] for m in (compiled, eager))
         torch.testing.assert_close(ours, expected)
 
 
@@ -377,7 +374,7 @@ def test_a_compiled_student_says_the_same(folder, monkeypatch, model_type):
 def test_models_that_the_loss_would_get_wrong_are_refused_by_name(tmp_path, config, message):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=message):
-        models_student.load_student(StudentConfig(model=str(tmp_path)), byte_tokenizer(), 0)
+        load_student(StudentConfig(model=str(tmp_path)), byte_tokenizer(), 0)
     with pytest.raises(ValueError, match="teacher.model is"):
         families.load_config(str(tmp_path), "teacher.model")
 
@@ -386,20 +383,20 @@ def test_targets_need_an_end_token():
     tokenizer = byte_tokenizer()
     tokenizer.eos_token = None
     with pytest.raises(ValueError, match="student.tokenizer has no end-of-sequence token"):
-        models_student.check_fit(tiny("gpt2"), tokenizer)
+        check_fit(tiny("gpt2"), tokenizer)
 
 
 def test_questions_and_targets_must_fit_the_positions():
     model = tiny("gpt2")
     config = DataConfig(max_question_tokens=191, max_label_tokens=4, max_rationale_tokens=64)
-    models_student.check_context(model, config)
+    check_context(model, config)
     config.max_question_tokens = 192
     with pytest.raises(
         ValueError, match="has 256 positions.* need 257; lower data.max_question_tokens to 191"
     ):
-        models_student.check_context(model, config)
+        check_context(model, config)
     seq2seq = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1))
-    models_student.check_context(seq2seq, DataConfig(max_question_tokens=100_000))
+    check_context(seq2seq, DataConfig(max_question_tokens=100_000))
     assert families.family(seq2seq) == families.ENCODER_DECODER
 
 
@@ -411,11 +408,11 @@ def with_token(tokenizer, token: str):
 def test_padding_rows_are_no_difference_between_vocabularies():
     student, teacher = byte_tokenizer(), byte_tokenizer()
     size = len(student)
-    assert models_student.check_vocabularies(student, teacher, size, size) == size
-    assert models_student.check_vocabularies(student, teacher, size + 28, size) == size
-    assert models_student.check_vocabularies(student, teacher, size + 28, size + 156) == size + 28
+    assert tokenizers.check_vocabularies(student, teacher, size, size) == size
+    assert tokenizers.check_vocabularies(student, teacher, size + 28, size) == size
+    assert tokenizers.check_vocabularies(student, teacher, size + 28, size + 156) == size + 28
     sentencepiece = tokenizers.demo_tokenizer()
-    assert models_student.check_vocabularies(sentencepiece, sentencepiece, 300, 320) == 300
+    assert tokenizers.check_vocabularies(sentencepiece, sentencepiece, 300, 320) == 300
 
 
 @pytest.mark.parametrize(
@@ -440,18 +437,18 @@ def test_padding_rows_are_no_difference_between_vocabularies():
 def test_other_vocabularies_are_refused_with_the_first_difference(student, teacher, message):
     n = len(byte_tokenizer())
     with pytest.raises(ValueError, match=message.format(n=n, m=n + 1)):
-        models_student.check_vocabularies(student, teacher, 500, 600)
+        tokenizers.check_vocabularies(student, teacher, 500, 600)
 
 
 def test_tokens_beyond_the_shared_rows_are_refused():
     tokenizer = byte_tokenizer()
     last = len(tokenizer) - 1
     with pytest.raises(ValueError, match=f": 1 tokens, from {last}, .* among the {last} shared rows"):
-        models_student.check_vocabularies(tokenizer, tokenizer, 500, last)
+        tokenizers.check_vocabularies(tokenizer, tokenizer, 500, last)
 
 
 def test_another_end_token_is_refused():
     base, instructed = byte_tokenizer(), byte_tokenizer()
     instructed.eos_token = "<|begin|>"
     with pytest.raises(ValueError, match=r"'<\|end\|>' \(0\), the teacher's with '<\|begin\|>' \(1\)"):
-        models_student.check_vocabularies(base, instructed, 500, 500)
+        tokenizers.check_vocabularies(base, instructed, 500, 500)

@@ -14,8 +14,9 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
-from ibdistill.models import export, families
-from ibdistill.models import student as models_student
+from ibdistill.models import export, forward, whole_model
+from ibdistill.models import fused as models_fused
+from ibdistill.models.student import check_fit, load_student
 from ibdistill.objectives.distillation import Distillation
 from ibdistill.ops import layers
 
@@ -46,7 +47,7 @@ def test_states_through_the_head_are_the_models_own_logits(make):
     torch.manual_seed(0)
     model = make().double().eval()
     batch = ragged_batch()
-    states = models_student.states(model, batch).targets
+    states = forward.states(model, batch).targets
     for row, stream in enumerate(("predict", "explain")):
         cu = batch.cu[stream].tolist()
         for b in range(3):
@@ -72,10 +73,8 @@ def test_question_states_are_the_encoders_own_for_the_predict_stream(streams):
         model.get_encoder()(input_ids=torch.tensor(features.questions["predict"][row])[None].long())[0][0]
         for row in range(3)
     ]
-    torch.testing.assert_close(
-        models_student.states(model, batch).questions, torch.cat(alone), rtol=1e-9, atol=1e-9
-    )
-    only = models_student.states(model, batch, targets=False)
+    torch.testing.assert_close(forward.states(model, batch).questions, torch.cat(alone), rtol=1e-9, atol=1e-9)
+    only = forward.states(model, batch, targets=False)
     torch.testing.assert_close(only.questions, torch.cat(alone), rtol=1e-9, atol=1e-9)
     assert not only.targets
 
@@ -89,46 +88,44 @@ def test_fused_layers_are_the_same_functions_and_leave_no_trace_in_what_is_saved
     def kept_and_gradients() -> tuple[int, list[torch.Tensor]]:
         kept = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):
-            targets = models_student.states(model, batch).targets
+            targets = forward.states(model, batch).targets
         total = sum(hidden.square().sum() for hidden in targets.values())
         gradients = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
         return sum(kept), [g for g in gradients if g is not None]
 
     plain_bytes, plain = kept_and_gradients()
-    assert families.fused(model) is model
+    assert models_fused.fused(model) is model
     fused_bytes, fused = kept_and_gradients()
     assert sum(isinstance(m, torch.nn.GELU) for m in model.modules()) == 4
     # transformers' norm takes its mean in fp32 whatever the dtype
     torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
     assert fused_bytes < 0.8 * plain_bytes
     model.save_pretrained(tmp_path)
-    assert families.ATTENTION not in (tmp_path / "config.json").read_text()
+    assert models_fused.ATTENTION not in (tmp_path / "config.json").read_text()
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float64)
-    states = models_student.states(loaded, batch).targets["explain"]
-    torch.testing.assert_close(
-        states, models_student.states(model, batch).targets["explain"], rtol=1e-5, atol=1e-6
-    )
+    states = forward.states(loaded, batch).targets["explain"]
+    torch.testing.assert_close(states, forward.states(model, batch).targets["explain"], rtol=1e-5, atol=1e-6)
 
 
 def test_attention_with_dropout_is_ours_on_a_cpu_and_torchs_without(monkeypatch):
     """In T5's encoder, its decoder and between the two; ours, when it drops nothing, agrees with SDPA."""
     torch.manual_seed(0)
-    model = families.fused(T5ForConditionalGeneration(T5Config(**SHAPE, dropout_rate=0.0))).double()
+    model = models_fused.fused(T5ForConditionalGeneration(T5Config(**SHAPE, dropout_rate=0.0))).double()
     batch, rates = ragged_batch(), []
-    expected = models_student.states(model, batch).targets
+    expected = forward.states(model, batch).targets
     attention = layers.attention
     monkeypatch.setattr(
         layers, "attention", lambda *args, rate, **kw: rates.append(rate) or attention(*args, rate=0.0, **kw)
     )
-    models_student.states(model, batch)
+    forward.states(model, batch)
     assert not rates
     for module in model.modules():
         if isinstance(module, T5Attention):
             module.dropout = 0.25
-    found = models_student.states(model, batch).targets
+    found = forward.states(model, batch).targets
     assert rates == [0.25] * 5 * SHAPE["num_layers"]  # the decoder reads two streams
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    models_student.states(model.eval(), batch)
+    forward.states(model.eval(), batch)
     assert len(rates) == 5 * SHAPE["num_layers"]
 
 
@@ -145,7 +142,7 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused():
     with pytest.raises(
         ValueError, match=rf"student.tokenizer has {len(tokenizer)} tokens .* only 100 embedding"
     ):
-        models_student.check_fit(small, tokenizer)
+        check_fit(small, tokenizer)
 
 
 def test_a_tokenizer_with_other_special_tokens_is_refused():
@@ -153,21 +150,21 @@ def test_a_tokenizer_with_other_special_tokens_is_refused():
     model = tied()
     model.config.eos_token_id = 3
     with pytest.raises(ValueError, match="eos_token_id 1 but student.model has 3"):
-        models_student.check_fit(model, tokenizer)
+        check_fit(model, tokenizer)
 
 
 def test_unknown_model_and_tokenizer_names(tmp_path):
     tokenizer = tokenizers.demo_tokenizer()
     with pytest.raises(ValueError, match=r"student.model is '.*nowhere': no preset \(demo-student"):
-        models_student.load_student(StudentConfig(model=str(tmp_path / "nowhere")), tokenizer, 0)
+        load_student(StudentConfig(model=str(tmp_path / "nowhere")), tokenizer, 0)
     with pytest.raises(ValueError, match=r"student.tokenizer is '.*nowhere', which holds no tokenizer"):
-        models_student.load_tokenizer(str(tmp_path / "nowhere"), "student.tokenizer")
+        tokenizers.load_tokenizer(str(tmp_path / "nowhere"), "student.tokenizer")
 
 
 def test_an_unsupported_family_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "bart"}')
     with pytest.raises(ValueError, match="a 'bart' model; supported are t5, mt5"):
-        models_student.load_student(StudentConfig(model=str(tmp_path)), tokenizers.demo_tokenizer(), 0)
+        load_student(StudentConfig(model=str(tmp_path)), tokenizers.demo_tokenizer(), 0)
 
 
 def test_a_local_folder_loads_with_its_weights_or_with_its_shape_only(tmp_path):
@@ -175,12 +172,10 @@ def test_a_local_folder_loads_with_its_weights_or_with_its_shape_only(tmp_path):
     model = T5ForConditionalGeneration(T5Config(**SHAPE))
     model.save_pretrained(tmp_path)
     tokenizer = tokenizers.demo_tokenizer()
-    same = models_student.load_student(StudentConfig(model=str(tmp_path)), tokenizer, 0)
+    same = load_student(StudentConfig(model=str(tmp_path)), tokenizer, 0)
     torch.testing.assert_close(same.shared.weight, model.shared.weight, rtol=0, atol=0)
     assert same.training and same.encoder.dropout.training  # dropout is on
-    fresh = models_student.load_student(
-        StudentConfig(model=str(tmp_path), init="random", dropout=0.3), tokenizer, 0
-    )
+    fresh = load_student(StudentConfig(model=str(tmp_path), init="random", dropout=0.3), tokenizer, 0)
     assert fresh.config.d_ff == 64 and fresh.encoder.dropout.p == 0.3
     assert not torch.equal(fresh.shared.weight, model.shared.weight)
 
@@ -191,34 +186,32 @@ def test_lora_trains_adapters_only_and_exports_merged_weights(tmp_path):
     base.save_pretrained(tmp_path / "base")
     tokenizer = tokenizers.demo_tokenizer()
     config = StudentConfig(model=str(tmp_path / "base"), lora_rank=4, lora_targets=["q", "v"])
-    student = models_student.load_student(config, tokenizer, 0)
+    student = load_student(config, tokenizer, 0)
     trainable = {name for name, p in student.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name and (".q." in name or ".v." in name) for name in trainable)
     batch = ragged_batch()
-    before = models_student.states(student.eval(), batch).targets["predict"]
+    before = forward.states(student.eval(), batch).targets["predict"]
     with torch.no_grad():
         for name, parameter in student.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
-    after = models_student.states(student, batch).targets["predict"]
+    after = forward.states(student, batch).targets["predict"]
     assert (after - before).abs().max() > 1e-3
     export.write(student, tokenizer, tmp_path / "out", "card")
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
-    torch.testing.assert_close(
-        models_student.states(loaded, batch).targets["predict"], after, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(forward.states(loaded, batch).targets["predict"], after, rtol=1e-4, atol=1e-4)
 
 
 def test_lora_on_layers_that_do_not_exist(tmp_path):
     config = StudentConfig(model="demo-student", lora_rank=4, lora_targets=["nothing_like_this"])
     with pytest.raises(ValueError, match=r"student.lora_targets is \['nothing_like_this'\]"):
-        models_student.load_student(config, tokenizers.demo_tokenizer(), 0)
+        load_student(config, tokenizers.demo_tokenizer(), 0)
 
 
 @pytest.mark.parametrize("make", [tied, untied])
 def test_the_skeleton_has_structure_and_ties_but_no_weights(make):
     model = make()
-    skeleton = models_student._skeleton(model)
+    skeleton = whole_model._skeleton(model)
     assert all(p.is_meta for p in skeleton.parameters()) and not any(p.is_meta for p in model.parameters())
     assert (skeleton.lm_head.weight is skeleton.shared.weight) == (
         model.lm_head.weight is model.shared.weight
@@ -232,11 +225,11 @@ def test_gradient_checkpointing_does_not_change_gradients():
     gradients = []
     for checkpointing in (False, True):
         config = StudentConfig(model="demo-student", dropout=0.0, gradient_checkpointing=checkpointing)
-        student = models_student.load_student(config, tokenizer, 5).double().train()
+        student = load_student(config, tokenizer, 5).double().train()
         batch.input_ids.clamp_(max=len(tokenizer) - 1)
         for ids in batch.decoder_input_ids.values():
             ids.clamp_(max=len(tokenizer) - 1)
-        states = models_student.states(student, batch).targets
+        states = forward.states(student, batch).targets
         sum(s.square().sum() for s in states.values()).backward()
         gradients.append(
             {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
@@ -247,10 +240,10 @@ def test_gradient_checkpointing_does_not_change_gradients():
 
 
 def test_decode_is_greedy_and_keeps_the_order():
-    from ibdistill.evaluation.predictions import decode
+    from ibdistill.models.decoding import decode
 
     tokenizer = tokenizers.demo_tokenizer()
-    model = models_student.load_student(StudentConfig(model="demo-student"), tokenizer, 3).eval()
+    model = load_student(StudentConfig(model="demo-student"), tokenizer, 3).eval()
     questions = [f"predict: tom had n{i} apples . " + "found n1 coins . " * (7 - i) for i in range(7)]
     together = decode(
         model,

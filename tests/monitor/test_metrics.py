@@ -19,12 +19,13 @@ from harness import TRAIN, alone, as_arguments, steps, tiny
 from ibdistill import train
 from ibdistill.config.sections import DataConfig
 from ibdistill.monitor import meter as monitor_meter
-from ibdistill.monitor.meter import Board, Meter
+from ibdistill.monitor.board import Board, hyperparameters
+from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, question_terms
 from ibdistill.ops.head_loss.api import MISettings, Stream, Weights
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.runtime import hardware
-from ibdistill.training import job
+from ibdistill.training import prepare
 
 
 def events(folder):
@@ -205,7 +206,7 @@ def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path)
     flat = {"run.dir": "x", "run.seed": 3, "optim.lr": 0.1, "data.path": None, "student.lora_targets": ["q"]}
     flat |= {"objective.beta": 0.1}
     defaults = flat | {"run.dir": "", "optim.lr": 0.2, "data.path": "y", "run.seed": 0}
-    board.hparams(monitor_meter.hyperparameters(flat, defaults), {"eval/test_demo_accuracy": 0.5})
+    board.hparams(hyperparameters(flat, defaults), {"eval/test_demo_accuracy": 0.5})
     board.close()
     found = events(tmp_path / "on")
     assert {"config/text_summary", "custom_scalars__config__"} <= set(found.Tags()["tensors"])
@@ -285,7 +286,7 @@ def test_truncated_shares(make_job):
     features = make_job().features
     lengths = features.targets["explain"].lengths
     limit = sorted(lengths)[len(lengths) // 2]
-    scalars = job.data_scalars(features, DataConfig(max_rationale_tokens=int(limit)))
+    scalars = prepare.data_scalars(features, DataConfig(max_rationale_tokens=int(limit)))
     assert scalars["data/truncated_share_rationales"] == pytest.approx((lengths >= limit).mean())
     assert scalars["data/truncated_share_questions"] == 0.0
 

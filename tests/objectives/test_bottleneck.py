@@ -13,11 +13,12 @@ from transformers import AutoModelForSeq2SeqLM, T5Config, T5ForConditionalGenera
 from transformers.modeling_outputs import BaseModelOutput
 
 from ibdistill import train
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
 from ibdistill.data.sampler import Plan
 from ibdistill.objectives import distillation
+from ibdistill.objectives import weights as objectives_weights
 
 VIB = {"objective.method": "ib", "objective.estimator": "vib", "objective.beta": 0.01}
 
@@ -36,7 +37,7 @@ def test_loss_and_gradients_equal_transformers_forward_on_noisy_encoder_states()
     counts = plan.counts(0)
     torch.manual_seed(5)
     loss, terms = wrapped(
-        batch, distillation.step_weights(objective, counts), question_tokens=counts["question_tokens"]
+        batch, objectives_weights.step_weights(objective, counts), question_tokens=counts["question_tokens"]
     )
     loss.backward()
     ours = {name: p.grad.clone() for name, p in wrapped.named_parameters() if p.grad is not None}
@@ -72,8 +73,8 @@ def test_loss_and_gradients_equal_transformers_forward_on_noisy_encoder_states()
         torch.testing.assert_close(ours[name], gradient, rtol=1e-8, atol=1e-12)
     squared = (0.05 / counts["question_tokens"] * means).square().sum()
     torch.testing.assert_close(terms["gradient_vib"], squared.detach())
-    mean = distillation.means({k: float(v) for k, v in terms.items() if "gradient" not in k}, counts)
-    assert distillation.total(objective, mean) == pytest.approx(expected.item(), rel=1e-6)
+    mean = objectives_weights.means({k: float(v) for k, v in terms.items() if "gradient" not in k}, counts)
+    assert objectives_weights.total(objective, mean) == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
@@ -112,9 +113,9 @@ def test_a_decoder_only_student_is_refused_before_its_teacher_is_loaded(make_job
 
 def test_defaults_and_refusals(tmp_path):
     given = {"objective.method": "ib", "objective.estimator": "vib"}
-    assert sections.load(None, given).objective.beta == 1e-3
+    assert load_settings(None, given).objective.beta == 1e-3
     with pytest.raises(ValueError, match="mi_pair teacher goes with estimator paper or normalized, not vib"):
-        sections.load(
+        load_settings(
             None,
             given
             | {"objective.mi_pair": "teacher", "teacher.placement": "replica", "teacher.model": "t5-mini"},

@@ -12,6 +12,7 @@ from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
 from ibdistill.data.sampler import Plan
 from ibdistill.objectives import distillation
+from ibdistill.objectives.weights import means, mi_settings, step_weights, streams_of, total
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -22,11 +23,11 @@ def test_loss_and_gradients_equal_two_forwards_with_transformers_loss(method, ti
     objective = ObjectiveConfig(method=method, alpha=0.3, beta=0.0)
     features = random_features(40)
     plan = Plan(features, DataConfig(), batch_size=6, seed=0)
-    streams = distillation.streams_of(objective)
+    streams = streams_of(objective)
     batch = batches.collate(features, plan.step(0), streams, pad=0, start=0)
 
     wrapped = distillation.Distillation(model, objective)
-    loss, terms = wrapped(batch, distillation.step_weights(objective, plan.counts(0)))
+    loss, terms = wrapped(batch, step_weights(objective, plan.counts(0)))
     loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -39,37 +40,31 @@ def test_loss_and_gradients_equal_two_forwards_with_transformers_loss(method, ti
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-8, atol=1e-12)
 
-    mean = distillation.means({k: float(v) for k, v in terms.items()}, plan.counts(0))
-    assert distillation.total(objective, mean) == pytest.approx(expected.item(), rel=1e-6)
+    mean = means({k: float(v) for k, v in terms.items()}, plan.counts(0))
+    assert total(objective, mean) == pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_streams_and_terms_of_each_method():
-    assert distillation.streams_of(ObjectiveConfig(method="finetune")) == ("predict",)
-    assert distillation.mi_settings(ObjectiveConfig(method="dss")) is None
-    assert distillation.mi_settings(ObjectiveConfig(method="ib", beta=0.0)) is None
-    mi = distillation.mi_settings(
-        ObjectiveConfig(method="ib", estimator="infonce", mi_gradient="both", pool="mean")
-    )
+    assert streams_of(ObjectiveConfig(method="finetune")) == ("predict",)
+    assert mi_settings(ObjectiveConfig(method="dss")) is None
+    assert mi_settings(ObjectiveConfig(method="ib", beta=0.0)) is None
+    mi = mi_settings(ObjectiveConfig(method="ib", estimator="infonce", mi_gradient="both", pool="mean"))
     assert (mi.estimator, mi.gradient, mi.pool, mi.temperature) == ("infonce", "both", "mean", 0.1)
 
 
 def test_weights_divide_by_global_counts():
     counts = {"predict": 20, "explain": 50, "questions": 4, "explained": 3}
-    weights = distillation.step_weights(
-        ObjectiveConfig(method="ib", estimator="paper", alpha=0.25, beta=0.6), counts
-    )
+    weights = step_weights(ObjectiveConfig(method="ib", estimator="paper", alpha=0.25, beta=0.6), counts)
     assert (weights.ce_predict, weights.ce_explain, weights.mi) == pytest.approx((0.25 / 20, 0.75 / 50, 0.2))
     nothing_explained = counts | {"explain": 0, "explained": 0}
-    weights = distillation.step_weights(
-        ObjectiveConfig(method="ib", estimator="paper", beta=0.1), nothing_explained
-    )
+    weights = step_weights(ObjectiveConfig(method="ib", estimator="paper", beta=0.1), nothing_explained)
     assert weights.ce_explain == 0.5 and weights.mi == 0.1  # finite; their sums are empty
 
 
 def test_means_are_per_token_and_per_question():
     counts = {"predict": 10, "explain": 40, "questions": 4, "explained": 4}
     sums = {"ce_predict": 20.0, "ce_explain": 20.0, "correct_predict": 5.0, "mi": 8.0, "mi_questions": 4.0}
-    assert distillation.means(sums, counts) == {
+    assert means(sums, counts) == {
         "ce_predict": 2.0,
         "ce_explain": 0.5,
         "correct_predict": 0.5,

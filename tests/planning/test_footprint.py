@@ -18,15 +18,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from workers import footprints as worker
 
 from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.data import tokenizers
+from ibdistill.models import forward as models_forward
 from ibdistill.models import student as models_student
 from ibdistill.objectives import distillation
+from ibdistill.objectives import weights as objectives_weights
 from ibdistill.ops.head_loss.api import Stream
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.planning import dryrun, footprint, memory_check
 from ibdistill.planning.footprint import Zero
-from ibdistill.training import engine
-from ibdistill.training.job import prepare
+from ibdistill.runtime import deepspeed_fixes
+from ibdistill.training.prepare import prepare
 
 BOTH = ("predict", "explain")
 MODELS = {"demo-student": "fp32", "t5-mini": "bf16", "demo-teacher-decoder": "bf16"}
@@ -59,7 +62,7 @@ def settings(name: str, stage: str = "zero0", **more) -> sections.Config:
         "teacher.model": worker.TEACHERS.get(name, "demo-teacher"),
         "teacher.precision": precision,
     }
-    return sections.load(None, given | more)
+    return load_settings(None, given | more)
 
 
 def predict(folder, name: str, stage: str):
@@ -145,7 +148,7 @@ def test_the_activations_peak(name, method, checkpointing):
     predicted = footprint.activation_bytes(chosen, student, teacher, lengths, "cpu")
 
     model = models_student.load_student(chosen.student, tokenizers.demo_tokenizer(), 0)
-    wanted, width = distillation.wanted(chosen.objective), teacher.head[1] if teacher else 0
+    wanted, width = objectives_weights.wanted(chosen.objective), teacher.head[1] if teacher else 0
     dtype = dryrun.DTYPES[MODELS[name]]
     module = distillation.Distillation(model, chosen.objective, teacher_width=width).to(dtype)
     batch, signal = lengths.batch(model, BOTH), None
@@ -156,7 +159,7 @@ def test_the_activations_peak(name, method, checkpointing):
         for tensor in signal.tensors():
             tensor.normal_()
     counts = {"predict": 20, "explain": 160, "explained": 4}
-    arguments = batch, distillation.step_weights(chosen.objective, counts), signal, 360
+    arguments = batch, objectives_weights.step_weights(chosen.objective, counts), signal, 360
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
@@ -170,7 +173,7 @@ def test_the_activations_peak(name, method, checkpointing):
 @pytest.mark.parametrize("elements", [10_000, 4_000_000])
 def test_the_updates_peak_in_bf16_without_zero(make_job, monkeypatch, elements):
     """Less than the largest parameter at once, and all of them."""
-    monkeypatch.setattr(engine, "STEP_ELEMENTS", elements)
+    monkeypatch.setattr(deepspeed_fixes, "STEP_ELEMENTS", elements)
     job = make_job(**{"student.precision": "bf16", "deepspeed.config": "zero0"})
     sizes = [(p.numel(), True) for p in job.engine.module.parameters()]
     steps(job, 1)
@@ -190,13 +193,13 @@ def test_operations_of_the_blocks(name, checkpointing):
     model = models_student.load_student(chosen.student, tokenizers.demo_tokenizer(), 0)
     batch = lengths.batch(model, BOTH)
     with FlopCounterMode(display=False) as counter:
-        states = models_student.states(model, batch)
+        states = models_forward.states(model, batch)
         sum(hidden.sum() for hidden in states.targets.values()).backward()
     assert counter.get_total_flops() == pytest.approx(predicted.student, rel=0.02)
     for streams in (BOTH, ()):  # a teacher that is asked for question states only reads no targets
         forward = costs.forward_operations(student.model, lengths, streams)
         with FlopCounterMode(display=False) as counter:
-            models_student.states(model, batch, targets=bool(streams))
+            models_forward.states(model, batch, targets=bool(streams))
         assert counter.get_total_flops() == pytest.approx(forward, rel=0.02)
 
 
@@ -210,7 +213,9 @@ def test_operations_of_the_head():
     for n in (lengths.label, lengths.rationale):
         hidden = torch.randn(3 * n, width, requires_grad=True)
         streams.append(Stream(hidden, torch.zeros(3 * n, dtype=torch.long), torch.arange(4) * n))
-    weights = distillation.step_weights(chosen.objective, {"predict": 12, "explain": 90, "explained": 3})
+    weights = objectives_weights.step_weights(
+        chosen.objective, {"predict": 12, "explain": 90, "explained": 3}
+    )
     with FlopCounterMode(display=False) as counter:
         head_loss_reference(*streams, weight, weights=weights)[0].backward()
     assert counter.get_total_flops() == costs.operations(student, lengths, chosen.objective).head
@@ -220,7 +225,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(world, tmp_path, m
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(models_student, "load_student", refuse)
+    monkeypatch.setattr("ibdistill.training.prepare.load_student", refuse)
     monkeypatch.setattr(memory_check, "free_memory", lambda device, ranks: 30 * 2**30)
     chosen = tiny(tmp_path / "run") | {
         "student.model": "meta-llama/Llama-3.1-8B",
@@ -231,9 +236,9 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(world, tmp_path, m
         r"needs 119\.\d+ GiB on a rank before any activation \(parameters 14\.96, gradients 14\.96, optim"
     )
     with pytest.raises(ValueError, match=message):
-        prepare(sections.load(None, chosen), world)
+        prepare(load_settings(None, chosen), world)
     with pytest.raises(AssertionError, match="a model was loaded"):
-        prepare(sections.load(None, chosen | {"run.check_memory": False}), world)
+        prepare(load_settings(None, chosen | {"run.check_memory": False}), world)
 
 
 def test_the_refusal_names_what_would_fit(world, monkeypatch):
@@ -242,7 +247,7 @@ def test_the_refusal_names_what_would_fit(world, monkeypatch):
     four = type(world)(rank=0, size=4, local_rank=0, device=torch.device("cuda"))
     given = {"student.tokenizer": "train", "objective.method": "kd", "teacher.model": "google/t5-v1_1-xxl"}
     given["deepspeed.config"] = "zero2"
-    chosen = sections.load(None, given | {"student.model": "t5-mini", "teacher.placement": "replica"})
+    chosen = load_settings(None, given | {"student.model": "t5-mini", "teacher.placement": "replica"})
     with pytest.raises(ValueError, match=r"teacher 20\.74\), and 3\.00 GiB are free") as refused:
         memory_check.check(chosen, four)
     text = str(refused.value)
@@ -256,7 +261,7 @@ def test_the_refusal_names_what_would_fit(world, monkeypatch):
 def test_a_teacher_that_only_writes_is_not_added_to_the_student(world, monkeypatch):
     given = {"student.tokenizer": "train", "student.model": "t5-v1_1-small", "teacher.rationales": "all"}
     given |= {"teacher.placement": "replica", "teacher.model": "google/t5-v1_1-small"}
-    chosen = sections.load(None, given | {"deepspeed.config": "zero0", "teacher.precision": "fp32"})
+    chosen = load_settings(None, given | {"deepspeed.config": "zero0", "teacher.precision": "fp32"})
     student = 16 * sum(n for n, _ in footprint.student_skeleton(chosen).sizes())
     monkeypatch.setattr(memory_check, "free_memory", lambda device, ranks: student + 1000)
     memory_check.check(chosen, world)

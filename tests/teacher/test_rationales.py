@@ -15,18 +15,19 @@ from experts import by_heart, demo_records, taught
 from harness import ROOT, as_arguments, full_disk, kill_session, launch, start, tiny
 from miniatures import lines
 
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.data import answers, loading
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks import demo
 from ibdistill.evaluation import predictions
-from ibdistill.evaluation.predictions import Answer, Sampling
+from ibdistill.models import decoding
+from ibdistill.models.decoding import Answer, Sampling
 from ibdistill.objectives import distillation
 from ibdistill.runtime.distributed import StopRequest
 from ibdistill.teacher import writing
 from ibdistill.teacher.texts import parse, prompts_of, read_texts
 from ibdistill.training import pseudo_labels
-from ibdistill.training.job import prepare
+from ibdistill.training.prepare import prepare
 
 WRITE = str(ROOT / "ibdistill" / "write_rationales.py")
 N = 10
@@ -74,7 +75,7 @@ def asked(expert, tmp_path):
 
 
 def write(world, settings, **overrides):
-    loaded = sections.load(None, settings | overrides)
+    loaded = load_settings(None, settings | overrides)
     records = loading.load(loaded.data, needs_rationale=False).train
     records += pseudo_labels.questions(loaded.data, "taught")
     return writing.write(loaded, records, world, StopRequest())
@@ -126,8 +127,8 @@ def test_nothing_is_asked_twice_and_a_torn_line_is_asked_again(world, asked, tmp
     content = path.read_bytes()
     path.write_bytes(content[:-40])
     questions = []
-    decode = predictions.decode
-    monkeypatch.setattr(predictions, "decode", lambda *a, **k: (questions.extend(a[2]), decode(*a, **k))[1])
+    decode = decoding.decode
+    monkeypatch.setattr(decoding, "decode", lambda *a, **k: (questions.extend(a[2]), decode(*a, **k))[1])
     again = write(world, asked)
     assert again.records == first.records
     lost = json.loads(content.splitlines()[-1])["question"]
@@ -188,7 +189,7 @@ def test_only_what_is_missing_is_asked_for(world, asked, tmp_path, monkeypatch):
     def decode(model, tokenizer, questions, **kwargs):
         return [Answer(f"to {q.split(': ')[1]}" if "explain" in q else "1", 1.0, 1.0) for q in questions]
 
-    monkeypatch.setattr(predictions, "decode", decode)
+    monkeypatch.setattr(decoding, "decode", decode)
     mine = asked | {"data.task": "jsonl", "data.path": str(tmp_path / "data"), "data.subsample": 1.0}
     mine |= {"teacher.rationales": "missing", "data.label_source": "teacher"}
     found = [(r.label, r.rationale, r.gold) for r in write(world, mine).records]
@@ -205,7 +206,7 @@ def test_an_unlabelled_record_is_never_held_out(tmp_path):
     lines(tmp_path / "data/test.jsonl", rows[1:2])
     settings = {"data.task": "jsonl", "data.path": str(tmp_path / "data"), "data.label_source": "teacher"}
     settings |= {"teacher.rationales": "all", "teacher.placement": "replica", "teacher.model": "demo-teacher"}
-    loaded = loading.load(sections.load(None, settings).data, needs_rationale=False)
+    loaded = loading.load(load_settings(None, settings).data, needs_rationale=False)
     assert len(loaded.valid["jsonl"]) == 2 and all(r.gold for r in loaded.valid["jsonl"])
     assert sum(not r.label for r in loaded.train) == 20 and len(loaded.train) == 38
 
@@ -217,7 +218,7 @@ def test_unreadable_answers_stop_the_run_with_two_examples(world, asked, monkeyp
         rounds.append(len(questions))
         return [Answer("n0 +" if "predict" in q else "so", 1.0, 1.0) for q in questions]
 
-    monkeypatch.setattr(predictions, "decode", decode)
+    monkeypatch.setattr(decoding, "decode", decode)
     message = (
         r"10 of 10 answers of .* \(100%\) have no rationale and label, more than teacher.max_unparsed 0.5"
     )
@@ -251,7 +252,7 @@ def test_a_template_is_filled_with_the_questions_own_numbers_and_parsed_by_the_t
         seen.append((kwargs["as_written"], kwargs["max_new_tokens"]))
         return [Answer(f"{q} is 1. The answer is yes.", 1.0, 1.0) for q in questions]
 
-    monkeypatch.setattr(predictions, "decode", decode)
+    monkeypatch.setattr(decoding, "decode", decode)
     lines(tmp_path / "data.jsonl", [{"question": f"q{i}", "label": "yes"} for i in range(30)])
     (tmp_path / "prompt.txt").write_text("Why {question}?")
     mine = asked | {"data.task": "jsonl", "data.path": str(tmp_path / "data.jsonl"), "data.subsample": 3}
@@ -299,38 +300,37 @@ def test_draws_follow_the_tempered_probabilities_and_nothing_else():
     scores = torch.tensor([1.0, -0.5, 0.0, -torch.inf])
     n, temperature = 20_000, 0.7
     draws = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
-    draw = predictions._Draw(temperature, draws)
+    draw = decoding._Draw(temperature, draws)
     chosen = draw(None, scores.expand(n, 4)).argmax(-1)
     expected = torch.softmax(scores / temperature, -1)
     shares = torch.bincount(chosen, minlength=4) / n
     assert (shares - expected).abs().le(3 * (expected * (1 - expected) / n).sqrt()).all(), shares
-    one = predictions._Draw(temperature, draws[5:6])(None, scores[None]).argmax(-1)
+    one = decoding._Draw(temperature, draws[5:6])(None, scores[None]).argmax(-1)
     assert one == chosen[5]
 
 
 def test_a_sampled_text_does_not_depend_on_its_batch(expert):
-    from ibdistill.models import families, student
+    from ibdistill.data import tokenizers
+    from ibdistill.models import families
 
-    tokenizer = student.load_tokenizer(str(expert), "teacher.model")
+    tokenizer = tokenizers.load_tokenizer(str(expert), "teacher.model")
     model = families.load_model(str(expert), tokenizer, setting="teacher.model").eval()
     questions = ["predict: " + record.question for record in demo_records(N)]
     draws = torch.rand(N, 12, generator=torch.Generator().manual_seed(1))
     limits = {"max_question_tokens": 200, "max_new_tokens": 12, "device": torch.device("cpu")}
-    found = predictions.decode(model, tokenizer, questions, sampling=Sampling(3.0, draws), **limits)
+    found = decoding.decode(model, tokenizer, questions, sampling=Sampling(3.0, draws), **limits)
     alone = [
-        predictions.decode(model, tokenizer, [q], sampling=Sampling(3.0, draws[i : i + 1]), **limits)[0]
+        decoding.decode(model, tokenizer, [q], sampling=Sampling(3.0, draws[i : i + 1]), **limits)[0]
         for i, q in enumerate(questions)
     ]
     assert [a.text for a in found] == [a.text for a in alone]
-    assert [a.text for a in found] != [
-        a.text for a in predictions.decode(model, tokenizer, questions, **limits)
-    ]
+    assert [a.text for a in found] != [a.text for a in decoding.decode(model, tokenizer, questions, **limits)]
 
 
 def test_a_job_trains_on_what_the_teacher_wrote(world, asked):
     """With another tokenizer than the teacher's: text is all that passes between them."""
     job = prepare(
-        sections.load(None, asked | {"student.tokenizer": "train", "student.vocab_size": 200}), world
+        load_settings(None, asked | {"student.tokenizer": "train", "student.vocab_size": 200}), world
     )
     assert job.signals is None and len(job.features) == 9
     assert job.records.report["demo/train/teacher_parsed"] == 9
@@ -348,7 +348,7 @@ def test_taught_questions_join_the_labelled_records_with_the_teachers_answers(wo
     ]
     monkeypatch.setattr(demo, "unlabelled", lambda n: questions[:n])
     settings = asked | {"data.subsample": 4, "data.taught": N, "data.label_source": "teacher"}
-    job = prepare(sections.load(None, settings | {"teacher.rationales": "missing"}), world)
+    job = prepare(load_settings(None, settings | {"teacher.rationales": "missing"}), world)
     said = [replace(r, id=name) for name, r in zip(names, taught(demo_records(N)), strict=True)]
     assert job.records.train == demo_records(4) + said[:2] + said[3:] and len(job.features) == 13
     job.board.close()
@@ -386,7 +386,7 @@ def test_contradictions_are_named(world, asked, settings, message):
 
 
 def test_a_signal_ends_the_writing_between_two_batches(world, asked, tmp_path):
-    loaded = sections.load(None, asked)
+    loaded = load_settings(None, asked)
     stop = StopRequest()
     stop.agreed = lambda: 85
     with pytest.raises(SystemExit) as caught:
@@ -396,7 +396,7 @@ def test_a_signal_ends_the_writing_between_two_batches(world, asked, tmp_path):
 
 
 def test_jobs_share_the_records(world, asked, tmp_path):
-    loaded = sections.load(None, asked)
+    loaded = load_settings(None, asked)
     records = loading.load(loaded.data, needs_rationale=False).train
     sizes = []
     for part in range(3):
@@ -424,9 +424,9 @@ def test_a_killed_writer_goes_on_where_it_stopped(world, asked, tmp_path):
     there = texts(folder)
     assert 3 <= len(there) < 60
     questions = []
-    decode = predictions.decode
+    decode = decoding.decode
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(predictions, "decode", lambda *a, **k: (questions.extend(a[2]), decode(*a, **k))[1])
+        patch.setattr(decoding, "decode", lambda *a, **k: (questions.extend(a[2]), decode(*a, **k))[1])
         resumed = write(world, settings)
     assert len(questions) == 2 * (60 - len(there))
     undisturbed = write(world, settings, **{"teacher.rationale_cache": str(tmp_path / "other")})

@@ -6,10 +6,10 @@ import pytest
 import torch
 from harness import steps, tiny, weights
 
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.teacher import answers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training.job import prepare
+from ibdistill.training.prepare import prepare
 
 ONLINE = {
     "teacher.placement": "replica",
@@ -139,7 +139,7 @@ def test_a_cache_of_something_else_is_refused_with_both_fingerprints(make_job, w
     make_job(tmp_path / "one", **ONLINE, **cache)
     settings = tiny(tmp_path / "two") | ONLINE | cache | changed
     with pytest.raises(ValueError, match=rf"{key} is .* there and .* here"):
-        prepare(sections.load(None, settings), world)
+        prepare(load_settings(None, settings), world)
 
 
 def test_weights_have_an_identity(tmp_path):

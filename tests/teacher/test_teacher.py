@@ -6,9 +6,9 @@ import pytest
 import torch
 from harness import ROOT, launch, output_of, tiny
 
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.teacher import sharding, teacher
-from ibdistill.training.job import prepare
+from ibdistill.training.prepare import prepare
 
 CASES = {
     1: ["replica:0"],
@@ -135,28 +135,28 @@ ONLINE = {"teacher.placement": "replica", "teacher.model": "demo-teacher", "obje
 )
 def test_what_is_missing_or_contradicts_is_named(world, tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        prepare(sections.load(None, tiny(tmp_path / "run") | settings), world)
+        prepare(load_settings(None, tiny(tmp_path / "run") | settings), world)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_8_bits_need_a_gpu(world, tmp_path):
     with pytest.raises(ValueError, match="load_in_8bit needs a CUDA device and the package bitsandbytes"):
-        prepare(sections.load(None, tiny(tmp_path / "run") | ONLINE | {"teacher.load_in_8bit": True}), world)
+        prepare(load_settings(None, tiny(tmp_path / "run") | ONLINE | {"teacher.load_in_8bit": True}), world)
 
 
 def test_the_estimator_follows_the_teacher():
-    plain = sections.load(None, {"objective.method": "ib"}).objective
+    plain = load_settings(None, {"objective.method": "ib"}).objective
     assert (plain.estimator, plain.beta) == ("paper", 0.1)
-    online = sections.load(None, ONLINE | {"objective.method": "ib"}).objective
+    online = load_settings(None, ONLINE | {"objective.method": "ib"}).objective
     assert (online.estimator, online.beta) == ("vid", 1.0)
     assert (
-        sections.load(None, ONLINE | {"objective.method": "ib", "objective.beta": 0.3}).objective.beta == 0.3
+        load_settings(None, ONLINE | {"objective.method": "ib", "objective.beta": 0.3}).objective.beta == 0.3
     )
 
 
 def test_the_form_of_the_cache_follows_the_objective():
     pooled = {"objective.method": "ib+kd", "objective.estimator": "paper", "objective.mi_pair": "teacher"}
     cached = ONLINE | {"teacher.cache": "c"}
-    assert sections.load(None, cached).teacher.cache_form == "topk"
-    assert sections.load(None, cached | {"teacher.cache_form": "states"}).teacher.cache_form == "states"
-    assert sections.load(None, cached | pooled).teacher.cache_form == "states"
+    assert load_settings(None, cached).teacher.cache_form == "topk"
+    assert load_settings(None, cached | {"teacher.cache_form": "states"}).teacher.cache_form == "states"
+    assert load_settings(None, cached | pooled).teacher.cache_form == "states"

@@ -15,7 +15,8 @@ from plan.accelerators import ACCELERATORS
 from plan.planner import FILES, Planner
 
 from ibdistill.config import sections
-from ibdistill.config.sections import DS_CONFIGS
+from ibdistill.config.load import load_settings
+from ibdistill.config.zero_file import DS_CONFIGS
 from ibdistill.planning import footprint
 
 sys.path.insert(0, str(ROOT / "tools"))
@@ -26,7 +27,7 @@ H100 = ACCELERATORS["h100-80g"]
 
 def tiny(**more) -> sections.Config:
     given = {"student.model": "demo-student", "teacher.model": "demo-teacher", "teacher.placement": "replica"}
-    return sections.load(None, given | {"objective.method": "ib+kd", "optim.batch_size": 64} | more)
+    return load_settings(None, given | {"objective.method": "ib+kd", "optim.batch_size": 64} | more)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_recipe_is_planned_and_written(tmp_path):
     assert submit.splitlines()[1] in run.stdout
     assert "sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 slurm/distill.sh demo " in submit
     settings = dict(re.findall(r"--(\S+\.\S+) (\S+)", submit))
-    loaded = sections.load("demo", settings)  # the settings are ones that a run takes
+    loaded = load_settings("demo", settings)  # the settings are ones that a run takes
     assert loaded.optim.batch_size % (8 * loaded.optim.micro_batch_size) == 0
 
 

@@ -15,14 +15,14 @@ import yaml
 from harness import ROOT, launch, output_of
 from miniatures import said, svamp
 
+from ibdistill.config.load import load_settings
+
 sys.path.append(str(ROOT / "tools"))
 
 import compare_runs
 from fire.parser import DefaultParseValue
 from study import arms as study_arms
 from study import command, paper, report
-
-from ibdistill.config import sections
 
 TINY = {
     "optim.max_steps": 2,
@@ -250,7 +250,7 @@ def test_a_grid_says_what_a_run_would_do(tmp_path):
     given = {key: DefaultParseValue(value) for key, value in pairs}
     assert name == found.runs[0].name
     given |= {"run.dir": str(tmp_path / "runs" / name)}
-    assert sections.load("demo", given) == study_arms.resolved(found.runs[0], tmp_path)
+    assert load_settings("demo", given) == study_arms.resolved(found.runs[0], tmp_path)
     with pytest.raises(ValueError, match="a grid takes no spaces: data.path 'a b'"):
         command.write_grids(built(settings=TINY | {"data.path": "a b"}), tmp_path)
 

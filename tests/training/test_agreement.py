@@ -13,15 +13,15 @@ from harness import same, steps, tiny, weights
 from workers.agreeing import answers_of_an_oracle
 
 from ibdistill import train
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.sampler import MixedPlan, Plan
 from ibdistill.evaluation import predictions as evaluation_predictions
-from ibdistill.evaluation.predictions import Answer
+from ibdistill.models.decoding import Answer
 from ibdistill.training import pseudo_labels
-from ibdistill.training.job import prepare
+from ibdistill.training.prepare import prepare
 
 AGREE = {"data.unlabelled": 40, "run.term_gradients_every": 0, "run.save_every": 100}
 OFF = {"run.term_gradients_every": 0, "run.save_every": 100}
@@ -272,9 +272,9 @@ def test_the_teacher_scores_the_pseudo_labelled_text_too(make_job, tmp_path, ora
 
 
 def agreement_features(records, prefixes, job):
-    from ibdistill.data import batches
+    from ibdistill.data.features import tokenize
 
-    return batches.tokenize(records, prefixes, job.tokenizer, job.config.data)
+    return tokenize(records, prefixes, job.tokenizer, job.config.data)
 
 
 def test_a_full_cache_does_not_keep_a_growing_run_from_loading_its_teacher(make_job, tmp_path, oracle):
@@ -364,11 +364,13 @@ def test_what_does_not_fit_the_task_is_refused(settings, message):
 )
 def test_settings_that_contradict_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        sections.load(None, tiny(tmp_path) | AGREE | settings)
+        load_settings(None, tiny(tmp_path) | AGREE | settings)
 
 
 def test_a_bad_source_is_refused_before_a_model_is_loaded(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("ibdistill.models.student.load_student", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "ibdistill.training.prepare.load_student", lambda *a: pytest.fail("a model was loaded")
+    )
     settings = tiny(tmp_path / "run") | {"data.unlabelled": str(tmp_path / "none.jsonl")}
     with pytest.raises(ValueError, match="for task 'demo' it is a number"):
-        prepare(sections.load(None, settings), world)
+        prepare(load_settings(None, settings), world)

@@ -13,14 +13,15 @@ from transformers import T5Config, T5ForConditionalGeneration
 from workers.agreeing import answers_of_an_oracle
 
 from ibdistill import train
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
 from ibdistill.data.sampler import ExtraPlan, Plan
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.objectives import distillation
+from ibdistill.objectives.weights import step_weights
 from ibdistill.training import pseudo_labels
-from ibdistill.training.job import prepare
+from ibdistill.training.prepare import prepare
 
 MI = AGREE | {
     "data.agree_use": "mi",
@@ -58,7 +59,7 @@ def test_the_term_is_on_the_extra_questions_and_the_cross_entropies_are_on_the_o
     wrapped = distillation.Distillation(model, objective, mi_on_extra=True)
     wrapped.head.measures = True
     counts = {name: len(batch.labels[name][: batch.cu[name][first]]) for name in streams}
-    loss, terms = wrapped(batch, distillation.step_weights(objective, counts | {"explained": num_extra}))
+    loss, terms = wrapped(batch, step_weights(objective, counts | {"explained": num_extra}))
     loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -180,15 +181,17 @@ def test_a_run_is_the_same_until_the_answers_and_resumes(make_job, tmp_path, mon
 )
 def test_settings_that_contradict_are_refused(tmp_path, settings, message):
     with pytest.raises(ValueError, match=message):
-        sections.load(None, tiny(tmp_path) | MI | settings)
+        load_settings(None, tiny(tmp_path) | MI | settings)
 
 
 def test_a_share_that_does_not_divide_micro_batches_is_refused_before_a_model_is_loaded(
     world, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("ibdistill.models.student.load_student", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "ibdistill.training.prepare.load_student", lambda *a: pytest.fail("a model was loaded")
+    )
     settings = tiny(tmp_path / "run") | MI | {"optim.micro_batch_size": 1}
     with pytest.raises(
         ValueError, match="each micro-batch of 1 questions gets so many answers more, 0.5, which"
     ):
-        prepare(sections.load(None, settings), world)
+        prepare(load_settings(None, settings), world)

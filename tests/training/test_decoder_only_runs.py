@@ -10,10 +10,9 @@ from harness import TRAIN, as_arguments, launch, steps, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import batches
+from ibdistill.data import tokenizers
 from ibdistill.data.loading import load
-from ibdistill.evaluation import predictions
-from ibdistill.models import families, student
+from ibdistill.models import decoding, families, forward
 
 MODEL = {"student.model": "demo-student-decoder"}
 
@@ -34,10 +33,10 @@ def test_under_zero3_the_trace_completes_and_the_whole_model_is_the_students(mak
     with job.whole() as model, torch.no_grad():
         torch.testing.assert_close(rotary(model), exact, rtol=1e-6, atol=0)
         assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
-        collected = student.states(model, batch).targets["explain"]
+        collected = forward.states(model, batch).targets["explain"]
     job.engine.module.model.eval()
     with torch.no_grad():
-        own = student.states(job.engine.module.model, batch).targets["explain"]
+        own = forward.states(job.engine.module.model, batch).targets["explain"]
     torch.testing.assert_close(collected, own)
     assert own.std() > 0.1
 
@@ -74,11 +73,11 @@ def test_two_ranks_train_evaluate_and_export_a_student_that_says_the_same(tmp_pa
         for prefix, said, limit in (("predict: ", row["label"], 16), ("explain: ", row["rationale"], 48)):
             # as the model card says: the ids of the text, then the separator
             ids = tokenizer(prefix + row["question"], add_special_tokens=False).input_ids
-            prompt = torch.tensor([[*ids, batches.separator_of(tokenizer)]])
+            prompt = torch.tensor([[*ids, tokenizers.separator_of(tokenizer)]])
             output = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=limit)
             assert tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True) == said
     assert families.family(model) == families.DECODER_ONLY
-    whole = predictions.decode(
+    whole = decoding.decode(
         model,
         tokenizer,
         [f"predict: {row['question']}" for row in rows],

@@ -12,11 +12,12 @@ import torch
 from harness import TRAIN, alone, same, steps, tiny, weights
 
 from ibdistill import train
-from ibdistill.config import sections
+from ibdistill.config import zero_file
+from ibdistill.config.load import load_settings
 from ibdistill.objectives import distillation
-from ibdistill.runtime import distributed
+from ibdistill.objectives.weights import means
+from ibdistill.runtime import deepspeed_fixes, distributed
 from ibdistill.runtime.distributed import EXIT_DIVERGED
-from ibdistill.training import engine
 
 
 def test_the_student_learns_a_few_records_by_heart(make_job):
@@ -24,10 +25,10 @@ def test_the_student_learns_a_few_records_by_heart(make_job):
     job = make_job(**overrides, **{"student.dropout": 0.0, "optim.lr": 4e-3})
     steps(job, 120)
     interval = job.meter.close_interval()
-    start = distillation.means(interval.terms, interval.counts)
+    start = means(interval.terms, interval.counts)
     steps(job, 2)
     interval = job.meter.close_interval()
-    end = distillation.means(interval.terms, interval.counts)
+    end = means(interval.terms, interval.counts)
     assert end["ce_predict"] < 0.35 * start["ce_predict"] and end["ce_explain"] < 0.5 * start["ce_explain"]
 
 
@@ -68,8 +69,8 @@ def test_zero_is_left_out_where_there_is_nothing_to_divide(make_job, tmp_path):
     assert "config: zero0" in (job.folder / "config.yaml").read_text()
     asked_for = make_job(tmp_path / "other", **{"deepspeed.config": "zero2"})
     assert asked_for.engine.zero_optimization_stage() == 2
-    settings = sections.load(None, tiny(tmp_path))
-    engine.settle_ds_config(settings, 2)
+    settings = load_settings(None, tiny(tmp_path))
+    zero_file.settle_ds_config(settings, 2)
     assert settings.deepspeed.config == "zero2"
 
 
@@ -121,7 +122,7 @@ def test_the_reported_gradient_norm_is_unclipped(make_job, config, precision):
 @pytest.mark.parametrize("clip_norm", [0.0, 0.1])
 def test_a_step_in_parts_is_deepspeeds_own(make_job, tmp_path, monkeypatch, clip_norm):
     """In bf16 without ZeRO; parts of several parameters, and the norm's pieces within one."""
-    monkeypatch.setattr(engine, "STEP_ELEMENTS", 7000)
+    monkeypatch.setattr(deepspeed_fixes, "STEP_ELEMENTS", 7000)
     masters, norms = [], []
     for own in (True, False):
         given = {"student.precision": "bf16", "optim.clip_norm": clip_norm, "optim.weight_decay": 0.1}

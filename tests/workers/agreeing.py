@@ -16,8 +16,8 @@ import fire
 
 from ibdistill import train
 from ibdistill.data.tasks import demo
-from ibdistill.evaluation import predictions
-from ibdistill.evaluation.predictions import Answer
+from ibdistill.models import decoding
+from ibdistill.models.decoding import Answer
 from ibdistill.runtime import distributed
 
 
@@ -27,7 +27,7 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
 
     `calls`: gets the number of unlabelled questions of each call.
     """
-    honest = predictions.decode
+    honest = decoding.decode
     known = {
         prefix + record.question: text
         for record in demo._unlabelled()
@@ -52,7 +52,7 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
 
 
 if __name__ == "__main__":
-    predictions.decode = answers_of_an_oracle([])
+    decoding.decode = answers_of_an_oracle([])
     try:
         fire.Fire(train.main)
     except SystemExit as end:

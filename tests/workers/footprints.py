@@ -55,9 +55,11 @@ if __name__ == "__main__":  # before DeepSpeed takes references to them
         count(*collective)
 
 from ibdistill.config import sections  # noqa: E402
+from ibdistill.config.load import load_settings  # noqa: E402
 from ibdistill.data import tokenizers  # noqa: E402
 from ibdistill.models.student import load_student  # noqa: E402
-from ibdistill.objectives import distillation  # noqa: E402
+from ibdistill.objectives import distillation, teacher_answers  # noqa: E402
+from ibdistill.objectives.weights import step_weights  # noqa: E402
 from ibdistill.planning import dryrun  # noqa: E402
 from ibdistill.runtime import distributed  # noqa: E402
 from ibdistill.teacher import teacher  # noqa: E402
@@ -102,7 +104,7 @@ def buckets(outer) -> int:
 
 def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
     """Some steps with a teacher: the states and what the last one sent."""
-    settings = sections.load(
+    settings = load_settings(
         None,
         {
             "student.model": name,
@@ -118,7 +120,7 @@ def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
     batch = batch_for(student)
     module = distillation.Distillation(student, settings.objective, teacher_width=loaded.width)
     built = engine.build_engine(module, settings, world)
-    weights = distillation.step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
+    weights = step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
     seen = []
     module.vid.bias.register_hook(lambda gradient: seen.append(buckets(built.optimizer)))
     signal, facts = loaded(batch), {}
@@ -152,7 +154,7 @@ def measure_teacher(loaded: teacher.Teacher, student: str) -> dict:
 def main(folder: Path) -> None:
     world = distributed.init()
     facts = {}
-    tokenizer, wanted = tokenizers.demo_tokenizer(), teacher.Wanted(questions=True, targets=True)
+    tokenizer, wanted = tokenizers.demo_tokenizer(), teacher_answers.Wanted(questions=True, targets=True)
     small = [str(folder / "small.json")] if world.size == 2 else []
     for name in STUDENTS:
         for placement in ("zero3", "replica"):

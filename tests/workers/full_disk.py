@@ -12,10 +12,11 @@ from pathlib import Path
 
 from harness import full_disk, same, steps, tiny
 
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
 from ibdistill.training import checkpoint
-from ibdistill.training.job import Job, prepare
+from ibdistill.training.job import Job
+from ibdistill.training.prepare import prepare
 
 
 def main(folder: Path) -> None:
@@ -23,7 +24,7 @@ def main(folder: Path) -> None:
 
     def make(name: str, stage: int) -> Job:
         settings = {"deepspeed.config": f"zero{stage}", "student.dropout": 0.0, "run.tensorboard": False}
-        return prepare(sections.load(None, tiny(folder / f"{name}{stage}", **settings)), world)
+        return prepare(load_settings(None, tiny(folder / f"{name}{stage}", **settings)), world)
 
     def whole(job: Job) -> dict:
         with job.whole() as model:

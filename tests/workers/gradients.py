@@ -11,9 +11,9 @@ import ranks
 import torch
 from one_step import gradients_of_step
 
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
-from ibdistill.training.job import prepare
+from ibdistill.training.prepare import prepare
 
 MODELS = ("demo-student", "demo-student-decoder")
 
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
             "deepspeed.config": f"zero{stage}",
             "run.dir": str(folder / name),
         }
-        job = prepare(sections.load(None, settings), world)
+        job = prepare(load_settings(None, settings), world)
         gradients = gradients_of_step(job)
         if world.rank == 0:
             torch.save(gradients, folder / f"{name}.pt")

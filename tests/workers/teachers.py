@@ -21,9 +21,9 @@ import torch
 from one_step import gradients_of_step
 
 from ibdistill import train
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
-from ibdistill.training.job import prepare
+from ibdistill.training.prepare import prepare
 
 SETTINGS = {
     "data.subsample": 64,
@@ -71,7 +71,7 @@ def main(folder: Path, cases: list[str]) -> None:
         }
         if many:
             settings["optim.micro_batch_size"] = settings["optim.batch_size"] // world.size
-        job = prepare(sections.load(None, settings), world)
+        job = prepare(load_settings(None, settings), world)
         teacher = job.signals.teacher
         before, replaced = checksum(teacher), torch.nn.functional.linear is not linear
         gradients = gradients_of_step(job)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+from ibdistill.config.load import load_settings
+
 SETTINGS = {
     "data.subsample": 5,
     "data.max_label_tokens": 32,
@@ -25,12 +27,11 @@ def main(folder: Path, expert: str) -> None:
     from teachers import checksum
 
     from ibdistill import train
-    from ibdistill.config import sections
     from ibdistill.data import loading
     from ibdistill.runtime import distributed
     from ibdistill.runtime.distributed import StopRequest
     from ibdistill.teacher import writing
-    from ibdistill.training.job import prepare
+    from ibdistill.training.prepare import prepare
 
     world = distributed.init()
     linear = torch.nn.functional.linear
@@ -40,7 +41,7 @@ def main(folder: Path, expert: str) -> None:
             "teacher.temperature": temperature,
             "teacher.rationale_cache": f"{folder}/texts-{temperature}",
         }
-        loaded = sections.load(None, shared | cache)
+        loaded = load_settings(None, shared | cache)
         records = loading.load(loaded.data, needs_rationale=False).train
         writing.write(loaded, records, world, StopRequest())
 
@@ -49,7 +50,7 @@ def main(folder: Path, expert: str) -> None:
     for name in ("wrote", "never"):  # the second one finds its texts in the cache
         settings = shared | training | {"run.dir": f"{folder}/{name}"}
         settings |= {"teacher.rationale_cache": f"{folder}/both", "data.label_source": "teacher"}
-        jobs.append(prepare(sections.load(None, settings), world))
+        jobs.append(prepare(load_settings(None, settings), world))
     before = checksum(jobs[0].signals.teacher)
     error = 0.0
     for _ in range(4):

@@ -17,8 +17,10 @@ import numpy as np
 
 from ibdistill import train
 from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
-from ibdistill.training.job import Job, prepare
+from ibdistill.training.job import Job
+from ibdistill.training.prepare import prepare
 
 BLOCK = sections.RunConfig.log_every
 PERIOD = sections.RunConfig.term_gradients_every
@@ -36,7 +38,7 @@ def build(
     }
     if not preset.startswith("demo-"):
         settings["student.tokenizer"] = "train"
-    return prepare(sections.load("demo", settings), world)
+    return prepare(load_settings("demo", settings), world)
 
 
 def block(job: Job, is_on: bool) -> float:

@@ -65,9 +65,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where the planner 
 from plan import costs  # noqa: E402
 
 from ibdistill.config import sections  # noqa: E402
+from ibdistill.config.load import load_settings  # noqa: E402
 from ibdistill.data import tokenizers  # noqa: E402
 from ibdistill.models.student import load_student  # noqa: E402
-from ibdistill.objectives import distillation  # noqa: E402
+from ibdistill.objectives import distillation, weights  # noqa: E402
 from ibdistill.planning import dryrun, footprint  # noqa: E402
 from ibdistill.runtime import distributed  # noqa: E402
 from ibdistill.training import engine  # noqa: E402
@@ -82,7 +83,7 @@ def settings(model: str, zero: str, questions: int) -> sections.Config:
     """Of the run that is measured and planned."""
     given = {"student.model": model, "deepspeed.config": zero, "optim.batch_size": questions}
     given |= {"objective.method": "dss", "student.tokenizer": "train", "student.dropout": 0.0}
-    return sections.load(None, given | {"student.vocab_size": len(tokenizers.demo_tokenizer())})
+    return load_settings(None, given | {"student.vocab_size": len(tokenizers.demo_tokenizer())})
 
 
 def seconds_of(function, repeats: int) -> float:
@@ -114,7 +115,7 @@ class Rank:
         self.engine = engine.build_engine(module, chosen, self.world)
         questions = self.world.size * lengths.questions
         counts = {"predict": questions * lengths.label, "explain": questions * lengths.rationale}
-        self.weights = distillation.step_weights(chosen.objective, counts | {"explained": 1})
+        self.weights = weights.step_weights(chosen.objective, counts | {"explained": 1})
 
     @staticmethod
     def _width(layer: torch.nn.Linear) -> int:

@@ -40,16 +40,17 @@ import numpy as np
 import torch
 
 from ibdistill import train
-from ibdistill.config import sections
+from ibdistill.config.load import load_settings
 from ibdistill.models import presets
-from ibdistill.models.student import states
-from ibdistill.objectives import distillation
+from ibdistill.models.forward import states
+from ibdistill.objectives import weights as objectives_weights
+from ibdistill.objectives.teacher_answers import TeacherSignal
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 from ibdistill.teacher.answers import top_k
-from ibdistill.teacher.teacher import TeacherSignal
-from ibdistill.training.job import Job, prepare
+from ibdistill.training.job import Job
+from ibdistill.training.prepare import prepare
 
 VARIANTS = ("none", "replica", "zero3", "cache")
 
@@ -84,12 +85,12 @@ class Case:
             values["teacher.placement"] = "zero3" if variant == "cache" else variant
         if variant == "cache":
             values |= {"teacher.cache": f"{self.root}/signals", "teacher.cache_form": self.form}
-        return prepare(sections.load("demo", values), world)
+        return prepare(load_settings("demo", values), world)
 
 
 def bare_forward(job: Job) -> Callable[[], None]:
     """One forward of `job`'s teacher, a replica, on the micro-batch of the job's step."""
-    wanted = distillation.wanted(job.config.objective)
+    wanted = objectives_weights.wanted(job.config.objective)
 
     @torch.no_grad()
     def forward() -> None:
@@ -192,7 +193,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
         job = Case(root, student, teacher, "kd", batch_size, "fp32", "zero0").job("replica", world)
         rows, batch = job.micro_batches()[0]
         signal, module = job.signals.of(rows, batch), job.engine.module.eval()
-        weights = distillation.step_weights(job.config.objective, job.plan.counts(0))
+        weights = objectives_weights.step_weights(job.config.objective, job.plan.counts(0))
 
         def kd(signal: TeacherSignal) -> tuple[float, torch.Tensor]:
             """The distillation term and its gradient, in one vector."""

@@ -39,12 +39,14 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 
 from ibdistill import train
-from ibdistill.config import sections
+from ibdistill.config import sections, zero_file
+from ibdistill.config.load import load_settings
 from ibdistill.data import batches, loading, tokenizers
+from ibdistill.data.features import Features, Ragged, tokenize
 from ibdistill.data.sampler import Plan
-from ibdistill.models import families, presets
+from ibdistill.models import fused, presets
 from ibdistill.monitor.meter import Meter
-from ibdistill.objectives import distillation
+from ibdistill.objectives import distillation, weights
 from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
 from ibdistill.training.checkpoint import TrainState
@@ -55,17 +57,17 @@ KINDS = ("projection", "feed-forward", "head")
 VARIANTS = {"plain": "fp32", "ours": "fp32", "ours-bf16": "bf16"}
 
 
-def read_features(folder: str) -> batches.Features:
+def read_features(folder: str) -> Features:
     """GSM8K's training split, with a tokenizer trained on it."""
-    settings = sections.load(None, {"data.task": "gsm8k", "data.path": folder}).data
+    settings = load_settings(None, {"data.task": "gsm8k", "data.path": folder}).data
     records = loading.load(settings, needs_rationale=True).train
     texts = (text for r in records for text in (r.question, r.label, r.rationale))
     with tempfile.TemporaryDirectory() as target:
         tokenizer = tokenizers.train_tokenizer(texts, PIECES, Path(target))
-    return batches.tokenize(records, {"gsm8k": loading.TASKS["gsm8k"].prefixes}, tokenizer, settings)
+    return tokenize(records, {"gsm8k": loading.TASKS["gsm8k"].prefixes}, tokenizer, settings)
 
 
-def generate_features(records: int = 6725) -> batches.Features:
+def generate_features(records: int = 6725) -> Features:
     """Random ids; lengths log-normal, fitted to GSM8K's training split under a tokenizer of 4000 pieces.
 
     log(question and prefix): mean 4.12, deviation 0.35; rationale: 4.07, 0.50; correlation 0.52.
@@ -75,14 +77,12 @@ def generate_features(records: int = 6725) -> batches.Features:
     x, y = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
     question, rationale = np.exp(4.12 + 0.35 * x).clip(8, 1024), np.exp(4.07 + 0.50 * y).clip(4, 256)
     lengths = [question, 2 + (rng.random(records) > 0.78), rationale]
-    q, t, r = (batches.Ragged([rng.integers(3, PIECES, int(n)) for n in part]) for part in lengths)
+    q, t, r = (Ragged([rng.integers(3, PIECES, int(n)) for n in part]) for part in lengths)
     questions, targets = {"predict": q, "explain": q}, {"predict": t, "explain": r}
-    return batches.Features(
-        [str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets
-    )
+    return Features([str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets)
 
 
-def plain_batch(features: batches.Features, rows: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
+def plain_batch(features: Features, rows: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
     """Stream -> arguments of a transformers forward."""
     batch = {}
     for stream in batches.STREAMS:
@@ -117,7 +117,7 @@ def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None
     if name == "plain":
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
     else:
-        module = distillation.Distillation(families.fused(model), settings.objective)
+        module = distillation.Distillation(fused.fused(model), settings.objective)
         parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
         parts |= {"config": settings, "world": world, "streams": batches.STREAMS, "features": case.features}
         parts |= {"tokenizer": SimpleNamespace(pad_token_id=PAD), "plan": case.plan, "meter": Meter()}
@@ -142,7 +142,7 @@ def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None
 class Case:
     """What all variants share, and which records each step takes."""
 
-    features: batches.Features
+    features: Features
     preset: str
     method: str
     batch_size: int
@@ -162,8 +162,8 @@ class Case:
         overrides = {"objective.method": self.method, "optim.batch_size": self.batch_size, "optim.lr": LR}
         overrides |= {"student.precision": precision, "deepspeed.config": self.zero}
         overrides["run.term_gradients_every"] = 0
-        settings = sections.load(None, overrides)
-        engine.settle_ds_config(settings, 1)
+        settings = load_settings(None, overrides)
+        zero_file.settle_ds_config(settings, 1)
         return settings
 
     def model(self, **overrides):
@@ -194,8 +194,8 @@ def check_losses(case: Case) -> float:
     counts = {stream: len(labels) for stream, labels in batch.labels.items()} | {"explained": len(rows)}
     with torch.no_grad():
         expected = plain_loss(model, plain_batch(case.features, rows), objective, pool_padding=False)
-        module = distillation.Distillation(families.fused(model), objective)
-        ours, _ = module(batch, distillation.step_weights(objective, counts))
+        module = distillation.Distillation(fused.fused(model), objective)
+        ours, _ = module(batch, weights.step_weights(objective, counts))
     return float((ours - expected).abs() / expected.abs())
 
 

@@ -20,9 +20,9 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ibdistill.config import sections
+from ibdistill.config import sections, zero_file
+from ibdistill.config.load import load_settings
 from ibdistill.planning.footprint import GIB
-from ibdistill.training import engine
 from plan import accelerators, costs
 from plan.accelerators import ACCELERATORS
 from plan.planner import Choice, Planner
@@ -64,7 +64,7 @@ def main(
     elif recipe == "gpus":
         gpus()
     else:
-        loaded = sections.load(recipe, overrides)
+        loaded = load_settings(recipe, overrides)
         planner = Planner(loaded, rates, nodes, gpus_per_node, **lengths(loaded, tokens))
         report(planner, recipe, gpu, overrides, out)
 
@@ -185,7 +185,7 @@ def named(choice: Choice) -> str:
 
 def recommend(planner: Planner, best: Choice, recipe: str, overrides: dict[str, Any], out: str) -> None:
     """Print, and with `out` write, the DeepSpeed file and the sbatch line."""
-    content = json.dumps(engine.read_ds_config(best.file), indent=2)
+    content = json.dumps(zero_file.read_ds_config(best.file), indent=2)
     file = str(Path(out) / "ds_config.json") if out else best.file
     settings = overrides | {"deepspeed.config": file, "optim.micro_batch_size": best.micro_batch_size}
     if planner.teacher is not None:
@@ -221,7 +221,7 @@ def table(rates: accelerators.Accelerator, gpu: str) -> None:
     for student, teacher in PAIRS:
         settings = {"student.model": student, "teacher.model": teacher, "teacher.placement": "replica"}
         settings |= {"student.precision": "bf16", "objective.method": "ib+kd", "optim.batch_size": QUESTIONS}
-        planner = Planner(sections.load(None, settings), rates, 1, 1, **LENGTHS)
+        planner = Planner(load_settings(None, settings), rates, 1, 1, **LENGTHS)
         for ranks in (1, 8, 64, 512):
             name = f"{student.split('-')[-1]}, {teacher.split('-')[-1]}"
             nodes, on_node = math.ceil(ranks / 8), min(ranks, 8)

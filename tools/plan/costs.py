@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.models import families
-from ibdistill.objectives import distillation
+from ibdistill.objectives import weights
 from ibdistill.planning.dryrun import Lengths, Skeleton, base_of
 from ibdistill.planning.footprint import WIDTH, Gathers, Sizes, Zero
 from plan.accelerators import Accelerator
@@ -98,7 +98,7 @@ def operations(
     checkpointing: bool = False,
 ) -> Operations:
     """Of one micro-batch."""
-    streams = distillation.streams_of(objective)
+    streams = weights.streams_of(objective)
     linear = list(_linears(student.model, lengths, streams))
     attention = _attention(student.model, lengths, streams)
     blocks = sum((3 if layer.weight.requires_grad else 2) * n for layer, n in linear) + 3 * attention
@@ -109,11 +109,11 @@ def operations(
     vocabulary, width = student.head
     head, of_teacher = 6 * rows * vocabulary * width, 0
     if teacher is not None:
-        of_teacher = forward_operations(teacher.model, lengths, distillation.teacher_streams(objective))
+        of_teacher = forward_operations(teacher.model, lengths, weights.teacher_streams(objective))
         theirs, wide = teacher.head
-        if distillation.uses_vid(objective):
+        if weights.uses_vid(objective):
             head += 6 * lengths.questions * lengths.question * width * wide
-        if distillation.wanted(objective).targets:
+        if weights.wanted(objective).targets:
             head += 2 * rows * theirs * wide
     return Operations(blocks, head, of_teacher)
 

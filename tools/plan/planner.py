@@ -7,12 +7,12 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
+from ibdistill.config import zero_file
 from ibdistill.config.sections import Config
-from ibdistill.objectives import distillation
+from ibdistill.objectives import weights
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
-from ibdistill.training import engine
 from plan import costs
 from plan.accelerators import Accelerator
 
@@ -80,16 +80,16 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._check_division()
-        self.streams = distillation.streams_of(self.config.objective)
-        self._scored = distillation.teacher_streams(self.config.objective)
-        self.wanted = distillation.wanted(self.config.objective)
+        self.streams = weights.streams_of(self.config.objective)
+        self._scored = weights.teacher_streams(self.config.objective)
+        self.wanted = weights.wanted(self.config.objective)
         self.students = {on: footprint.student_skeleton(self._checkpointing(on)) for on in (False, True)}
         self.teacher = footprint.teacher_skeleton(self.config) if self.wanted else None
         self.sizes = footprint.student_sizes(self.config, self.student, self.teacher)
         self._gathers: dict[Zero, footprint.Gathers | None] = {}
 
     def _check_division(self) -> None:
-        engine.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
+        zero_file.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
 
     def on(self, nodes: int, on_node: int, batch_size: int) -> Planner:
         """The same models on other machines: what was traced is kept, as it doesn't depend on them."""
@@ -116,7 +116,7 @@ class Planner:
     def micro_batch_sizes(self) -> list[int]:
         """Those that divide a rank's questions, largest first; the recipe's alone if it sets one."""
         if given := self.config.optim.micro_batch_size:
-            engine.split_batch(self.config.optim, self.ranks)
+            zero_file.split_batch(self.config.optim, self.ranks)
             return [given]
         return [size for size in range(self.per_rank, 0, -1) if self.per_rank % size == 0]
 
@@ -268,7 +268,7 @@ class Planner:
         inside = footprint.head_loss_bytes(
             *(self._lengths(micro).targets(self.streams), micro, self.student.head),
             self.config.student.precision,
-            mi=distillation.mi_settings(self.config.objective) is not None,
+            mi=weights.mi_settings(self.config.objective) is not None,
             teacher=self.teacher.head if self.teacher and self.wanted.targets else None,
             device="cuda",
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +13,11 @@ from typing import Any
 import yaml
 from fire.parser import DefaultParseValue
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+from ibdistill.config import fields
+from ibdistill.config.load import load_settings
+from ibdistill.config.sections import Config
 
-from ibdistill.config import fields, sections  # noqa: E402
-from ibdistill.config.sections import Config  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 _KEYS = {"recipe", "settings", "models", "variants", "seeds", "labels", "baseline", "arms", "comparisons"}
 _OWN = {"seeds", "labels", "ranks", "note"}
@@ -169,7 +168,7 @@ def _run(
     if labels is not None:
         settings |= {"data.subsample": labels, "data.subsample_seed": seed}
     try:
-        config = sections.load(recipe, settings)
+        config = load_settings(recipe, settings)
     except ValueError as error:
         raise ValueError(f"{path}: arm {arm}: {error}") from error
     # What is as by default does not count, or each new setting of a new version would start all runs anew.
@@ -199,7 +198,7 @@ def resolved(run: Run, out: Path, folder: Path | None = None) -> Config:
         return str(out / value) if value.startswith("runs/") else value.replace("{run}", str(folder))
 
     settings = {name: placed(value) for name, value in run.settings.items()}
-    return sections.load(run.recipe or None, settings | {"run.dir": str(folder)})
+    return load_settings(run.recipe or None, settings | {"run.dir": str(folder)})
 
 
 def result(run: Run, out: Path) -> dict[str, Any] | None:

@@ -45,7 +45,8 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
-from ibdistill.config import fields, sections
+from ibdistill.config import fields
+from ibdistill.config.load import to_yaml
 from study import arms
 from study.arms import ROOT, Run, Study, resolved, result
 
@@ -97,7 +98,7 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
     for folder in ("configs", "logs"):
         (out / folder).mkdir(parents=True, exist_ok=True)
     recipe = out / "configs" / f"{run.name}.yaml"
-    recipe.write_text(sections.to_yaml(resolved(run, out)))
+    recipe.write_text(to_yaml(resolved(run, out)))
     command = [sys.executable]
     if run.ranks > 1:
         from ibdistill.runtime.distributed import free_port

@@ -36,7 +36,7 @@ def measure(study: Study, out: Path) -> str:
     from ibdistill import train
     from ibdistill.runtime import distributed
     from ibdistill.training import pseudo_labels
-    from ibdistill.training.job import prepare
+    from ibdistill.training.prepare import prepare
     from study.arms import resolved
 
     torch.set_num_threads(1)

@@ -1,0 +1,126 @@
+"""Text from a model: greedy decoding, or sampling with given random numbers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+
+from ibdistill.data import batches
+from ibdistill.models import families
+
+logger = logging.getLogger("ibdistill")
+
+
+class Answer(NamedTuple):
+    """What the student generates in one stream, and the probabilities it gave it."""
+
+    text: str
+    confidence: float
+    """Of the whole answer, the end token included if it was reached within the limit."""
+    first_confidence: float
+    """Of its first token."""
+
+
+class _Confidence(LogitsProcessor):
+    """Notes the log-probability of each step's greedy token; keeps [B] a step, not [B, V]."""
+
+    def __init__(self) -> None:
+        self.log_probs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.log_probs.append(scores.amax(-1) - scores.logsumexp(-1))
+        return scores
+
+    def of(self, generated: Tensor, eos: int) -> tuple[list[float], list[float]]:
+        """(whole, first token) probabilities [B]; `generated` [B, T] may hold padding behind `eos`."""
+        ends = generated == eos
+        is_real = ends.cumsum(1) - ends.long() == 0
+        log_probs = torch.stack(self.log_probs, dim=1).double()
+        whole = torch.where(is_real, log_probs, 0.0).sum(1).exp()
+        return whole.tolist(), log_probs[:, 0].exp().tolist()
+
+
+class Sampling(NamedTuple):
+    """What turns greedy decoding into sampling."""
+
+    temperature: float
+    draws: Tensor
+    """[questions, max_new_tokens] fp32 in [0, 1): the random number behind each token. Given from
+    outside, so that a question's answer does not depend on which others are decoded with it."""
+
+
+class _Draw(LogitsProcessor):
+    """Leaves one token a row: where the cumulated probabilities pass the row's random number."""
+
+    def __init__(self, temperature: float, draws: Tensor) -> None:
+        self._temperature, self._draws = temperature, iter(draws.T)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulated = torch.softmax(scores.float() / self._temperature, -1).cumsum(-1)
+        bound = next(self._draws)[:, None] * cumulated[:, -1:]
+        chosen = (cumulated <= bound).sum(-1, keepdim=True).clamp_max(scores.shape[-1] - 1)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[str],
+    *,
+    max_question_tokens: int,
+    max_new_tokens: int,
+    device: torch.device,
+    batch_size: int = 64,
+    as_written: bool = False,
+    sampling: Sampling | None = None,
+    synced: bool = False,
+) -> list[Answer]:
+    """The greedy answers to `questions` (prefix included), in order. Batches are of similar length.
+
+    Args:
+        as_written: give a decoder-only model the text alone, without the separator that our students learn.
+        sampling: draw tokens instead; confidences remain those of the greedy ones.
+        synced: go on until all ranks have finished, each with the same number of batches; for sharded models.
+    """
+    layout = families.layout(model, tokenizer)
+    decoder_only = families.family(model) == families.DECODER_ONLY
+    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
+    answers: dict[int, Answer] = {}
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        texts = [questions[i] for i in rows]
+        if decoder_only and not as_written:
+            input_ids, mask = batches.prompts(texts, tokenizer, max_question_tokens, **layout)
+        else:
+            inputs = tokenizer(
+                texts,
+                padding=True,
+                padding_side="left" if decoder_only else "right",
+                truncation=True,
+                max_length=max_question_tokens,
+                return_tensors="pt",
+            )
+            input_ids, mask = inputs.input_ids, inputs.attention_mask
+        confidence = _Confidence()
+        draw = [_Draw(sampling.temperature, sampling.draws[rows].to(device))] if sampling else []
+        output = model.generate(
+            input_ids=input_ids.to(device),
+            attention_mask=mask.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            logits_processor=LogitsProcessorList([confidence, *draw]),
+            synced_gpus=synced,
+        )
+        if decoder_only:
+            output = output[:, input_ids.shape[1] :]
+        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        probabilities = confidence.of(output[:, -len(confidence.log_probs) :], tokenizer.eos_token_id)
+        answers |= {i: Answer(*parts) for i, *parts in zip(rows, texts, *probabilities, strict=True)}
+    return [answers[i] for i in range(len(questions))]

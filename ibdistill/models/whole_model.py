@@ -1,0 +1,58 @@
+"""The trained model in one piece, whatever ZeRO does to it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import deepspeed
+import torch
+from torch import nn
+
+
+class WholeModel:
+    """Gives the trained model in one piece, for decoding and export, whatever ZeRO does to it.
+
+    Under ZeRO-3 every rank collects a copy, one parameter at a time, and drops it afterwards.
+    That takes one more student in memory while evaluating, and in return decoding runs without
+    an all-gather a token, ranks may decode unequal shares, and the engine's hooks and trace
+    are left alone.
+    """
+
+    def __init__(self, model: nn.Module, *, sharded: bool) -> None:
+        """Call before the engine partitions `model`."""
+        self._model = model
+        self._skeleton = _skeleton(model) if sharded else None
+
+    @contextmanager
+    def __call__(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode. Collective under ZeRO-3."""
+        model = self._model if self._skeleton is None else self._collect()
+        model.eval()
+        try:
+            yield model
+        finally:
+            self._model.train()
+
+    def _collect(self) -> nn.Module:
+        model = copy.deepcopy(self._skeleton)
+        state = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter]):
+                state[name] = parameter.detach().clone()
+        # tied weights: one tensor under several names
+        first: dict[int, str] = {}
+        for name, parameter in self._model.named_parameters(remove_duplicate=False):
+            state[name] = state[first.setdefault(id(parameter), name)]
+        model.load_state_dict(state, strict=False, assign=True)
+        # the skeleton's buffers, such as rotary frequencies, stayed where the model was made
+        return model.to(state[name].device)
+
+
+def _skeleton(model: nn.Module) -> nn.Module:
+    """The model's structure and buffers without its weights."""
+    weights = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in model.parameters()
+    }
+    return copy.deepcopy(model, memo=weights)

@@ -1,0 +1,45 @@
+"""What an objective asks of a teacher, and what it gets."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ibdistill.ops.head_loss.arguments import TeacherStream
+
+logger = logging.getLogger("ibdistill")
+
+
+@dataclass(frozen=True)
+class TeacherSignal:
+    """What the teacher says about one micro-batch, whether it was asked just now or long ago."""
+
+    questions: Tensor | None = None
+    """[N_question, D_teacher] states of the predict stream's question tokens; None: not asked for."""
+    targets: dict[str, TeacherStream] = field(default_factory=dict)
+    """Stream -> hidden states [N, D_teacher] or top k at the target positions; empty: not asked for."""
+    weight: Tensor | None = None
+    """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states."""
+    bias: Tensor | None = None
+    """[V]"""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors of it."""
+        streams = [t for stream in self.targets.values() for t in stream]
+        return [t for t in (self.questions, self.weight, self.bias, *streams) if t is not None]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What an objective asks of the teacher."""
+
+    questions: bool
+    """States of the question's tokens."""
+    targets: bool
+    """States at the target positions, and the head."""
+    temperature: float = 1.0
+    """Of the distributions, for a teacher's top k."""
+    text: bool = False
+    """Text that it writes."""
