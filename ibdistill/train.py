@@ -99,8 +99,8 @@ def train(job: Job) -> None:
             if score > state.best_score:
                 state.best_step, state.best_score = state.step, score
         if saves:
-            if job.signals:
-                job.signals.flush()
+            if job.teacher_answers:
+                job.teacher_answers.flush()
             saved = job.checkpoints.save(job.engine, state)
             if stop_code:
                 leave(job, stop_code if saved else 1)
@@ -113,7 +113,7 @@ def train_step(job: Job) -> None:
     gradients add up over ranks and micro-batches; DeepSpeed averages over ranks, hence the
     factor.
     """
-    state, counts = job.state, job.plan.counts(job.state.step)
+    state, counts = job.state, job.sampler.counts(job.state.step)
     weights = step_weights(job.config.objective, counts)
     job.engine.module.head.measures = job.measures_gradients()
     start = time.perf_counter()
@@ -122,18 +122,18 @@ def train_step(job: Job) -> None:
 
     for index, (rows, batch) in enumerate(micro_batches):
         batch = batch.to(job.world.device)
-        signal = job.signals.of(rows, batch) if job.signals else None
-        if job.signals and job.signals.overlaps and (following := job.following(index)):
-            job.signals.start(*following)
-        loss, terms = job.engine(batch, weights, signal, counts["question_tokens"])
+        answer = job.teacher_answers.of(rows, batch) if job.teacher_answers else None
+        if job.teacher_answers and job.teacher_answers.overlaps and (following := job.following(index)):
+            job.teacher_answers.start(*following)
+        loss, terms = job.engine(batch, weights, answer, counts["question_tokens"])
         job.engine.backward(loss * job.world.size, scale_wrt_gas=False)
         job.engine.step()
         job.meter.add(batch, terms)
 
     job.meter.end_step(counts, data_seconds, norm=job.engine.get_global_grad_norm())
     state.step += 1
-    if job.signals and state.step % job.plan.steps_per_epoch == 0:
-        job.signals.end_epoch()
+    if job.teacher_answers and state.step % job.sampler.steps_per_epoch == 0:
+        job.teacher_answers.end_epoch()
     skipped = not job.engine.was_step_applied()
     state.skipped += skipped
     state.skipped_in_row = state.skipped_in_row + 1 if skipped else 0
@@ -188,8 +188,8 @@ def log(job: Job) -> None:
         scalars["mi/constant_share"] = meter.constant_share(terms["mi"], terms.get("mi_constant", 0.0))
     scalars |= interval.gradient_scalars(config.optim.clip_norm)
     if asked and config.data.label_source == "gt":
-        scalars["teacher/agreement"] = right / asked
-    teacher = job.signals.timers() if job.signals else {}
+        scalars["teacher/accuracy"] = right / asked
+    teacher = job.teacher_answers.timers() if job.teacher_answers else {}
     scalars |= interval.speed(job.world, teacher.get("stall", 0.0))
     scalars |= {f"speed/{name}_s": seconds / interval.steps for name, seconds in teacher.items()}
     operations = hardware.operations_per_token(job.engine.module.model)
@@ -200,7 +200,7 @@ def log(job: Job) -> None:
     scalars["memory/model_states_gib"] = hardware.model_states(job.engine) / hardware.GIB
     scalars["optim/lr"] = job.engine.get_lr()[0]
     scalars["optim/skipped_steps"] = job.state.skipped
-    scalars["data/epoch"] = step / job.plan.steps_per_epoch
+    scalars["data/epoch"] = step / job.sampler.steps_per_epoch
     job.board.scalars(scalars, step)
     losses = "  ".join(f"{tag.removeprefix('loss/')} {v:.4f}" for tag, v in scalars.items() if "loss/" in tag)
     logger.info(

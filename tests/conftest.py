@@ -12,7 +12,7 @@ import pytest
 from harness import tiny
 
 LONGEST = (
-    "slurm test_distributed test_interpreted test_teacher test_footprint test_study test_rationales "
+    "slurm test_distributed test_interpreted test_teacher test_footprint test_study test_rationale_writing "
     "test_decoder_only_runs test_bench_teacher test_train test_evaluate_student test_zero"
 ).split()
 """Folders and files that take longest: where several workers share the tests they come first, so that no

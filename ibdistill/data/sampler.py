@@ -25,7 +25,7 @@ from ibdistill.data.features import Features
 from ibdistill.data.records import STREAMS
 
 
-class Plan:
+class Sampler:
     """Which questions each step learns from.
 
     An epoch is a new permutation of the records, cut into length-bucketed batches in random
@@ -119,7 +119,7 @@ class Plan:
         return rows[np.concatenate(order)].reshape(num_batches, self.batch_size)
 
 
-class ExtraPlan(Plan):
+class ExtraSampler(Sampler):
     """The plan of the gold records with further ones behind those of each micro-batch, `data.agree_share`
     times as many, for the mutual-information term alone (`data.agree_use` mi)."""
 
@@ -132,13 +132,13 @@ class ExtraPlan(Plan):
         """
         super().__init__(gold, config, batch_size=batch_size, seed=seed)
         size, one_task = config.pseudo_batch_size(batch_size), replace(config, mixture_weights=None)
-        self._extra = Plan(extra, one_task, batch_size=size, seed=seed)
+        self._extra = Sampler(extra, one_task, batch_size=size, seed=seed)
         self._first_extra = len(gold)
 
     def micro_batches(
         self, step: int, *, rank: int, world_size: int, micro_batch_size: int
     ) -> list[np.ndarray]:
-        """As those of `Plan`, and then the extra records."""
+        """As those of `Sampler`, and then the extra records."""
         of_rank = {"rank": rank, "world_size": world_size}
         gold = super().micro_batches(step, **of_rank, micro_batch_size=micro_batch_size)
         size = micro_batch_size * self._extra.batch_size // self.batch_size
@@ -151,7 +151,7 @@ class ExtraPlan(Plan):
         return super().counts(step) | {"explained": self._extra.counts(step)["explained"]}
 
 
-class MixedPlan(Plan):
+class MixedSampler(Sampler):
     """A plan that gives a share of every batch to pseudo-labelled records (`agreement`).
 
     Both parts walk through permutations of their own records, as functions of the step of the
@@ -167,9 +167,9 @@ class MixedPlan(Plan):
         """
         super().__init__(gold, config, batch_size=batch_size, seed=seed)
         size = config.pseudo_batch_size(batch_size)
-        self._gold = Plan(gold, config, batch_size=batch_size - size, seed=seed)
+        self._gold = Sampler(gold, config, batch_size=batch_size - size, seed=seed)
         one_task = replace(config, mixture_weights=None)
-        self._pseudo = Plan(pseudo, one_task, batch_size=size, seed=seed)
+        self._pseudo = Sampler(pseudo, one_task, batch_size=size, seed=seed)
         self._first_pseudo = len(gold)
         self._features = gold + pseudo
 

@@ -59,8 +59,8 @@ class Alarms:
                 f"{wait:.0%} of the step time is spent on waiting for data (bound {LARGEST_WAIT:.0%}). Give "
                 "each process more CPU cores, check the file system, or enlarge optim.batch_size",
             )
-        if "teacher/agreement" in scalars:
-            self.check_teacher(scalars["teacher/agreement"], self._chance)
+        if "teacher/accuracy" in scalars:
+            self.check_teacher(scalars["teacher/accuracy"], self._chance)
 
     def check_teacher(self, agreement: float, chance: float, task: str = "") -> None:
         """`agreement`: share of a teacher's labels that are right; `chance`: that of guessing."""

@@ -24,9 +24,9 @@ from ibdistill.data.batches import Batch
 from ibdistill.models import forward as models_forward
 from ibdistill.models.families import ENCODER_DECODER, family
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
-from ibdistill.objectives.teacher_answers import TeacherSignal
+from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.objectives.weights import GRADIENT, mi_settings, uses_vib, uses_vid
-from ibdistill.ops.head_loss.api import MISettings, Stream, Teacher, Weights, head_loss
+from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions, Weights, head_loss
 
 
 def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
@@ -60,7 +60,7 @@ class _LossHead(nn.Module):
         explain: Stream | None,
         weights: Weights,
         mi: MISettings | None,
-        teacher: Teacher | None,
+        teacher: TeacherDistributions | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         arguments = predict, explain, self.weight, self.bias
         total, terms = head_loss(*arguments, weights=weights, mi=mi, teacher=teacher)
@@ -107,17 +107,17 @@ def term_gradients(
 
 
 @torch.no_grad()
-def teacher_agreement(signal: TeacherSignal, batch: Batch) -> dict[str, Tensor]:
+def teacher_accuracy(answer: TeacherAnswer, batch: Batch) -> dict[str, Tensor]:
     """`teacher_right`: of `teacher_asked` questions, those whose label the teacher would write; 0-d fp32.
 
     Greedy decoding writes a text if and only if each of its tokens is the most probable one after
     the tokens before it, so the scores of the label say it and nothing has to be decoded.
     """
-    target, labels = signal.targets["predict"], batch.labels["predict"]
+    target, labels = answer.targets["predict"], batch.labels["predict"]
     if target.hidden is None:
         best = target.ids[:, 0]
     else:
-        best = nn.functional.linear(target.hidden, signal.weight, signal.bias).argmax(-1)
+        best = nn.functional.linear(target.hidden, answer.weight, answer.bias).argmax(-1)
     differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
     bounds = batch.cu["predict"].to(labels.device).long()
     right = (differs[bounds[1:]] == differs[bounds[:-1]]).sum()
@@ -152,7 +152,7 @@ class Distillation(nn.Module):
         self,
         batch: Batch,
         weights: Weights,
-        signal: TeacherSignal | None = None,
+        answer: TeacherAnswer | None = None,
         question_tokens: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the step's total (0-d fp32), and the sums of all terms, detached.
@@ -168,11 +168,11 @@ class Distillation(nn.Module):
             total, terms = self._apart(streams, weights, len(batch.question_ids) - batch.num_extra)
         else:
             total, terms = self.head(
-                streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(signal)
+                streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(answer)
             )
         if self.vid is not None:
             factor = self.objective.beta / question_tokens
-            vid, more = self.vid(states.questions, signal.questions, factor, measures=self.head.measures)
+            vid, more = self.vid(states.questions, answer.questions, factor, measures=self.head.measures)
             total, terms = total + vid, terms | more
         if self.vib is not None:
             kl, squares = states.bottleneck
@@ -180,8 +180,8 @@ class Distillation(nn.Module):
             total, terms["vib"] = total + factor * kl, kl.detach()
             if self.head.measures:  # in the question's states, as for vid
                 terms[f"{GRADIENT}vib"] = factor**2 * squares.detach()
-        if self.head.measures and signal is not None and signal.targets:
-            terms |= teacher_agreement(signal, batch)
+        if self.head.measures and answer is not None and answer.targets:
+            terms |= teacher_accuracy(answer, batch)
         return total, terms
 
     def _apart(
@@ -199,14 +199,14 @@ class Distillation(nn.Module):
         own = {name: value for name, value in own.items() if name.removeprefix(GRADIENT).startswith("mi")}
         return total + more, terms | own
 
-    def _teacher(self, signal: TeacherSignal | None) -> Teacher | None:
-        if signal is None or not signal.targets:
+    def _teacher(self, answer: TeacherAnswer | None) -> TeacherDistributions | None:
+        if answer is None or not answer.targets:
             return None
-        return Teacher(
-            predict=signal.targets["predict"],
-            explain=signal.targets["explain"],
-            weight=signal.weight,
-            bias=signal.bias,
+        return TeacherDistributions(
+            predict=answer.targets["predict"],
+            explain=answer.targets["explain"],
+            weight=answer.weight,
+            bias=answer.bias,
             divergence=self.objective.divergence,
             beta=self.objective.jsd_beta,
             temperature=self.objective.kd_temperature,

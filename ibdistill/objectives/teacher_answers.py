@@ -13,7 +13,7 @@ logger = logging.getLogger("ibdistill")
 
 
 @dataclass(frozen=True)
-class TeacherSignal:
+class TeacherAnswer:
     """What the teacher says about one micro-batch, whether it was asked just now or long ago."""
 
     questions: Tensor | None = None

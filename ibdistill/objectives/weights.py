@@ -62,7 +62,7 @@ def teacher_streams(objective: ObjectiveConfig) -> Sequence[str]:
 
 
 def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
-    """What each term's *sum* is multiplied with, given a step's global counts (`plan.Plan.counts`)."""
+    """What each term's *sum* is multiplied with, given a step's global counts (`sampler.Sampler.counts`)."""
     if objective.method == "finetune":
         return Weights(ce_predict=1.0 / counts["predict"])
     predict = objective.alpha / counts["predict"]

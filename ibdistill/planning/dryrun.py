@@ -31,7 +31,7 @@ from ibdistill.models import families, presets
 from ibdistill.models import forward as models_forward
 from ibdistill.models.student import with_lora
 from ibdistill.objectives import distillation
-from ibdistill.objectives.teacher_answers import TeacherSignal, Wanted
+from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
@@ -174,7 +174,7 @@ def student_step(
         width = teacher_head[1] if wanted and wanted.questions else 0
         module = distillation.Distillation(skeleton.model, objective, teacher_width=width)
         head = skeleton.head[0], teacher_head[1]  # fitted to the student's rows
-        signal = teacher_signal(batch, wanted, head) if wanted else None
+        answer = teacher_answer(batch, wanted, head) if wanted else None
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     known = [t for p in module.parameters() for t in (p, p.grad) if t is not None]
@@ -183,7 +183,7 @@ def student_step(
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, {"predict": 1, "explain": 1, "explained": 1})
     with _attention(device), skeleton.mode, tracker:
-        loss, _ = module(batch, weights, signal, 1)
+        loss, _ = module(batch, weights, answer, 1)
         loss.backward()
     hook.remove()
     for parameter in module.parameters():
@@ -228,14 +228,14 @@ def uses(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], *, head: 
     return [*order, Use(last, False)] if head else order
 
 
-def teacher_signal(batch: batches.Batch, wanted: Wanted, head: tuple[int, int]) -> TeacherSignal:
+def teacher_answer(batch: batches.Batch, wanted: Wanted, head: tuple[int, int]) -> TeacherAnswer:
     """Of the shapes in which a teacher with a head of [V, D] would answer; its tensors are not filled."""
     rows, width = head
     questions = torch.empty(len(batch.question_positions), width) if wanted.questions else None
     if not wanted.targets:
-        return TeacherSignal(questions)
+        return TeacherAnswer(questions)
     targets = {s: TeacherStream(hidden=torch.empty(len(ids), width)) for s, ids in batch.labels.items()}
-    return TeacherSignal(questions, targets, torch.empty(rows, width))
+    return TeacherAnswer(questions, targets, torch.empty(rows, width))
 
 
 def _tensors(batch: batches.Batch) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""Where a micro-batch's teacher signal comes from: the teacher, or what it said before.
+"""Where a micro-batch's teacher answer comes from: the teacher, or what it said before.
 
 A teacher's answer to the same tokens under the same settings never changes, so with
 `teacher.cache` the first epoch asks and writes, later ones read. An entry is one record's
@@ -47,11 +47,11 @@ from ibdistill.data.batches import Batch
 from ibdistill.data.features import Features
 from ibdistill.data.records import STREAMS
 from ibdistill.models import families
-from ibdistill.objectives.teacher_answers import TeacherSignal, Wanted
+from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed, files, hardware
 from ibdistill.runtime.distributed import World
-from ibdistill.teacher.cache import Entry, SignalCache, key_of
+from ibdistill.teacher.cache import AnswerCache, Entry, key_of
 from ibdistill.teacher.teacher import SHARDED, Teacher, fit_rows
 
 logger = logging.getLogger("ibdistill")
@@ -59,8 +59,8 @@ logger = logging.getLogger("ibdistill")
 _HEAD = "head.tensors"  # safetensors, under a name that the cache does not take for a shard
 
 
-class Signals:
-    """Gives every micro-batch its teacher signal."""
+class TeacherAnswers:
+    """Gives every micro-batch its teacher answer."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Signals:
         world: World,
         teacher: Teacher | None = None,
         *,
-        grows: bool = False,
+        expects_more: bool = False,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
 
@@ -80,10 +80,10 @@ class Signals:
             tokenizer: the student's.
             features: of the training records.
             teacher: one that is loaded already, for `wanted` among others.
-            grows: whether `follow` will bring other ones, for which a teacher is needed in any case.
+            expects_more: whether `set_features` will bring further ones, for which a teacher is needed.
 
         Raises:
-            ValueError: see `Teacher` and `SignalCache`; placement cache with records missing.
+            ValueError: see `Teacher` and `AnswerCache`; placement cache with records missing.
         """
         self._config, self._wanted, self._features, self._world = config, wanted, features, world
         self._rows = student.get_output_embeddings().weight.shape[0]
@@ -94,7 +94,7 @@ class Signals:
         self._told = False
         missing = self._missing()
         self.teacher = None
-        if missing or grows:
+        if missing or expects_more:
             if config.placement == "cache":
                 raise ValueError(
                     f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; "
@@ -117,10 +117,10 @@ class Signals:
             logger.info(
                 "the sharded teacher does not overlap with the student: two communicators could block"
             )
-        self._ahead: tuple[bytes, TeacherSignal] | None = None
+        self._ahead: tuple[bytes, TeacherAnswer] | None = None
         self._clock = hardware.Clock(world.device)
 
-    def follow(self, features: Features, unchanged: int) -> None:
+    def set_features(self, features: Features, unchanged: int) -> None:
         """From now on rows are those of other features, which begin with the first `unchanged` of these.
 
         If there are more the teacher is asked for all of them and the cache is left alone: entries
@@ -134,26 +134,26 @@ class Signals:
         """Whether `start` does anything."""
         return self._stream is not None
 
-    def of(self, rows: Sequence[int], batch: Batch) -> TeacherSignal:
-        """The signal of a micro-batch, which holds these records of the features. Collective if sharded."""
+    def of(self, rows: Sequence[int], batch: Batch) -> TeacherAnswer:
+        """The answer of a micro-batch, which holds these records of the features. Collective if sharded."""
         with self._clock.measure("stall"):
             if self._ahead is not None and self._ahead[0] == np.asarray(rows).tobytes():
                 torch.cuda.current_stream().wait_stream(self._stream)
                 return self._ahead[1]
-            return self._signal(rows, batch)
+            return self._answer(rows, batch)
 
     def start(self, rows: Sequence[int], batch: Batch) -> None:
         """Let the teacher begin on a micro-batch that `of` will ask for next."""
         assert self._stream is not None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            signal = self._signal(rows, batch)
-        for tensor in signal.tensors():  # or the allocator would hand them out while the student reads
+            answer = self._answer(rows, batch)
+        for tensor in answer.tensors():  # or the allocator would hand them out while the student reads
             tensor.record_stream(torch.cuda.current_stream())
-        self._ahead = (np.asarray(rows).tobytes(), signal)
+        self._ahead = (np.asarray(rows).tobytes(), answer)
 
     def timers(self) -> dict[str, float]:
-        """Seconds since the last call: `teacher` at work, `stall` of the student waiting for its signal."""
+        """Seconds since the last call: `teacher` at work, `stall` of the student waiting for its answer."""
         return self._clock.read()
 
     def end_epoch(self) -> None:
@@ -192,17 +192,17 @@ class Signals:
         missing = self._cache.missing(self._keys) if self._cache else len(self._features)
         return distributed.max_over_ranks(missing)
 
-    def _signal(self, rows: Sequence[int], batch: Batch) -> TeacherSignal:
+    def _answer(self, rows: Sequence[int], batch: Batch) -> TeacherAnswer:
         """From the cache if all of it is there, else the teacher is asked for the whole micro-batch."""
         known = self._known(rows)
         if self._complete(known):
             return self._unpack(self._join(known))
         assert self.teacher is not None
         with self._clock.measure("teacher"):
-            signal = self.teacher(self._for_teacher(rows, batch))
+            answer = self.teacher(self._for_teacher(rows, batch))
             if self._cache is None:
-                return signal
-            packed = self._pack(signal)
+                return answer
+            packed = self._pack(answer)
         if self._reads:
             # a record keeps its first answer: another batch's padding would change its last bits
             entries = [old or new for old, new in zip(known, self._pieces(rows, packed), strict=True)]
@@ -210,7 +210,7 @@ class Signals:
             self._put(new if self._writes else [])
             if any(known):
                 packed = self._join(entries)
-        return self._unpack(packed, (signal.weight, signal.bias))
+        return self._unpack(packed, (answer.weight, answer.bias))
 
     def _known(self, rows: Sequence[int]) -> list[Entry | None]:
         """What the cache has of each record."""
@@ -255,17 +255,17 @@ class Signals:
         theirs = batches.collate(self._features, rows, STREAMS, **self.teacher.layout)
         return theirs.to(self._world.device)
 
-    def _pack(self, signal: TeacherSignal) -> dict[str, Tensor]:
-        """The signal as the tensors that are kept."""
-        packed = {} if signal.questions is None else {"questions": signal.questions}
-        for stream, target in signal.targets.items():
+    def _pack(self, answer: TeacherAnswer) -> dict[str, Tensor]:
+        """The answer as the tensors that are kept."""
+        packed = {} if answer.questions is None else {"questions": answer.questions}
+        for stream, target in answer.targets.items():
             if self._config.cache_form == "states":
                 packed[stream] = target.hidden
             else:
                 ids, probabilities = top_k(
                     target.hidden,
-                    signal.weight,
-                    signal.bias,
+                    answer.weight,
+                    answer.bias,
                     self._config.cache_top_k,
                     self._wanted.temperature,
                 )
@@ -274,23 +274,23 @@ class Signals:
 
     def _unpack(
         self, packed: dict[str, Tensor], head: tuple[Tensor, Tensor | None] | None = None
-    ) -> TeacherSignal:
+    ) -> TeacherAnswer:
         """Collective if the head is needed, not given, and sharded."""
         if not self._wanted.targets:
-            return TeacherSignal(packed["questions"])
+            return TeacherAnswer(packed["questions"])
         if self._config.cache_form == "states":
             weight, bias = head or self._head or self.teacher.head()
             targets = {stream: TeacherStream(hidden=packed[stream]) for stream in STREAMS}
-            return TeacherSignal(packed.get("questions"), targets, weight, bias)
+            return TeacherAnswer(packed.get("questions"), targets, weight, bias)
         targets = {
             stream: TeacherStream(
                 ids=packed[f"{stream}.ids"].long(), probabilities=packed[f"{stream}.probabilities"].float()
             )
             for stream in STREAMS
         }
-        return TeacherSignal(packed.get("questions"), targets)
+        return TeacherAnswer(packed.get("questions"), targets)
 
-    def _open_cache(self, tokenizer: PreTrainedTokenizerBase) -> SignalCache:
+    def _open_cache(self, tokenizer: PreTrainedTokenizerBase) -> AnswerCache:
         config, wanted = self._config, self._wanted
         holds = (["question states"] if wanted.questions else []) + (
             ["target states"] if wanted.targets else []
@@ -303,7 +303,7 @@ class Signals:
         }
         if wanted.targets and config.cache_form == "topk":
             fingerprint |= {"top_k": config.cache_top_k, "temperature": wanted.temperature}
-        return SignalCache(Path(config.cache), fingerprint, rank=self._world.rank)
+        return AnswerCache(Path(config.cache), fingerprint, rank=self._world.rank)
 
     def _keep_head(self) -> None:
         """Write what a later run needs besides the entries. Collective."""

@@ -63,7 +63,7 @@ def key_of(*arrays: np.ndarray) -> bytes:
     return digest.digest()
 
 
-class SignalCache:
+class AnswerCache:
     """An append-only store of ragged tensors on disk. Not for several threads of a process.
 
     All entries have the same tensor names, dtypes and row shapes.
@@ -107,7 +107,7 @@ class SignalCache:
             self.refresh()
         except OSError as error:
             raise ValueError(
-                f"signal cache {folder} cannot be {'read' if read_only else 'written'}: {error}; "
+                f"answer cache {folder} cannot be {'read' if read_only else 'written'}: {error}; "
                 "see to its permissions and space, or choose another folder"
             ) from error
 
@@ -146,11 +146,11 @@ class SignalCache:
         """
         assert len(key) == KEY_BYTES
         if self._read_only:
-            raise ValueError(f"signal cache {self.folder} is open for reading only")
+            raise ValueError(f"answer cache {self.folder} is open for reading only")
         if key in self:
             return
         if not tensors or any(tensor.ndim == 0 for tensor in tensors.values()):
-            raise ValueError(f"an entry of a signal cache is one or more tensors [n, ...], not {tensors}")
+            raise ValueError(f"an entry of a answer cache is one or more tensors [n, ...], not {tensors}")
         self._check_schema(tensors)
         # a view would keep the whole batch alive, and change with it
         copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
@@ -178,7 +178,7 @@ class SignalCache:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"signal cache {self.folder} cannot take another shard: {error.strerror}; free some space or "
+                f"answer cache {self.folder} cannot take another shard: {error.strerror}; free some space or "
                 "choose another folder. The shards written before are good",
             ) from error
         self._buffer = {}
@@ -203,7 +203,7 @@ class SignalCache:
             for name, size in self.bytes_per_row().items()
         ]
         return (
-            f"signal cache {self.folder}: {len(self)} entries, {len(self._shards)} shards, "
+            f"answer cache {self.folder}: {len(self)} entries, {len(self._shards)} shards, "
             f"{self.nbytes / 1e6:.1f} MB; rows x bytes: {', '.join(tensors) or 'none'}"
         )
 
@@ -226,7 +226,7 @@ class SignalCache:
             # looked for again, as another rank may have created the cache in between
             if (others or self._read_only) and not path.exists():
                 raise ValueError(
-                    f"{self.folder} is no signal cache: it has no {FINGERPRINT} and holds "
+                    f"{self.folder} is no answer cache: it has no {FINGERPRINT} and holds "
                     f"{', '.join(others[:3]) or 'nothing'}; choose a cache or, for a new one, an empty folder"
                 )
             # Ranks that get here at once write the same. If not, the last one wins here, and the fingerprint
@@ -240,7 +240,7 @@ class SignalCache:
         here = self._fingerprint
         if found := differences(there, here):
             raise ValueError(
-                f"signal cache {self.folder} was made by something else: {found}. "
+                f"answer cache {self.folder} was made by something else: {found}. "
                 "Choose another folder, or delete that one to compute its answers again"
             )
 

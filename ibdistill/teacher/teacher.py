@@ -11,7 +11,7 @@ Placements:
 - `zero3`        cut into shares over all ranks, gathered layer by layer
 - `zero3_node`   the same within each node, so that gathering never leaves it
 - `cpu_offload`  zero3 with the shares in CPU memory
-- `cache`        not loaded at all; answers come from `teacher.cache` (`signals`)
+- `cache`        not loaded at all; answers come from `teacher.cache` (`answers`)
 
 The sharded ones use `sharding`: an engine without an optimizer, on the model without its head,
 in a process group of its own. The head is a plain tensor, cut by rows and gathered for a
@@ -41,7 +41,7 @@ from ibdistill.data import tokenizers
 from ibdistill.data.batches import Batch
 from ibdistill.models import families, presets
 from ibdistill.models import forward as models_forward
-from ibdistill.objectives.teacher_answers import TeacherSignal, Wanted
+from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
@@ -68,7 +68,7 @@ class Teacher:
 
         Args:
             tokenizer: the student's; the teacher's must be the same. Without a student: the teacher's.
-            rows: of the student's head; None: `pair` it with a student before it is asked for signals.
+            rows: of the student's head; None: `pair` it with a student before it is asked for answers.
 
         Raises:
             ValueError: no such model, another vocabulary, does not fit into memory, 8 bits without
@@ -110,14 +110,14 @@ class Teacher:
         self._rows = rows
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> TeacherSignal:
-        """The signal of a micro-batch, on its device. Collective for sharded placements."""
+    def __call__(self, batch: Batch) -> TeacherAnswer:
+        """The answer of a micro-batch, on its device. Collective for sharded placements."""
         targets, questions = self._scorer(batch)
         if not self._wanted.targets:
-            return TeacherSignal(questions)
+            return TeacherAnswer(questions)
         weight, bias = self.head()
         streams = {stream: TeacherStream(hidden=hidden) for stream, hidden in targets.items()}
-        return TeacherSignal(questions if self._wanted.questions else None, streams, weight, bias)
+        return TeacherAnswer(questions if self._wanted.questions else None, streams, weight, bias)
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
@@ -125,12 +125,12 @@ class Teacher:
         return fit_rows(weight, self._bias, self._rows)
 
     @contextmanager
-    def speaking(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[nn.Module]:
+    def text_model(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[nn.Module]:
         """The model with its head, to generate text with; `tokenizer` is the teacher's own.
 
         A sharded one's layers, and its head, are gathered for each token on all ranks: all must
         call `generate` equally often, with `synced_gpus`. It bypasses the engine's forward, so
-        nothing is prefetched, and the trace starts anew with the next signals.
+        nothing is prefetched, and the trace starts anew with the next answers.
         """
         model = getattr(self._scorer, "module", self._scorer).model
         # a rank that built the modules without the checkpoint has not read its settings

@@ -118,7 +118,7 @@ def write(
             loaded.pair(*student)
         by_key = {key_of(prompts_of(r, template)): r for r in asked}
         longest_first = sorted(missing, key=lambda key: (-len(by_key[key].question), key))
-        with loaded.speaking(tokenizer) as model:
+        with loaded.text_model(tokenizer) as model:
             desk = _Desk(config, model, tokenizer, template, folder, world)
             texts |= desk.write_all([(by_key[key], key, prompts[key]) for key in longest_first], stop)
         if not wanted:

@@ -18,14 +18,14 @@ from ibdistill.data import batches as data_batches
 from ibdistill.data import loading
 from ibdistill.data.features import Features, tokenize
 from ibdistill.data.records import Record
-from ibdistill.data.sampler import ExtraPlan, MixedPlan, Plan
+from ibdistill.data.sampler import ExtraSampler, MixedSampler, Sampler
 from ibdistill.models import families
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board
 from ibdistill.monitor.meter import Meter
 from ibdistill.runtime.distributed import StopRequest, World
-from ibdistill.teacher.answers import Signals
+from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 
 logger = logging.getLogger("ibdistill")
@@ -46,8 +46,8 @@ class Job:
     """Of the training records."""
     features: Features
     """Of the training records and then of the pseudo-labelled ones in force (`agreement`)."""
-    plan: Plan
-    signals: Signals | None
+    sampler: Sampler
+    teacher_answers: TeacherAnswers | None
     engine: deepspeed.DeepSpeedEngine
     whole: WholeModel
     checkpoints: Checkpoints
@@ -77,7 +77,7 @@ class Job:
         return (shares[0], self.collate(shares[0]).to(self.world.device)) if shares else None
 
     def _shares(self, step: int) -> list[np.ndarray]:
-        return self.plan.micro_batches(
+        return self.sampler.micro_batches(
             step,
             rank=self.world.rank,
             world_size=self.world.size,
@@ -93,13 +93,13 @@ class Job:
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
         if pseudo:
             self.features = self.gold + added
-            mixed = ExtraPlan if config.data.agree_use == "mi" else MixedPlan
-            self.plan = mixed(self.gold, added, config.data, **batches)
+            mixed = ExtraSampler if config.data.agree_use == "mi" else MixedSampler
+            self.sampler = mixed(self.gold, added, config.data, **batches)
         else:
             self.features = self.gold
-            self.plan = Plan(self.gold, config.data, **batches)
-        if self.signals:
-            self.signals.follow(self.features, unchanged=len(self.gold))
+            self.sampler = Sampler(self.gold, config.data, **batches)
+        if self.teacher_answers:
+            self.teacher_answers.set_features(self.features, unchanged=len(self.gold))
 
     def collate(self, rows: np.ndarray) -> data_batches.Batch:
         """Some records as the student reads them."""

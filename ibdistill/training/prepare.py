@@ -16,7 +16,7 @@ from ibdistill.config.sections import Config, DataConfig, RunConfig
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
 from ibdistill.data import loading, tokenizers
 from ibdistill.data.features import Features, tokenize
-from ibdistill.data.sampler import Plan
+from ibdistill.data.sampler import Sampler
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.models.student import check_context, load_student
@@ -30,7 +30,7 @@ from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
-from ibdistill.teacher.answers import Signals
+from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
 from ibdistill.training import pseudo_labels
 from ibdistill.training.checkpoint import Checkpoints, TrainState
@@ -73,11 +73,18 @@ def prepare(config: Config, world: World) -> Job:
         records, teacher = _written(config, records, world, stop, wanted, pair)
     prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
     features = tokenize(records.train, prefixes, tokenizer, config.data)
-    plan = Plan(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
-    signals = None
+    sampler = Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    teacher_answers = None
     if wanted:
-        signals = Signals(
-            config.teacher, wanted, tokenizer, features, student, world, teacher, grows=bool(unlabelled)
+        teacher_answers = TeacherAnswers(
+            config.teacher,
+            wanted,
+            tokenizer,
+            features,
+            student,
+            world,
+            teacher,
+            expects_more=bool(unlabelled),
         )
 
     distributed.seed_everything(config.run.seed + world.rank)
@@ -85,7 +92,7 @@ def prepare(config: Config, world: World) -> Job:
     module = distillation.Distillation(
         student,
         config.objective,
-        teacher_width=signals.width if signals else 0,
+        teacher_width=teacher_answers.width if teacher_answers else 0,
         seed=config.run.seed,
         mi_on_extra=config.data.agree_use == "mi",
     )
@@ -111,8 +118,8 @@ def prepare(config: Config, world: World) -> Job:
         tokenizer=tokenizer,
         gold=features,
         features=features,
-        plan=plan,
-        signals=signals,
+        sampler=sampler,
+        teacher_answers=teacher_answers,
         engine=student_engine,
         whole=whole,
         checkpoints=checkpoints,

@@ -4,7 +4,7 @@ At the points `data.agree_at` of a run the student answers the questions of `dat
 in both streams. Where its rationale implies one label and the predict stream gave that
 label, question, label and rationale become a **pseudo-labelled record** of both streams.
 The new records replace the earlier ones and take `data.agree_share` of every following batch
-(`plan.MixedPlan`). With an online teacher its terms apply to this text too.
+(`plan.MixedSampler`). With an online teacher its terms apply to this text too.
 
 Two streams with different errors agree where both are right more often than either is right
 alone; that is all the filter knows. Hence the defaults: the student must be good before it
@@ -12,7 +12,7 @@ starts (0.4 of the run), and half of each batch stays gold. On the demo starting
 pseudo-labels, or labels that nothing filters lost accuracy.
 
 With `data.agree_use` mi the answers are not learned: all of them, agreed or not, join the batches of
-gold records (`plan.ExtraPlan`) for the objective's term between the two streams, which is on them
+gold records (`plan.ExtraSampler`) for the objective's term between the two streams, which is on them
 alone. On a labelled question both cross entropies fix both streams' distributions already; on an
 unlabelled one what the streams know of each other is all there is to learn.
 

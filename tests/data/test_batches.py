@@ -10,11 +10,11 @@ from ibdistill.config.sections import DataConfig
 from ibdistill.data.batches import collate
 from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
-from ibdistill.data.sampler import Plan
+from ibdistill.data.sampler import Sampler
 
 
 def test_an_epoch_uses_each_record_at_most_once_and_leaves_out_only_the_tail():
-    plan = Plan(random_features(103), DataConfig(), batch_size=8, seed=3)
+    plan = Sampler(random_features(103), DataConfig(), batch_size=8, seed=3)
     assert plan.steps_per_epoch == 12
     for epoch in range(3):
         rows = np.concatenate([plan.step(epoch * 12 + k) for k in range(12)])
@@ -27,19 +27,19 @@ def test_an_epoch_uses_each_record_at_most_once_and_leaves_out_only_the_tail():
 @pytest.mark.parametrize("pool", [1, 5, 64])
 def test_the_plan_is_a_function_of_the_step(pool):
     features = random_features(200)
-    forward = Plan(features, DataConfig(bucket_batches=pool), batch_size=8, seed=3)
-    backward = Plan(features, DataConfig(bucket_batches=pool), batch_size=8, seed=3)
+    forward = Sampler(features, DataConfig(bucket_batches=pool), batch_size=8, seed=3)
+    backward = Sampler(features, DataConfig(bucket_batches=pool), batch_size=8, seed=3)
     steps = list(range(60))
     expected = {step: forward.step(step) for step in steps}
     for step in reversed(steps):
         assert (backward.step(step) == expected[step]).all()
-    other = Plan(features, DataConfig(), batch_size=8, seed=4)
+    other = Sampler(features, DataConfig(), batch_size=8, seed=4)
     assert any((other.step(step) != expected[step]).any() for step in steps)
 
 
 @pytest.mark.parametrize(("world_size", "micro"), [(1, 24), (2, 4), (4, 3), (3, 8)])
 def test_ranks_and_micro_batches_share_the_same_questions(world_size, micro):
-    plan = Plan(random_features(100), DataConfig(), batch_size=24, seed=0)
+    plan = Sampler(random_features(100), DataConfig(), batch_size=24, seed=0)
     for step in (0, 3, 7):
         parts = [
             rows
@@ -52,7 +52,7 @@ def test_ranks_and_micro_batches_share_the_same_questions(world_size, micro):
 
 def test_counts_are_those_of_the_whole_step():
     features = random_features(100)
-    plan = Plan(features, DataConfig(), batch_size=24, seed=0)
+    plan = Sampler(features, DataConfig(), batch_size=24, seed=0)
     rows = plan.step(2)
     assert plan.counts(2) == {
         "question_tokens": sum(len(features.questions["predict"][i]) for i in rows),
@@ -65,7 +65,7 @@ def test_counts_are_those_of_the_whole_step():
 
 def test_bucketing_pads_less_than_half_of_what_shuffling_does():
     features = random_features(4000, seed=1)
-    plan = Plan(features, DataConfig(bucket_batches=64), batch_size=8, seed=0)
+    plan = Sampler(features, DataConfig(bucket_batches=64), batch_size=8, seed=0)
 
     def padded_share(batches: list[np.ndarray]) -> float:
         made = [collate(features, rows, ("predict", "explain"), pad=0, start=0) for rows in batches]
@@ -83,8 +83,8 @@ def test_bucketing_pads_less_than_half_of_what_shuffling_does():
 def test_without_a_pool_a_batch_is_a_random_sample():
     """Long and short records, which a pool would keep apart, meet in every batch, sorted."""
     features = features_of([(5, 1, 2)] * 200 + [(50, 8, 60)] * 200)
-    mixed = Plan(features, DataConfig(), batch_size=16, seed=0)
-    apart = Plan(features, DataConfig(bucket_batches=64), batch_size=16, seed=0)
+    mixed = Sampler(features, DataConfig(), batch_size=16, seed=0)
+    apart = Sampler(features, DataConfig(bucket_batches=64), batch_size=16, seed=0)
     shares = [float((mixed.step(k) >= 200).mean()) for k in range(mixed.steps_per_epoch)]
     assert min(shares) > 0.1 and max(shares) < 0.9
     assert sum(float((apart.step(k) >= 200).mean()) in (0.0, 1.0) for k in range(25)) >= 24
@@ -94,11 +94,11 @@ def test_without_a_pool_a_batch_is_a_random_sample():
 
 def test_a_mixture_gives_each_task_its_share():
     features = random_features(100, groups=[0] * 90 + [1] * 10)
-    by_size = Plan(features, DataConfig(), batch_size=10, seed=0)
-    even = Plan(features, DataConfig(mixture_weights=[1.0, 1.0]), batch_size=10, seed=0)
-    warm = Plan(features, DataConfig(mixture_temperature=2.0), batch_size=10, seed=0)
+    by_size = Sampler(features, DataConfig(), batch_size=10, seed=0)
+    even = Sampler(features, DataConfig(mixture_weights=[1.0, 1.0]), batch_size=10, seed=0)
+    warm = Sampler(features, DataConfig(mixture_temperature=2.0), batch_size=10, seed=0)
 
-    def small_share(plan: Plan) -> float:
+    def small_share(plan: Sampler) -> float:
         rows = np.concatenate([plan.step(k) for k in range(plan.steps_per_epoch * 4)])
         return float((rows >= 90).mean())
 
@@ -113,7 +113,7 @@ def test_a_mixture_gives_each_task_its_share():
 
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="optim.batch_size is 16, but there are only 10 training records"):
-        Plan(random_features(10), DataConfig(), batch_size=16, seed=0)
+        Sampler(random_features(10), DataConfig(), batch_size=16, seed=0)
 
 
 def test_collate_packs_targets_and_shifts_them():

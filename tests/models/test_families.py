@@ -24,7 +24,7 @@ from ibdistill.config.sections import DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
 from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
-from ibdistill.data.sampler import Plan
+from ibdistill.data.sampler import Sampler
 from ibdistill.models import decoding, export, families, forward
 from ibdistill.models.student import check_context, check_fit, load_model, load_student
 from ibdistill.objectives import distillation, weights
@@ -187,7 +187,7 @@ def test_loss_and_gradients_equal_transformers_own_on_masked_prompts(model_type,
     model = tiny(model_type, vocab_size=5000).double()
     objective = ObjectiveConfig(method=method, alpha=0.3)
     features = random_features(40)
-    plan = Plan(features, DataConfig(), batch_size=6, seed=0)
+    plan = Sampler(features, DataConfig(), batch_size=6, seed=0)
     streams = weights.streams_of(objective)
     batch = batches.collate(features, plan.step(0), streams, pad=0, start=3, separator=5)
     wrapped = distillation.Distillation(model, objective)

@@ -81,9 +81,9 @@ def test_a_teacher_below_chance(said):
     alarms.check_labels(records("esnli", rolled, relations))
     alarms.check_labels(records("esnli", rolled, relations))
     assert len(said()) == 1 and "esnli agrees with 0.0% of the gold labels, guessing with 33.3%" in said()[0]
-    Alarms(records("esnli", relations, relations)).check({"teacher/agreement": 0.34}, 5)
+    Alarms(records("esnli", relations, relations)).check({"teacher/accuracy": 0.34}, 5)
     assert len(said()) == 1
-    Alarms(records("esnli", relations, relations)).check({"teacher/agreement": 0.1}, 5)
+    Alarms(records("esnli", relations, relations)).check({"teacher/accuracy": 0.1}, 5)
     assert "the teacher agrees with 10.0% of the gold labels, guessing with 33.3%" in said()[1]
     written = {"esnli/train/teacher_parsed": 50, "esnli/train/teacher_agrees": 16}
     Alarms().check_written(written, records("esnli", relations, relations))

@@ -16,7 +16,7 @@ from ibdistill import train
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
-from ibdistill.data.sampler import Plan
+from ibdistill.data.sampler import Sampler
 from ibdistill.objectives import distillation
 from ibdistill.objectives import weights as objectives_weights
 
@@ -28,7 +28,7 @@ def test_loss_and_gradients_equal_transformers_forward_on_noisy_encoder_states()
     model = T5ForConditionalGeneration(T5Config(**SHAPE)).double().eval()
     objective = ObjectiveConfig(method="ib", estimator="vib", alpha=0.3, beta=0.05)
     features = random_features(40)
-    plan = Plan(features, DataConfig(), batch_size=6, seed=0)
+    plan = Sampler(features, DataConfig(), batch_size=6, seed=0)
     batch = batches.collate(features, plan.step(0), ("predict", "explain"), pad=0, start=0)
     wrapped = distillation.Distillation(model, objective).double()
     wrapped.head.measures = True

@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
-from ibdistill.data.sampler import Plan
+from ibdistill.data.sampler import Sampler
 from ibdistill.objectives import distillation
 from ibdistill.objectives.weights import means, mi_settings, step_weights, streams_of, total
 
@@ -22,7 +22,7 @@ def test_loss_and_gradients_equal_two_forwards_with_transformers_loss(method, ti
     model = T5ForConditionalGeneration(T5Config(**SHAPE, tie_word_embeddings=tie)).double().eval()
     objective = ObjectiveConfig(method=method, alpha=0.3, beta=0.0)
     features = random_features(40)
-    plan = Plan(features, DataConfig(), batch_size=6, seed=0)
+    plan = Sampler(features, DataConfig(), batch_size=6, seed=0)
     streams = streams_of(objective)
     batch = batches.collate(features, plan.step(0), streams, pad=0, start=0)
 

@@ -8,7 +8,14 @@ from test_vid import make as make_vid
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ibdistill.ops.head_loss import api
-from ibdistill.ops.head_loss.api import MISettings, Teacher, TeacherStream, Weights, head_loss, logits_loss
+from ibdistill.ops.head_loss.api import (
+    MISettings,
+    TeacherDistributions,
+    TeacherStream,
+    Weights,
+    head_loss,
+    logits_loss,
+)
 from ibdistill.ops.vid.api import _vid_loss, vid_loss
 
 D, V = 7, 29
@@ -29,7 +36,7 @@ def make(generator, lengths=(PREDICT, EXPLAIN), dtype=torch.float64):
     signals = [
         TeacherStream(torch.randn(len(s.labels), 5, generator=generator, dtype=dtype)) for s in streams
     ]
-    teacher = Teacher(*signals, *make_head(5, V, dtype, generator))
+    teacher = TeacherDistributions(*signals, *make_head(5, V, dtype, generator))
     return (*streams, *make_head(D, V, dtype, generator)), teacher
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ibdistill.ops import linear
 from ibdistill.ops.head_loss.api import (
     MISettings,
     Stream,
-    Teacher,
+    TeacherDistributions,
     TeacherStream,
     Weights,
     head_loss,
@@ -40,7 +41,7 @@ def white_box(case, generator, **settings):
         for s in case[:2]
     ]
     weight, bias = make_head(5, V, generator=generator)
-    return Teacher(*streams, weight, bias, **settings)
+    return TeacherDistributions(*streams, weight, bias, **settings)
 
 
 def top_k(case, generator, k=K, **settings):
@@ -49,7 +50,7 @@ def top_k(case, generator, k=K, **settings):
         q = torch.softmax(2 * torch.randn(len(s.labels), V, generator=generator, dtype=torch.float64), -1)
         top = q.topk(k)
         streams.append(TeacherStream(None, top.indices, top.values))
-    return Teacher(*streams, **settings)
+    return TeacherDistributions(*streams, **settings)
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -90,7 +91,7 @@ def test_equals_the_twin(case, generator, make, chunk_rows, kind):
 def test_a_teacher_of_one_stream(case, generator, make, side):
     both = make(case, generator)
     signals = {"predict": None, "explain": None, side: getattr(both, side)}
-    teacher = Teacher(**signals, weight=both.weight, bias=both.bias)
+    teacher = TeacherDistributions(**signals, weight=both.weight, bias=both.bias)
     got = evaluate(head_loss, *case, weights=ALL, teacher=teacher, chunk_bytes=24 * V * 8)
     assert_same(got, evaluate(head_loss_reference, *case, weights=ALL, teacher=teacher))
     assert f"kd_{side}" in got[1] and len([name for name in got[1] if name.startswith("kd")]) == 1
@@ -106,7 +107,7 @@ def test_all_tokens_as_top_k_are_the_white_box(case, generator):
     for signal in (teacher.predict, teacher.explain):
         q = torch.softmax(signal.hidden @ teacher.weight.T + teacher.bias, -1)
         streams.append(TeacherStream(None, *reversed(q.topk(V))))
-    got = evaluate(head_loss, *case, weights=ALL, teacher=Teacher(*streams))
+    got = evaluate(head_loss, *case, weights=ALL, teacher=TeacherDistributions(*streams))
     assert_same(got, evaluate(head_loss, *case, weights=ALL, teacher=teacher), rtol=1e-3, atol=1e-5)
 
 
@@ -124,7 +125,7 @@ def test_low_precision_teacher_beside_a_student_in_float32(case, generator, monk
     """The twin widens the teacher first; where its products are native its logits are rounded to bf16."""
     monkeypatch.setattr(linear, "multiplies_natively", lambda *_: native)
     teacher = white_box(case, generator)
-    low = Teacher(
+    low = TeacherDistributions(
         *(TeacherStream(s.hidden.bfloat16()) for s in (teacher.predict, teacher.explain)),
         teacher.weight.bfloat16(),
         teacher.bias.bfloat16(),
@@ -140,7 +141,7 @@ def test_low_precision_teacher_beside_a_student_in_float32(case, generator, monk
 @pytest.mark.parametrize("mi", PAIRED, ids=name_of)
 def test_paired_with_the_teacher_equals_the_twin(case, generator, make, chunk_rows, mi):
     both = make(case, generator)
-    only_explain = Teacher(None, both.explain, both.weight, both.bias)
+    only_explain = TeacherDistributions(None, both.explain, both.weight, both.bias)
     for teacher in (both, only_explain):
         for weights in (ALL, Weights(0.7, 0.4, 1.3)):
             arguments = {"weights": weights, "mi": mi, "teacher": teacher, "upstream": -1.7}
@@ -193,7 +194,7 @@ def test_bad_pairs(case, generator):
     good, few = white_box(case, generator), top_k(case, generator, temperature=2.0)
     for message, teacher in {
         "there is no teacher": None,
-        "teacher.explain is None": Teacher(good.predict, None, good.weight, good.bias),
+        "teacher.explain is None": TeacherDistributions(good.predict, None, good.weight, good.bias),
         "its top k is at 2.0": few,
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -206,25 +207,27 @@ def test_bad_pairs(case, generator):
 def test_bad_teachers(case, generator):
     good = white_box(case, generator)
     with pytest.raises(ValueError, match="divergence = 'tv' is not one of: forward, reverse, jsd"):
-        Teacher(divergence="tv")
+        TeacherDistributions(divergence="tv")
     with pytest.raises(ValueError, match="beta = 1 must lie between 0 and 1"):
-        Teacher(beta=1)
+        TeacherDistributions(beta=1)
     with pytest.raises(ValueError, match="temperature = 0 must be positive"):
-        Teacher(temperature=0)
+        TeacherDistributions(temperature=0)
     ids = torch.zeros(len(case[0].labels), K, dtype=torch.int64)
     bad = {
-        "one or both streams": Teacher(),
-        "both hidden states or both the same top k": Teacher(good.predict, top_k(case, generator).explain),
-        r"teacher.weight must be \[V, D_teacher\] with the student's V = 29, not \[28, 5\]": Teacher(
-            good.predict, weight=good.weight[:-1]
+        "one or both streams": TeacherDistributions(),
+        "both hidden states or both the same top k": TeacherDistributions(
+            good.predict, top_k(case, generator).explain
         ),
-        "not None": Teacher(good.predict),
-        r"teacher.predict.hidden must be \[N, D_teacher\] = \[11, 5\]": Teacher(
+        r"teacher.weight must be \[V, D_teacher\] with the student's V = 29, not \[28, 5\]": replace(
+            good, explain=None, weight=good.weight[:-1]
+        ),
+        "not None": TeacherDistributions(good.predict),
+        r"teacher.predict.hidden must be \[N, D_teacher\] = \[11, 5\]": TeacherDistributions(
             TeacherStream(good.predict.hidden[1:]), weight=good.weight
         ),
-        r"teacher.bias must be \[V\]": Teacher(good.predict, None, good.weight, good.bias[1:]),
-        "ids must be": Teacher(TeacherStream(None, ids, torch.zeros(3, K))),
-        "either hidden, or ids and probabilities": Teacher(TeacherStream(None, ids)),
+        r"teacher.bias must be \[V\]": TeacherDistributions(good.predict, None, good.weight, good.bias[1:]),
+        "ids must be": TeacherDistributions(TeacherStream(None, ids, torch.zeros(3, K))),
+        "either hidden, or ids and probabilities": TeacherDistributions(TeacherStream(None, ids)),
     }
     for message, teacher in bad.items():
         with pytest.raises(ValueError, match=message):

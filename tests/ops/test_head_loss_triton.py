@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
 from ibdistill.ops.head_loss.api import (
     MISettings,
     Stream,
-    Teacher,
+    TeacherDistributions,
     TeacherStream,
     Weights,
     head_loss,
@@ -59,7 +59,9 @@ def test_equals_the_twin(generator, mi, chunk_rows):
 def white_box(case, generator, sides, *settings):
     signals = [TeacherStream(torch.randn(len(s.labels), 5, generator=generator)) for s in case[:2]]
     head = make_head(5, V, torch.float32, generator)
-    return Teacher(*(s if on else None for s, on in zip(signals, sides, strict=True)), *head, *settings)
+    return TeacherDistributions(
+        *(s if on else None for s, on in zip(signals, sides, strict=True)), *head, *settings
+    )
 
 
 def top_k(case, generator, sides, *settings, k=4, V=V):
@@ -68,7 +70,7 @@ def top_k(case, generator, sides, *settings, k=4, V=V):
         q = torch.softmax(2 * torch.randn(len(stream.labels), V, generator=generator), -1)
         signals.append(TeacherStream(None, *reversed(q.topk(k))))
     streams = (s if on else None for s, on in zip(signals, sides, strict=True))
-    return Teacher(*streams, None, None, *settings)
+    return TeacherDistributions(*streams, None, None, *settings)
 
 
 SIDES = {"both": (1, 1), "predict": (1, 0), "explain": (0, 1)}
@@ -101,7 +103,7 @@ def test_a_block_of_nothing_but_the_top_k(generator, monkeypatch):
     monkeypatch.setattr("ibdistill.ops.launch.LOADS", 1)
     case = make(generator)
     ids = torch.arange(16).expand(len(case[0].labels), 16).clone()
-    teacher = Teacher(TeacherStream(None, ids, torch.full(ids.shape, 1 / 17)))
+    teacher = TeacherDistributions(TeacherStream(None, ids, torch.full(ids.shape, 1 / 17)))
     check(case, weights=ALL, teacher=teacher)
 
 
@@ -239,7 +241,7 @@ def test_refusals(generator, monkeypatch):
         head_loss(*double(case), weights=ALL, impl="triton")
     low = [s._replace(hidden=s.hidden.bfloat16()) for s in case[:2]] + [x.bfloat16() for x in case[2:]]
     ids = torch.arange(257).expand(len(case[0].labels), 257)
-    teacher = Teacher(TeacherStream(None, ids, torch.ones(ids.shape) / 257))
+    teacher = TeacherDistributions(TeacherStream(None, ids, torch.ones(ids.shape) / 257))
     with pytest.raises(ValueError, match="with torch.bfloat16 it takes at most the top 256 .*, not 257"):
         head_loss(*low, weights=ALL, teacher=teacher, impl="triton")
     if not torch.cuda.is_available():

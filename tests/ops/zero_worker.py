@@ -24,7 +24,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ibdistill.ops.head_loss.api import MISettings, Stream, Teacher, TeacherStream, Weights, head_loss
+from ibdistill.ops.head_loss.api import (
+    MISettings,
+    Stream,
+    TeacherDistributions,
+    TeacherStream,
+    Weights,
+    head_loss,
+)
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
 from ibdistill.runtime import distributed
@@ -96,7 +103,7 @@ class Student(nn.Module):
             cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
             streams[name] = Stream(rows, labels, cu)
             signals[name] = TeacherStream(batch[f"{name}_teacher"])
-        teacher = Teacher(signals["predict"], signals["explain"], self.teacher_head)
+        teacher = TeacherDistributions(signals["predict"], signals["explain"], self.teacher_head)
         weights = Weights(0.7 * scale, 0.4 * scale, 1.3 * scale, 0.6 * scale, 0.5 * scale)
         total = self.head(*streams.values(), weights=weights, mi=mi, teacher=teacher)
         return total + scale * self.vid(streams["predict"].hidden, batch["predict_teacher"])

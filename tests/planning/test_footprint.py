@@ -154,7 +154,7 @@ def test_the_activations_peak(name, method, checkpointing):
     batch, signal = lengths.batch(model, BOTH), None
     if wanted:
         torch.set_default_dtype(dtype)
-        signal = dryrun.teacher_signal(batch, wanted, teacher.head)
+        signal = dryrun.teacher_answer(batch, wanted, teacher.head)
         torch.set_default_dtype(torch.float32)
         for tensor in signal.tensors():
             tensor.normal_()

@@ -105,7 +105,7 @@ def test_after_too_many_skipped_steps_the_run_ends_and_names_the_questions(make_
     assert exit_.value.code == EXIT_DIVERGED
     assert job.state.skipped_in_row == 3
     message = next(r.getMessage() for r in caplog.records if "3 steps in a row" in r.getMessage())
-    ids = [job.features.ids[i] for i in job.plan.step(5)]
+    ids = [job.features.ids[i] for i in job.sampler.step(5)]
     assert all(name in message for name in ids)
     assert sorted(path.name for path in job.checkpoints.folder.iterdir())[0] == "step-00000002"
 

@@ -72,7 +72,7 @@ def main(folder: Path, cases: list[str]) -> None:
         if many:
             settings["optim.micro_batch_size"] = settings["optim.batch_size"] // world.size
         job = prepare(load_settings(None, settings), world)
-        teacher = job.signals.teacher
+        teacher = job.teacher_answers.teacher
         before, replaced = checksum(teacher), torch.nn.functional.linear is not linear
         gradients = gradients_of_step(job)
         for _ in range(3):

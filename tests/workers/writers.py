@@ -1,4 +1,4 @@
-"""Two ranks with a sharded teacher that writes, then scores; run through the launcher by test_rationales.
+"""Two ranks with a sharded teacher that writes, then scores; run by test_rationale_writing.
 
 Texts to FOLDER/texts-TEMPERATURE, what there is to know about the scoring to FOLDER/facts.pt.
 """
@@ -51,22 +51,22 @@ def main(folder: Path, expert: str) -> None:
         settings = shared | training | {"run.dir": f"{folder}/{name}"}
         settings |= {"teacher.rationale_cache": f"{folder}/both", "data.label_source": "teacher"}
         jobs.append(prepare(load_settings(None, settings), world))
-    before = checksum(jobs[0].signals.teacher)
+    before = checksum(jobs[0].teacher_answers.teacher)
     error = 0.0
     for _ in range(4):
         signals = []
         for job in jobs:
             rows, batch = job.micro_batches()[0]
-            signals.append(job.signals.of(rows, batch).tensors())
+            signals.append(job.teacher_answers.of(rows, batch).tensors())
         differences = [float((a - b).abs().max()) for a, b in zip(*signals, strict=True)]
         error = max(error, *differences)
         train.train_step(jobs[0])
         jobs[1].state.step += 1
-    coordinator = jobs[0].signals.teacher._scorer.optimizer.param_coordinator
+    coordinator = jobs[0].teacher_answers.teacher._scorer.optimizer.param_coordinator
     facts = {
         "complete": coordinator.is_complete_trace(),
-        "unchanged": before == checksum(jobs[0].signals.teacher),
-        "same_teacher": jobs[0].signals.teacher is not None,
+        "unchanged": before == checksum(jobs[0].teacher_answers.teacher),
+        "same_teacher": jobs[0].teacher_answers.teacher is not None,
         "error": error,
         "linear_replaced": torch.nn.functional.linear is not linear,
     }

@@ -77,7 +77,14 @@ def record(
     """Case -> the launches of one call of it, with questions of these lengths in both streams."""
     from ibdistill.ops import launch, linear
     from ibdistill.ops.head_loss import triton_group, triton_teacher
-    from ibdistill.ops.head_loss.arguments import Call, MISettings, Stream, Teacher, TeacherStream, Weights
+    from ibdistill.ops.head_loss.arguments import (
+        Call,
+        MISettings,
+        Stream,
+        TeacherDistributions,
+        TeacherStream,
+        Weights,
+    )
     from ibdistill.ops.head_loss.triton import compute
     from ibdistill.ops.vid import api
     from ibdistill.ops.vid import triton as vid_triton
@@ -88,7 +95,7 @@ def record(
     logits = Stream(torch.zeros(sum(lengths), V, dtype=dtype), labels, cu)
     weight = torch.zeros(V, D, dtype=dtype)
     signal = TeacherStream(hidden.hidden)
-    white = Teacher(signal, signal, weight)
+    white = TeacherDistributions(signal, signal, weight)
     cases: dict[str, tuple[Any, ...]] = {
         "logits, CE + paper, max": (logits, MISettings(), None),
         "logits, CE + normalized, mean": (logits, MISettings("normalized", "mean"), None),
@@ -99,7 +106,7 @@ def record(
         "head, CE + normalized, max, teacher": (hidden, MISettings("normalized", pair="teacher"), white),
     }
     few = TeacherStream(None, labels[:, None], torch.ones(len(labels), 1))
-    cases["head, CE + paper, max + KD top k"] = (hidden, MISettings(), Teacher(few, few))
+    cases["head, CE + paper, max + KD top k"] = (hidden, MISettings(), TeacherDistributions(few, few))
     for divergence in ("forward", "reverse", "jsd"):
         teacher = dataclasses.replace(white, divergence=divergence)
         cases[f"head, CE + KD {divergence}"] = (hidden, None, teacher)

@@ -44,7 +44,7 @@ from ibdistill.config.load import load_settings
 from ibdistill.models import presets
 from ibdistill.models.forward import states
 from ibdistill.objectives import weights as objectives_weights
-from ibdistill.objectives.teacher_answers import TeacherSignal
+from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
@@ -95,7 +95,7 @@ def bare_forward(job: Job) -> Callable[[], None]:
     @torch.no_grad()
     def forward() -> None:
         batch = job.micro_batches()[0][1].to(job.world.device)
-        with job.signals.teacher.speaking(job.tokenizer) as model:
+        with job.teacher_answers.teacher.text_model(job.tokenizer) as model:
             states(model, batch, targets=wanted.targets)
 
     return forward
@@ -126,8 +126,8 @@ def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[di
                 if turn >= 0:
                     best[name][index] = min(best[name][index], slowest)
         if turn < 0:
-            jobs["cache"].signals.end_epoch()
-    held = {name: job.signals.teacher.bytes() for name, job in jobs.items() if job.signals}
+            jobs["cache"].teacher_answers.end_epoch()
+    held = {name: job.teacher_answers.teacher.bytes() for name, job in jobs.items() if job.teacher_answers}
     return {name: float(seconds.mean()) for name, seconds in best.items()}, held
 
 
@@ -192,29 +192,29 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
     with tempfile.TemporaryDirectory() as root:
         job = Case(root, student, teacher, "kd", batch_size, "fp32", "zero0").job("replica", world)
         rows, batch = job.micro_batches()[0]
-        signal, module = job.signals.of(rows, batch), job.engine.module.eval()
-        weights = objectives_weights.step_weights(job.config.objective, job.plan.counts(0))
+        answer, module = job.teacher_answers.of(rows, batch), job.engine.module.eval()
+        weights = objectives_weights.step_weights(job.config.objective, job.sampler.counts(0))
 
-        def kd(signal: TeacherSignal) -> tuple[float, torch.Tensor]:
+        def kd(answer: TeacherAnswer) -> tuple[float, torch.Tensor]:
             """The distillation term and its gradient, in one vector."""
-            total, terms = module(batch, weights, signal)
+            total, terms = module(batch, weights, answer)
             plain = total - sum(getattr(weights, f"kd_{s}") * terms[f"kd_{s}"] for s in job.streams)
             parameters = [p for p in module.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(total, parameters)
             return float((total - plain).detach()), torch.cat([g.flatten() for g in gradient])
 
-        loss, gradient = kd(signal)
-        width = signal.targets["predict"].hidden.shape[1]
+        loss, gradient = kd(answer)
+        width = answer.targets["predict"].hidden.shape[1]
         print(f"{len(rows)} questions; distillation loss {loss:.4f} nats a token")
         print("form          bytes/token  loss moved  gradient moved")
-        half = {s: TeacherStream(hidden=t.hidden.bfloat16().float()) for s, t in signal.targets.items()}
-        forms = {"states bf16": (2 * width, TeacherSignal(None, half, signal.weight, signal.bias))}
+        half = {s: TeacherStream(hidden=t.hidden.bfloat16().float()) for s, t in answer.targets.items()}
+        forms = {"states bf16": (2 * width, TeacherAnswer(None, half, answer.weight, answer.bias))}
         for k in (8, 16, 32, 64, 128):
             kept = {}
-            for stream, target in signal.targets.items():
-                ids, p = top_k(target.hidden, signal.weight, signal.bias, k, 1.0)
+            for stream, target in answer.targets.items():
+                ids, p = top_k(target.hidden, answer.weight, answer.bias, k, 1.0)
                 kept[stream] = TeacherStream(ids=ids, probabilities=p.half().float())
-            forms[f"top {k}"] = (k * (4 + 2), TeacherSignal(None, kept))
+            forms[f"top {k}"] = (k * (4 + 2), TeacherAnswer(None, kept))
         for name, (size, form) in forms.items():
             moved_loss, moved = kd(form)
             relative = float((moved - gradient).norm() / gradient.norm())

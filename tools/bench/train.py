@@ -43,7 +43,7 @@ from ibdistill.config import sections, zero_file
 from ibdistill.config.load import load_settings
 from ibdistill.data import batches, loading, tokenizers
 from ibdistill.data.features import Features, Ragged, tokenize
-from ibdistill.data.sampler import Plan
+from ibdistill.data.sampler import Sampler
 from ibdistill.models import fused, presets
 from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, weights
@@ -150,11 +150,11 @@ class Case:
     zero: str
 
     def __post_init__(self) -> None:
-        self.plan = Plan(
+        self.sampler = Sampler(
             self.features, sections.DataConfig(bucket_batches=64), batch_size=self.batch_size, seed=0
         )
-        self.steps = min(self.steps, self.plan.steps_per_epoch)
-        bucketed = np.stack([self.plan.step(index) for index in range(self.steps)])
+        self.steps = min(self.steps, self.sampler.steps_per_epoch)
+        bucketed = np.stack([self.sampler.step(index) for index in range(self.steps)])
         shuffled = np.random.default_rng(0).permutation(bucketed.ravel()).reshape(bucketed.shape)
         self.batches = {"plain": shuffled, "ours": bucketed, "ours-bf16": bucketed}
 

@@ -48,7 +48,7 @@ def main(
     out: str = "",
     **overrides: Any,
 ) -> None:
-    """Plan a recipe; `table` and `gpus` are named in the module's docstring."""
+    """Sampler a recipe; `table` and `gpus` are named in the module's docstring."""
     if overrides.pop("help", False) or recipe is None:
         print(__doc__)
         return

@@ -24,7 +24,7 @@ from ibdistill.ops.head_loss.arguments import (
     Call,
     MISettings,
     Stream,
-    Teacher,
+    TeacherDistributions,
     TeacherStream,
     Weights,
     check_arguments,
@@ -38,7 +38,7 @@ __all__ = [
     "IGNORED",
     "MISettings",
     "Stream",
-    "Teacher",
+    "TeacherDistributions",
     "TeacherStream",
     "Weights",
     "head_loss",
@@ -63,7 +63,7 @@ def head_loss(
     *,
     weights: Weights,
     mi: MISettings | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherDistributions | None = None,
     group: Any = None,
     impl: str = "auto",
     chunk_bytes: int | None = None,
@@ -240,7 +240,7 @@ def _settings(mi: str) -> MISettings | None:
     return MISettings(estimator, pool, gradient, pair=pair)
 
 
-def _flat(teacher: Teacher | None) -> tuple[list[Tensor | None], str, float, float]:
+def _flat(teacher: TeacherDistributions | None) -> tuple[list[Tensor | None], str, float, float]:
     if teacher is None:
         return [None] * 8, "forward", 0.5, 1.0
     tensors = [*(teacher.predict or TeacherStream()), *(teacher.explain or TeacherStream())]
@@ -250,16 +250,16 @@ def _flat(teacher: Teacher | None) -> tuple[list[Tensor | None], str, float, flo
 
 def _teacher(
     tensors: Sequence[Tensor | None], divergence: str, beta: float, temperature: float
-) -> Teacher | None:
+) -> TeacherDistributions | None:
     """What `_flat` has flattened."""
     if all(x is None for x in tensors):
         return None
     streams = [TeacherStream(*tensors[i : i + 3]) for i in (0, 3)]
     streams = [None if all(x is None for x in stream) else stream for stream in streams]
-    return Teacher(*streams, *tensors[6:], divergence, beta, temperature)
+    return TeacherDistributions(*streams, *tensors[6:], divergence, beta, temperature)
 
 
-def _term_names(has_explain: bool, mi: MISettings | None, teacher: Teacher | None) -> list[str]:
+def _term_names(has_explain: bool, mi: MISettings | None, teacher: TeacherDistributions | None) -> list[str]:
     streams = ["predict", "explain"] if has_explain else ["predict"]
     names = [f"{kind}_{stream}" for stream in streams for kind in ("ce", "correct")]
     if mi is not None:

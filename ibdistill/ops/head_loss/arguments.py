@@ -75,7 +75,8 @@ class MISettings:
     """Whose explain stream the student's predict stream is paired with: student (the paper), or teacher.
 
     The teacher's pooled distribution is always the detached target, so the gradient reaches the predict
-    stream and `gradient` has no say. Only for estimators on distributions; needs `Teacher.explain`.
+    stream and `gradient` has no say. Only for estimators on distributions;
+    needs `TeacherDistributions.explain`.
     """
 
     def __post_init__(self):
@@ -105,11 +106,12 @@ class TeacherStream(NamedTuple):
     ids: Tensor | None = None
     """[N, k] int64: k different tokens of each position."""
     probabilities: Tensor | None = None
-    """[N, k]: their probabilities at `Teacher.temperature`. What they lack to 1 is the tail, one bucket."""
+    """[N, k]: their probabilities at `TeacherDistributions.temperature`. What they lack to 1 is the tail,
+    one bucket."""
 
 
 @dataclass(frozen=True, eq=False)
-class Teacher:
+class TeacherDistributions:
     """The distributions to distil from, and how. The teacher gets no gradient.
 
     The loss of a position is T^2 D(softmax(teacher logits / T), softmax(student logits / T)). With a
@@ -152,7 +154,7 @@ class Call(NamedTuple):
     explain: Stream | None
     weights: Weights
     mi: MISettings | None
-    teacher: Teacher | None
+    teacher: TeacherDistributions | None
     chunk_bytes: int
 
 
@@ -168,7 +170,7 @@ def check_arguments(
     weight: Tensor,
     bias: Tensor | None,
     mi: MISettings | None,
-    teacher: Teacher | None,
+    teacher: TeacherDistributions | None,
 ) -> None:
     """Raise ValueError if shapes, dtypes, devices or offsets don't fit together. No device sync."""
     if weight.ndim != 2:
@@ -204,7 +206,7 @@ def check_arguments(
             _check_teacher(name, getattr(teacher, name), teacher, stream, weight)
 
 
-def _check_pair(teacher: Teacher | None) -> None:
+def _check_pair(teacher: TeacherDistributions | None) -> None:
     """Whether the teacher's explain distributions, at temperature 1, can be had."""
     if teacher is None or teacher.explain is None:
         raise ValueError(
@@ -220,7 +222,11 @@ def _check_pair(teacher: Teacher | None) -> None:
 
 
 def _check_teacher(
-    name: str, signal: TeacherStream | None, teacher: Teacher, stream: Stream | None, weight: Tensor
+    name: str,
+    signal: TeacherStream | None,
+    teacher: TeacherDistributions,
+    stream: Stream | None,
+    weight: Tensor,
 ) -> None:
     if signal is None:
         return

@@ -27,7 +27,7 @@ from ibdistill.ops.head_loss.arguments import (
     SMALLEST_PROBABILITY,
     MISettings,
     Stream,
-    Teacher,
+    TeacherDistributions,
     TeacherStream,
     Weights,
     check_arguments,
@@ -44,7 +44,7 @@ def head_loss_reference(
     *,
     weights: Weights,
     mi: MISettings | None = None,
-    teacher: Teacher | None = None,
+    teacher: TeacherDistributions | None = None,
     group: Any = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -124,12 +124,14 @@ def pool_logs(log_p: Tensor, pool: str) -> Tensor:
     return torch.logsumexp(log_p, 0) - torch.log(torch.tensor(float(len(log_p)), dtype=log_p.dtype))
 
 
-def _teacher_logits(teacher: Teacher, signal: TeacherStream, dtype: torch.dtype) -> Tensor:
+def _teacher_logits(teacher: TeacherDistributions, signal: TeacherStream, dtype: torch.dtype) -> Tensor:
     logits = signal.hidden.to(dtype) @ teacher.weight.to(dtype).T
     return (logits if teacher.bias is None else logits + teacher.bias.to(dtype)).detach()
 
 
-def _teacher_logs(teacher: Teacher, signal: TeacherStream, vocabulary: int, dtype: torch.dtype) -> Tensor:
+def _teacher_logs(
+    teacher: TeacherDistributions, signal: TeacherStream, vocabulary: int, dtype: torch.dtype
+) -> Tensor:
     """The teacher's log probabilities at temperature 1, [N, V]; a top k's tail in equal shares."""
     if signal.hidden is not None:
         return torch.log_softmax(_teacher_logits(teacher, signal, dtype), -1)
@@ -140,7 +142,9 @@ def _teacher_logs(teacher: Teacher, signal: TeacherStream, vocabulary: int, dtyp
     return full.clamp_min(torch.finfo(dtype).tiny).log()
 
 
-def _distil(student: Tensor, teacher: Teacher, signal: TeacherStream, dtype: torch.dtype) -> Tensor:
+def _distil(
+    student: Tensor, teacher: TeacherDistributions, signal: TeacherStream, dtype: torch.dtype
+) -> Tensor:
     """T^2 times the divergence of each position, [N], from the student's log probabilities at T."""
     if signal.hidden is not None:
         logits = _teacher_logits(teacher, signal, dtype)

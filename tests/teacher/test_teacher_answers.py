@@ -65,7 +65,7 @@ def test_the_first_epoch_asks_and_later_ones_read(make_job, tmp_path, asked, met
         **{"teacher.cache": str(tmp_path / "cache")},
     )
     asked.clear()
-    assert again.signals.teacher is None
+    assert again.teacher_answers.teacher is None
     steps(again, 8)
     fresh = make_job(tmp_path / "fresh", **online | {"run.seed": 5})
     steps(fresh, 8)
@@ -85,11 +85,13 @@ def test_records_left_over_by_an_epoch_are_asked_for_later(make_job, tmp_path, a
 def test_a_record_keeps_its_first_answer_in_a_batch_that_is_asked_again(make_job, tmp_path):
     """And the rows beside it get theirs: the batch equals one that is asked without a cache, to rounding."""
     job = make_job(**ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
-    first = job.signals.of([3, 5], job.collate([3, 5]))
-    kept = [{name: t + 1 for name, t in job.signals._cache.get([job.signals._keys[5]])[0].items()}]
-    job.signals._cache._buffer[job.signals._keys[5]] = kept[0]
-    mixed = job.signals.of([9, 5, 3], job.collate([9, 5, 3]))
-    plain = make_job(tmp_path / "plain", **ONLINE).signals.of([9, 5, 3], job.collate([9, 5, 3]))
+    first = job.teacher_answers.of([3, 5], job.collate([3, 5]))
+    kept = [
+        {name: t + 1 for name, t in job.teacher_answers._cache.get([job.teacher_answers._keys[5]])[0].items()}
+    ]
+    job.teacher_answers._cache._buffer[job.teacher_answers._keys[5]] = kept[0]
+    mixed = job.teacher_answers.of([9, 5, 3], job.collate([9, 5, 3]))
+    plain = make_job(tmp_path / "plain", **ONLINE).teacher_answers.of([9, 5, 3], job.collate([9, 5, 3]))
     for stream in ("predict", "explain"):
         cu = job.collate([9, 5, 3]).cu[stream].tolist()
         ours, theirs = mixed.targets[stream].hidden, plain.targets[stream].hidden
@@ -155,7 +157,9 @@ def test_weights_have_an_identity(tmp_path):
 
 def test_a_full_disk_ends_the_cache_and_not_the_run(make_job, tmp_path, monkeypatch, caplog, asked):
     job = make_job(**ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
-    monkeypatch.setattr(job.signals._cache, "flush", lambda: (_ for _ in ()).throw(OSError("no space")))
+    monkeypatch.setattr(
+        job.teacher_answers._cache, "flush", lambda: (_ for _ in ()).throw(OSError("no space"))
+    )
     monkeypatch.setattr(answers.logger, "propagate", True)
     steps(job, 9)
     assert "no space. The run goes on and asks the teacher" in caplog.text

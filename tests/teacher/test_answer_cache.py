@@ -1,4 +1,4 @@
-"""The signal cache: what comes back, what it costs, and who may write at once."""
+"""The answer cache: what comes back, what it costs, and who may write at once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ibdistill.teacher.cache import SignalCache, key_of
+from ibdistill.teacher.cache import AnswerCache, key_of
 
 FINGERPRINT = {"teacher": "a", "template": {"predict": "predict: "}, "top_k": [8]}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn]
@@ -32,12 +32,12 @@ def key(i: int) -> bytes:
     return key_of(np.array([i]))
 
 
-def fill(cache: SignalCache, numbers) -> None:
+def fill(cache: AnswerCache, numbers) -> None:
     for i in numbers:
         cache.put(key(i), entry(i))
 
 
-def holds(cache: SignalCache, numbers) -> bool:
+def holds(cache: AnswerCache, numbers) -> bool:
     """Whether all of these entries are there, with their own values."""
     numbers = list(numbers)
     found = cache.get([key(i) for i in numbers])
@@ -47,8 +47,8 @@ def holds(cache: SignalCache, numbers) -> bool:
     )
 
 
-def make(folder: Path, numbers, **settings) -> SignalCache:
-    cache = SignalCache(folder, FINGERPRINT, rank=0, **settings)
+def make(folder: Path, numbers, **settings) -> AnswerCache:
+    cache = AnswerCache(folder, FINGERPRINT, rank=0, **settings)
     fill(cache, numbers)
     cache.flush()
     return cache
@@ -74,11 +74,11 @@ def test_every_dtype_comes_back_bit_by_bit_whatever_the_lengths(tmp_path):
         for n in LENGTHS
     ]
     keys = [key(i) for i in range(len(entries))]
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=0)
     for k, e in zip(keys, entries, strict=True):
         cache.put(k, e)
 
-    def check(cache: SignalCache) -> None:
+    def check(cache: AnswerCache) -> None:
         for found, expected in zip(cache.get(keys[::-1]), entries[::-1], strict=True):
             assert found.keys() == expected.keys()
             for name in expected:
@@ -88,14 +88,14 @@ def test_every_dtype_comes_back_bit_by_bit_whatever_the_lengths(tmp_path):
     check(cache)
     cache.flush()
     check(cache)
-    check(SignalCache(tmp_path, FINGERPRINT, rank=1, read_only=True))
+    check(AnswerCache(tmp_path, FINGERPRINT, rank=1, read_only=True))
 
 
 def test_a_shard_may_hold_no_rows_at_all(tmp_path):
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=0)
     cache.put(key(0), {"states": torch.empty(0, 4, dtype=torch.bfloat16)})
     cache.flush()
-    (found,) = SignalCache(tmp_path, FINGERPRINT, rank=0).get([key(0)])
+    (found,) = AnswerCache(tmp_path, FINGERPRINT, rank=0).get([key(0)])
     assert found["states"].shape == (0, 4) and found["states"].dtype == torch.bfloat16
 
 
@@ -108,7 +108,7 @@ def test_a_missing_key_is_counted_and_makes_the_batch_missing(tmp_path):
 
 
 def test_an_entry_is_a_copy_and_a_known_key_is_kept(tmp_path):
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=0)
     batch = torch.arange(8)
     cache.put(key(0), {"ids": batch[2:5]})
     batch.zero_()
@@ -120,7 +120,7 @@ def test_an_entry_is_a_copy_and_a_known_key_is_kept(tmp_path):
 
 
 def test_shards_are_cut_by_size_and_the_summary_counts(tmp_path):
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=3, shard_bytes=100)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=3, shard_bytes=100)
     assert cache.summary().endswith("0 entries, 0 shards, 0.0 MB; rows x bytes: none")
     fill(cache, range(20))
     shards = [load_file(path) for path in tmp_path.glob("shard-00003-*.safetensors")]
@@ -137,7 +137,7 @@ def test_shards_are_cut_by_size_and_the_summary_counts(tmp_path):
 
 
 def test_entries_are_mapped_and_not_loaded(tmp_path):
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=0)
     for i in range(32):
         cache.put(key(i), {"states": torch.full((1024, 256), float(i))})  # 1 MiB each
     cache.flush()
@@ -151,14 +151,14 @@ def test_entries_are_mapped_and_not_loaded(tmp_path):
 
     del cache
     before = anonymous()
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=0)
     found = cache.get([key(i) for i in range(32)])
     assert [float(e["states"].mean()) for e in found] == list(range(32))
     assert anonymous() - before < 8 << 20
 
 
 def test_the_same_key_in_two_shards_is_harmless(tmp_path):
-    a, b = (SignalCache(tmp_path, FINGERPRINT, rank=0) for _ in range(2))  # a rank and its restart
+    a, b = (AnswerCache(tmp_path, FINGERPRINT, rank=0) for _ in range(2))  # a rank and its restart
     for cache in (a, b):
         fill(cache, range(6))
         cache.flush()
@@ -169,7 +169,7 @@ def test_the_same_key_in_two_shards_is_harmless(tmp_path):
 def write_at_once(folder: Path, rank: int, barrier) -> None:
     for attempt in range(5):
         barrier.wait()
-        cache = SignalCache(folder / str(attempt), FINGERPRINT, rank=rank, shard_bytes=400)
+        cache = AnswerCache(folder / str(attempt), FINGERPRINT, rank=rank, shard_bytes=400)
         fill(cache, [*range(10), *range(100 * (rank + 1), 100 * (rank + 1) + 20)])  # some in common
         cache.flush()
         barrier.wait()
@@ -188,7 +188,7 @@ def test_two_processes_create_and_write_at_once(tmp_path, caplog):
     assert [process.exitcode for process in ranks] == [0, 0]
     for attempt in range(5):
         assert holds(
-            SignalCache(tmp_path / str(attempt), FINGERPRINT, rank=0), [*range(10), *range(200, 220)]
+            AnswerCache(tmp_path / str(attempt), FINGERPRINT, rank=0), [*range(10), *range(200, 220)]
         )
     assert not caplog.records and not list(tmp_path.rglob(".tmp-*"))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from feature_tables import random_features
 from harness import same, tiny, weights
-from test_agreement import AGREE, OFF, said
+from test_pseudo_labels import AGREE, OFF, said
 from tiny_t5 import SHAPE, two_forwards
 from transformers import T5Config, T5ForConditionalGeneration
 from workers.agreeing import answers_of_an_oracle
@@ -16,7 +16,7 @@ from ibdistill import train
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
-from ibdistill.data.sampler import ExtraPlan, Plan
+from ibdistill.data.sampler import ExtraSampler, Sampler
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.objectives import distillation
 from ibdistill.objectives.weights import step_weights
@@ -84,8 +84,8 @@ def test_the_term_is_on_the_extra_questions_and_the_cross_entropies_are_on_the_o
 def test_gold_micro_batches_are_those_without_the_extra_records(share, micro, ranks):
     settings = DataConfig(agree_share=share)
     gold, extra = random_features(50, seed=1), random_features(23, seed=2)
-    plan = ExtraPlan(gold, extra, settings, batch_size=16, seed=3)
-    off = Plan(gold, settings, batch_size=16, seed=3)
+    plan = ExtraSampler(gold, extra, settings, batch_size=16, seed=3)
+    off = Sampler(gold, settings, batch_size=16, seed=3)
     seen = []
     for step in (0, 1, 40):
         found = []

@@ -47,8 +47,8 @@ def test_agreement_with_the_labels_is_what_greedy_decoding_would_give(make_job, 
         overrides = {"teacher.model": model, "teacher.cache": str(tmp_path / Path(model).name)}
         job = make_job(tmp_path / f"run-{Path(model).name}", **settings, **overrides)
         rows, batch = job.micro_batches()[0]
-        counts = distillation.teacher_agreement(job.signals.of(rows, batch), batch)
-        with job.signals.teacher.speaking(job.tokenizer) as teacher:
+        counts = distillation.teacher_accuracy(job.teacher_answers.of(rows, batch), batch)
+        with job.teacher_answers.teacher.text_model(job.tokenizer) as teacher:
             said = predictions.evaluate(
                 teacher, job.tokenizer, job.records.train, ["predict"], job.config.data, job.world
             )
@@ -332,7 +332,7 @@ def test_a_job_trains_on_what_the_teacher_wrote(world, asked):
     job = prepare(
         load_settings(None, asked | {"student.tokenizer": "train", "student.vocab_size": 200}), world
     )
-    assert job.signals is None and len(job.features) == 9
+    assert job.teacher_answers is None and len(job.features) == 9
     assert job.records.report["demo/train/teacher_parsed"] == 9
     row = job.tokenizer.decode(job.features.targets["explain"][0], skip_special_tokens=True)
     assert row == taught(demo_records(N))[0].rationale

@@ -17,7 +17,7 @@ from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
-from ibdistill.data.sampler import MixedPlan, Plan
+from ibdistill.data.sampler import MixedSampler, Sampler
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.models.decoding import Answer
 from ibdistill.training import pseudo_labels
@@ -84,7 +84,7 @@ def test_every_batch_has_its_share_of_pseudo_labelled_records(share, num_pseudo)
     settings = DataConfig(agree_share=share)
     gold, pseudo = random_features(50, seed=1), random_features(23, seed=2)
     both = gold + pseudo
-    plan = MixedPlan(gold, pseudo, settings, batch_size=16, seed=3)
+    plan = MixedSampler(gold, pseudo, settings, batch_size=16, seed=3)
     for step in (0, 7, 100):
         rows = plan.step(step)
         assert len(set(rows.tolist())) == 16 and (rows >= 50).sum() == num_pseudo
@@ -104,9 +104,9 @@ def test_every_batch_has_its_share_of_pseudo_labelled_records(share, num_pseudo)
     walked = np.concatenate([plan.step(step) for step in range(gold_steps)])
     walked = walked[walked < 50]
     assert len(set(walked.tolist())) == len(walked) == gold_steps * (16 - num_pseudo)
-    again = MixedPlan(gold, pseudo, settings, batch_size=16, seed=3)
+    again = MixedSampler(gold, pseudo, settings, batch_size=16, seed=3)
     assert (again.step(100) == plan.step(100)).all()
-    assert plan.steps_per_epoch == Plan(gold, settings, batch_size=16, seed=3).steps_per_epoch
+    assert plan.steps_per_epoch == Sampler(gold, settings, batch_size=16, seed=3).steps_per_epoch
 
 
 def test_joined_features_are_the_ones_and_then_the_others():
@@ -141,7 +141,7 @@ def test_agreed_answers_are_mixed_in_and_replaced_and_logged(make_job, oracle, c
     step = train.train_step
 
     def observed(job):
-        seen.append((len(job.features) - 100, int((job.plan.step(job.state.step) >= 100).sum())))
+        seen.append((len(job.features) - 100, int((job.sampler.step(job.state.step) >= 100).sum())))
         step(job)
 
     monkeypatch.setattr(train, "train_step", observed)
@@ -223,12 +223,12 @@ def test_a_full_disk_leaves_the_earlier_answers_in_force(make_job, oracle, monke
     job = make_job(**AGREE)
     steps(job, 5)
     train.refresh(job)
-    before, rows = job.state.pseudo, job.plan.step(6).tolist()
+    before, rows = job.state.pseudo, job.sampler.step(6).tolist()
     steps(job, 1)
     monkeypatch.setattr(pseudo_labels, "write", lambda *a: (_ for _ in ()).throw(OSError("no space")))
     train.refresh(job)
     assert "the earlier ones stay in force: no space" in caplog.text
-    assert job.state.pseudo == before and job.plan.step(6).tolist() == rows
+    assert job.state.pseudo == before and job.sampler.step(6).tolist() == rows
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -247,8 +247,8 @@ def test_the_teacher_scores_the_pseudo_labelled_text_too(make_job, tmp_path, ora
     train.refresh(job)
     before = weights(job)
     job.meter.close_interval()
-    rows = job.plan.step(5)
-    counts = job.plan.counts(5)
+    rows = job.sampler.step(5)
+    counts = job.sampler.counts(5)
     steps(job, 1)
     found = job.meter.close_interval()
     assert found.counts == counts and (rows >= 100).sum() == 4
@@ -260,10 +260,10 @@ def test_the_teacher_scores_the_pseudo_labelled_text_too(make_job, tmp_path, ora
     records = [by_id[job.features.ids[row]] for row in rows]
     prefixes = {"demo": loading.TASKS["demo"].prefixes}
     features = agreement_features(records, prefixes, job)
-    job.gold, job.signals._reads = features, False
-    job.signals._features, job.features = features, features
+    job.gold, job.teacher_answers._reads = features, False
+    job.teacher_answers._features, job.features = features, features
     batch = job.collate(np.arange(8))
-    signal = job.signals.of(np.arange(8), batch)
+    signal = job.teacher_answers.of(np.arange(8), batch)
     weights_ = train.objectives.step_weights(job.config.objective, counts)
     _, terms = job.engine.module(batch, weights_, signal, counts["question_tokens"])
     assert {"kd_predict", "kd_explain", "vid", "ce_predict"} <= terms.keys()
@@ -286,9 +286,9 @@ def test_a_full_cache_does_not_keep_a_growing_run_from_loading_its_teacher(make_
     }
     first = make_job(tmp_path / "first", **OFF, **online, **{"data.subsample": 96})
     steps(first, 12)
-    first.signals.flush()
+    first.teacher_answers.flush()
     job = make_job(tmp_path / "second", **AGREE, **online, **{"data.subsample": 96})
-    assert job.signals.teacher is not None
+    assert job.teacher_answers.teacher is not None
     train.train(job)
     assert job.state.pseudo and job.state.skipped == 0
 

@@ -1,4 +1,4 @@
-"""The signal cache: what a crash, a full disk, a missing permission or a stranger costs."""
+"""The answer cache: what a crash, a full disk, a missing permission or a stranger costs."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ import pytest
 import torch
 from harness import ROOT, full_disk
 from safetensors.torch import save_file
-from test_signal_cache import FINGERPRINT, entry, fill, holds, key, make
+from test_answer_cache import FINGERPRINT, entry, fill, holds, key, make
 
 from ibdistill.teacher import cache as teacher_cache
-from ibdistill.teacher.cache import SignalCache
+from ibdistill.teacher.cache import AnswerCache
 
 WRITER = """
 import itertools, os, sys, time
 sys.path.insert(0, "tests/teacher")
-import test_signal_cache as t
-cache = t.SignalCache(t.Path(sys.argv[1]), t.FINGERPRINT, rank=0)
+import test_answer_cache as t
+cache = t.AnswerCache(t.Path(sys.argv[1]), t.FINGERPRINT, rank=0)
 mode = sys.argv[2]
 for start in itertools.count(0, 50):
     t.fill(cache, range(start, start + 50))
@@ -61,7 +61,7 @@ def kill_a_writer(folder: Path, mode: str, after: int, delay: float) -> None:
 def test_a_killed_writer_loses_the_unfinished_shard_only(tmp_path, caplog):
     kill_a_writer(tmp_path, "half", after=1, delay=0)
     (left,) = tmp_path.glob(".tmp-*")
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=0)
     assert holds(cache, range(50)) and len(cache) == 50 and not caplog.records
     assert left.exists(), "it may be another rank's, in the middle of its writing"
     fill(cache, range(50, 100))
@@ -69,13 +69,13 @@ def test_a_killed_writer_loses_the_unfinished_shard_only(tmp_path, caplog):
 
     an_hour_ago = time.time() - teacher_cache.ABANDONED_SECONDS - 60
     os.utime(left, (an_hour_ago, an_hour_ago))
-    assert holds(SignalCache(tmp_path, FINGERPRINT, rank=0, read_only=True), range(100)) and left.exists()
-    assert holds(SignalCache(tmp_path, FINGERPRINT, rank=0), range(100)) and not left.exists()
+    assert holds(AnswerCache(tmp_path, FINGERPRINT, rank=0, read_only=True), range(100)) and left.exists()
+    assert holds(AnswerCache(tmp_path, FINGERPRINT, rank=0), range(100)) and not left.exists()
 
 
 def test_a_writer_killed_at_any_moment_leaves_whole_shards(tmp_path, caplog):
     kill_a_writer(tmp_path, "any", after=5, delay=random.Random().uniform(0, 0.02))
-    cache = SignalCache(tmp_path, FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path, FINGERPRINT, rank=0)
     assert len(cache) >= 250 and len(cache) % 50 == 0 and not caplog.records
     assert holds(cache, range(len(cache)))
 
@@ -84,31 +84,31 @@ def test_another_fingerprint_is_refused_with_both_shown(tmp_path):
     make(tmp_path, range(3))
     other = {"teacher": "b", "template": {"predict": "predict: "}, "top_k": [16], "bits": 8}
     with pytest.raises(ValueError) as error:
-        SignalCache(tmp_path, other, rank=0)
+        AnswerCache(tmp_path, other, rank=0)
     assert str(error.value) == (
-        f"signal cache {tmp_path} was made by something else: bits is absent there and 8 here; "
+        f"answer cache {tmp_path} was made by something else: bits is absent there and 8 here; "
         'teacher is "a" there and "b" here; top_k is [8] there and [16] here. '
         "Choose another folder, or delete that one to compute its answers again"
     )
     reordered = dict(reversed(FINGERPRINT.items())) | {"top_k": (8,)}
-    assert holds(SignalCache(tmp_path, reordered, rank=0), range(3))
+    assert holds(AnswerCache(tmp_path, reordered, rank=0), range(3))
 
 
 def test_what_is_no_cache_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
     with pytest.raises(
-        ValueError, match=r"is no signal cache: it has no fingerprint.json and holds thesis.tex; choo"
+        ValueError, match=r"is no answer cache: it has no fingerprint.json and holds thesis.tex; choo"
     ):
-        SignalCache(tmp_path, FINGERPRINT, rank=0)
+        AnswerCache(tmp_path, FINGERPRINT, rank=0)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     with pytest.raises(ValueError, match="cannot be read: .*No such file.*nowhere"):
-        SignalCache(tmp_path / "nowhere", FINGERPRINT, rank=0, read_only=True)
+        AnswerCache(tmp_path / "nowhere", FINGERPRINT, rank=0, read_only=True)
     assert not (tmp_path / "nowhere").exists()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is no signal cache: .* and holds nothing; choose a cache"):
-        SignalCache(tmp_path / "empty", FINGERPRINT, rank=0, read_only=True)
+    with pytest.raises(ValueError, match="is no answer cache: .* and holds nothing; choose a cache"):
+        AnswerCache(tmp_path / "empty", FINGERPRINT, rank=0, read_only=True)
     with pytest.raises(ValueError, match="thesis.tex/cache cannot be written: .*choose another folder"):
-        SignalCache(tmp_path / "thesis.tex" / "cache", FINGERPRINT, rank=0)
+        AnswerCache(tmp_path / "thesis.tex" / "cache", FINGERPRINT, rank=0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "[1]"])
@@ -116,7 +116,7 @@ def test_a_damaged_fingerprint_is_refused(tmp_path, text):
     make(tmp_path, range(3))
     (tmp_path / "fingerprint.json").write_text(text)
     with pytest.raises(ValueError, match="fingerprint.json is damaged; delete "):
-        SignalCache(tmp_path, FINGERPRINT, rank=0)
+        AnswerCache(tmp_path, FINGERPRINT, rank=0)
 
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
@@ -125,19 +125,19 @@ def test_another_format_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         ValueError, match='format is "ibdistill-signals-1" there and "ibdistill-signals-2" here'
     ):
-        SignalCache(tmp_path, FINGERPRINT, rank=0)
+        AnswerCache(tmp_path, FINGERPRINT, rank=0)
 
 
 def shard_of_another_cache(path: Path) -> None:
     make(path.parent / "other", range(3))  # same fingerprint, so its shard would be welcome
-    other = SignalCache(path.parent / "another", {"teacher": "b"}, rank=0)
+    other = AnswerCache(path.parent / "another", {"teacher": "b"}, rank=0)
     fill(other, range(3))
     other.flush()
     shutil.copy(next((path.parent / "another").glob("shard-*")), path)
 
 
 def shard_of_other_tensors(path: Path) -> None:
-    other = SignalCache(path.parent / "other", FINGERPRINT, rank=0)
+    other = AnswerCache(path.parent / "other", FINGERPRINT, rank=0)
     other.put(key(7), {"states": torch.zeros(2, 5)})
     other.flush()
     shutil.copy(next((path.parent / "other").glob("shard-*")), path)
@@ -156,14 +156,14 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_bad_shard_is_named_once_and_ignored(tmp_path, caplog, damage):
     make(tmp_path / "cache", range(10))
-    writer = SignalCache(tmp_path / "cache", FINGERPRINT, rank=1)
+    writer = AnswerCache(tmp_path / "cache", FINGERPRINT, rank=1)
     fill(writer, range(10, 20))
     writer.flush()
     (bad,) = (tmp_path / "cache").glob("shard-00001-*")
     act, message = DAMAGES[damage]
     act(bad)
 
-    cache = SignalCache(tmp_path / "cache", FINGERPRINT, rank=0)
+    cache = AnswerCache(tmp_path / "cache", FINGERPRINT, rank=0)
     cache.refresh()
     (warning,) = caplog.records
     assert warning.levelname == "WARNING" and bad.name in warning.getMessage()
@@ -171,7 +171,7 @@ def test_a_bad_shard_is_named_once_and_ignored(tmp_path, caplog, damage):
     assert holds(cache, range(10)) and cache.missing([key(i) for i in range(20)]) == 10
     fill(cache, range(10, 20))
     cache.flush()
-    assert holds(SignalCache(tmp_path / "cache", FINGERPRINT, rank=0), range(20))
+    assert holds(AnswerCache(tmp_path / "cache", FINGERPRINT, rank=0), range(20))
 
 
 def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
@@ -183,11 +183,11 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
     ):
         cache.flush()
     assert holds(cache, range(100)) and not list(tmp_path.glob(".tmp-*"))
-    assert holds(SignalCache(tmp_path, FINGERPRINT, rank=1), range(50))
+    assert holds(AnswerCache(tmp_path, FINGERPRINT, rank=1), range(50))
     cache.flush()
-    assert holds(SignalCache(tmp_path, FINGERPRINT, rank=1), range(100))
+    assert holds(AnswerCache(tmp_path, FINGERPRINT, rank=1), range(100))
     with full_disk(1000), pytest.raises(ValueError, match=f"{tmp_path} cannot be written: .*File too large"):
-        SignalCache(tmp_path, FINGERPRINT, rank=0)
+        AnswerCache(tmp_path, FINGERPRINT, rank=0)
     assert not list(tmp_path.glob(".tmp-*"))
 
 
@@ -217,10 +217,10 @@ def test_a_folder_without_permission_can_be_read_only():
                 with pytest.raises(
                     ValueError, match=f"{folder} cannot be written: .*Permission denied.*choose anoth"
                 ):
-                    SignalCache(folder, FINGERPRINT, rank=0)
+                    AnswerCache(folder, FINGERPRINT, rank=0)
                 with pytest.raises(OSError, match=f"{folder} cannot take another shard: Permission denied"):
                     writer.flush()
-                reader = SignalCache(folder, FINGERPRINT, rank=0, read_only=True)
+                reader = AnswerCache(folder, FINGERPRINT, rank=0, read_only=True)
                 assert holds(reader, range(10)) and holds(writer, range(20))
                 with pytest.raises(ValueError, match=f"{folder} is open for reading only"):
                     reader.put(key(99), entry(99))
