@@ -13,10 +13,10 @@ TINY = {"B": 2, "predict": 2, "explain": 3, "D": 8, "V": 50, "D_t": 12, "rounds"
 
 @pytest.fixture
 def bench(monkeypatch):
-    spec = importlib.util.spec_from_file_location("bench_head_loss", PATH)
+    spec = importlib.util.spec_from_file_location("head_loss", PATH)
     module = importlib.util.module_from_spec(spec)
     # processes that measure memory import it by name
-    monkeypatch.setitem(sys.modules, "bench_head_loss", module)
+    monkeypatch.setitem(sys.modules, "head_loss", module)
     monkeypatch.syspath_prepend(str(PATH.parent))
     spec.loader.exec_module(module)
     # compiling takes longer than all else, and isn't what is tested

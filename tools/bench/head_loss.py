@@ -189,7 +189,7 @@ def once(function, leafs, backward: bool) -> float:
     return events[0].elapsed_time(events[1]) / 1e3
 
 
-def peak_bytes(sizes: Sizes, name: str, backward: bool, queue) -> None:
+def peak_bytes(sizes: Sizes, name: str, backward: bool) -> tuple[int, int]:
     """Peak memory of a second call beyond what stood before it, and the size of the gradients it returns."""
     function, leafs = implementations(sizes)[name]
     outputs = sum(leaf.numel() * leaf.element_size() for leaf in leafs) if backward else 0
@@ -199,13 +199,12 @@ def peak_bytes(sizes: Sizes, name: str, backward: bool, queue) -> None:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         once(function, leafs, backward)
-        queue.put((torch.cuda.max_memory_allocated() - before, outputs))
-        return
+        return torch.cuda.max_memory_allocated() - before, outputs
     # 5 sets the process's high-water mark back to what is resident now (Linux)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident_peak()
     once(function, leafs, backward)
-    queue.put((resident_peak() - before, outputs))
+    return resident_peak() - before, outputs
 
 
 def resident_peak() -> int:
@@ -293,12 +292,10 @@ def measure(sizes: Sizes, rounds: int, backward: bool) -> dict[str, float]:
 def in_a_process(sizes: Sizes, name: str, backward: bool) -> tuple[int, int]:
     """`peak_bytes` in a process of its own."""
     context = multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    process = context.Process(target=peak_bytes, args=(sizes, name, backward, queue))
-    process.start()
-    memory = queue.get()
-    process.join()
-    return memory
+    with ProcessPoolExecutor(
+        1, context
+    ) as pool:  # raises if the process dies, where a queue would wait forever
+        return pool.submit(peak_bytes, sizes, name, backward).result()
 
 
 def tune_blocks(sizes: Sizes, rounds: int) -> None:
