@@ -24,9 +24,10 @@ from functools import partial
 import numpy as np
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import answers, sources
+from ibdistill.data import answer_rules as answers
+from ibdistill.data.tasks import published as sources
 from ibdistill.data.records import Record, map_numbers
-from ibdistill.data.sources import Example
+from ibdistill.data.tasks.published import Example
 
 logger = logging.getLogger("ibdistill")
 

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from sacrebleu.metrics import BLEU, CHRF
 
-from ibdistill.data import answers
+from ibdistill.data import answer_rules as answers
 from ibdistill.data.arithmetic import evaluate
 from ibdistill.data.tasks.demo import implied_label
-from ibdistill.data.formats import NLI_LABELS
+from ibdistill.data.json_rows import NLI_LABELS
 from ibdistill.data.records import Record
 from ibdistill.data.loading import TASKS
 

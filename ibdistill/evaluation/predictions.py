@@ -25,7 +25,7 @@ from ibdistill.evaluation import faithfulness
 from ibdistill.evaluation import text_scores
 from ibdistill.config.sections import DataConfig
 from ibdistill.runtime.distributed import World
-from ibdistill.data.formats import read_rows
+from ibdistill.data.json_rows import read_rows
 from ibdistill.data.records import Record
 from ibdistill.data.loading import TASKS
 from ibdistill.models.decoding import Answer, decode

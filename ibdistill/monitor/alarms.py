@@ -9,7 +9,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ibdistill.data import answers
+from ibdistill.data import answer_rules as answers
 from ibdistill.data.loading import TASKS
 from ibdistill.data.records import Record
 

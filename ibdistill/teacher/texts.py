@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ibdistill.config.sections import Config
-from ibdistill.data import answers
-from ibdistill.data.formats import NLI_LABELS
+from ibdistill.data import answer_rules as answers
+from ibdistill.data.json_rows import NLI_LABELS
 from ibdistill.data.loading import TASKS
 from ibdistill.data.records import STREAMS, Record, map_numbers
 from ibdistill.teacher.cache import FINGERPRINT, differences, write_file

@@ -32,7 +32,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ibdistill.config.sections import Config, DataConfig
-from ibdistill.data.formats import field_text, read_rows
+from ibdistill.data.json_rows import field_text, read_rows
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks import demo
 from ibdistill.evaluation.faithfulness import IMPLIED, agrees

@@ -16,7 +16,7 @@ from harness import ROOT, as_arguments, full_disk, kill_session, launch, start, 
 from miniatures import lines
 
 from ibdistill.config.load import load_settings
-from ibdistill.data import answers, loading
+from ibdistill.data import answer_rules as answers, loading
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks import demo
 from ibdistill.evaluation import predictions

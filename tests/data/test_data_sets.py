@@ -7,7 +7,7 @@ import pytest
 from miniatures import DATA, array, lines, read, read_refused, real_data
 
 from ibdistill.data.arithmetic import evaluate
-from ibdistill.data.formats import derived_rationale
+from ibdistill.data.json_rows import derived_rationale
 from ibdistill.data.loading import TASKS
 
 

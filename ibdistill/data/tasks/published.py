@@ -23,8 +23,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import formats
-from ibdistill.data.formats import Row, field_text, read_rows
+from ibdistill.data import json_rows as formats
+from ibdistill.data.json_rows import Row, field_text, read_rows
 from ibdistill.data.records import Record
 
 T = TypeVar("T")
