@@ -91,6 +91,8 @@ def _tokens(text: str) -> list[str | Fraction]:
 
 
 class _Parser:
+    """Recursive descent over the tokens of one text; a method per rule of the grammar above."""
+
     def __init__(self, tokens: list[str | Fraction], names: Mapping[str, Fraction]):
         self.tokens = tokens
         self.names = names
