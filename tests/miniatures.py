@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.loading import TASKS, load
+from ibdistill.data.loading import load
+from ibdistill.data.tasks.registry import TASKS
 
 DATA = Path(os.environ.get("IBDISTILL_DATA") or Path(__file__).parents[2] / "shared" / "data")
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason="no folder of real data (IBDISTILL_DATA)")
@@ -41,7 +42,7 @@ def svamp(root, outputs, test_outputs=None):
 
 def read(task, path=None, needs_rationale=False, **settings):
     data = DataConfig(task=task, path=None if path is None else str(path), **settings)
-    return TASKS[task].read(data, needs_rationale=needs_rationale)
+    return TASKS[task].read(task, data, needs_rationale=needs_rationale)
 
 
 def loaded(task, path=None, needs_rationale=True, **settings):

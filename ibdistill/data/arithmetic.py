@@ -21,12 +21,12 @@ if they agree, and none if they do not. `%` is refused: `20 %` is 20 in one data
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from types import MappingProxyType
 
 MAX_LENGTH = 1000
-MAX_DEPTH = 50  # three Python frames a level, far from the interpreter's limit
+MAX_DEPTH = 50  # each level takes three Python frames: far from the interpreter's limit
 
 _SPELLINGS = str.maketrans(
     {"\u00d7": "*", "\u00b7": "*", "\u2217": "*", "\u00f7": "/", "\u2013": "-", "\u2212": "-"}
@@ -66,6 +66,12 @@ def evaluate(text: str, names: Mapping[str, Fraction] = _NO_NAMES) -> Fraction |
         return None
 
 
+def values_of(quantities: Sequence[str]) -> dict[str, Fraction]:
+    """The names `n0`, `n1`, ... of a record's quantities and their values; what has no value has no name."""
+    values = {f"n{i}": evaluate(text) for i, text in enumerate(quantities)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _tokens(text: str) -> list[str | Fraction]:
     """Numbers as fractions, names and signs as text."""
     text = text.rstrip()
@@ -85,6 +91,8 @@ def _tokens(text: str) -> list[str | Fraction]:
 
 
 class _Parser:
+    """Recursive descent over the tokens of one text; a method per rule of the grammar above."""
+
     def __init__(self, tokens: list[str | Fraction], names: Mapping[str, Fraction]):
         self.tokens = tokens
         self.names = names

@@ -1,4 +1,4 @@
-"""Token tables."""
+"""The token ids of a run's records: each text is encoded once, at the start, and stays in memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger("ibdistill")
 
 
 class Ragged:
-    """Token sequences as one flat array and offsets: a few bytes a token, however many records."""
+    """Token sequences as one flat array (int32) and offsets: four bytes per token, however many records."""
 
     def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
         arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
@@ -25,12 +25,14 @@ class Ragged:
         self.flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
 
     def __getitem__(self, index: int) -> np.ndarray:
+        """The ids of one sequence, [tokens] int32; a view."""
         return self.flat[self.offsets[index] : self.offsets[index + 1]]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def __add__(self, other: Ragged) -> Ragged:
+        """These sequences and then the other ones."""
         joined = Ragged([])
         joined.offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
         joined.flat = np.concatenate([self.flat, other.flat])
@@ -38,6 +40,7 @@ class Ragged:
 
     @property
     def lengths(self) -> np.ndarray:
+        """[sequences] int64: the number of tokens of each."""
         return np.diff(self.offsets)
 
 
@@ -48,7 +51,7 @@ class Features:
     ids: list[str]
     """The records' names, for messages."""
     groups: np.ndarray
-    """[records] int: which task of the mixture each belongs to, counted in the order of `data.task`."""
+    """[records] int: the task of the mixture that each belongs to, counted in the order of `data.task`."""
     questions: dict[str, Ragged]
     """Stream -> prefix and question."""
     targets: dict[str, Ragged]

@@ -1,15 +1,11 @@
-"""Tasks: for each data set how it is read, how LLM text about it is parsed, when an answer is right.
+"""From the settings of a run to its records: every task of `data.task` read, split, checked and sub-sampled.
 
-`load` yields the records of a run. What it holds fixed, so that figures can be compared:
+What is held fixed, so that figures can be compared:
 
 - the validation split of a task that has none is the same for every seed and subsample (and,
-  for a tenth of the records, the same as the DSS release's, see `sources.hold_out`);
+  for a tenth of the records, the same as the DSS release's, see `tasks.base.hold_out`);
 - subsamples of one seed are nested, so the points of a data-efficiency curve share records;
 - validation and test records keep the ground truth, whatever the training labels are.
-
-Answers are right by a rule of their own task, not by string equality alone: an equation by
-its exact value (`arithmetic.evaluate`, with a record's quantities as n0, n1, ...), text
-apart from case, spacing, quotes and closing punctuation. What cannot be evaluated is wrong.
 """
 
 from __future__ import annotations
@@ -17,109 +13,17 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import answers, sources
 from ibdistill.data.records import Record, map_numbers
-from ibdistill.data.sources import Example
+from ibdistill.data.tasks.base import Example, Task, hold_out
+from ibdistill.data.tasks.registry import TASKS
 
 logger = logging.getLogger("ibdistill")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """One data set as the rest of the system sees it."""
-
-    name: str
-    read: Callable[..., dict[str, list[Example]]]
-    """Called with (data, needs_rationale=...): see `sources`."""
-    is_correct: Callable[[str, Record], bool]
-    """Whether a decoded prediction answers the record; never raises."""
-    parse_llm: Callable[[str], tuple[str, str] | None] | None = None
-    """LLM text -> (rationale, label), or None if it has no such parts. None: no LLM text for this task."""
-    prefixes: Mapping[str, str] = field(
-        default_factory=lambda: {"predict": "predict: ", "explain": "explain: "}
-    )
-    """Stream -> what precedes the question."""
-    arithmetic: bool = False
-    """Labels are numbers or equations, so that numbers may be mapped."""
-    generated: bool = False
-    """Made here: takes no `data.path`."""
-    partial_rationales: bool = False
-    """The source explains some records only; the others are left out where rationales are needed."""
-
-
-def _anli(n: int) -> Task:
-    return Task(
-        name=f"anli{n}",
-        read=partial(sources.read, sources.ANLI[n - 1]),
-        is_correct=answers.same_text,
-        parse_llm=answers.parse_anli,
-        partial_rationales=True,
-    )
-
-
-TASKS: dict[str, Task] = {
-    "demo": Task(
-        name="demo",
-        read=partial(sources.read_demo, "demo"),
-        is_correct=answers.same_value,
-        arithmetic=True,
-        generated=True,
-    ),
-    "demo_pretrain": Task(
-        name="demo_pretrain",
-        read=partial(sources.read_demo, "demo_pretrain"),
-        is_correct=answers.same_value_or_text,
-        prefixes={"predict": "solve: ", "explain": "steps: "},
-        arithmetic=True,
-        generated=True,
-    ),
-    "svamp": Task(
-        name="svamp",
-        read=partial(sources.read, sources.SVAMP),
-        is_correct=answers.same_value,
-        parse_llm=answers.parse_equation,
-        arithmetic=True,
-    ),
-    "asdiv": Task(
-        name="asdiv",
-        read=partial(sources.read, sources.ASDIV),
-        is_correct=answers.same_value,
-        parse_llm=answers.parse_equation,
-        arithmetic=True,
-    ),
-    "cqa": Task(
-        name="cqa",
-        read=partial(sources.read, sources.CQA),
-        is_correct=answers.same_choice,
-        parse_llm=answers.parse_choice,
-    ),
-    "gsm8k": Task(
-        name="gsm8k",
-        read=partial(sources.read, sources.GSM8K),
-        is_correct=answers.same_value,
-        parse_llm=answers.parse_amount,
-        arithmetic=True,
-    ),
-    "esnli": Task(
-        name="esnli",
-        read=partial(sources.read, sources.ESNLI),
-        is_correct=answers.same_text,
-        parse_llm=answers.parse_esnli,
-    ),
-    "anli1": _anli(1),
-    "anli2": _anli(2),
-    "anli3": _anli(3),
-    "jsonl": Task(
-        name="jsonl", read=sources.read_jsonl, is_correct=answers.same_text, parse_llm=answers.parse_text
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +31,12 @@ class Loaded:
     """The records of a run."""
 
     train: list[Record]
-    """Of all tasks, one after the other."""
+    """The training records of all tasks, one task after the other."""
     valid: dict[str, list[Record]]
     test: dict[str, list[Record]]
     report: dict[str, int]
-    """Counts under TASK/SPLIT/WHAT: records; unparsable (LLM outputs); dropped; no_rationale; llm_correct
-    (LLM labels that equal the ground truth); unscorable (ground truths that have no value)."""
+    """`TASK/SPLIT/WHAT` -> how many. WHAT is records, unparsable (LLM outputs), dropped, no_rationale,
+    llm_correct (LLM labels that equal the ground truth) or unscorable (ground truths that have no value)."""
 
 
 def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
@@ -151,7 +55,7 @@ def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
                 [r if r.quantities else map_numbers(r) for r in part] for part in (train, valid, test)
             )
         if data.choice_labels == "letter":
-            train = [replace(record, label=answers.letter(record.label, record)) for record in train]
+            train = [replace(record, label=task.letter_of(record.label, record)) for record in train]
         loaded.train.extend(train)
         loaded.valid[task.name], loaded.test[task.name] = valid, test
         for split, part in (("train", train), ("valid", valid), ("test", test)):
@@ -181,16 +85,19 @@ def _checked_tasks(data: DataConfig) -> list[Task]:
             f"{len(names)} tasks of data.task ({', '.join(names)}), or leave it out"
         )
     if data.map_numbers and (others := [task.name for task in tasks if not task.arithmetic]):
-        arithmetic = ", ".join(task.name for task in TASKS.values() if task.arithmetic)
         raise ValueError(
-            f"data.map_numbers is for arithmetic tasks ({arithmetic}), not {', '.join(others)}: turn it off"
+            f"data.map_numbers is for arithmetic tasks ({_those_with('arithmetic')}), not "
+            f"{', '.join(others)}: turn it off"
         )
-    if data.derive_rationales and names != ["svamp"]:
-        raise ValueError(f"data.derive_rationales is for task svamp, not {', '.join(names)}: turn it off")
-    if data.choice_labels == "letter" and any(task.is_correct is not answers.same_choice for task in tasks):
+    if data.derive_rationales and not all(task.derives_rationales for task in tasks):
         raise ValueError(
-            f"data.choice_labels is 'letter', which is for tasks of options (cqa), not {', '.join(names)}; "
-            "leave it at text"
+            f"data.derive_rationales is for task {_those_with('derives_rationales')}, not "
+            f"{', '.join(names)}: turn it off"
+        )
+    if data.choice_labels == "letter" and not all(task.letter_of for task in tasks):
+        raise ValueError(
+            f"data.choice_labels is 'letter', which is for tasks of options ({_those_with('letter_of')}), "
+            f"not {', '.join(names)}; leave it at text"
         )
     if data.path is not None and all(task.generated for task in tasks):
         raise ValueError(f"data.path {data.path!r}: {', '.join(names)} is generated; leave data.path empty")
@@ -205,11 +112,16 @@ def _checked_tasks(data: DataConfig) -> list[Task]:
     return tasks
 
 
+def _those_with(attribute: str) -> str:
+    """The names of the tasks that have an optional part of `Task`, for messages."""
+    return ", ".join(task.name for task in TASKS.values() if getattr(task, attribute))
+
+
 def _load_task(
     task: Task, data: DataConfig, needs_rationale: bool, counts: Counter[str]
 ) -> tuple[list[Record], list[Record], list[Record]]:
     """One task's training (subsampled), validation and test records."""
-    splits = task.read(data, needs_rationale=needs_rationale)
+    splits = task.read(task.name, data, needs_rationale=needs_rationale)
     _refuse_empty(task, splits)
     wants_llm = data.label_source == "llm"
     if wants_llm and (task.parse_llm is None or splits["train"][0].llm is None):
@@ -224,7 +136,7 @@ def _load_task(
     if "valid" not in resolved:
         labelled = [item for item in resolved["train"] if item.record.label]
         unlabelled = [item for item in resolved["train"] if not item.record.label]
-        labelled, resolved["valid"] = sources.hold_out(labelled, data.valid_share)
+        labelled, resolved["valid"] = hold_out(labelled, data.valid_share)
         resolved["train"] = labelled + unlabelled
     # Only demo_pretrain has no test split: a stand-in for pretraining is no benchmark.
     resolved.setdefault("test", resolved["valid"])
@@ -246,7 +158,7 @@ class _Resolved:
     record: Record
     where: str
     label: str
-    """The LLM's; empty without LLM outputs."""
+    """The LLM's label; empty without LLM outputs."""
     parsed: bool
     """False where the LLM's text has no label and rationale."""
 
@@ -277,7 +189,7 @@ def _resolve(
 def _trainable(
     task: Task, item: _Resolved, wants_llm: bool, needs_rationale: bool, counts: Counter[str]
 ) -> bool:
-    """Whether to train on it. Leaves out, and counts, what has no target for a stream that is trained."""
+    """Whether to train on the record. One without a target for a stream that is trained is counted."""
     if not item.parsed and (wants_llm or needs_rationale):
         counts["train/dropped"] += 1
         return False

@@ -19,7 +19,7 @@ class Record:
     task: str
     """Name of the task that reads, and later scores, this record."""
     question: str
-    """The text behind the stream's prefix; both streams see the same one."""
+    """The text that follows the stream's prefix; both streams see the same question."""
     label: str
     """Target of the predict stream (ground truth or the LLM's, see `data.label_source`)."""
     rationale: str
@@ -36,7 +36,7 @@ def map_numbers(record: Record) -> Record:
     Common practice for word problems (MAWPS, SVAMP): a small model need not spell numbers.
     Numbers are matched by value, so `76` finds `76.0` of SVAMP's equations. A number that
     the question does not contain stays as it is. The originals stay in `quantities`, with
-    which an answer is evaluated; see `tasks`.
+    which an answer is evaluated (`answer_rules.same_value`).
     """
     slots: dict[str, str] = {}
     quantities: list[str] = []

@@ -1,17 +1,19 @@
-"""Tokenizers made here: a sentencepiece model trained on a corpus, and the demo's word list.
+"""Tokenizers: loaded from a folder or the hub, made here, and what a run asks of them.
 
-Both come out as `T5Tokenizer`, so everything downstream (saving, `AutoTokenizer`, the
-export of a student) treats them like a tokenizer from the hub.
+`load_tokenizer` reads one that exists. Two are made here: a sentencepiece model trained on a corpus
+(`train_tokenizer`), and the demo's word list (`demo_tokenizer`). Both come out as `T5Tokenizer`, so
+everything downstream (saving, `AutoTokenizer`, the export of a student) treats them like a tokenizer from
+the hub. Text is not normalised in them (no NFKC): what was written is what comes back. Like T5's own, they
+split at whitespace first, so a line break or a run of spaces reads as one space. A character that the
+training text never showed becomes `<unk>`.
 
-Text is not normalised (no NFKC): what was written is what comes back. Like T5's own, the
-tokenizer splits at whitespace first, so a line break or a run of spaces reads as one space.
-A character that the training text never showed becomes `<unk>`.
+A run asks which ids of student and teacher mean the same (`check_vocabularies`), and which tokens begin a
+text and end a question (`bos_of`, `separator_of`).
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,21 +23,45 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ibdistill.data.tasks import demo
 
-logger = logging.getLogger("ibdistill")
-
 if TYPE_CHECKING:
     from transformers import T5Tokenizer
 
 SENTINELS = 100
+"""Sentinel tokens of a tokenizer that is trained here, `<extra_id_0>` to `<extra_id_99>`, as T5 has them."""
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("vocab.json", "vocab.txt"),
+)
 _SPECIAL = re.compile(r"<extra_id_\d+>|<pad>|</s>|<unk>")
 _WORD_START = "\N{LOWER ONE EIGHTH BLOCK}"  # sentencepiece's mark for a space
+
+
+def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none.
+
+    A tokenizer without a padding token (GPT-2, Llama) pads with its end token. Masks and positions here
+    come from lengths, never from ids, so a padding token is nowhere mistaken for an end.
+    """
+    # From a folder that holds only a model's config, transformers makes an empty tokenizer.
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+        raise ValueError(
+            f"{setting} is {name!r}, which holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; "
+            "save one there with tokenizer.save_pretrained"
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> T5Tokenizer:
     """Train a unigram model, save it to `folder` and return it.
 
-    `vocab_size` counts pieces and the three special ones; fewer come out where the text does
-    not support as many. 100 sentinels follow. One thread and no sampling: the same texts in
+    `vocab_size` counts the pieces and the three special tokens; fewer come out where the text does
+    not support as many. `SENTINELS` sentinels follow. One thread and no sampling: the same texts in
     the same order give the same pieces. `folder` also gets sentencepiece's own `spiece.model`.
 
     Raises:
@@ -90,36 +116,10 @@ def demo_tokenizer() -> T5Tokenizer:
 
 
 def _t5_tokenizer(pieces: list[tuple[str, float]], sentinels: int) -> T5Tokenizer:
+    """A tokenizer of these (piece, log probability), of which the first three are pad, end and unknown."""
     from transformers import T5Tokenizer
 
     return T5Tokenizer(vocab=pieces, extra_ids=sentinels)
-
-
-_TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
-    *("vocab.json", "vocab.txt"),
-)
-
-
-def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
-    """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none.
-
-    One without a padding token (GPT-2, Llama) pads with its end token. Masks and positions here
-    come from lengths, never from ids, so a padding token is nowhere mistaken for an end.
-    """
-    # transformers makes an empty tokenizer from a folder that holds a model's config only
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
-        raise ValueError(
-            f"{setting} is {name!r}, which holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; "
-            "save one there with tokenizer.save_pretrained"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def check_vocabularies(
@@ -130,7 +130,7 @@ def check_vocabularies(
 ) -> int:
     """The number of head rows, counted from 0, that mean the same in student and teacher.
 
-    Rows beyond the tokenizer are padding, and models of one family often differ in it (T5:
+    Rows beyond the tokenizer are padding, and models of one family often differ in their number (T5:
     32100 and 32128, Qwen: 151936 and 152064). Text is tokenized once, by the student's
     tokenizer, so only what an id stands for has to agree, not how text is split.
 

@@ -25,9 +25,9 @@ from ibdistill.evaluation import faithfulness
 from ibdistill.evaluation import text_scores
 from ibdistill.config.sections import DataConfig
 from ibdistill.runtime.distributed import World
-from ibdistill.data.formats import read_rows
+from ibdistill.data.json_rows import read_rows
 from ibdistill.data.records import Record
-from ibdistill.data.loading import TASKS
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models.decoding import Answer, decode
 
 logger = logging.getLogger("ibdistill")
@@ -50,7 +50,7 @@ class Prediction:
     @property
     def implied(self) -> list[str]:
         """The labels that the rationale implies; empty where the task has no rule (`rationale_quality`)."""
-        rule = faithfulness.IMPLIED.get(self.record.task)
+        rule = TASKS[self.record.task].implied
         return rule(self.rationale, self.record) if rule and self.rationale is not None else []
 
 

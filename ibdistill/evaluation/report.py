@@ -13,7 +13,7 @@ import numpy as np
 from ibdistill.evaluation import plots
 from ibdistill.evaluation.predictions import Prediction
 from ibdistill.evaluation.faithfulness import count_steps
-from ibdistill.data.loading import TASKS
+from ibdistill.data.tasks.registry import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

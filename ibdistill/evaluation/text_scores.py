@@ -1,21 +1,17 @@
-"""How close a written rationale is to a reference."""
+"""How close a written rationale is to a reference: BLEU and chrF (sacrebleu), ROUGE-L and the cosine of
+sentence embeddings.
+
+These scores compare wording. A rationale may be right and far from the reference.
+"""
 
 from __future__ import annotations
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
 import torch
 from sacrebleu.metrics import BLEU, CHRF
-from ibdistill.data import answers
-from ibdistill.data.arithmetic import evaluate
-from ibdistill.data.tasks.demo import implied_label
-from ibdistill.data.formats import NLI_LABELS
-from ibdistill.data.records import Record
-from ibdistill.data.loading import TASKS
-
 
 Encoder = Any
 """A `sentence_transformers.SentenceTransformer`; the package is optional."""

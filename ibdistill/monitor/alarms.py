@@ -9,8 +9,8 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from ibdistill.data import answers
-from ibdistill.data.loading import TASKS
+from ibdistill.data.lettered_options import options
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.records import Record
 
 logger = logging.getLogger("ibdistill")
@@ -122,8 +122,8 @@ def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
 def chance(records: Sequence[Record]) -> float:
     """Share of right answers by guessing: among a question's options, or else among all gold labels if
     there are few (up to a tenth of the records); 0 for free answers."""
-    options = [len(answers.options(record)) for record in records]
-    if records and all(options):
-        return sum(1 / n for n in options) / len(records)
+    listed = [len(options(record)) for record in records]
+    if records and all(listed):
+        return sum(1 / n for n in listed) / len(records)
     labels = {record.gold for record in records}
     return 1 / len(labels) if labels and len(labels) <= len(records) / 10 else 0.0

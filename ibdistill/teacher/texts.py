@@ -22,19 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from ibdistill.config.sections import Config
-from ibdistill.data import answers
-from ibdistill.data.formats import NLI_LABELS
-from ibdistill.data.loading import TASKS
 from ibdistill.data.records import STREAMS, Record, map_numbers
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.teacher.cache import FINGERPRINT, differences, write_file
 
 logger = logging.getLogger("ibdistill")
 
 FORMAT = "ibdistill-rationales-1"
 QUESTION = "{question}"
-_CHOICES = dict.fromkeys(("esnli", "anli1", "anli2", "anli3"), lambda record: NLI_LABELS) | {
-    "cqa": answers.options
-}
 Texts = dict[str, str]
 """What the teacher wrote about a record: `predict` and `explain`, or, to a template, `answer`."""
 
@@ -76,18 +71,20 @@ def key_of(prompts: Texts) -> str:
 def parse(texts: Texts, record: Record) -> tuple[str, str] | None:
     """(rationale, label) from what the teacher wrote; None: it has no rationale, or no label that could
     answer the question (an equation with a value, an option, a relation)."""
+    task = TASKS[record.task]
     if "answer" not in texts:
         parts = texts["explain"].strip(), texts["predict"].strip()
-    elif parts := TASKS[record.task].parse_llm(texts["answer"]):
+    elif parts := task.parse_llm(texts["answer"]):
         parts = parts[0], parts[1]
         if record.quantities:
             mapped = map_numbers(replace(_unmapped(record), rationale=parts[0], label=parts[1]))
             parts = mapped.rationale, mapped.label
     if not parts or not all(parts):
         return None
-    choices = _CHOICES[record.task](record) if record.task in _CHOICES else [parts[1]]
-    is_correct = TASKS[record.task].is_correct  # an equation without a value does not even equal itself
-    return parts if any(is_correct(parts[1], replace(record, gold=choice)) for choice in choices) else None
+    # A free label needs to equal itself, which an equation without a value does not.
+    choices = task.choices(record) if task.choices else [parts[1]]
+    could_be = any(task.is_correct(parts[1], replace(record, gold=choice)) for choice in choices)
+    return parts if could_be else None
 
 
 def read_texts(folder: Path) -> dict[str, Texts]:

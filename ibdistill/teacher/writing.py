@@ -36,7 +36,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import Config
-from ibdistill.data.loading import TASKS
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.records import Record
 from ibdistill.models import decoding, families, presets
 from ibdistill.models.decoding import Sampling

@@ -32,10 +32,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ibdistill.config.sections import Config, DataConfig
-from ibdistill.data.formats import field_text, read_rows
+from ibdistill.data.json_rows import field_text, read_rows
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks import demo
-from ibdistill.evaluation.faithfulness import IMPLIED, agrees
+from ibdistill.data.tasks.registry import TASKS
+from ibdistill.evaluation.faithfulness import agrees
 from ibdistill.evaluation.predictions import Prediction
 
 FOLDER = "agree"
@@ -60,7 +61,7 @@ def questions(data: DataConfig, setting: str = "unlabelled") -> list[Record]:
             "which one its questions are of would be unknown"
         )
     task = names[0]
-    ruled = [name for name in IMPLIED if name != "demo_pretrain"]
+    ruled = [name for name, own in TASKS.items() if own.implied and name != "demo_pretrain"]
     if setting == "unlabelled" and task not in ruled:
         raise ValueError(
             f"data.unlabelled needs a rule for the label that a rationale implies, and task {task!r} has "

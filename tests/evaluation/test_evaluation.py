@@ -14,12 +14,12 @@ from ibdistill.evaluation import calibration
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.models import decoding
 from ibdistill.models import student
-from ibdistill.evaluation import faithfulness
 from ibdistill.evaluation import text_scores
 from ibdistill.data import tokenizers
 from ibdistill.config.sections import DataConfig
 from ibdistill.config.sections import StudentConfig
 from ibdistill.data.loading import load
+from ibdistill.data.tasks.registry import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_predictions_survive_their_file(predictions, records, tmp_path):
     evaluation_predictions.write_predictions(path, predictions)
     assert evaluation_predictions.read_predictions(path, records) == predictions
     rows = [json.loads(line) for line in path.open()]
-    assert rows[1]["implied"] == faithfulness.IMPLIED["demo"](records[1].rationale, records[1])
+    assert rows[1]["implied"] == TASKS["demo"].implied(records[1].rationale, records[1])
     assert rows[0]["implied"] == []
 
 

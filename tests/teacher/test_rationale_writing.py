@@ -16,9 +16,10 @@ from harness import ROOT, as_arguments, full_disk, kill_session, launch, start, 
 from miniatures import lines
 
 from ibdistill.config.load import load_settings
-from ibdistill.data import answers, loading
+from ibdistill.data import loading
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks import demo
+from ibdistill.data.tasks.jsonl import parse_text
 from ibdistill.evaluation import predictions
 from ibdistill.models import decoding
 from ibdistill.models.decoding import Answer, Sampling
@@ -290,9 +291,9 @@ def test_a_label_must_be_one_that_could_answer_the_question(task, question, labe
 
 
 def test_text_of_any_task_is_parsed():
-    assert answers.parse_text("It rains. The answer is an umbrella.\nQ: so?") == ("It rains.", "an umbrella")
-    assert answers.parse_text("It rains. Answer: wet") == ("It rains.", "wet")
-    assert answers.parse_text("The answer is wet.") is None and answers.parse_text("It rains.") is None
+    assert parse_text("It rains. The answer is an umbrella.\nQ: so?") == ("It rains.", "an umbrella")
+    assert parse_text("It rains. Answer: wet") == ("It rains.", "wet")
+    assert parse_text("The answer is wet.") is None and parse_text("It rains.") is None
 
 
 def test_draws_follow_the_tempered_probabilities_and_nothing_else():

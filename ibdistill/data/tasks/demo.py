@@ -5,10 +5,7 @@
     rationale  start n0 * n1 . bred means * n2 . tall means ignore n3 .
     quantities ("4", "2", "6", "10")
 
-Two families. "chain" (78 %): a start, one to three events, up to two quantities to ignore.
-"pair" (22 %): two people, one event, the question asks for the total or the difference.
-Running values are integers in 1..300. Numbers come out mapped (`n<i>`, see `records.map_numbers`),
-because a model this small would spend its capacity on spelling them.
+`demo_problems` makes the problems, `demo_words` has the words.
 
 From random weights, 300 labels give about 33 % with `finetune` and `dss` alike (one run each), so
 there is a stand-in for T5's pretraining, the task `demo_pretrain`. 70 % are problems
@@ -18,37 +15,42 @@ of the target lexicon with words cut out: the label fills them in, T5's span cor
 rationale lists each quantity with the word before it. (Three pretraining seeds each: 69 % for `dss`
 afterwards, 62 % with the whole question as the rationale, but a seed moves either by 7 points.)
 Nothing in it explains a target verb.
-
-Only `Random.random()` is drawn from: its sequence is promised never to change between Python
-versions, that of `choice`, `sample` and `randint` is not.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from random import Random
-from typing import TypeVar
 
+from ibdistill.config.sections import DataConfig
+from ibdistill.data.answer_rules import same_text, same_value
 from ibdistill.data.records import Record
 from ibdistill.data.tasks import demo_words
-from ibdistill.data.tasks.demo_words import LINKS, NAMES, OBJECTS, Lexicon
+from ibdistill.data.tasks.base import Example, Task
+from ibdistill.data.tasks.demo_problems import between, generate, wrapped
+from ibdistill.data.tasks.demo_words import LINKS, NAMES, OBJECTS
 
 OPERATORS = "+-*/"
 MAX_QUANTITIES = 8
 MAX_SENTINELS = 4
 PREFIXES = ("predict:", "explain:", "solve:", "steps:")
 _SIZES = {"test": (2000, 777001), "valid": (1000, 4242), "train": (16000, 11)}
+"""Split -> number of problems, seed; in the order in which they are made."""
 _UNLABELLED = (20000, 21)
 _AUXILIARY = (10000, 22)
 _RESTORED = 4286  # with all of the auxiliary problems: 30 %
 _RESTORE_SEED = 23
-_MAX_VALUE = 300
-_T = TypeVar("_T")
 
-Clause = tuple[str, str]  # a sentence of the question, its clause of the rationale
+
+def read_demo(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
+    """The generated records, whose numbers are mapped already."""
+    return {
+        split: [Example(record, record.id) for record in records]
+        for split, records in load_demo(task, data.demo_test_seed).items()
+    }
 
 
 def load_demo(task: str, test_seed: int = _SIZES["test"][1]) -> dict[str, list[Record]]:
@@ -114,125 +116,12 @@ def implied_label(rationale: str) -> str | None:
             case [_, "means", "ignore", _]:
                 pass
             case [_, "means", "+" | "-" | "*" | "/" as operator, a] if _operand(a) and expressions:
-                expressions[-1] = f"{_wrap(expressions[-1])} {operator} {a}"
+                expressions[-1] = f"{wrapped(expressions[-1])} {operator} {a}"
             case _:
                 return None
     if len(expressions) == 2 and len(joined) == 1:
-        return f"{_wrap(expressions[0])} {joined[0]} {_wrap(expressions[1])}"
+        return f"{wrapped(expressions[0])} {joined[0]} {wrapped(expressions[1])}"
     return expressions[0] if len(expressions) == 1 and not joined else None
-
-
-def generate(n: int, seed: int, words: Lexicon, name: str, ban: Collection[str] = ()) -> list[Record]:
-    """`n` different problems in the given lexicon, none of whose questions is in `ban`.
-
-    `name` is `TASK/SPLIT`, the beginning of each record's id.
-    """
-    rng = Random(seed)
-    task = name.partition("/")[0]
-    seen = set(ban)
-    records: list[Record] = []
-    while len(records) < n:
-        make = _pair if rng.random() < 0.2 else _chain_problem
-        question, label, rationale = make(rng, words)
-        quantities = [word for word in question.split() if word.isdigit()]
-        # Numbers are mapped by value, so a problem must not use one twice.
-        if len(set(quantities)) < len(quantities):
-            continue
-        slots = {quantity: f"n{i}" for i, quantity in enumerate(quantities)}
-        question, label, rationale = (
-            " ".join([slots.get(word, word) for word in text.split()])
-            for text in (question, label, rationale)
-        )
-        if question in seen:
-            continue
-        seen.add(question)
-        slotted = Record(f"{name}/{len(records)}", task, question, label, rationale, label, tuple(quantities))
-        records.append(slotted)
-    return records
-
-
-def _chain_problem(rng: Random, words: Lexicon) -> tuple[str, str, str]:
-    """One person's quantity through one to three events. Returns question, label, rationale."""
-    name, other = _two(rng, NAMES)
-    thing, another = _two(rng, OBJECTS)
-    told, label, _ = _chain(rng, words, name, thing, _pick(rng, (1, 1, 2, 2, 2, 3, 3)))
-    clauses = [clause for _, clause in told]
-    sentences = [(sentence, "") for sentence, _ in told]
-    for _ in range(_pick(rng, (0, 0, 1, 1, 2))):
-        k = _between(rng, 2, 30)
-        if rng.random() < 0.15:
-            verb = _pick(rng, words.plus + words.minus)
-            sentence = _pick(rng, words.others).format(
-                k=k, other=other, verb=verb, thing=thing, another=another
-            )
-            key = "other"
-        else:
-            text, key = _pick(rng, words.irrelevant)
-            sentence = text.format(k=k)
-        sentences.insert(_between(rng, 0, len(sentences)), (sentence, f"{key} means ignore {k}"))
-    # In the order of the text: a random order would be noise that no student could predict.
-    clauses += [clause for _, clause in sentences if clause]
-    question = _pick(rng, demo_words.ASK_ONE).format(name=name, thing=thing)
-    return " . ".join([sentence for sentence, _ in sentences] + [question]), label, " . ".join(clauses) + " ."
-
-
-def _pair(rng: Random, words: Lexicon) -> tuple[str, str, str]:
-    """Two people, one event on one of them, their total or difference. Returns question, label, rationale."""
-    name, other = _two(rng, NAMES)
-    thing = _pick(rng, OBJECTS)
-    total = rng.random() < 0.5
-    while True:
-        events = _pick(rng, (0, 1))
-        first, label1, value1 = _chain(rng, words, name, thing, events)
-        second, label2, value2 = _chain(rng, words, other, thing, 1 - events)
-        if total or value1 > value2:
-            break
-    ask = _pick(rng, demo_words.ASK_TOTAL if total else demo_words.ASK_DIFFERENCE).format(
-        name=name, thing=thing
-    )
-    clauses = [clause for _, clause in first + second] + [
-        "together means +" if total else "more than means -"
-    ]
-    label = f"{_wrap(label1)} {'+' if total else '-'} {_wrap(label2)}"
-    return " . ".join([sentence for sentence, _ in first + second] + [ask]), label, " . ".join(clauses) + " ."
-
-
-def _chain(rng: Random, words: Lexicon, name: str, thing: str, events: int) -> tuple[list[Clause], str, int]:
-    """A start and its events. Returns (sentence, clause) pairs, the equation, its value in 1..300."""
-    if events >= 2 and rng.random() < 0.25:
-        size, count = _between(rng, 2, 12), _between(rng, 2, 6)
-        sentence = _pick(rng, demo_words.GROUPS).format(name=name, thing=thing, size=size, count=count)
-        label, value, events = f"{count} * {size}", count * size, events - 1
-    else:
-        value = _between(rng, 2, 30)
-        sentence = _pick(rng, words.starts).format(name=name, thing=thing, k=value)
-        label = str(value)
-    told = [(sentence, f"start {label}")]
-    for _ in range(events):
-        operator, k, value = _event(rng, value)
-        if operator in "+-":
-            key = _pick(rng, words.plus if operator == "+" else words.minus)
-            sentence = f"{key} {k}" + (f" {thing}" if rng.random() < 0.5 else "")
-        else:
-            text, key = _pick(rng, words.times if operator == "*" else words.divided)
-            sentence = text.format(k=k)
-        if rng.random() < 0.3:
-            sentence = f"{_pick(rng, LINKS)} {sentence}"
-        told.append((sentence, f"{key} means {operator} {k}"))
-        label = f"{_wrap(label)} {operator} {k}"
-    return told, label, value
-
-
-def _event(rng: Random, value: int) -> tuple[str, int, int]:
-    """An operator and a quantity that keep the running value an integer in 1..300, and that value."""
-    while True:
-        operator = _pick(rng, "+++---**//")
-        k = _between(rng, 2, 30) if operator in "+-" else _between(rng, 2, 6)
-        if operator == "/" and value % k:
-            continue
-        result = {"+": value + k, "-": value - k, "*": value * k, "/": value // k}[operator]
-        if 0 < result <= _MAX_VALUE:
-            return operator, k, result
 
 
 @cache
@@ -287,31 +176,41 @@ def _cut_spans(words: list[str], rng: Random) -> tuple[str, str]:
         if start < end:
             continue
         text += [*words[end:start], f"<extra_id_{sentinel}>"]
-        end = start + _between(rng, 1, 3)
+        end = start + between(rng, 1, 3)
         cut += [f"<extra_id_{sentinel}>", *words[start:end]]
         sentinel += 1
     return " ".join(text + words[end:]), " ".join(cut)
-
-
-def _wrap(expression: str) -> str:
-    return f"( {expression} )" if " " in expression else expression
 
 
 def _operand(word: str) -> bool:
     return re.fullmatch(r"n?\d+", word) is not None
 
 
-def _pick(rng: Random, items: Sequence[_T]) -> _T:
-    return items[int(rng.random() * len(items))]
+def spelled_equation(rationale: str, record: Record) -> list[str]:
+    """The equation that the rationale spells out, if it does."""
+    label = implied_label(rationale)
+    return [] if label is None else [label]
 
 
-def _two(rng: Random, items: Sequence[_T]) -> tuple[_T, _T]:
-    """Two different items."""
-    i = int(rng.random() * len(items))
-    j = int(rng.random() * (len(items) - 1))
-    return items[i], items[j + (j >= i)]
+def same_value_or_text(prediction: str, record: Record) -> bool:
+    """The rule of `demo_pretrain`, some of whose labels are restored words: one text, or else one value."""
+    return same_text(prediction, record) or same_value(prediction, record)
 
 
-def _between(rng: Random, low: int, high: int) -> int:
-    """An integer in low..high, both included."""
-    return low + int(rng.random() * (high - low + 1))
+DEMO = Task(
+    name="demo",
+    read=read_demo,
+    is_correct=same_value,
+    implied=spelled_equation,
+    arithmetic=True,
+    generated=True,
+)
+DEMO_PRETRAIN = Task(
+    name="demo_pretrain",
+    read=read_demo,
+    is_correct=same_value_or_text,
+    implied=spelled_equation,
+    prefixes={"predict": "solve: ", "explain": "steps: "},
+    arithmetic=True,
+    generated=True,
+)

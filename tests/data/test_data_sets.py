@@ -7,8 +7,8 @@ import pytest
 from miniatures import DATA, array, lines, read, read_refused, real_data
 
 from ibdistill.data.arithmetic import evaluate
-from ibdistill.data.formats import derived_rationale
-from ibdistill.data.loading import TASKS
+from ibdistill.data.tasks.registry import TASKS
+from ibdistill.data.tasks.svamp import derived_rationale
 
 
 def release(root, name, rows):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from miniatures import DATA, array, ids, lines, load_refused, loaded, real_data, said, svamp
 
-from ibdistill.data.loading import TASKS
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tasks import demo
+from ibdistill.data.tasks.registry import TASKS
 
 
 def jsonl(root, n=40, rationale="because", **splits):
@@ -44,7 +44,7 @@ def test_validation_split_is_fixed_and_disjoint(tmp_path):
 
 def test_validation_split_is_the_one_of_the_release():
     datasets = pytest.importorskip("datasets")
-    from ibdistill.data.sources import hold_out
+    from ibdistill.data.tasks.base import hold_out
 
     for n in (10, 803):
         split = datasets.Dataset.from_dict({"i": list(range(n))}).train_test_split(test_size=0.1, seed=0)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from miniatures import array, ids, load_refused, loaded, said, svamp
 
-from ibdistill.data.loading import TASKS
+from ibdistill.data.tasks.registry import TASKS
 
 
 def test_llm_rationales_with_ground_truth_labels(tmp_path):

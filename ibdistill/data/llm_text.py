@@ -1,0 +1,26 @@
+"""An LLM's text about a question, taken apart: what the tasks' parsers share.
+
+Prompted with a few examples, an LLM writes its reasons, a marker and the answer, and often runs on into
+a next question of its own. A task's parser turns such a text into (rationale, label). The markers are
+those of the "Distilling Step-by-Step!" data release. What parses in that release's code parses to the
+same here. Where that code yields a blank label or rationale, or stops with an error, a parser here
+returns None, so that the caller counts the text. None stands for: no marker, the marker twice, an empty
+rationale, an answer that cannot be one. PaLM's and GPT-NeoX's outputs are written alike. No parser raises.
+"""
+
+from __future__ import annotations
+
+
+def before(text: str, next_question: str) -> str:
+    """The text up to `next_question`, the words with which the LLM went on to invent another question."""
+    return text.partition(next_question)[0].strip()
+
+
+def split_at_marker(text: str, *markers: str) -> tuple[str, str] | None:
+    """The text before and after the first marker that occurs exactly once; None if either is empty, or if
+    no marker does."""
+    for marker in markers:
+        parts = [part.strip() for part in text.split(marker)]
+        if len(parts) == 2:
+            return (parts[0], parts[1]) if all(parts) else None
+    return None

@@ -1,0 +1,40 @@
+"""ASDiv: word problems of school books (Miao et al., ACL 2020, arXiv 2106.15772).
+
+The label is the answer's number, and an answer is right by its exact value. LLM text is written and parsed
+as for SVAMP.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ibdistill.data.answer_rules import same_value
+from ibdistill.data.arithmetic_steps import last_value
+from ibdistill.data.json_rows import field_text
+from ibdistill.data.tasks.base import Task
+from ibdistill.data.tasks.published import Published
+from ibdistill.data.tasks.svamp import parse_equation
+
+
+def fields(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Question, the answer's number (`9 (apples)` -> `9`) and no rationale."""
+    row = {key.lower(): value for key, value in row.items()}
+    return (
+        f"{field_text(row, 'body')}\n{field_text(row, 'question')}",
+        field_text(row, "answer").split(" ")[0],
+        "",
+    )
+
+
+ASDIV = Task(
+    name="asdiv",
+    read=Published(
+        fields=fields,
+        hub=("EleutherAI/asdiv", None, "refs/convert/parquet"),
+        hub_splits={"train": "validation"},  # its only split; a tenth of it becomes the test split
+    ).read,
+    is_correct=same_value,
+    parse_llm=parse_equation,
+    implied=last_value,
+    arithmetic=True,
+)

@@ -1,0 +1,60 @@
+"""LLM text to rationale and label, by every task's parser."""
+
+import pytest
+
+from ibdistill.data.tasks.registry import TASKS
+
+NEXT = "\n\nQ: Tom has 2 dogs. How many?\nA: He has 2. The answer is (2)."
+REASON = "He had 8 and gave 3 away."
+
+
+@pytest.mark.parametrize(
+    ("task", "text", "expected"),
+    [
+        ("svamp", f" {REASON} The answer is (8 - 3).", (REASON, "(8 - 3)")),
+        ("svamp", f"{REASON} The answer is (8 - 3).{NEXT}", (REASON, "(8 - 3)")),
+        ("svamp", f"{REASON}\nThe answer is ((8 - 3) * 2) = 10 dollars.", (REASON, "((8 - 3) * 2)")),
+        ("svamp", f"{REASON} The answer is (8 - 3) * (2).", (REASON, "(8 - 3) * (2)")),
+        ("svamp", "\u00e9 \U0001f600 The answer is (8 \u2212 3).", ("\u00e9 \U0001f600", "(8 \u2212 3)")),
+        ("asdiv", f"{REASON} The answer is (8 - 3).", (REASON, "(8 - 3)")),
+        ("svamp", REASON, None),  # no marker
+        ("svamp", f"{REASON} The answer is 5.", None),  # no equation
+        ("svamp", f"{REASON} The answer is (8 - x).", None),
+        ("svamp", f"{REASON} The answer is (8) apples (red).", None),
+        ("svamp", f"{REASON} The answer is (5). The answer is (6).", None),
+        ("svamp", "The answer is (8 - 3).", None),  # no rationale
+        ("svamp", f"{REASON} The answer is", None),
+        ("svamp", "Q: again The answer is (1).", None),
+        ("svamp", "", None),
+        ("svamp", "\x00", None),
+        ("svamp", f"{REASON} The answer is (__import__('os').system('x')).", None),
+        ("svamp", f"{REASON} The answer is {'(' * 100_000}", None),
+        ("cqa", "Money is kept there. So the answer is (b) bank.", ("Money is kept there.", "bank")),
+        ("cqa", "Money. So the answer is (b) bank.\n\nQ: Why?\nSo the answer is (a) x.", ("Money.", "bank")),
+        ("cqa", "Money. So the answer is (b) bank, or (c) safe.", ("Money.", "bank, or")),  # as the release
+        ("cqa", "Money. So the answer is (b) bank.\nThat is all.", ("Money.", "bank")),
+        ("cqa", "Money. So the answer is bank.", None),
+        ("cqa", "Money. So the answer is (b).", None),
+        ("cqa", "Money. So the answer is (b) x. So the answer is (c) y.", None),
+        ("cqa", "Money. The answer is (b) bank.", None),
+        ("cqa", "", None),
+        ("esnli", "A dog is an animal. Answer: entailment", ("A dog is an animal.", "entailment")),
+        ("esnli", "A dog.\nAnswer: Neutral.\nPremise: x\nAnswer: entailment", ("A dog.", "neutral")),
+        ("esnli", "A dog. Answer: contradiction because", ("A dog.", "contradiction")),
+        ("esnli", "A dog. Answer: it is not possible to tell", None),
+        ("esnli", "A dog. Answer: entailments", None),
+        ("esnli", "Answer: entailment", None),
+        ("esnli", "A dog.", None),
+        ("anli1", "No year. So the answer is neutral.", ("No year.", "neutral")),
+        ("anli2", "No year. The answer is Neutral", ("No year.", "neutral")),
+        ("anli3", "The answer is odd. So the answer is neutral. Premise:", ("The answer is odd.", "neutral")),
+        ("anli1", "No year. So the answer is yes.", None),
+        ("anli1", "Premise: x So the answer is neutral.", None),
+        ("gsm8k", "24 + 48 = 72. The answer is $1,200.", ("24 + 48 = 72.", "1,200")),
+        ("gsm8k", "24 + 48 = 72.\n#### 72", ("24 + 48 = 72.", "72")),
+        ("gsm8k", "Cold. So the answer is -3.5 degrees.", ("Cold.", "-3.5")),
+        ("gsm8k", "Cold. The answer is nothing.", None),
+    ],
+)  # fmt: skip
+def test_parse_llm(task, text, expected):
+    assert TASKS[task].parse_llm(text) == expected
