@@ -1,12 +1,12 @@
 """Paired differences between the arms of a recorded table, with intervals and p-values:
 
-    python tools/study/paired.py tools/study/demo_table.md                    the comparisons that the table lists
-    python tools/study/paired.py tools/study/demo_table.md vid@300 dss-equal@300 ...    these pairs instead
+    python tools/study/paired.py tools/study/demo_table.md            the comparisons that the table lists
+    python tools/study/paired.py tools/study/demo_table.md A B ...    these pairs, such as vid@300 kd@300
 
-Reads the column `per seed` of the first table in the file. Arms are paired by seed, which is the position in that
-column; an arm with fewer seeds has the first ones. An interval is Student's t over the seeds, 95 %. `holds` says
-whether p is below 0.05 divided by the number of comparisons shown (Bonferroni). Recorded accuracies have one decimal,
-so a limit may differ by 0.1 from one that was computed from the runs.
+Reads the column `per seed` of the first table in the file. Arms are paired by seed, which is the position in
+that column; an arm with fewer seeds has the first ones. An interval is Student's t over the seeds, 95 %.
+`holds` says whether p is below 0.05 divided by the number of comparisons shown (Bonferroni). Recorded
+accuracies have one decimal, so a limit may differ by 0.1 from one that was computed from the runs.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def difference(a: list[float], b: list[float]) -> Difference:
         raise ValueError(f"{len(values)} common seeds; an interval needs at least 2")
     center, error = mean(values), stdev(values) / math.sqrt(len(values))
     return Difference(
-        center, quantile(0.05, len(values) - 1) * error, tail(abs(center) / error, len(values) - 1), len(values)
+        center,
+        quantile(0.05, len(values) - 1) * error,
+        tail(abs(center) / error, len(values) - 1),
+        len(values),
     )
 
 
