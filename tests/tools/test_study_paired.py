@@ -41,7 +41,7 @@ def test_only_common_seeds_of_the_first_table_count(tmp_path):
     found = paired.difference(scores["b+c@300"], scores["a@300"])  # 2, 2.5, 1.5: mean 2, deviation 0.5
     assert found.mean == 2 and found.seeds == 3
     assert found.half == pytest.approx(4.30265 * 0.5 / 3**0.5, abs=1e-5)
-    assert found.p == pytest.approx(0.02024, abs=1e-5)
+    assert found.p == pytest.approx(1 - (48 / 50) ** 0.5, abs=1e-9)  # 2 degrees: 1 - t / sqrt(t^2 + 2)
     with pytest.raises(ValueError, match="1 common seeds; an interval needs at least 2"):
         paired.difference([1.0], [2.0, 3.0])
 
