@@ -273,7 +273,7 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     notes = json.loads((folders[0] / "study.json").read_text())
     assert notes["process_seconds"] > 0 and notes["cpu_seconds"] > 1 and notes["commit"]
     before = [(f / "result.json").stat().st_mtime_ns for f in folders]
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(line, capture_output=True, text=True)
     assert "1/1  lost-n8-s1-" in again.stdout and "dss-n8-s1" not in again.stdout
     assert [(f / "result.json").stat().st_mtime_ns for f in folders] == before
 
