@@ -8,13 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
 import pytest
 import yaml
 from harness import ROOT
-
-sys.path.append(str(ROOT / "tools"))
-
-import compare_runs
 
 
 def make_run(folder: Path, accuracy: float, method: str, seed: int, **settings) -> Path:

@@ -10,19 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
 import pytest
 import yaml
+from fire.parser import DefaultParseValue
 from harness import ROOT, launch, output_of
 from miniatures import said, svamp
-
-from ibdistill.config.load import load_settings
-
-sys.path.append(str(ROOT / "tools"))
-
-import compare_runs
-from fire.parser import DefaultParseValue
 from study import arms as study_arms
 from study import command, paper, report
+
+from ibdistill.config.load import load_settings
 
 TINY = {
     "optim.max_steps": 2,
