@@ -1,9 +1,10 @@
 """Print the results of finished runs side by side, and draw them: python tools/compare_runs.py RUN...
 
-Runs that differ in nothing but the seed (and where and how often they write) form a group. Two
-figures go to `--out` (default: the folder that holds the runs): `comparison_curves.png`, the
-curves of all runs in their group's colour, and `comparison_scores.png`, each group's mean test
-scores with the 95 % interval over its seeds (Student's t; none for a single run).
+Runs that differ in nothing but the seed (and where and how often they write) form a group, and so do the runs
+of one arm and one number of labels of a study. Two figures go to `--out` (default: the folder that holds the
+runs): `comparison_curves.png`, the curves of all runs, and `comparison_scores.png`, each group's mean test
+scores with the 95 % interval over its seeds (Student's t; none for a single run). A group has one look in all
+panels of both. Files and folders that are no run are skipped with a word, so that `runs/*` can be given.
 """
 
 from __future__ import annotations
@@ -13,11 +14,21 @@ import json
 import logging
 import math
 import os
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Curve = tuple[str, list[int], list[float]]
+"""Group, steps, values."""
 
 COLUMNS = ("run", "method", "task", "accuracy %", "rationale BLEU", "steps", "tokens", "train s")
 CURVES = ("loss/total", "loss/predict", "loss/explain", "eval/valid_.*_accuracy", "eval/valid_.*_faithful")
@@ -71,20 +82,47 @@ def table(lines: list[tuple[str, ...]]) -> str:
 
 
 def groups(folders: list[Path]) -> dict[str, list[Path]]:
-    """Runs of one configuration, by a name: the method, and what else differs between the groups.
+    """Runs that are repetitions of each other, by a name.
 
-    Where no two runs share one, they go by their folders' names, which are shorter.
+    The runs of a study go by arm and labels, other runs by their settings, the seeds aside: their name is the
+    method and what else differs between the groups. Where no two runs share one, they go by their folders'
+    names, which are shorter.
     """
-    import yaml
+    grouped: dict[str, list[Path]] = defaultdict(list)
+    seeds: dict[str, list[str]] = defaultdict(list)
+    of_study = {folder: match for folder in folders if (match := _STUDY_RUN.fullmatch(folder.name))}
+    for match in of_study.values():
+        seeds[match[1]].append(match[2])
+    # an arm that has a seed twice was run in two configurations, which are no repetitions
+    of_study = {f: m for f, m in of_study.items() if len(set(seeds[m[1]])) == len(seeds[m[1]])}
+    for folder, match in of_study.items():
+        grouped[match[1]].append(folder)
+    others = [folder for folder in folders if folder not in of_study]
+    if not others:
+        return dict(grouped)
+    by_settings = _by_settings(others)
+    if len(by_settings) == len({folder.name for folder in others}) == len(others):
+        by_settings = {folder.name: [folder] for folder in others}
+    return dict(grouped) | by_settings
 
+
+_STUDY_RUN = re.compile(r"(.+)-s(\d+)-[0-9a-f]{8}")
+"""A study names its runs ARM[-nLABELS]-sSEED-DIGEST."""
+
+
+def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
+    """Runs by what differs between their settings."""
     settings = {}
     for folder in folders:
         path = folder / "config.yaml"
         content = yaml.safe_load(path.read_text()) if path.is_file() else {}
         flat = {
-            f"{section}.{key}": value for section, values in content.items() for key, value in values.items()
+            f"{section}.{key}": value
+            for section, values in (content or {}).items()
+            if isinstance(values, dict)
+            for key, value in values.items()
         }
-        flat = {name: value for name, value in flat.items() if not name.startswith("run.")}
+        flat = {n: v for n, v in flat.items() if not n.startswith("run.") and n != "data.subsample_seed"}
         settings[folder] = {"objective.method": read_result(folder)["method"]} | flat
     names = sorted({name for own in settings.values() for name in own})
     varied = [n for n in names if len({json.dumps(own.get(n)) for own in settings.values()}) > 1]
@@ -92,8 +130,6 @@ def groups(folders: list[Path]) -> dict[str, list[Path]]:
     for folder, own in settings.items():
         others = [f"{n.split('.')[1]} {own.get(n)}" for n in varied if n != "objective.method"]
         grouped[" ".join([own["objective.method"], *others])].append(folder)
-    if len(grouped) == len({folder.name for folder in folders}) == len(folders):
-        return {folder.name: [folder] for folder in folders}
     return dict(grouped)
 
 
@@ -114,49 +150,126 @@ def interval(values: list[float]) -> tuple[float, float]:
     return mean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n)
 
 
-def draw_scores(grouped: dict[str, list[Path]], path: Path) -> None:
-    """One panel a task and score."""
-    from ibdistill.evaluation import plots
+def look(index: int) -> dict[str, Any]:
+    """Colour, marker and line of the group with this number: different for the first 60."""
+    from matplotlib import colormaps
 
-    panels: dict[str, dict[str, tuple[float, float]]] = {}
+    order = [*range(0, 20, 2), *range(1, 20, 2)]  # the full colours first, then their light companions
+    color = colormaps["tab20"](order[index % 20])
+    return {
+        "color": color,
+        "marker": "osD^vPX<>*"[index % 10],
+        "linestyle": ("-", "--", ":")[index // 20 % 3],
+    }
+
+
+def score_panels(grouped: dict[str, list[Path]]) -> dict[str, dict[str, list[float]]]:
+    """Task and score -> group -> the values of its runs."""
+    panels: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for name, folders in grouped.items():
-        found = defaultdict(list)
         for folder in folders:
             for task, scores in read_result(folder)["test"].items():
                 for score in SCORES:
                     if score in scores:
-                        found[f"{task} {score}"].append(scores[score])
-        for panel, values in found.items():
-            label = f"{name}\n({len(values)} seed{'s' * (len(values) > 1)})"
-            panels.setdefault(panel, {})[label] = interval(values)
-    plots.intervals(panels, "test scores, mean and 95 % interval over seeds").savefig(path, dpi=110)
+                        panels[f"{task} {score}"].setdefault(name, []).append(scores[score])
+    return panels
 
 
-def draw_curves(grouped: dict[str, list[Path]], path: Path) -> list[Path]:
-    """One panel a curve that any run has; the runs without events. Nothing is drawn if none has any."""
-    import re
+def draw_scores(grouped: dict[str, list[Path]]) -> Figure:
+    """One panel for each task and score, one row for each group; the groups' names stand at the left."""
+    from matplotlib.figure import Figure
 
+    panels, names = score_panels(grouped), list(grouped)
+    widest = max(len(name) for name in names)
+    figure = Figure((2 + 0.07 * widest + 2.8 * len(panels), 1.6 + 0.32 * len(names)), layout="constrained")
+    for axes, (title, rows) in zip(_row(figure, len(panels), sharey=True), panels.items(), strict=True):
+        for name, values in rows.items():
+            y, style = names.index(name), look(names.index(name)) | {"linestyle": "-"}
+            center, half = interval(values)
+            axes.errorbar(center, y, xerr=None if math.isnan(half) else half, capsize=3, **style)
+            axes.plot(values, [y] * len(values), "|", color=style["color"], alpha=0.6)
+        axes.set(title=title, xlim=limits([v for values in rows.values() for v in values]))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_yticks(range(len(names)), [f"{n} ({len(grouped[n])})" for n in names], fontsize=8)
+    figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
+    figure.suptitle("test scores: mean, 95 % interval over (n) seeds, each run", fontsize=10)
+    return figure
+
+
+def limits(values: list[float]) -> tuple[float, float]:
+    """Ends of an axis, by the values of single runs.
+
+    The interval of a few seeds may be many times as wide, and is cut at the edge.
+    """
+    low, high = min(values), max(values)
+    margin = max(0.6 * (high - low), 0.02 * abs(high), 1e-3)
+    return low - margin, high + margin
+
+
+def curve_panels(grouped: dict[str, list[Path]]) -> tuple[dict[str, list[Curve]], list[Path]]:
+    """Tag -> (group, steps, values) of every run that has it; and the runs without events."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from ibdistill.evaluation import plots
-
-    panels: dict[str, list] = {}
+    panels: dict[str, list[Curve]] = {}
     without = []
     for name, folders in grouped.items():
         for folder in folders:
-            events = EventAccumulator(str(folder / "tensorboard"))
             if not list((folder / "tensorboard").glob("events.*")):
                 without.append(folder)
                 continue
+            events = EventAccumulator(str(folder / "tensorboard"))
             events.Reload()
             for pattern in CURVES:
                 for tag in filter(re.compile(pattern).fullmatch, sorted(events.Tags()["scalars"])):
                     points = events.Scalars(tag)
                     curve = (name, [p.step for p in points], [p.value for p in points])
                     panels.setdefault(tag, []).append(curve)
-    if panels:
-        plots.lines(panels, "runs").savefig(path, dpi=110)
-    return without
+    return panels, without
+
+
+def draw_curves(grouped: dict[str, list[Path]], panels: dict[str, list[Curve]]) -> Figure:
+    """One panel for each curve that any run has, and one legend for all of them."""
+    from matplotlib.figure import Figure
+
+    names = list(grouped)
+    figure = Figure(
+        (4.2 * len(panels), 3.6 + 0.2 * math.ceil(len(names) / len(panels))), layout="constrained"
+    )
+    handles = {}
+    for axes, (tag, curves) in zip(_row(figure, len(panels)), panels.items(), strict=True):
+        for name, steps, values in curves:
+            style = look(names.index(name))
+            marker = style["marker"] if len(steps) < 20 else ""
+            (handles[name],) = axes.plot(steps, values, **style | {"marker": marker}, markersize=3, alpha=0.8)
+        axes.set(xlabel="step", title=tag)
+        axes.grid(alpha=0.3)
+    figure.legend(
+        handles.values(), handles, loc="outside lower center", ncols=max(1, len(panels)), fontsize=8
+    )
+    return figure
+
+
+def _row(figure: Figure, panels: int, **kwargs: Any) -> list[Axes]:
+    """Axes side by side."""
+    return list(figure.subplots(1, panels, squeeze=False, **kwargs)[0])
+
+
+def runs_among(paths: list[Path]) -> list[Path]:
+    """The folders of finished runs; what else was given is named on standard error.
+
+    Raises ValueError if there is none, or if a result is damaged.
+    """
+    found, reasons = [], []
+    for path in paths:
+        if (path / "result.json").is_file():
+            found.append(path)
+        else:
+            reasons.append(f"{path} has no result.json: no run, or not finished")
+    if not found:
+        raise ValueError("; ".join(reasons))
+    for reason in reasons:
+        print(f"skipped: {reason}", file=sys.stderr)
+    return found
 
 
 def main(arguments: list[str]) -> None:
@@ -168,17 +281,22 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     logging.getLogger("tensorboard").setLevel(logging.ERROR)  # what a purged event is
     try:
-        print(table([row for folder in options.runs for row in rows(folder)]))
-        out = options.out or Path(os.path.commonpath([folder.resolve().parent for folder in options.runs]))
+        folders = runs_among(options.runs)
+        print(table([row for folder in folders for row in rows(folder)]))
+        out = options.out or Path(os.path.commonpath([folder.resolve().parent for folder in folders]))
         out.mkdir(parents=True, exist_ok=True)
-        grouped = groups(options.runs)
-        draw_scores(grouped, out / "comparison_scores.png")
-        without = draw_curves(grouped, out / "comparison_curves.png")
+        grouped = groups(folders)
     except ValueError as error:
         sys.exit(f"error: {error}")
+    figures = [out / "comparison_scores.png"]
+    draw_scores(grouped).savefig(figures[0], dpi=110)
+    panels, without = curve_panels(grouped)
+    if panels:
+        figures.insert(0, out / "comparison_curves.png")
+        draw_curves(grouped, panels).savefig(figures[0], dpi=110)
     for folder in without:
         print(f"no curves of {folder}: {folder / 'tensorboard'} has no events", file=sys.stderr)
-    print("\nfigures:", *sorted(str(path) for path in out.glob("comparison_*.png")))
+    print("\nfigures:", *figures)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
 import pytest
 import yaml
 from harness import ROOT
-
-sys.path.append(str(ROOT / "tools"))
-
-import compare_runs
 
 
 def make_run(folder: Path, accuracy: float, method: str, seed: int, **settings) -> Path:
@@ -59,29 +56,72 @@ def test_table_groups_and_figures(tmp_path):
     assert compare_runs.groups(alone) == {"ib0": [runs[0]], "dss": [runs[3]], "lr": [runs[4]]}
 
 
-def test_what_the_figures_show(tmp_path, monkeypatch):
-    from ibdistill.evaluation import plots
-
-    shown = {}
-    for name in ("intervals", "lines"):
-        draw = getattr(plots, name)
-        monkeypatch.setattr(
-            plots,
-            name,
-            lambda panels, title, name=name, draw=draw: shown.update({name: panels}) or draw(panels, title),
-        )
+def test_what_the_figures_show(tmp_path):
     runs = [make_run(tmp_path / f"ib{seed}", 0.5 + 0.1 * seed, "ib", seed) for seed in range(3)]
     make_events(runs[0])
-    compare_runs.main([*map(str, runs), "--out", str(tmp_path / "new")])
-    center, half = shown["intervals"]["demo accuracy"]["ib\n(3 seeds)"]
+    grouped = compare_runs.groups(runs)
+    assert compare_runs.score_panels(grouped)["demo accuracy"] == {"ib": [0.5, 0.6, 0.7]}
+    panels, without = compare_runs.curve_panels(grouped)
+    assert panels.keys() == {"loss/total", "eval/valid_demo_accuracy"} and without == runs[1:]
+    name, steps, values = panels["loss/total"][0]
+    assert (name, steps) == ("ib", [1, 2, 3, 4, 5])
+    assert values == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    accuracy = compare_runs.draw_scores(grouped).axes[0]
     # 0.5, 0.6, 0.7: standard deviation 0.1, t of 2 degrees of freedom 4.303
-    assert center == pytest.approx(0.6) and half == pytest.approx(4.303 * 0.1 / math.sqrt(3))
-    assert shown["lines"].keys() == {"loss/total", "eval/valid_demo_accuracy"}
-    name, steps, values = shown["lines"]["loss/total"][0]
-    assert (name, steps) == ("ib", [1, 2, 3, 4, 5]) and values == pytest.approx(
-        [1, 1 / 2, 1 / 3, 1 / 4, 1 / 5]
-    )
-    assert (tmp_path / "new/comparison_curves.png").is_file()
+    (bar,) = accuracy.collections
+    ends = bar.get_segments()[0][:, 0]
+    assert ends == pytest.approx([0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3)])
+    assert [label.get_text() for label in accuracy.get_yticklabels()] == ["ib (3)"]
+    assert accuracy.get_xlim() == pytest.approx((0.38, 0.82))  # by the runs, not by the interval
+
+
+def study_runs(folder: Path, arms: list[str]) -> list[Path]:
+    """Three seeds of each arm, as a study names and sets them: the models differ with the seed."""
+    return [
+        make_run(
+            folder / f"{arm}-n300-s{seed}-{(31 * i + seed):08x}",
+            0.5 + 0.02 * i + 0.01 * seed,
+            arm,
+            seed,
+            lr=seed / 10,
+        )
+        for i, arm in enumerate(arms)
+        for seed in range(3)
+    ]
+
+
+def test_a_studys_runs_are_grouped_by_arm_and_an_arm_keeps_its_look(tmp_path):
+    arms = [f"arm{i}" for i in range(14)]
+    runs = study_runs(tmp_path, arms)
+    for run in runs:
+        make_events(run)
+    grouped = compare_runs.groups(runs)
+    assert {name: len(folders) for name, folders in grouped.items()} == {f"{arm}-n300": 3 for arm in arms}
+    looks = [(style["color"], style["linestyle"]) for style in map(compare_runs.look, range(60))]
+    assert len(set(looks)) == 60
+    scores = compare_runs.draw_scores(grouped)
+    curves = compare_runs.draw_curves(grouped, compare_runs.curve_panels(grouped)[0])
+    for axes in scores.axes:
+        colors = [line.get_color() for line in axes.lines if len(line.get_xdata()) == 3]  # the three runs
+        assert colors == [compare_runs.look(i)["color"] for i in range(14)]
+    for axes in curves.axes:
+        assert [line.get_color() for line in axes.lines[::3]] == colors
+    again = make_run(tmp_path / "arm0-n300-s0-ffffffff", 0.1, "arm0", 0)
+    twice = compare_runs.groups([*runs, again])  # no repetitions: two configurations of one arm
+    assert "arm0-n300" not in twice and len(twice["arm1-n300"]) == 3
+    assert sum(map(len, twice.values())) == len(runs) + 1
+
+
+def test_what_is_no_run_is_skipped_with_a_word(tmp_path, capsys):
+    """The second time `runs/*` holds the pictures of the first."""
+    run = make_run(tmp_path / "dss", 0.5, "dss", 0)
+    (tmp_path / "notes").mkdir()
+    for _ in range(2):
+        compare_runs.main([str(path) for path in sorted(tmp_path.iterdir())])
+    said = capsys.readouterr().err
+    assert f"skipped: {tmp_path / 'comparison_scores.png'} has no result.json" in said
+    assert f"skipped: {tmp_path / 'notes'} has no result.json: no run, or not finished" in said
+    assert f"skipped: {run}" not in said
 
 
 def test_intervals_over_seeds():

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 from harness import ROOT
-from plan import accelerators, costs, planner
+from plan import accelerators, command, costs, lengths, planner, summary
 from plan.accelerators import ACCELERATORS
 from plan.planner import FILES, Planner
 
@@ -18,9 +18,6 @@ from ibdistill.config import sections
 from ibdistill.config.load import load_settings
 from ibdistill.config.zero_file import DS_CONFIGS
 from ibdistill.planning import footprint
-
-sys.path.insert(0, str(ROOT / "tools"))
-from plan import command
 
 H100 = ACCELERATORS["h100-80g"]
 
@@ -35,24 +32,121 @@ def small() -> Planner:
     return Planner(tiny(), H100, 1, 8, question=20, label=3, rationale=9)
 
 
-def test_a_recipe_is_planned_and_written(tmp_path):
-    line = f"demo --nodes 2 --gpus-per-node 4 --out {tmp_path / 'to'} --tokens.question 40 --tokens.label 9"
-    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *line.split()]
+def printed(arguments: str) -> str:
+    """What the command prints."""
+    command = [sys.executable, str(ROOT / "tools" / "plan.py"), *arguments.split()]
     run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr[-2000:]
+    return run.stdout
+
+
+def test_a_recipe_is_planned_and_written(tmp_path):
+    out = printed(
+        "demo --nodes 2 --gpus-per-node 4 --tokens.question 40 --tokens.label 9 --all "
+        f"--out {tmp_path / 'to'}"
+    )
+    first = re.match(
+        r"Recommended for 2 x 4 h100-80g, 16 questions a step: (\w+), micro-batches of \d\n", out
+    )
+    recommendation, everything = out.split("\n\n", 1)
+    assert len(recommendation.splitlines()) <= 10 and "[" not in everything
     for file in FILES:
-        assert len(re.findall(rf"^none +{file}(?: +[\d.]+){{5}}$", run.stdout, re.M)) == 1
-        assert len(re.findall(rf"^none +{file}(?:\+c)? .* s/step, bound by ", run.stdout, re.M)) == 1
-    assert run.stdout.count(": fits, margin") == 2 * len(FILES)
-    chosen = re.search(r"^Recommended: (\w+), teacher none, micro-batches of (\d+)", run.stdout, re.M)
+        assert len(re.findall(rf"^none +{file}(?: +[\d.]+){{5}}$", everything, re.M)) == 1
+        speed = rf"^none +{file}(?:\+c)?(?: +[\d.]+){{4}}  \S+ s a step \(predicted\), bound by "
+        assert len(re.findall(speed, everything, re.M)) == 1
+    assert everything.count(": fits, margin") == 2 * len(FILES)
     content = json.loads((tmp_path / "to" / "ds_config.json").read_text())
-    assert content == json.loads((DS_CONFIGS / f"{chosen[1]}.json").read_text())
+    assert content == json.loads((DS_CONFIGS / f"{first[1]}.json").read_text())
     submit = (tmp_path / "to" / "submit.sh").read_text()
-    assert submit.splitlines()[1] in run.stdout
+    assert submit.splitlines()[1] in recommendation
     assert "sbatch --nodes=2 --gpus-per-node=4 --ntasks-per-node=4 slurm/distill.sh demo " in submit
     settings = dict(re.findall(r"--(\S+\.\S+) (\S+)", submit))
     loaded = load_settings("demo", settings)  # the settings are ones that a run takes
     assert loaded.optim.batch_size % (8 * loaded.optim.micro_batch_size) == 0
+
+
+def test_no_recipe_and_folders_with_nothing_but_a_configuration(tmp_path):
+    """What was given and is replaced is named; so is where shapes and lengths are from."""
+    sizes = {"model_type": "qwen2", "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    for name, layers in (("student", 1), ("teacher", 2)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(sizes | {"num_hidden_layers": layers}))
+    out = printed(
+        f"--student.model {tmp_path / 'student'} --teacher.model {tmp_path / 'teacher'} --tokens.question 20 "
+        "--tokens.label 3 --tokens.rationale 9 --gpus-per-node 4 --teacher.placement zero3 "
+        "--deepspeed.config zero3"
+    )
+    assert len(out.splitlines()) <= 11
+    labels = [line.split()[0] for line in out.splitlines()[1:]]
+    expected = "fits speed faster roomier replaced models lengths assumed submit more"
+    assert labels == expected.split()
+    assert re.search(r"^Recommended .*: zero2, teacher replica, micro-batches of 16$", out, re.M)
+    assert "replaced  deepspeed.config zero3 by zero2, teacher.placement zero3 by replica. As given: " in out
+    assert re.search(r"As given: \S+ s a step, (\d+% (slower|faster)|predicted to be as fast); fits: ", out)
+    # 512 x 64 embeddings; a layer: q, k, v with biases, o, three matrices of the MLP, two norms
+    layer = 64 * 64 + 64 + 2 * (64 * 32 + 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64
+    for name, layers in (("student", 1), ("teacher", 2)):
+        count = (512 * 64 + layers * layer + 64) / 1e6
+        assert f"{name} {tmp_path / name} ({count:.1f} million parameters" in out
+    assert out.count("its folder's config.json, all that planning needs") == 2
+    assert "lengths   question 20, label 3, rationale 9 tokens: question, label, rationale as given" in out
+    assert "assumed   objective.method ib" in out and "slurm/distill.sh --" in out
+
+
+@pytest.fixture
+def data(tmp_path):
+    records = [{"question": "a b " * n, "label": "x", "rationale": "c " * n} for n in range(1, 21)]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(text)
+    return {"data.task": "jsonl", "data.path": str(tmp_path), "objective.method": "dss"}
+
+
+def test_lengths_come_from_the_data(data, tmp_path):
+    """By the tokenizer where there is one, else by words; not beyond the limits; what is given wins."""
+    counted = lengths.settle(load_settings(None, data | {"data.max_rationale_tokens": 18}), {})
+    # one id per word and one for the end; "predict:" is one word and "explain:" another, of equal length
+    assert (counted.question, counted.label, counted.rationale) == (42, 2, 18)
+    assert "longest of 20 records" in counted.source and "student's tokenizer" in counted.source
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
+    words = load_settings(None, data | {"student.model": str(tmp_path / "model")})
+    guessed = lengths.settle(words, {"label": 7})
+    assert (guessed.question, guessed.label, guessed.rationale) == (round(1.5 * 41) + 1, 7, 31)
+    assert guessed.source.startswith("label as given; else the longest") and "words x 1.5" in guessed.source
+    limits = lengths.settle(load_settings(None, {}), {})
+    assert (limits.question, limits.label) == (1024, 64) and "give data.path" in limits.source
+
+
+def made(small, **changes) -> planner.Choice:
+    """A choice of so many bytes and seconds."""
+    seconds = {"student": changes.pop("step", 1.0)}
+    sizes = {"states": {"student": changes.pop("bytes", 10)}, "activations": {"student": 0}}
+    return dataclasses.replace(
+        small.choice("replica", "zero2", False, 8), seconds=seconds, room=100, host=0, **sizes, **changes
+    )
+
+
+def test_why_not_another(small):
+    """The next faster and the next roomier choice, by hand."""
+    best = made(small, step=1.0, bytes=50)
+    assert summary.faster([best], best).startswith("nothing: no choice is predicted to be faster")
+    close = made(small, step=0.95, file="zero1")
+    why = summary.faster([best, close], best)
+    assert why.startswith(
+        "zero1, teacher replica, micro-batches of 8: 0.95 s, 5% faster; not taken: within 10%"
+    )
+    huge, large = made(small, step=0.5, bytes=1000), made(small, step=0.8, bytes=120)
+    assert "0.8 s, 20% faster; does not fit" in summary.faster([best, huge, large], best)
+    assert summary.roomier([best, huge], best) == "nothing frees more than 5% of the GPU"
+    small_, slow = made(small, step=1.3, bytes=30), made(small, step=2.0, bytes=5)
+    assert "1.3 s a step, 30% slower" in summary.roomier([best, slow, small_], best)
+
+
+def test_nothing_fits(small):
+    lines = summary.summary(with_room(small, 1e6), with_room(small, 1e6).options(), "h100-80g", "given")
+    assert lines[0].startswith("Nothing fits 1 x 8 h100-80g") and "too much" in lines[1]
 
 
 @pytest.mark.parametrize(
@@ -197,17 +291,31 @@ def test_a_gpus_figures_can_be_replaced():
     assert given.memory_gib == 94 and given.tflops == H100.tflops and "memory_gib 94 given" in given.source
 
 
-@pytest.mark.parametrize(
-    ("name", "billions"),
-    [
-        ("google-t5/t5-base", 0.2229),  # arXiv 1910.10683, section 3.7: 220 million
-        ("google-t5/t5-11b", 11.307),
-        ("Qwen/Qwen2.5-0.5B", 0.494),  # its model card
-        ("Qwen/Qwen2.5-72B", 72.7),  # its model card
-        ("meta-llama/Llama-3.1-8B", 8.03),
-        ("meta-llama/Llama-3.1-405B", 405.85),  # its model card: 406 billion
-    ],
-)
-def test_published_shapes_have_their_published_number_of_parameters(name, billions):
+PARAMETERS = {
+    "google-t5/t5-base": 222_903_552,  # arXiv 1910.10683, section 3.7: 220 million
+    "google-t5/t5-11b": 11_307_321_344,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,  # the model cards: 0.49, 1.54, 3.09, 7.61, 72.7 billion
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,  # the model cards: 0.6, 1.7, 4.0, 8.2 billion
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,  # the model cards: 1.23, 3.21, 8.03, 70.6, 406 billion
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B": 8_030_261_248,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "HuggingFaceTB/SmolLM2-135M": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B": 1_711_376_384,
+}
+"""Parameters of the published weights, shared ones counted once."""
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_published_shapes_have_their_published_number_of_parameters(name, count):
     skeleton = footprint.student_skeleton(tiny(**{"student.model": name}))
-    assert sum(n for n, _ in skeleton.sizes()) / 1e9 == pytest.approx(billions, rel=1e-3)
+    assert sum(n for n, _ in skeleton.sizes()) == count

@@ -10,19 +10,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import compare_runs
 import pytest
 import yaml
+from fire.parser import DefaultParseValue
 from harness import ROOT, launch, output_of
 from miniatures import said, svamp
-
-from ibdistill.config.load import load_settings
-
-sys.path.append(str(ROOT / "tools"))
-
-import compare_runs
-from fire.parser import DefaultParseValue
 from study import arms as study_arms
 from study import command, paper, report
+
+from ibdistill.config.load import load_settings
 
 TINY = {
     "optim.max_steps": 2,
@@ -273,7 +270,7 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     notes = json.loads((folders[0] / "study.json").read_text())
     assert notes["process_seconds"] > 0 and notes["cpu_seconds"] > 1 and notes["commit"]
     before = [(f / "result.json").stat().st_mtime_ns for f in folders]
-    again = subprocess.run(command, capture_output=True, text=True)
+    again = subprocess.run(line, capture_output=True, text=True)
     assert "1/1  lost-n8-s1-" in again.stdout and "dss-n8-s1" not in again.stdout
     assert [(f / "result.json").stat().st_mtime_ns for f in folders] == before
 

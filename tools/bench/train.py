@@ -43,6 +43,7 @@ from ibdistill.config import sections, zero_file
 from ibdistill.config.load import load_settings
 from ibdistill.data import batches, loading, tokenizers
 from ibdistill.data.features import Features, Ragged, tokenize
+from ibdistill.data.records import STREAMS
 from ibdistill.data.sampler import Sampler
 from ibdistill.models import fused, presets
 from ibdistill.monitor.meter import Meter
@@ -85,7 +86,7 @@ def generate_features(records: int = 6725) -> Features:
 def plain_batch(features: Features, rows: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
     """Stream -> arguments of a transformers forward."""
     batch = {}
-    for stream in batches.STREAMS:
+    for stream in STREAMS:
         parts = [features.questions[stream], features.targets[stream]]
         ids, labels = ([torch.from_numpy(part[row]).long() for row in rows] for part in parts)
         batch[stream] = {
@@ -119,7 +120,7 @@ def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None
     else:
         module = distillation.Distillation(fused.fused(model), settings.objective)
         parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
-        parts |= {"config": settings, "world": world, "streams": batches.STREAMS, "features": case.features}
+        parts |= {"config": settings, "world": world, "streams": STREAMS, "features": case.features}
         parts |= {"tokenizer": SimpleNamespace(pad_token_id=PAD), "plan": case.plan, "meter": Meter()}
         parts |= {"engine": engine.build_engine(module, settings, world), "state": TrainState()}
         work = job.Job(**parts)
@@ -172,11 +173,11 @@ class Case:
     def sizes(self, name: str) -> dict[str, np.ndarray]:
         """Of each step: padded lengths of questions and targets, rows of the head, tokens real and padded."""
         kinds = {"q": self.features.questions, "t": self.features.targets}
-        parts = {(k, s): kinds[k][s].lengths[self.batches[name]] for k in kinds for s in batches.STREAMS}
+        parts = {(k, s): kinds[k][s].lengths[self.batches[name]] for k in kinds for s in STREAMS}
         sizes = {key: part.max(1) for key, part in parts.items()}
         if name != "plain":  # one encoder call for both streams
             longest = np.maximum(sizes["q", "predict"], sizes["q", "explain"])
-            sizes |= {("q", s): longest for s in batches.STREAMS}
+            sizes |= {("q", s): longest for s in STREAMS}
         padded_head = self.batch_size * (sizes["t", "predict"] + sizes["t", "explain"])
         packed_head = parts["t", "predict"].sum(1) + parts["t", "explain"].sum(1)
         real, padded = sum(p.sum(1) for p in parts.values()), self.batch_size * sum(sizes.values())
@@ -190,7 +191,7 @@ class Case:
 def check_losses(case: Case) -> float:
     """Relative difference of the two losses of one ragged batch; padding is kept out of the pool."""
     model, objective, rows = case.model(dropout_rate=0.0), case.settings().objective, case.batches["plain"][0]
-    batch = batches.collate(case.features, rows, batches.STREAMS, pad=PAD, start=0)
+    batch = batches.collate(case.features, rows, STREAMS, pad=PAD, start=0)
     counts = {stream: len(labels) for stream, labels in batch.labels.items()} | {"explained": len(rows)}
     with torch.no_grad():
         expected = plain_loss(model, plain_batch(case.features, rows), objective, pool_padding=False)
@@ -203,7 +204,7 @@ def products(case: Case, name: str, c) -> dict[str, float]:
     """Floating point operations of the matrix products of all steps, by kind; `c`: the model's config."""
     inner, feed, sizes = c.num_heads * c.d_kv, (3 if c.is_gated_act else 2) * c.d_ff, case.sizes(name)
     projection, rows = 0, 0
-    for stream in batches.STREAMS:
+    for stream in STREAMS:
         q, t = sizes["q", stream], sizes["t", stream]
         encoder = q * (4 * c.d_model + 2 * q)
         decoder = t * (6 * c.d_model + 2 * (t + q)) + q * 2 * c.d_model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -133,9 +134,16 @@ class Planner:
             for checkpointing in (False, True)
         ]
 
-    def best(self) -> Choice | None:
-        """Of what fits, and is about as fast as the fastest, the simplest; None: nothing fits."""
-        fitting = [c for size in self.micro_batch_sizes() for c in self.choices(size) if c.fits]
+    def options(self) -> list[Choice]:
+        """The choices at every micro-batch size."""
+        return [choice for size in self.micro_batch_sizes() for choice in self.choices(size)]
+
+    def best(self, options: Sequence[Choice] = ()) -> Choice | None:
+        """The simplest of what fits and is about as fast as the fastest; None where nothing fits.
+
+        `options`: those of `options()` where the caller has them.
+        """
+        fitting = [choice for choice in options or self.options() if choice.fits]
         if not fitting:
             return None
         fitting = [c for c in fitting if not c.offloads] or fitting
@@ -195,7 +203,7 @@ class Planner:
         trained = sum(n for n, t in self.sizes if t)
         reductions = {name: size for name, size in traffic.items() if name != "all_gather"}
         load = costs.Load(
-            operations=self._operations(checkpointing, micro),
+            operations=self.operations(checkpointing, micro),
             micro_batches=micro_batches,
             student_bytes=WIDTH[precision] * sum(n for n, _ in self.sizes),
             teacher_bytes=teacher_bytes,
@@ -247,7 +255,7 @@ class Planner:
     def _group(self, placement: str) -> int:
         return self.on_node if placement == "zero3_node" else self.ranks
 
-    def _operations(self, checkpointing: bool, micro: int) -> costs.Operations:
+    def operations(self, checkpointing: bool, micro: int) -> costs.Operations:
         one = self._operations_of_one[checkpointing]
         return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
 

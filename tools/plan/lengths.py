@@ -1,0 +1,104 @@
+"""How long the questions, labels and rationales of a plan are, and how that is known.
+
+The planner gives every question of a batch one length. Where the data is given, that is the length of the
+longest training record: the longest of a batch sets the width to which all are padded, and a run must survive
+its widest batch. So the predicted seconds are those of the slowest step; the mean length is shown beside it.
+Without data the limits of the settings count, which are above what most data has.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ibdistill.config.sections import Config
+from ibdistill.data import loading, tokenizers
+from ibdistill.data.records import Record
+from ibdistill.objectives import weights
+
+TOKENS_PER_WORD = 1.5
+"""Assumed where no tokenizer is at hand. English prose takes 1.3 to 1.4, text with many numbers more."""
+NAMES = ("question", "label", "rationale")
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of every question and target of a plan, end token included."""
+
+    question: int
+    label: int
+    rationale: int
+    source: str
+    """Where the numbers are from, for the reader."""
+
+
+def settle(config: Config, given: dict[str, Any]) -> Lengths:
+    """`given` (`--tokens.NAME`) before what the data says before the limits of `config.data`.
+
+    Raises ValueError for an unknown name or a length below 1, and as reading the data does.
+    """
+    for name, value in given.items():
+        if name not in NAMES:
+            raise ValueError(f"unknown length tokens.{name}; there are {', '.join(NAMES)}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"tokens.{name} is {value!r}; it must be a whole number of at least 1")
+    found = {name: getattr(config.data, f"max_{name}_tokens") for name in NAMES}
+    source = "the limits data.max_*_tokens; give data.path and they are measured"
+    if config.data.path and given.keys() != set(NAMES):
+        found, source = measure(config)
+    if given:
+        source = f"{', '.join(given)} as given" + ("" if given.keys() == set(NAMES) else f"; else {source}")
+    return Lengths(**(found | given), source=source)
+
+
+def measure(config: Config) -> tuple[dict[str, int], str]:
+    """The longest question, label and rationale of the training records, and how they were counted."""
+    data = config.data
+    records = loading.load(data, needs_rationale="explain" in weights.streams_of(config.objective)).train
+    tokenizer = _at_hand(config)
+    counted = {
+        "question": [_asked(record) for record in records],
+        "label": [record.label for record in records],
+        "rationale": [record.rationale for record in records],
+    }
+    found, means = {}, []
+    for name, texts in counted.items():
+        limit = getattr(data, f"max_{name}_tokens")
+        counts = [min(count, limit) for count in _count(texts, tokenizer)]
+        found[name] = max(counts)
+        means.append(f"{mean(counts):.0f}")
+    how = (
+        "tokens of the student's tokenizer"
+        if tokenizer
+        else f"words x {TOKENS_PER_WORD:g}, no tokenizer at hand"
+    )
+    return found, f"the longest of {len(records)} records of data.path (mean {' / '.join(means)}), {how}"
+
+
+def _asked(record: Record) -> str:
+    """The question with the longer of its prefixes."""
+    return max(loading.TASKS[record.task].prefixes.values(), key=len) + record.question
+
+
+def _count(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:
+    """Tokens of each text, end token included."""
+    if tokenizer is None:
+        return [round(TOKENS_PER_WORD * len(text.split())) + 1 for text in texts]
+    return [len(ids) + 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def _at_hand(config: Config) -> PreTrainedTokenizerBase | None:
+    """The student's tokenizer if it is on this machine; planning never asks the network for one."""
+    name = config.student.tokenizer or config.student.model
+    if not config.student.tokenizer and name.startswith("demo-"):
+        return tokenizers.demo_tokenizer()
+    try:
+        if Path(name).is_dir():
+            return tokenizers.load_tokenizer(name, "student.tokenizer")
+        return AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,69 @@
+"""Every choice of a plan: what `--all` prints below the recommendation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ibdistill.planning.footprint import GIB
+from plan.planner import Choice, Planner
+from plan.summary import speed
+
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "teacher")
+
+
+def print_all(planner: Planner, micro: int) -> None:
+    """Operations, memory, speed and a checkpoint, at one micro-batch size."""
+    choices = planner.choices(micro)
+    one, work = choices[0].seconds, planner.operations(False, micro)
+    steps = planner.per_rank // micro
+    print(
+        f"\nmicro-batches of {micro}, {steps} a step. Operations of a step on each GPU: student "
+        f"{steps * work.student:.3g}, head {steps * work.head:.3g}, teacher {steps * work.teacher:.3g}; at "
+        f"{planner.gpu.utilization:.0%} of the peak {one['student']:.3g}, {one['head']:.3g}, "
+        f"{one['teacher']:.3g} s (predicted)\n{planner.gpu.source}\n"
+    )
+    print("GiB on each GPU (+c: with checkpointing; the largest of what comes and goes counts)")
+    print_memory(choices)
+    print("\nGiB a step, of whole tensors, and predictions (+c as above)")
+    print_speed(choices, planner)
+    size, seconds = planner.checkpoint()
+    every = planner.config.run.save_every
+    print(f"\na checkpoint: {size / GIB:.2f} GiB, predicted {seconds:.1f} s, every {every} steps")
+
+
+def print_memory(choices: Sequence[Choice]) -> None:
+    """One line for each placement and ZeRO file."""
+    names = list(dict.fromkeys(name for c in choices for name in c.states))
+    print(
+        f"{'placement':12}{'deepspeed':14}"
+        + "".join(f"{name.replace('teacher ', 't.'):>11}" for name in names)
+    )
+    for plain, saving in zip(choices[::2], choices[1::2], strict=True):
+        print(
+            f"{plain.placement:12}{plain.file:14}"
+            + "".join(f"{plain.states.get(name, 0) / GIB:11.2f}" for name in names)
+        )
+        for choice, mark in ((plain, ""), (saving, "+c")):
+            coming = ", ".join(f"{name} {size / GIB:.2f}" for name, size in choice.activations.items())
+            margin = (choice.room - choice.bytes) / GIB
+            verdict = "fits" if choice.fits else "DOES NOT FIT"
+            there = f"{choice.host / GIB:.2f} of {choice.host_room / GIB:.2f}"
+            host = f"; host's memory {there}" if choice.host else ""
+            total = f"{choice.bytes / GIB:.2f}: {verdict}, margin {margin:.2f}{host}"
+            print(f"    {mark:2} + max({coming}) = {total}")
+
+
+def print_speed(choices: Sequence[Choice], planner: Planner) -> None:
+    """One line for each placement and ZeRO file, at the least that fits."""
+    print(
+        f"{'placement':12}{'deepspeed':16}"
+        + "".join(f"{name.replace('_', '-')[:11]:>12}" for name in COLLECTIVES)
+    )
+    for plain, saving in zip(choices[::2], choices[1::2], strict=True):
+        chosen = plain if plain.fits or not saving.fits else saving
+        sizes = "".join(f"{chosen.traffic.get(name, 0) / GIB:15.2f}" for name in COLLECTIVES)
+        mark = "+c" if chosen.checkpointing else ""
+        print(
+            f"{chosen.placement:12}{chosen.file + mark:16}{sizes}  {speed(chosen, planner)}"
+            f"{'' if chosen.fits else '  (does not fit)'}"
+        )
