@@ -1,4 +1,4 @@
-"""What every test file gets: the environment, the order of the files, a one-rank process group and jobs on it."""
+"""What all tests share: the environment, the order of the files, a one-rank process group and jobs on it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ worker ends alone with one."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Hide the GPUs from this process and its children, except where `-m gpu` chooses the tests that need one.
+    """Hide the GPUs from this process and its children, unless `-m gpu` chooses the tests that need one.
 
     The other tests compare values bit for bit, or with bounds that hold for a CPU's arithmetic. CUDA reads
     the variable once in a process, so tests with a GPU and tests without one cannot share a process.

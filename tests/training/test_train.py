@@ -132,9 +132,10 @@ def test_a_step_in_parts_is_deepspeeds_own(make_job, tmp_path, monkeypatch, clip
 
     Each of three steps starts from the same state for both: rounding that differs in one step would move some
     bf16 weights to the other neighbour, and the next step's gradients with them. The two norms are
-    fp32 sums of the same squares in another order, and differ by a few units of 2^-24. With clipping they scale
-    the gradients, so the moments differ as much; Adam divides most of that out of the update, which is at most
-    about the learning rate. Without clipping the update does not use them, and is the same to the last bit.
+    fp32 sums of the same squares in another order, and differ by a few units of 2^-24. With clipping they
+    scale the gradients, so the moments differ as much; Adam divides most of that out of the update, which is
+    at most about the learning rate. Without clipping the update does not use the norm, and is the same to
+    the last bit.
     """
     monkeypatch.setattr(deepspeed_fixes, "STEP_ELEMENTS", 7000)
     given = {"student.precision": "bf16", "optim.clip_norm": clip_norm, "optim.weight_decay": 0.1}
@@ -161,8 +162,8 @@ def test_a_step_in_parts_is_deepspeeds_own(make_job, tmp_path, monkeypatch, clip
             torch.testing.assert_close(found, expected, rtol=0, atol=float(allowed))
         assert all(torch.equal(p, wide.bfloat16()) for p, wide in zip(narrow, states[1][0], strict=True))
         with torch.no_grad():
-            for expected, found in zip(sum(states[0], []), sum(states[1], []), strict=True):
-                found.copy_(expected)
+            for expected, found in zip(*states, strict=True):
+                torch._foreach_copy_(found, expected)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
