@@ -1,30 +1,56 @@
-"""Fixtures: a one-rank process group, and jobs on it."""
+"""What all tests share: the environment, the order of the files, a one-rank process group and jobs on it."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from harness import tiny
+from harness import ROOT, tiny
+
+sys.path.append(str(ROOT / "tools"))  # the planner's modules, and the scripts beside them
 
 LONGEST = (
-    "slurm test_distributed test_interpreted test_teacher test_footprint test_study test_rationale_writing "
-    "test_decoder_only_runs test_bench_teacher test_train test_evaluate_student test_zero"
+    "slurm test_distributed test_interpreted test_study test_rationale_writing test_teacher test_train "
+    "test_footprint test_bench_teacher test_kernel_report test_decoder_only_runs test_evaluate_student "
+    "test_zero test_meter test_pseudo_labels test_teacher_answers test_browser"
 ).split()
 """Folders and files that take longest: where several workers share the tests they come first, so that no
 worker ends alone with one."""
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hide the GPUs from this process and its children, unless `-m gpu` chooses the tests that need one.
+
+    The other tests compare values bit for bit, or with bounds that hold for a CPU's arithmetic. CUDA reads
+    the variable once in a process, so tests with a GPU and tests without one cannot share a process.
+    """
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    tests = Path(__file__).parent
+    there = {path.stem for path in tests.rglob("test_*.py")} | {path.name for path in tests.iterdir()}
+    assert there >= set(LONGEST), f"LONGEST names what is not in tests/: {sorted(set(LONGEST) - there)}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first; tests marked `gpu` are skipped where no GPU can be seen."""
+
     def place(item: pytest.Item) -> int:
         name = next((name for name in (item.path.parent.name, item.path.stem) if name in LONGEST), None)
         return LONGEST.index(name) if name else len(LONGEST)
 
     items.sort(key=place)
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        for item in on_gpu if not torch.cuda.is_available() else ():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and is run by `pytest -m gpu`"))
 
 
 @pytest.hookimpl(optionalhook=True)

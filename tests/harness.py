@@ -1,4 +1,4 @@
-"""What the tests share: the real launcher, small configurations, a few steps."""
+"""What the tests share: the launcher, ranks that are forked, small configurations, a few steps."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "ibdistill" / "train.py")
+WORKERS = ROOT / "tests" / "workers"
+FORKED = str(WORKERS / "runs.py")
+"""As TRAIN, with the number of ranks as the first argument."""
 
 
 def start(
-    arguments: Sequence[str], *, ranks: int, log: Path, env: dict[str, str] | None = None
+    arguments: Sequence[str], *, log: Path, ranks: int | None = None, env: dict[str, str] | None = None
 ) -> subprocess.Popen:
-    """Start a script through DeepSpeed's launcher; its output goes to `log`."""
+    """Start a script in a session of its own, with output to `log`: with `ranks` through DeepSpeed's
+    launcher on so many, and else as one process, which may fork its ranks itself (workers/ranks.py)."""
     from ibdistill.runtime.distributed import free_port
 
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-    launcher += ["--master_port", str(free_port())]
+    command = [sys.executable]
+    if ranks is not None:
+        command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+        command += ["--master_port", str(free_port())]
     with log.open("w") as output:
         return subprocess.Popen(
-            [*launcher, *arguments],
+            [*command, *arguments],
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(env or {})},
+            env=alone() | (env or {}),
             start_new_session=True,
             cwd=ROOT,
         )
@@ -36,12 +42,12 @@ def start(
 def launch(
     arguments: Sequence[str],
     *,
-    ranks: int,
     log: Path,
+    ranks: int | None = None,
     env: dict[str, str] | None = None,
     timeout: float = 300,
 ) -> int:
-    """Run a script through the launcher to its end; the exit code."""
+    """Run a script to its end as `start` does; the exit code."""
     process = start(arguments, ranks=ranks, log=log, env=env)
     try:
         return process.wait(timeout)
@@ -64,7 +70,7 @@ def output_of(*command: str) -> str:
 
 
 def kill_session(process: subprocess.Popen) -> None:
-    """SIGKILL for a launcher and all its ranks, as a power failure would."""
+    """Kill a process that `start` started and all its ranks with SIGKILL, as a power failure would."""
     import signal
 
     os.killpg(process.pid, signal.SIGKILL)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from harness import TRAIN, as_arguments, launch
+from harness import FORKED, as_arguments, launch
 from slurm_cluster import Cluster, lacking, run_settings
 
 
@@ -29,15 +29,15 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory) -> Callable[[int, int], Path]:
-    """(ranks, ZeRO stage) -> a run's folder, from DeepSpeed's launcher on this machine alone."""
+    """(ranks, ZeRO stage) -> the folder of an undisturbed run on this machine alone."""
     done: dict[tuple[int, int], Path] = {}
 
     def run(ranks: int, stage: int) -> Path:
         if (ranks, stage) not in done:
             folder = tmp_path_factory.mktemp(f"zero{stage}_{ranks}ranks")
-            arguments = [TRAIN, "demo", *as_arguments(run_settings(folder / "run", stage))]
+            arguments = [FORKED, str(ranks), "demo", *as_arguments(run_settings(folder / "run", stage))]
             log = folder / "log"
-            assert launch(arguments, ranks=ranks, log=log, timeout=600) == 0, log.read_text()[-6000:]
+            assert launch(arguments, log=log, timeout=600) == 0, log.read_text()[-6000:]
             done[ranks, stage] = folder / "run"
         return done[ranks, stage]
 

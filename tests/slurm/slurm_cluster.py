@@ -140,12 +140,12 @@ class Cluster:
 
 
 def run_settings(folder: Path, stage: int = 2, **overrides: object) -> dict[str, object]:
-    """A run of 60 short steps with a checkpoint every 10; in ZeRO-3, where steps are slow, of 30 with one
+    """A run of 60 short steps with a checkpoint every 10; in ZeRO-3, where steps are slow, of 20 with one
     every 5, and with a teacher that is sharded too."""
     settings = tiny(folder) | {"objective.method": "ib", "run.test_limit": 4}
     settings |= {"optim.max_steps": 60, "run.save_every": 10, "deepspeed.config": f"zero{stage}"}
     if stage == 3:
-        settings |= {"optim.max_steps": 30, "optim.warmup_steps": 10, "run.save_every": 5}
+        settings |= {"optim.max_steps": 20, "optim.warmup_steps": 10, "run.save_every": 5}
         settings |= {"objective.method": "ib+kd", "teacher.placement": "zero3"}
         settings |= {"teacher.model": "demo-teacher"}
     return settings | overrides

@@ -12,7 +12,8 @@ from slurm_cluster import Job, run_settings, wait_for
 
 # one thread a rank, as the launcher's runs have: another number of threads sums in another order
 RANKS_2 = ("--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1")
-RANKS_4 = ("--nodes=2", *RANKS_2)
+RANKS_1_AND_1 = ("--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
+RANKS_2_AND_2 = ("--nodes=2", *RANKS_2)
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
@@ -27,7 +28,7 @@ def curve(run: Path) -> list[tuple[int, float]]:
 def check_same(run: Path, reference: Path) -> None:
     """The same loss at every step, the same final weights to the last bit, the same result."""
     found = curve(run)
-    assert [step for step, _ in found] == list(range(1, len(found) + 1)) and len(found) in (30, 60)
+    assert [step for step, _ in found] == list(range(1, len(found) + 1)) and len(found) in (20, 60)
     assert found == curve(reference)
     weights = "student/model.safetensors"
     assert (run / weights).read_bytes() == (reference / weights).read_bytes()
@@ -81,8 +82,9 @@ def test_one_machine_cancelled_then_signalled_at_the_start_and_in_the_middle(
 
 
 def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupted):
+    """One rank on each. The urgent job wants all GPUs of a machine, so the free one of each is not enough."""
     run = tmp_path / "run"
-    job = cluster.distill(*RANKS_4, settings=run_settings(run))
+    job = cluster.distill(*RANKS_1_AND_1, settings=run_settings(run))
     job.wait_for_step(12)
     urgent = cluster.submit("--partition=urgent", "--gpus-per-node=2", "--wrap=sleep 1")
     urgent.wait_for_state("COMPLETED")
@@ -90,14 +92,14 @@ def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupte
     job.wait_for_state("COMPLETED")
     assert job.shows()["Restarts"] == "1"
     assert "stopped by SIGUSR1 (exit code 85); requeueing" in job.log() and "resumed from" in job.log()
-    check_same(run, uninterrupted(4, 2))
+    check_same(run, uninterrupted(2, 2))
 
 
 def test_two_machines_student_and_teacher_in_zero3_a_rank_killed_then_a_machine_crashed(
     cluster, tmp_path, uninterrupted
 ):
     run = tmp_path / "run"
-    job = cluster.distill(*RANKS_4, settings=run_settings(run, stage=3))
+    job = cluster.distill(*RANKS_2_AND_2, settings=run_settings(run, stage=3))
     job.wait_for_step(6)
     job.ranks()[3].kill()
     seconds = job.wait_for_state("FAILED")
@@ -106,9 +108,9 @@ def test_two_machines_student_and_teacher_in_zero3_a_rank_killed_then_a_machine_
     assert "srun: error: node2: task 3: Killed" in job.log()
     assert not job.ranks() and job.shows()["Restarts"] == "0"
 
-    job = cluster.distill(*RANKS_4, settings=run_settings(run, stage=3))
+    job = cluster.distill(*RANKS_2_AND_2, settings=run_settings(run, stage=3))
     job.wait_for_text("resumed from")
-    job.wait_for_step(12)
+    job.wait_for_step(11)
     # The machine with the batch script. When the other one crashes, srun cancels the step because of rank 0's
     # failure, and Slurm 22.05 delivers that to node2 a minute later: by then to the restarted job.
     cluster.machine("crash", "node1")

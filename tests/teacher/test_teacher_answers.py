@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import steps, tiny, weights
+from harness import same, steps, tiny, weights
+from workers.one_step import gradients_of_step
 
 from ibdistill.config.load import load_settings
 from ibdistill.teacher import answers
@@ -41,19 +42,49 @@ def terms(job) -> dict[str, float]:
     return job.meter.close_interval().terms
 
 
+def step_and_compare(job, teacher: Teacher) -> None:
+    """Take a step, which reads; what it read is what this teacher says about its batch, to fp32's rounding.
+
+    A batch is padded to its longest text, and a state is a sum over other blocks in another batch: some
+    hundred products in a row, of values of about 1, so about 100 times 2^-24.
+    """
+    ((rows, batch),) = job.micro_batches()
+    read, said = job.teacher_answers.of(rows, batch), teacher(batch)
+    pairs = list(zip(read.tensors(), said.tensors(), strict=True))
+    assert pairs and all(a.std() > 0.1 for a, _ in pairs if a.ndim == 2)
+    for a, b in pairs:
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    steps(job, 1)
+
+
 @pytest.mark.parametrize("method", ["ib+kd", "ib"])
 def test_the_first_epoch_asks_and_later_ones_read(make_job, tmp_path, asked, method):
-    """ib alone reads question states only, and no head."""
+    """ib alone reads question states only, and no head.
+
+    While both runs ask they are the same to the last bit. The first step that reads starts from the same
+    state as the one that asks, so its losses and gradients are compared; of all later ones what they read is.
+    """
     online = ONLINE | {"objective.method": method}
     plain = make_job(tmp_path / "plain", **online)
-    steps(plain, 24)
-    assert asked == [8] * 24
-    asked.clear()
+    steps(plain, 8)
+    after_an_epoch = weights(plain), terms(plain)
+    expected = gradients_of_step(plain)
+    assert asked == [8] * 9
     cached = make_job(tmp_path / "cached", **online, **{"teacher.cache": str(tmp_path / "cache")})
-    steps(cached, 24)
+    asked.clear()
+    steps(cached, 8)
     assert asked == [8] * 8
-    for name, weight in weights(plain).items():
-        torch.testing.assert_close(weights(cached)[name], weight, rtol=1e-3, atol=1e-5)
+    assert same(weights(cached), after_an_epoch[0]) and terms(cached) == after_an_epoch[1]
+    gradients = gradients_of_step(cached)
+    assert terms(cached) == pytest.approx(terms(plain), rel=1e-5)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm().clamp_min(1e-6), name
+    asked.clear()
+    teacher = plain.teacher_answers.teacher
+    for _ in range(15):
+        step_and_compare(cached, teacher)
+    assert asked == [8] * 15  # by the comparison alone
 
     # another seed, another subsample of the same records, and no teacher in memory
     overrides = online | {"teacher.placement": "cache", "run.seed": 5, "data.subsample": 1.0}
@@ -64,14 +95,17 @@ def test_the_first_epoch_asks_and_later_ones_read(make_job, tmp_path, asked, met
         **online | {"teacher.placement": "cache", "run.seed": 5},
         **{"teacher.cache": str(tmp_path / "cache")},
     )
-    asked.clear()
     assert again.teacher_answers.teacher is None
-    steps(again, 8)
+    asked.clear()
+    steps(again, 1)
+    assert asked == []
     fresh = make_job(tmp_path / "fresh", **online | {"run.seed": 5})
-    steps(fresh, 8)
+    steps(fresh, 1)
     cached_terms, fresh_terms = terms(again), terms(fresh)
     assert fresh_terms.keys() >= ({"vid", "kd_predict", "kd_explain"} if method == "ib+kd" else {"vid"})
-    assert cached_terms == pytest.approx(fresh_terms, rel=1e-4)
+    assert cached_terms == pytest.approx(fresh_terms, rel=1e-5)
+    for _ in range(7):
+        step_and_compare(again, teacher)
 
 
 def test_records_left_over_by_an_epoch_are_asked_for_later(make_job, tmp_path, asked):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from harness import TRAIN, as_arguments, launch, steps, tiny
+from harness import FORKED, as_arguments, launch, steps, tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ibdistill.config.sections import DataConfig
@@ -58,7 +58,7 @@ def test_two_ranks_train_evaluate_and_export_a_student_that_says_the_same(tmp_pa
         "run.eval_limit": 5,
     }
     log = tmp_path / "log"
-    code = launch([TRAIN, "demo", *as_arguments(tiny(tmp_path / "run", **settings))], ranks=2, log=log)
+    code = launch([FORKED, "2", "demo", *as_arguments(tiny(tmp_path / "run", **settings))], log=log)
     assert code == 0, log.read_text()[-4000:]
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (result["steps"], result["ranks"], result["method"]) == (40, 2, "dss")

@@ -1,4 +1,4 @@
-"""Claims about several ranks, each through the real launcher."""
+"""Claims about several ranks; they are forked (workers/ranks.py) unless a claim is about the launcher."""
 
 from __future__ import annotations
 
@@ -6,22 +6,21 @@ import json
 import random
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from harness import ROOT, TRAIN, as_arguments, kill_session, launch, output_of, start, tiny
+from harness import FORKED, ROOT, TRAIN, WORKERS, as_arguments, kill_session, launch, output_of, start, tiny
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     """`MODEL_zeroS_Rranks` -> parameter -> gradient of one global batch of 8, in micro-batches of 2."""
     folder = tmp_path_factory.mktemp("gradients")
-    worker, log = [str(ROOT / "tests/workers/gradients.py"), str(folder)], folder / "log"
-    assert launch(worker, ranks=2, log=log) == 0, log.read_text()[-4000:]
-    output_of(*worker)
+    output_of(str(WORKERS / "gradients.py"), str(folder))
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
@@ -38,7 +37,8 @@ def test_the_gradient_does_not_depend_on_ranks_micro_batches_and_stage(
         assert error < 1e-5, f"{name}: {error}"
 
 
-def ranks_of(launcher: psutil.Popen) -> list[psutil.Process]:
+def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
+    """The running ranks of a launcher, in their order."""
     children = psutil.Process(launcher.pid).children(recursive=True)
     return [c for c in children if any(part.startswith("--local_rank") for part in c.cmdline())]
 
@@ -69,6 +69,8 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
 ):
     """kill -9 at a random step, resume, a signal to one rank only, resume: the same weights and curve.
 
+    The start that gets the signal is the launcher's, which must pass the exit code on.
+
     Accumulation is on (2 ranks x 2 micro-batches of 2), and no checkpoint falls on an epoch's
     end (60 records, 7 steps an epoch). The ZeRO-3 run has all else that there is: a teacher in ZeRO-3, its
     cache, and agreement on unlabelled questions after steps 14 and 32. It is killed within the first of these
@@ -93,36 +95,36 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
         "data.agree_at": "[0.35,0.8]",
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    script, kill_at = TRAIN, random.randrange(6, 20)
+    launched, forked, kill_at = [TRAIN], [FORKED, "2"], random.randrange(6, 20)
     if stage == 3:
         settings |= teacher
-        script, kill_at = str(ROOT / "tests/workers/agreeing.py"), random.randrange(15, 21)
+        launched = forked = [str(WORKERS / "agreeing.py")]
+        kill_at = random.randrange(15, 21)
     caches = {run: {"teacher.cache": f"{run}_cache"} if stage == 3 else {} for run in (whole, broken)}
     log = tmp_path / "whole.log"
-    assert launch([script, *as_arguments(tiny(whole, **settings, **caches[whole]))], ranks=2, log=log) == 0, (
-        log.read_text()[-4000:]
-    )
+    code = launch([*forked, *as_arguments(tiny(whole, **settings, **caches[whole]))], log=log)
+    assert code == 0, log.read_text()[-4000:]
 
-    command = [script, *as_arguments(tiny(broken, **settings, **caches[broken]))]
+    arguments = as_arguments(tiny(broken, **settings, **caches[broken]))
     if stage == 3:
-        kill_within_the_first_refresh(command, tmp_path)
+        kill_within_the_first_refresh([*forked, *arguments], tmp_path)
         assert not (broken / "agree").exists() and max(scalar_steps(broken, "loss/total")) == 14
     print(f"kill -9 after step {kill_at}")
     log = tmp_path / "killed.log"
-    process = start(command, ranks=2, log=log)
+    process = start([*forked, *arguments], log=log)
     wait_for_step(log, kill_at)
     kill_session(process)
     assert not (broken / "result.json").exists()
 
     log = tmp_path / "signalled.log"
-    process = start(command, ranks=2, log=log)
+    process = start([*launched, *arguments], ranks=2, log=log)
     wait_for_step(log, 25)
     ranks_of(process)[1].send_signal(signal_number)
     assert process.wait(120) == exit_code, log.read_text()[-4000:]
     assert "resumed from" in log.read_text()
 
     log = tmp_path / "resumed.log"
-    assert launch(command, ranks=2, log=log) == 0, log.read_text()[-4000:]
+    assert launch([*forked, *arguments], log=log) == 0, log.read_text()[-4000:]
     assert "resumed from" in log.read_text()
 
     name = "student/model.safetensors"
@@ -143,8 +145,8 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
 def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp_path):
     """Rank 1 of 2 cannot write its shard: both ranks say so, go on, and save again later."""
     log = tmp_path / "log"
-    worker = [str(ROOT / "tests/workers/full_disk.py"), str(tmp_path)]
-    code = launch(worker, ranks=2, log=log, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    worker = [str(WORKERS / "full_disk.py"), str(tmp_path)]
+    code = launch(worker, log=log, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert code == 0, log.read_text()[-4000:]
     assert log.read_text().count("checkpoint of step 3 not saved, training goes on: rank 1: ") >= 2
     expected = {
@@ -161,7 +163,7 @@ def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp
 def kill_within_the_first_refresh(command: list[str], folder: Path) -> None:
     """kill -9 of all where rank 1 is between its two answers and rank 0 may be waiting for it."""
     reached, log = folder / "reached", folder / "within.log"
-    process = start(command, ranks=2, log=log, env={"AGREEING_STOPS_AT": str(reached)})
+    process = start(command, log=log, env={"AGREEING_STOPS_AT": str(reached)})
     deadline = time.monotonic() + 300
     while not reached.exists():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
@@ -199,7 +201,7 @@ def test_ranks_share_the_cores_unless_the_user_says_how(tmp_path, monkeypatch, s
     script, log = tmp_path / "threads.py", tmp_path / "log"
     count = "print(f'{torch.get_num_threads()} threads', flush=True)"
     script.write_text(
-        f"import torch\nfrom ibdistill import distributed\n{count}\ndistributed.init()\n{count}\n"
+        f"import torch\nfrom ibdistill.runtime import distributed\n{count}\ndistributed.init()\n{count}\n"
     )
     env = {"OMP_NUM_THREADS": said} if said else {}
     assert launch([str(script)], ranks=2, log=log, env=env) == 0, log.read_text()[-4000:]

@@ -1,13 +1,15 @@
-"""A run whose student answers its unlabelled questions rightly, as one from scratch would not in seconds.
+"""A run whose student answers its unlabelled questions rightly, which a student from scratch would not do
+within seconds.
 
-`python agreeing.py` takes the arguments of `ibdistill/train.py`; run through the launcher by
-test_distributed. With AGREEING_STOPS_AT in the environment rank 1 makes that file and hangs where it
-has answered the first refresh's questions in one stream and is about to in the other.
+`python agreeing.py` takes the arguments of `ibdistill/train.py`; test_distributed runs it, through the
+launcher or on two forked ranks (see ranks.py). With AGREEING_STOPS_AT in the environment rank 1 makes that
+file and hangs, after it has answered the first refresh's questions in one stream and before the other.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,10 +24,10 @@ from ibdistill.runtime import distributed
 
 
 def answers_of_an_oracle(calls: list[int]) -> Callable:
-    """In place of `evaluation.decode`: the demo's own answer to about three quarters of the unlabelled
-    questions, by the student's weights which, and what the student says to all others.
+    """A function in place of `decoding.decode`: to about three quarters of the unlabelled questions it gives
+    the demo's own answer (the student's weights decide to which), and to all other questions the student's.
 
-    `calls`: gets the number of unlabelled questions of each call.
+    `calls`: the number of unlabelled questions of each call is appended.
     """
     honest = decoding.decode
     known = {
@@ -51,9 +53,15 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
     return decode
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     decoding.decode = answers_of_an_oracle([])
     try:
-        fire.Fire(train.main)
+        fire.Fire(train.main, command=arguments)
     except SystemExit as end:
         distributed.exit_at_once(end.code)
+
+
+if __name__ == "__main__":
+    import ranks  # beside this script; tests that import this module have tests/ on their path instead
+
+    ranks.run(main, sys.argv[1:], ranks=(2,))

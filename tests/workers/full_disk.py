@@ -1,6 +1,8 @@
-"""On 2 ranks, ZeRO-2 and ZeRO-3: rank 1's disk is full at one save; run by test_distributed.
+"""`python full_disk.py FOLDER`: on two forked ranks, in ZeRO-2 and ZeRO-3, rank 1's disk is full at a save.
 
-What happened goes to FOLDER/facts.json, a list of one dict a stage.
+Run by test_distributed.
+
+What happened goes to FOLDER/facts.json: for each stage a list with one dict per rank.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import ranks
 from harness import full_disk, same, steps, tiny
 
 from ibdistill.config.load import load_settings
@@ -56,4 +59,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    ranks.run(main, Path(sys.argv[1]), ranks=(2,))

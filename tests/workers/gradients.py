@@ -1,5 +1,5 @@
-"""Full gradients of one real training step for ZeRO 0 to 3, to FOLDER/MODEL_zeroS_Rranks.pt: on the
-launcher's ranks, or else on 1 and on 4 (see ranks.py); run by test_distributed."""
+"""`python gradients.py FOLDER`: the full gradients of one real training step for ZeRO 0 to 3, on 1, 2 and 4
+forked ranks, to FOLDER/MODEL_zeroS_Rranks.pt; run by test_distributed."""
 
 from __future__ import annotations
 
@@ -48,4 +48,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    ranks.run(main, Path(sys.argv[-1]), ranks=(1, 4))
+    ranks.run(main, Path(sys.argv[1]), ranks=(1, 2, 4))

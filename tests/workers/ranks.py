@@ -1,4 +1,4 @@
-"""How a worker's ranks start: by DeepSpeed's launcher, or forked here after the imports, which cost more than
+"""How the ranks of a worker start: by DeepSpeed's launcher, or forked after the imports, which cost more than
 what most workers do."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from ibdistill.runtime import distributed
 
 
 def run(main: Callable[..., None], *arguments: Any, ranks: Sequence[int]) -> None:
-    """`main(*arguments)` as the launcher's rank, if this is one, else on so many ranks, one number of them
-    after another."""
+    """Call `main(*arguments)`: once if this process is a rank of the launcher's, and else on as many forked
+    ranks as each entry of `ranks` says, one entry after the other."""
     if "RANK" in os.environ:
         main(*arguments)
         return
