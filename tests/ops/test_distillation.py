@@ -8,7 +8,7 @@ import pytest
 import torch
 from head_loss_cases import PAIRED, WEIGHTS, assert_same, evaluate, make_head, make_stream, name_of
 
-from ibdistill.ops import linear
+from ibdistill.ops.cpu import products
 from ibdistill.ops.head_loss.api import (
     MISettings,
     Stream,
@@ -123,7 +123,7 @@ def test_no_grad_has_the_same_terms(case, generator):
 @pytest.mark.parametrize(("native", "tolerance"), [(False, 1e-4), (True, 0.05)])
 def test_low_precision_teacher_beside_a_student_in_float32(case, generator, monkeypatch, native, tolerance):
     """The twin widens the teacher first; where its products are native its logits are rounded to bf16."""
-    monkeypatch.setattr(linear, "multiplies_natively", lambda *_: native)
+    monkeypatch.setattr(products, "multiplies_natively", lambda *_: native)
     teacher = white_box(case, generator)
     low = TeacherDistributions(
         *(TeacherStream(s.hidden.bfloat16()) for s in (teacher.predict, teacher.explain)),

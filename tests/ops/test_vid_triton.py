@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("set TRITON_INTERPRET=1 to run the kernels without a GPU", allow_module_level=True)
 
-from ibdistill.ops import linear
+from ibdistill.ops.cpu import products
 from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
 
 
@@ -46,7 +46,7 @@ def test_teacher_states_are_a_strided_view(generator):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_no_worse_than_eager_in_its_own_dtype(dtype, generator, monkeypatch):
     # as on a GPU: products in the low dtype
-    monkeypatch.setattr(linear, "multiplies_natively", lambda *_: True)
+    monkeypatch.setattr(products, "multiplies_natively", lambda *_: True)
     inputs = make(65, 24, 40, generator, dtype)
     truth = evaluate(vid_loss_reference, [x.double() for x in inputs], 1.3)
     eager = evaluate(vid_loss_reference, inputs, 1.3)

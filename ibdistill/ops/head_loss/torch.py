@@ -26,17 +26,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ibdistill.ops.cpu.cache_blocks import cached_rows, exp_times_
+from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
 from ibdistill.ops.head_loss.arguments import STREAMS, Call
 from ibdistill.ops.head_loss.packing import Rows, groups, pack
 from ibdistill.ops.head_loss.torch_pooling import Pooler
 from ibdistill.ops.head_loss.torch_teacher import Distiller
-from ibdistill.ops.linear import (
-    ChunkedLinear,
-    cached_rows,
-    empty_in_huge_pages,
-    exp_times_,
-    log_softmax_,
-)
+from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
 
 class _GivenLogits:

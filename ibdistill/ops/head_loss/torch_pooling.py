@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ibdistill.ops.cpu.cache_blocks import cached_rows, exp_times_
 from ibdistill.ops.head_loss.arguments import STREAMS, Call
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.head_loss.packing import Rows
-from ibdistill.ops.linear import cached_rows, exp_times_
 
 
 class Pooler:
