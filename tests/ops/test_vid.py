@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibdistill.ops.cpu import products
 from ibdistill.ops.vid import api
-from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
+from ibdistill.ops.vid.api import vid_loss
+from ibdistill.ops.vid.reference import vid_loss_reference
 
 NAMES = ("student", "weight", "bias", "log_variance")
 

@@ -11,7 +11,8 @@ if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
     pytest.skip("set TRITON_INTERPRET=1 to run the kernels without a GPU", allow_module_level=True)
 
 from ibdistill.ops.cpu import products
-from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
+from ibdistill.ops.vid.api import vid_loss
+from ibdistill.ops.vid.reference import vid_loss_reference
 
 
 @pytest.mark.parametrize("N, D, D_t", [(0, 3, 5), (1, 1, 1), (7, 3, 5), (16, 8, 32), (35, 4, 1030)])
