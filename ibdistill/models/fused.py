@@ -16,6 +16,7 @@ from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5Layer
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
 from ibdistill.ops import layers
+from ibdistill.ops.cpu import attention
 
 ATTENTION = "ibdistill"
 """The name in transformers of SDPA, with our own on a CPU where there is dropout."""
@@ -46,7 +47,7 @@ def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, s
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     bias = kwargs.get("position_bias")
-    out = layers.attention(query, key, value, bias=bias, mask=attention_mask, rate=dropout, scale=scale)
+    out = attention.attention(query, key, value, bias=bias, mask=attention_mask, rate=dropout, scale=scale)
     return out.transpose(1, 2).contiguous(), None
 
 

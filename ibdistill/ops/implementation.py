@@ -10,22 +10,29 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ibdistill.ops.head_loss.arguments import check_choice
+from ibdistill.ops.checks import check_choice
 
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 logger = logging.getLogger(__name__)
 
 
-def choose(op: str, impl: str, example: Tensor, lacks: str | None = None) -> str:
-    """triton or torch. `lacks`: what of this call the Triton implementation can't do; None: it can do all.
+def choose(op: str, impl: str, example: Tensor, missing: str | None = None) -> str:
+    """The name of the implementation that runs: "triton" or "torch".
 
-    Raises ValueError for impl = triton where it can't run, and for an unknown impl.
+    Args:
+        op: its name in the log.
+        impl: what the caller asks for, one of IMPLEMENTATIONS.
+        example: a tensor of the call, for its device and dtype.
+        missing: what this call needs and the Triton implementation does not have; None: it has everything.
+
+    Raises:
+        ValueError: impl = triton where Triton can't run, or an unknown impl.
     """
     check_choice("impl", impl, IMPLEMENTATIONS)
     if impl == "torch":
         return impl
-    reason = _why_not_triton(example) or lacks
+    reason = _why_not_triton(example) or missing
     if impl == "triton" and reason is not None:
         raise ValueError(f"impl = 'triton' can't run: {reason}; use impl = 'torch' (or 'auto')")
     if impl == "auto" and reason is None and example.device.type != "cuda":
@@ -52,3 +59,9 @@ def _log_choice(op: str, reason: str | None) -> None:
         logger.info("%s: the Triton implementation", op)
     else:
         logger.info("%s: the torch implementation (%s)", op, reason)
+
+
+@cache
+def log_plain_form(op: str, kind: str, name: str) -> None:
+    """Say once per process that, for instance, an estimator has no fused form."""
+    logger.info("%s: the %s %r has no fused form; torch.func differentiates its plain form", op, kind, name)

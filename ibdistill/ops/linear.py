@@ -2,57 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import mmap
-from collections.abc import Sequence
-from contextlib import suppress
-from functools import cache
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
-BLOCK_ROWS = 1024
-"""Rows of the weight whose product is made at once where it has to be widened before it is added."""
-
-HUGE_PAGE = 2 << 20
-
-CACHED_BYTES = 1 << 20
-"""Of logits that one operation after another works on: two blocks of them stay in a CPU core's cache."""
-
-
-def multiplies_natively(device: str, dtype: torch.dtype) -> bool:
-    """Whether a device's products in a dtype are worth their rounding; else weights are copied to fp32 once.
-
-    Of CPUs those with AMX, and AMD's with avx512_bf16 (measured on a Zen 4 for a head's three products: 1.3
-    to 2.2 times fp32's rate with 160 rows, 2.2 to 3.1 with 480), not Intel's with avx512_bf16 alone (0.7).
-    """
-    if device != "cpu" or dtype in (torch.float32, torch.float64):
-        return True
-    return torch.cpu._is_amx_tile_supported() or (dtype == torch.bfloat16 and _is_amd_with_bf16())
-
-
-@cache
-def _is_amd_with_bf16() -> bool:
-    cpu = Path("/proc/cpuinfo")
-    text = cpu.read_text() if cpu.is_file() else ""
-    return "AuthenticAMD" in text and "avx512_bf16" in text
-
-
-def empty_in_huge_pages(shape: Sequence[int], example: Tensor, dtype: torch.dtype) -> Tensor:
-    """Uninitialised, beside `example`; on a Linux CPU in pages of 2 MiB where the kernel has some.
-
-    torch's own memory comes in pages of 4 KiB: a head's gradient of 32128 x 512 is 16,000 page faults
-    on first touch, which cost as much as several passes over it (0.66 against 0.61 of eager's time for
-    the whole head loss). The alternative, THP_MEM_ALLOC_ENABLE=1 before torch starts, is the user's.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if example.device.type != "cpu" or size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return example.new_empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
+from ibdistill.ops.cpu import products
+from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
 
 
 class ChunkedLinear:
@@ -62,15 +16,15 @@ class ChunkedLinear:
     accumulated in `accumulator`: float64 for float64 weights, else float32.
 
     Where products are made in a narrower dtype than they are added in, and all N rows of dy take no more
-    memory in it than the weight's gradient in the wider one, those are kept for a single product at the
+    memory in it than the weight's gradient in the wider one, these rows are kept for a single product at the
     end: less memory, one rounding of the sum, and no passes over a gradient as large as the head.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs=(False, False, False)):
         self.hidden = hidden
         self.accumulator = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        native = multiplies_natively(weight.device.type, weight.dtype) and hidden.dtype == weight.dtype
-        self.weight = weight if native else weight.to(self.accumulator)
+        is_native = products.multiplies_natively(weight.device.type, weight.dtype)
+        self.weight = weight if is_native and hidden.dtype == weight.dtype else weight.to(self.accumulator)
         self.bias = bias
         wide, narrow = self.accumulator.itemsize, self.weight.dtype.itemsize
         self.keeps = needs[1] and narrow < wide and len(hidden) * narrow <= hidden.shape[1] * wide
@@ -79,7 +33,7 @@ class ChunkedLinear:
         if self.keeps:
             self.narrow = empty_in_huge_pages((len(hidden), len(weight)), weight, weight.dtype)
         elif needs[1]:
-            # filled by the first product: zeros first would be a pass more over what is as large as the head
+            # the first product fills it: writing zeros first would be one more pass over the head's size
             self.d_weight = empty_in_huge_pages(weight.shape, weight, self.accumulator)
         self.d_hidden = torch.zeros_like(hidden, dtype=self.accumulator) if needs[0] else None
         self.has_rows = False
@@ -102,7 +56,10 @@ class ChunkedLinear:
         return self.narrow[a:b] if self.keeps else self.narrow[: b - a]
 
     def add_gradients(self, dy: Tensor, a: int, b: int) -> None:
-        """Of the rows a to b: write dy W into d_hidden, add dy^T hidden and sum dy to the other two."""
+        """For the rows a to b, write dy W into d_hidden; add dy^T hidden and the sum of dy to the other two.
+
+        dy [b - a, K] is in the accumulator's dtype.
+        """
         hidden, low = self.hidden[a:b], dy
         if self.narrow is not None:
             low = self._narrow(a, b).copy_(dy)
@@ -114,26 +71,20 @@ class ChunkedLinear:
             self.d_bias.add_(dy.sum(0))
 
     def _add_product(self, left: Tensor, right: Tensor) -> None:
-        if left.dtype == self.d_weight.dtype:
-            if self.has_rows:
-                self.d_weight.addmm_(left, right)
-            else:
-                torch.mm(left, right, out=self.d_weight)
+        """Add left right to the weight's gradient, which the first product writes."""
+        if left.dtype != self.d_weight.dtype and left.device.type == "cpu":
+            products.add_product_in_blocks(self.d_weight, left, right, is_first=not self.has_rows)
+        elif left.dtype != self.d_weight.dtype:
+            product = torch.mm(left, right)
+            self.d_weight.add_(product) if self.has_rows else self.d_weight.copy_(product)
+        elif self.has_rows:
+            self.d_weight.addmm_(left, right)
         else:
-            # on a CPU in parts: a product as large as the head would be half of its gradient once more
-            size = BLOCK_ROWS if left.device.type == "cpu" else len(left)
-            product = left.new_empty(min(size, len(left)), right.shape[1])
-            wide = torch.empty_like(product, dtype=self.d_weight.dtype)
-            for target, part in zip(self.d_weight.split(size), left.split(size), strict=True):
-                narrow = torch.mm(part, right, out=product[: len(part)])
-                if self.has_rows:
-                    target.add_(wide[: len(part)].copy_(narrow))  # a sum of two dtypes would allocate
-                else:
-                    target.copy_(narrow)
+            torch.mm(left, right, out=self.d_weight)
         self.has_rows = True
 
     def weight_gradient(self) -> Tensor | None:
-        """Of all rows."""
+        """The gradient [K, D] from all rows; None if it is not needed."""
         if self.keeps:
             d_weight = empty_in_huge_pages(self.weight.shape, self.weight, self.weight.dtype)
             return torch.mm(self.narrow.T, self.hidden, out=d_weight)
@@ -145,16 +96,3 @@ class ChunkedLinear:
 def log_softmax_(z: Tensor) -> Tensor:
     """log_softmax of each row, in place: each row is read whole before any of it is written."""
     return torch.log_softmax(z, -1, out=z)
-
-
-def cached_rows(z: Tensor) -> int:
-    """How many rows of [rows, V] are CACHED_BYTES; at least four."""
-    return max(4, CACHED_BYTES // (z.shape[1] * z.element_size()))
-
-
-def exp_times_(log_p: Tensor, factor: Tensor) -> Tensor:
-    """exp(log_p) times a factor for each row, in place."""
-    size = cached_rows(log_p)
-    for block, its_factor in zip(log_p.split(size), factor.split(size), strict=True):
-        block.exp_().mul_(its_factor[:, None])
-    return log_p

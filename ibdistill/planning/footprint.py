@@ -27,8 +27,8 @@ from ibdistill.data import tokenizers
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.objectives import weights
+from ibdistill.ops.cpu.products import multiplies_natively
 from ibdistill.ops.head_loss.api import CHUNK_BYTES
-from ibdistill.ops.linear import multiplies_natively
 from ibdistill.planning import dryrun
 from ibdistill.planning.dryrun import Lengths, Skeleton, Use
 from ibdistill.runtime import deepspeed_fixes

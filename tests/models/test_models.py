@@ -18,7 +18,7 @@ from ibdistill.models import export, forward, whole_model
 from ibdistill.models import fused as models_fused
 from ibdistill.models.student import check_fit, load_student
 from ibdistill.objectives.distillation import Distillation
-from ibdistill.ops import layers
+from ibdistill.ops.cpu import attention as cpu_attention
 
 SHAPE = dict(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
 
@@ -113,9 +113,11 @@ def test_attention_with_dropout_is_ours_on_a_cpu_and_torchs_without(monkeypatch)
     model = models_fused.fused(T5ForConditionalGeneration(T5Config(**SHAPE, dropout_rate=0.0))).double()
     batch, rates = ragged_batch(), []
     expected = forward.states(model, batch).targets
-    attention = layers.attention
+    attention = cpu_attention.attention
     monkeypatch.setattr(
-        layers, "attention", lambda *args, rate, **kw: rates.append(rate) or attention(*args, rate=0.0, **kw)
+        cpu_attention,
+        "attention",
+        lambda *args, rate, **kw: rates.append(rate) or attention(*args, rate=0.0, **kw),
     )
     forward.states(model, batch)
     assert not rates

@@ -33,10 +33,10 @@ def fresh():
 
 def make(generator, lengths=(PREDICT, EXPLAIN), dtype=torch.float64):
     streams = [make_stream(x, D, V, dtype=dtype, generator=generator) for x in lengths]
-    signals = [
+    targets = [
         TeacherStream(torch.randn(len(s.labels), 5, generator=generator, dtype=dtype)) for s in streams
     ]
-    teacher = TeacherDistributions(*signals, *make_head(5, V, dtype, generator))
+    teacher = TeacherDistributions(*targets, *make_head(5, V, dtype, generator))
     return (*streams, *make_head(D, V, dtype, generator)), teacher
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from head_loss_cases import PAIRED, WEIGHTS, assert_same, evaluate, make_head, make_stream, name_of
 
-from ibdistill.ops import linear
+from ibdistill.ops.cpu import products
 from ibdistill.ops.head_loss.api import (
     MISettings,
     Stream,
@@ -57,10 +57,12 @@ def top_k(case, generator, k=K, **settings):
 def test_gradients_of_divergences(name, generator):
     log_q = torch.log_softmax(torch.randn(4, 6, generator=generator, dtype=torch.float64), -1)
     logits = torch.randn(4, 6, generator=generator, dtype=torch.float64, requires_grad=True)
-    loss, gradient = DIVERGENCES[name](log_q, torch.log_softmax(logits, -1), 0.3)
+    loss, gradient = DIVERGENCES[name].fused(log_q, torch.log_softmax(logits, -1), 0.3)
     (want,) = torch.autograd.grad(loss.sum(), logits)
     torch.testing.assert_close(gradient.detach(), want)
-    zero, flat = DIVERGENCES[name](log_q, log_q, 0.3)
+    plain = DIVERGENCES[name].function(log_q, torch.log_softmax(logits, -1), 0.3)
+    torch.testing.assert_close(torch.autograd.grad(plain.sum(), logits)[0], want)
+    zero, flat = DIVERGENCES[name].fused(log_q, log_q, 0.3)
     torch.testing.assert_close(zero, torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(flat, torch.zeros(4, 6, dtype=torch.float64))
 
@@ -71,7 +73,8 @@ def test_divergences_are_torchs(generator):
     beta, m = 0.3, 0.3 * q + 0.7 * p
     wants = {"forward": kl(q, p), "reverse": kl(p, q), "jsd": beta * kl(q, m) + (1 - beta) * kl(p, m)}
     for name, want in wants.items():
-        torch.testing.assert_close(DIVERGENCES[name](q.log(), p.log(), beta)[0], want)
+        torch.testing.assert_close(DIVERGENCES[name].function(q.log(), p.log(), beta), want)
+        torch.testing.assert_close(DIVERGENCES[name].fused(q.log(), p.log(), beta)[0], want)
 
 
 @pytest.mark.parametrize("make", [white_box, top_k])
@@ -90,8 +93,8 @@ def test_equals_the_twin(case, generator, make, chunk_rows, kind):
 @pytest.mark.parametrize("side", ["predict", "explain"])
 def test_a_teacher_of_one_stream(case, generator, make, side):
     both = make(case, generator)
-    signals = {"predict": None, "explain": None, side: getattr(both, side)}
-    teacher = TeacherDistributions(**signals, weight=both.weight, bias=both.bias)
+    targets = {"predict": None, "explain": None, side: getattr(both, side)}
+    teacher = TeacherDistributions(**targets, weight=both.weight, bias=both.bias)
     got = evaluate(head_loss, *case, weights=ALL, teacher=teacher, chunk_bytes=24 * V * 8)
     assert_same(got, evaluate(head_loss_reference, *case, weights=ALL, teacher=teacher))
     assert f"kd_{side}" in got[1] and len([name for name in got[1] if name.startswith("kd")]) == 1
@@ -104,8 +107,8 @@ def test_all_tokens_as_top_k_are_the_white_box(case, generator):
     """With k = V the tail is empty and the buckets are the vocabulary."""
     teacher = white_box(case, generator)
     streams = []
-    for signal in (teacher.predict, teacher.explain):
-        q = torch.softmax(signal.hidden @ teacher.weight.T + teacher.bias, -1)
+    for target in (teacher.predict, teacher.explain):
+        q = torch.softmax(target.hidden @ teacher.weight.T + teacher.bias, -1)
         streams.append(TeacherStream(None, *reversed(q.topk(V))))
     got = evaluate(head_loss, *case, weights=ALL, teacher=TeacherDistributions(*streams))
     assert_same(got, evaluate(head_loss, *case, weights=ALL, teacher=teacher), rtol=1e-3, atol=1e-5)
@@ -123,7 +126,7 @@ def test_no_grad_has_the_same_terms(case, generator):
 @pytest.mark.parametrize(("native", "tolerance"), [(False, 1e-4), (True, 0.05)])
 def test_low_precision_teacher_beside_a_student_in_float32(case, generator, monkeypatch, native, tolerance):
     """The twin widens the teacher first; where its products are native its logits are rounded to bf16."""
-    monkeypatch.setattr(linear, "multiplies_natively", lambda *_: native)
+    monkeypatch.setattr(products, "multiplies_natively", lambda *_: native)
     teacher = white_box(case, generator)
     low = TeacherDistributions(
         *(TeacherStream(s.hidden.bfloat16()) for s in (teacher.predict, teacher.explain)),
@@ -166,13 +169,13 @@ def test_the_pair_is_its_formula_and_moves_only_predict(case, generator, functio
         if not all(len(x) for x in rows.values()):
             continue
         p = torch.softmax(hidden[rows["predict"]] @ weight.T + bias, -1)
-        signal = teacher.explain
+        target = teacher.explain
         if make is white_box:
-            e = torch.softmax(signal.hidden[rows["explain"]] @ teacher.weight.T + teacher.bias, -1)
+            e = torch.softmax(target.hidden[rows["explain"]] @ teacher.weight.T + teacher.bias, -1)
         else:
-            known = signal.probabilities[rows["explain"]]
+            known = target.probabilities[rows["explain"]]
             e = ((1 - known.sum(1)) / (V - K))[:, None].repeat(1, V)
-            e.scatter_(1, signal.ids[rows["explain"]], known)
+            e.scatter_(1, target.ids[rows["explain"]], known)
             torch.testing.assert_close(e.sum(1), torch.ones(len(e), dtype=e.dtype))
         p, e = (x.max(0).values if pool == "max" else x.mean(0) for x in (p, e))
         paper = paper + torch.nn.functional.cross_entropy(p[None], e[None], reduction="sum")

@@ -11,8 +11,8 @@ from ibdistill.ops.head_loss.reference import head_loss_reference
 def small(generator, D=3, V=5):
     predict = make_stream([2, 1], D, V, ignored=0, generator=generator)
     explain = make_stream([3, 2], D, V, ignored=0.2, generator=generator)
-    signals = [TeacherStream(torch.randn(n, 2, generator=generator, dtype=torch.float64)) for n in (3, 5)]
-    teacher = TeacherDistributions(*signals, *make_head(2, V, generator=generator), "jsd", 0.3, 1.5)
+    targets = [TeacherStream(torch.randn(n, 2, generator=generator, dtype=torch.float64)) for n in (3, 5)]
+    teacher = TeacherDistributions(*targets, *make_head(2, V, generator=generator), "jsd", 0.3, 1.5)
     return (predict, explain, *make_head(D, V, generator=generator)), teacher
 
 

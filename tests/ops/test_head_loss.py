@@ -22,6 +22,8 @@ from head_loss_cases import (
 )
 
 from ibdistill.ops import linear
+from ibdistill.ops.cpu import cache_blocks, products
+from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
 from ibdistill.ops.head_loss.api import IGNORED, MISettings, Stream, Weights, head_loss
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.ops.head_loss.torch import ChunkedLinear
@@ -32,7 +34,7 @@ from ibdistill.ops.head_loss.torch import ChunkedLinear
 )
 @pytest.mark.parametrize("mi", MIS, ids=name_of)
 def test_equals_the_twin(case, mi, chunk_rows, cached_bytes, monkeypatch):
-    monkeypatch.setattr(linear, "CACHED_BYTES", cached_bytes)
+    monkeypatch.setattr(cache_blocks, "CACHED_BYTES", cached_bytes)
     arguments = {"weights": WEIGHTS, "mi": mi, "upstream": -1.7}
     got = evaluate(head_loss, *case, **arguments, chunk_bytes=max(1, chunk_rows * ROW))
     assert_same(got, evaluate(head_loss_reference, *case, **arguments))
@@ -99,7 +101,7 @@ def test_ties_go_to_the_first_position(mi, chunk_rows, generator):
 @pytest.mark.parametrize("chunk_rows", [5, 100])
 def test_ties_between_positions_far_apart(chunk_rows, generator, monkeypatch):
     """Longer than what is worked on at once; the second half repeats the first, so every entry ties."""
-    monkeypatch.setattr(linear, "CACHED_BYTES", 1)
+    monkeypatch.setattr(cache_blocks, "CACHED_BYTES", 1)
     predict, explain = (make_stream([2 * n], D, V, ignored=0, generator=generator) for n in (9, 13))
     head = make_head(D, V, generator=generator)
     for stream in (predict, explain):
@@ -132,13 +134,13 @@ def test_large_memory_is_touched_in_huge_pages():
     modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not modes.is_file() or "[never]" in modes.read_text():
         pytest.skip("the kernel gives none")
-    tensor = linear.empty_in_huge_pages((1 << 12, 1 << 12), torch.empty(1), torch.float32)
+    tensor = empty_in_huge_pages((1 << 12, 1 << 12), torch.empty(1), torch.float32)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     tensor.fill_(3.0)
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
     assert faults < tensor.numel() * 4 / 4096 / 8, faults
     assert tensor.shape == (1 << 12, 1 << 12) and tensor.sum(dtype=torch.float64) == 3 << 24
-    small = linear.empty_in_huge_pages((3, 2), torch.empty(1), torch.float64)
+    small = empty_in_huge_pages((3, 2), torch.empty(1), torch.float64)
     assert small.shape == (3, 2) and small.dtype == torch.float64
 
 
@@ -220,7 +222,7 @@ def test_no_worse_than_eager_in_its_own_dtype(mi, more, dtype, native, generator
 
     A head of a low precision has two ways to its gradient: up to 2 D rows are kept, more are summed.
     """
-    monkeypatch.setattr(linear, "multiplies_natively", lambda *_: native)
+    monkeypatch.setattr(products, "multiplies_natively", lambda *_: native)
     D, V = 64, 1003
     predict = make_stream([5, 1, 9, *more], D, V, dtype=dtype, generator=generator)
     explain = make_stream([17, 40, 3, *more], D, V, dtype=dtype, generator=generator)

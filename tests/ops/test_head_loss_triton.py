@@ -57,19 +57,19 @@ def test_equals_the_twin(generator, mi, chunk_rows):
 
 
 def white_box(case, generator, sides, *settings):
-    signals = [TeacherStream(torch.randn(len(s.labels), 5, generator=generator)) for s in case[:2]]
+    targets = [TeacherStream(torch.randn(len(s.labels), 5, generator=generator)) for s in case[:2]]
     head = make_head(5, V, torch.float32, generator)
     return TeacherDistributions(
-        *(s if on else None for s, on in zip(signals, sides, strict=True)), *head, *settings
+        *(s if on else None for s, on in zip(targets, sides, strict=True)), *head, *settings
     )
 
 
 def top_k(case, generator, sides, *settings, k=4, V=V):
-    signals = []
+    targets = []
     for stream in case[:2]:
         q = torch.softmax(2 * torch.randn(len(stream.labels), V, generator=generator), -1)
-        signals.append(TeacherStream(None, *reversed(q.topk(k))))
-    streams = (s if on else None for s, on in zip(signals, sides, strict=True))
+        targets.append(TeacherStream(None, *reversed(q.topk(k))))
+    streams = (s if on else None for s, on in zip(targets, sides, strict=True))
     return TeacherDistributions(*streams, None, None, *settings)
 
 

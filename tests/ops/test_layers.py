@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from ibdistill.ops import layers
+from ibdistill.ops.cpu.attention import attention
+from ibdistill.ops.cpu.dropout import LEVELS
 
 SHAPES = [(1, 1), (7,), (2, 3, 5), (0, 4)]
 
@@ -81,7 +83,7 @@ def test_dropout_drops_its_share_and_keeps_the_mean(rate, dtype):
     kept = out != 0
     sigma = (rate * (1 - rate) / x.numel()) ** 0.5
     assert abs((~kept).double().mean() - rate) < 5 * sigma
-    rounded = round(rate * layers.LEVELS) / layers.LEVELS
+    rounded = round(rate * LEVELS) / LEVELS
     torch.testing.assert_close(out[kept].unique(), torch.tensor([1 / (1 - rounded)], dtype=dtype))
     # neighbours are independent, within the words of 16-bit draws and between them
     dropped = (~kept).flatten().double() - rate
@@ -130,7 +132,7 @@ def test_what_is_kept_for_the_backward_pass(generator):
     bias = randn(1, 3, 5, 7, generator=generator, dtype=torch.float32)
     probabilities = 2 * 3 * 5 * 7
     inputs = 4 * (query.numel() + key.numel())  # the key is the value too
-    assert kept(lambda: layers.attention(query, key, key, bias=bias, rate=0.1)) == inputs + 5 * probabilities
+    assert kept(lambda: attention(query, key, key, bias=bias, rate=0.1)) == inputs + 5 * probabilities
 
 
 def attention_reference(query, key, value, bias, mask, scale, keep=1.0):
@@ -166,7 +168,7 @@ def test_attention_and_its_gradients(generator):
     upstream = randn(3, 2, 5, 6, generator=generator).detach()
     for bias, mask, scale in itertools.product(biases, masks, (1.0, 0.7)):
         leafs = inputs + ([] if bias is None else [bias])
-        ours = layers.attention(*inputs, bias=bias, mask=mask, scale=scale)
+        ours = attention(*inputs, bias=bias, mask=mask, scale=scale)
         reference = attention_reference(*inputs, bias, mask, scale)
         check(ours, reference, leafs, upstream)
 
@@ -175,7 +177,7 @@ def test_attentions_dropout_is_dropout_of_its_probabilities(generator):
     inputs, (_, bias), (_, mask, *_) = attention_inputs(generator)
     leafs, upstream = [*inputs, bias], randn(3, 2, 5, 6, generator=generator).detach()
     torch.manual_seed(2)
-    ours = layers.attention(*inputs, bias=bias, mask=mask, rate=0.4)
+    ours = attention(*inputs, bias=bias, mask=mask, rate=0.4)
     torch.manual_seed(2)
     keep = layers.dropout(torch.ones(3, 2, 5, 7, dtype=torch.float64), 0.4)
     assert 0 < (keep == 0).sum() < keep.numel()
@@ -204,7 +206,7 @@ def test_narrow_attention_is_no_worse_than_eager_in_its_own(dtype, generator):
         return attention_reference(query, key, value, bias, mask, 1.0)
 
     truth = results(exact, [t.detach().double().requires_grad_() for t in leafs])
-    ours = results(lambda q, k, v, b: layers.attention(q, k, v, bias=b, mask=mask), leafs)
+    ours = results(lambda q, k, v, b: attention(q, k, v, bias=b, mask=mask), leafs)
     for mine, theirs, true in zip(ours, results(eager, leafs), truth, strict=True):
         assert mine.dtype == dtype
         error, allowed = (mine.double() - true).norm(), (theirs.double() - true).norm()

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ibdistill.ops import linear
+from ibdistill.ops.cpu import products
 from ibdistill.ops.vid import api
-from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
+from ibdistill.ops.vid.api import vid_loss
+from ibdistill.ops.vid.reference import vid_loss_reference
 
 NAMES = ("student", "weight", "bias", "log_variance")
 
@@ -97,7 +98,7 @@ def rms(a, b):
 @pytest.mark.parametrize("native", [False, True], ids=["fp32-products", "low-precision-products"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_no_worse_than_eager_in_its_own_dtype(dtype, native, generator, monkeypatch):
-    monkeypatch.setattr(linear, "multiplies_natively", lambda *_: native)
+    monkeypatch.setattr(products, "multiplies_natively", lambda *_: native)
     inputs = make(65, 24, 40, generator, dtype)
     truth = evaluate(vid_loss_reference, [x.double() for x in inputs], 1.3)
     eager = evaluate(vid_loss_reference, inputs, 1.3)

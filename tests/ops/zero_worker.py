@@ -33,7 +33,8 @@ from ibdistill.ops.head_loss.api import (
     head_loss,
 )
 from ibdistill.ops.head_loss.reference import head_loss_reference
-from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
+from ibdistill.ops.vid.api import vid_loss
+from ibdistill.ops.vid.reference import vid_loss_reference
 from ibdistill.runtime import distributed
 
 V, D, D_T, ACCUMULATION = 61, 16, 12, 2
@@ -95,15 +96,15 @@ class Student(nn.Module):
         self.teacher_head = torch.randn(V, D_T, generator=torch.Generator().manual_seed(5))
 
     def forward(self, batch: dict, mi: MISettings, scale: float) -> Tensor:
-        streams, signals = {}, {}
+        streams, targets = {}, {}
         for name, lengths in batch["lengths"].items():
             states = self.states(batch[f"{name}_prompt"], batch[f"{name}_ids"])
             rows = torch.cat([states[b, :n] for b, n in enumerate(lengths)])
             labels = torch.cat([batch[f"{name}_labels"][b, :n] for b, n in enumerate(lengths)])
             cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
             streams[name] = Stream(rows, labels, cu)
-            signals[name] = TeacherStream(batch[f"{name}_teacher"])
-        teacher = TeacherDistributions(signals["predict"], signals["explain"], self.teacher_head)
+            targets[name] = TeacherStream(batch[f"{name}_teacher"])
+        teacher = TeacherDistributions(targets["predict"], targets["explain"], self.teacher_head)
         weights = Weights(0.7 * scale, 0.4 * scale, 1.3 * scale, 0.6 * scale, 0.5 * scale)
         total = self.head(*streams.values(), weights=weights, mi=mi, teacher=teacher)
         return total + scale * self.vid(streams["predict"].hidden, batch["predict_teacher"])

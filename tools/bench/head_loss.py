@@ -31,10 +31,11 @@ from unittest import mock
 
 import torch
 
+from ibdistill.ops.checks import check_choice
 from ibdistill.ops.head_loss.api import MISettings, Stream, Weights, head_loss, logits_loss
-from ibdistill.ops.head_loss.arguments import check_choice
 from ibdistill.ops.head_loss.reference import head_loss_reference
-from ibdistill.ops.vid.api import vid_loss, vid_loss_reference
+from ibdistill.ops.vid.api import vid_loss
+from ibdistill.ops.vid.reference import vid_loss_reference
 
 TESTS = Path(__file__).parents[2] / "tests/ops"
 NOT_RUN = ("test_zero.py", "test_interpreted.py")

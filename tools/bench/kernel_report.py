@@ -75,7 +75,8 @@ def record(
     V: int, dtype: torch.dtype, lengths: tuple[int, ...] = (3, 3), lanes: int = 32, D: int = 16
 ) -> dict[str, list[Launch]]:
     """Case -> the launches of one call of it, with questions of these lengths in both streams."""
-    from ibdistill.ops import launch, linear
+    from ibdistill.ops import launch
+    from ibdistill.ops.cpu import products
     from ibdistill.ops.head_loss import triton_group, triton_teacher
     from ibdistill.ops.head_loss.arguments import (
         Call,
@@ -120,7 +121,7 @@ def record(
             compute(call, head, None, [True, True, head is not None, False])
             out[case], launches[:] = list(launches), []
         # as on a GPU: the product in the states' dtype
-        with mock.patch.object(linear, "multiplies_natively", lambda *_: True):
+        with mock.patch.object(products, "multiplies_natively", lambda *_: True):
             for case, width in (("VID, D_t = 1024", 1024), ("VID, D_t = 768", 768)):
                 vector, states = torch.zeros(width), torch.zeros(sum(lengths), width, dtype=dtype)
                 arguments = (hidden.hidden, torch.zeros(width, D, dtype=dtype), vector, vector, states)

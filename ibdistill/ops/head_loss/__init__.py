@@ -1,0 +1,23 @@
+"""Cross entropies, mutual information and distillation on a language model's head, in bounded memory."""
+
+from ibdistill.ops.head_loss.api import (
+    IGNORED,
+    MISettings,
+    Stream,
+    TeacherDistributions,
+    TeacherStream,
+    Weights,
+    head_loss,
+    logits_loss,
+)
+
+__all__ = [
+    "IGNORED",
+    "MISettings",
+    "Stream",
+    "TeacherDistributions",
+    "TeacherStream",
+    "Weights",
+    "head_loss",
+    "logits_loss",
+]

@@ -30,6 +30,7 @@ from ibdistill.ops.head_loss.arguments import (
     check_arguments,
     check_values,
 )
+from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.ops.head_loss.on_states import state_terms
 from ibdistill.ops.implementation import choose
@@ -155,6 +156,7 @@ def _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chun
         *((None, None) if explain is None else (explain.labels, explain.cu)),
         torch.stack([torch.as_tensor(x, dtype=torch.float64) for x in vars(weights).values()]),
         "" if pooled is None else f"{mi.estimator} {mi.pool} {mi.gradient} {mi.pair}",
+        0.1 if pooled is None else float(mi.temperature),
         *_flat(teacher),
         impl,
         chunk_bytes,
@@ -182,6 +184,7 @@ def _head_loss(
     explain_cu: Optional[Tensor],  # noqa: UP045
     weights: Tensor,
     mi: str,
+    mi_temperature: float,
     teacher: Sequence[Optional[Tensor]],  # noqa: UP045
     divergence: str,
     beta: float,
@@ -199,11 +202,11 @@ def _head_loss(
     call = Call(
         *streams,
         Weights(*weights.tolist()),
-        _settings(mi),
+        _settings(mi, mi_temperature),
         _teacher(teacher, divergence, beta, temperature),
         chunk_bytes,
     )
-    if choose("head loss", impl, predict, _lacks(call)) == "triton":
+    if choose("head loss", impl, predict, _missing_in_triton(call)) == "triton":
         from ibdistill.ops.head_loss.triton import compute
     else:
         compute = head_loss_torch.compute
@@ -222,10 +225,11 @@ def _head_loss(
 @_head_loss.register_fake
 def _fake(
     predict, explain, weight, bias, predict_labels, predict_cu, explain_labels, explain_cu,
-    weights, mi, teacher, divergence, beta, temperature, impl, chunk_bytes, needs,
+    weights, mi, mi_temperature, teacher, divergence, beta, temperature, impl, chunk_bytes, needs,
 ):  # fmt: skip
     dtype = torch.float64 if predict.dtype == torch.float64 else torch.float32
-    names = _term_names(explain is not None, _settings(mi), _teacher(teacher, divergence, beta, temperature))
+    settings = _settings(mi, mi_temperature)
+    names = _term_names(explain is not None, settings, _teacher(teacher, divergence, beta, temperature))
     sums = [predict.new_empty((), dtype=dtype) for _ in range(1 + len(names))]
     return sums + custom.fake_gradients((predict, explain, weight, bias), needs)
 
@@ -233,11 +237,12 @@ def _fake(
 custom.differentiable_once(_head_loss)
 
 
-def _settings(mi: str) -> MISettings | None:
+def _settings(mi: str, temperature: float) -> MISettings | None:
+    """What `_run` has flattened."""
     if not mi:
         return None
-    estimator, pool, gradient, pair = mi.split()
-    return MISettings(estimator, pool, gradient, pair=pair)
+    estimator, pool, gradient, pair = mi.rsplit(" ", 3)
+    return MISettings(estimator, pool, gradient, temperature, pair)
 
 
 def _flat(teacher: TeacherDistributions | None) -> tuple[list[Tensor | None], str, float, float]:
@@ -263,19 +268,23 @@ def _term_names(has_explain: bool, mi: MISettings | None, teacher: TeacherDistri
     streams = ["predict", "explain"] if has_explain else ["predict"]
     names = [f"{kind}_{stream}" for stream in streams for kind in ("ce", "correct")]
     if mi is not None:
-        extra = {"paper": "mi_constant", "normalized": "mi_bound"}[mi.estimator]
-        names += ["mi", "mi_entropy", extra, "mi_questions"]
+        estimator = ESTIMATORS[mi.estimator]
+        names += [*estimator.terms, *["mi_bound"] * estimator.is_cross_entropy, "mi_questions"]
     if teacher is not None:
         names += [f"kd_{stream}" for stream in streams if getattr(teacher, stream) is not None]
     return names
 
 
-def _lacks(call: Call) -> str | None:
-    """What of a call the Triton implementation can't do."""
-    if call.teacher is None or not call.teacher.is_top_k:
+def _missing_in_triton(call: Call) -> str | None:
+    """What a call needs and the Triton implementation does not have; None: it has everything."""
+    if call.mi is not None and not ESTIMATORS[call.mi.estimator].in_triton:
+        return f"it has no estimator {call.mi.estimator!r}"
+    if call.teacher is None:
         return None
-    signal = call.teacher.predict or call.teacher.explain
-    dtype, k = call.predict.hidden.dtype, signal.ids.shape[1]
+    if not DIVERGENCES[call.teacher.divergence].in_triton:
+        return f"it has no divergence {call.teacher.divergence!r}"
+    target = call.teacher.predict or call.teacher.explain
+    dtype, k = call.predict.hidden.dtype, 0 if target.ids is None else target.ids.shape[1]
     if k > LARGEST_K.get(dtype, k):
         return f"with {dtype} it takes at most the top {LARGEST_K[dtype]} of a teacher, not {k}"
     return None

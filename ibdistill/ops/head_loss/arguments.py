@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ibdistill.ops.checks import check_choice
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import DIRECTIONS, ESTIMATORS, POOLS
 
@@ -158,12 +159,6 @@ class Call(NamedTuple):
     chunk_bytes: int
 
 
-def check_choice(name: str, value: str, choices) -> None:
-    """Raise ValueError, listing the choices, if value isn't one of them."""
-    if value not in choices:
-        raise ValueError(f"{name} = {value!r} is not one of: {', '.join(choices)}")
-
-
 def check_arguments(
     predict: Stream,
     explain: Stream | None,
@@ -198,8 +193,8 @@ def check_arguments(
     if mi is not None and mi.pair == "teacher":
         _check_pair(teacher)
     if teacher is not None:
-        signals = [s for s in (teacher.predict, teacher.explain) if s is not None]
-        shapes = {tuple(None if x is None else x.shape[1:] for x in s) for s in signals}
+        targets = [s for s in (teacher.predict, teacher.explain) if s is not None]
+        shapes = {tuple(None if x is None else x.shape[1:] for x in s) for s in targets}
         if len(shapes) != 1:
             raise ValueError("teacher: give one or both streams, both hidden states or both the same top k")
         for name, stream in (("predict", predict), ("explain", explain)):
@@ -223,18 +218,18 @@ def _check_pair(teacher: TeacherDistributions | None) -> None:
 
 def _check_teacher(
     name: str,
-    signal: TeacherStream | None,
+    target: TeacherStream | None,
     teacher: TeacherDistributions,
     stream: Stream | None,
     weight: Tensor,
 ) -> None:
-    if signal is None:
+    if target is None:
         return
     if stream is None:
         raise ValueError(f"teacher.{name} is given, but there is no {name} stream")
     n, vocabulary = stream.hidden.shape[0], weight.shape[0]
-    if signal.hidden is not None and signal.ids is None and signal.probabilities is None:
-        head, hidden = teacher.weight, signal.hidden
+    if target.hidden is not None and target.ids is None and target.probabilities is None:
+        head, hidden = teacher.weight, target.hidden
         if head is None or head.ndim != 2 or head.shape[0] != vocabulary:
             raise ValueError(
                 f"teacher.weight must be [V, D_teacher] with the student's V = {vocabulary}, not"
@@ -247,8 +242,8 @@ def _check_teacher(
             )
         if teacher.bias is not None and teacher.bias.shape != (vocabulary,):
             raise ValueError(f"teacher.bias must be [V] = [{vocabulary}], not {list(teacher.bias.shape)}")
-    elif signal.hidden is None and signal.ids is not None and signal.probabilities is not None:
-        ids, probabilities = signal.ids, signal.probabilities
+    elif target.hidden is None and target.ids is not None and target.probabilities is not None:
+        ids, probabilities = target.ids, target.probabilities
         if ids.ndim != 2 or ids.shape[0] != n or ids.dtype != torch.int64 or probabilities.shape != ids.shape:
             raise ValueError(
                 f"teacher.{name}: ids must be [N, k] int64 and probabilities [N, k] with N = {n}, not"

@@ -11,14 +11,21 @@ differ in what plays V and q. Each is a small function of one signature,
 
     estimator(target, estimate, *, temperature, group) -> {"mi": [B], ...}
 
-with one value per question, of which the loss takes sums. `target` never receives a gradient:
-which stream it is, is the caller's choice (the paper detaches predict). `distribution`
-estimators get the *logarithms* of pooled distributions [B, V]: the logarithm of a probability
-that underflows is still a good number, its ratio to another still a good gradient. `state`
-estimators get pooled hidden states [B, D].
+with one value per question, of which the loss takes sums, and one line in ESTIMATORS. `target` never
+receives a gradient: which stream it is, is the caller's choice (the paper detaches predict). An estimator
+works in one of two spaces:
 
-A stream's distributions p[t, v] are pooled over its positions, P[v] = max_t p[t, v] (the paper)
-or mean_t p[t, v]. Ties in a max go to the first position.
+- "distribution": target and estimate are the *logarithms* of pooled distributions [B, V], because the
+  logarithm of a probability that underflows is still a good number, and its ratio to another still a good
+  gradient. A stream's distributions p[t, v] are pooled over its positions, P[v] = max_t p[t, v] (the paper)
+  or mean_t p[t, v]; ties in a max go to the first position. The head loss calls the function for a few
+  questions at a time, so a question's values may depend on that question alone, `group` is always None, and
+  no collective may be started.
+- "state": target and estimate are pooled hidden states [B, D] of all questions of this rank at once.
+
+The plain function is all that an estimator needs. Where it has no `gradient`, the torch implementation
+differentiates it by `torch.func`, and says so once in the log. Where it is not `in_triton`, the torch
+implementation is taken on a GPU too.
 """
 
 from __future__ import annotations
@@ -31,6 +38,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ibdistill.ops.implementation import log_plain_form
 
 TILE_BYTES = 32 << 20
 """InfoNCE holds this many bytes of similarities at once (at least one row of them)."""
@@ -125,19 +134,69 @@ def normalized_gradient(target: Tensor, estimate: Tensor) -> Tensor:
 
 
 class Estimator(NamedTuple):
-    """An estimator and what it works on."""
+    """An estimator: its plain form, and its fused form where it has one. See the module's docstring."""
 
     function: Callable[..., dict[str, Tensor]]
+    """The plain form."""
     space: Literal["distribution", "state"]
+    """What it is given."""
+    terms: tuple[str, ...] = ("mi",)
+    """Names of the values that `function` returns, for estimators on distributions."""
+    is_cross_entropy: bool = False
+    """Whether mi is the CE of the variational bound between pooled distributions that are made to sum to one.
+    The head loss then also reports `mi_bound`, from `barber_agakov`."""
     gradient: Callable[[Tensor, Tensor], Tensor] | None = None
-    """Of the sum of mi for a `distribution` estimate; where autograd can't look, inside the head loss."""
+    """Fused form, for estimators on distributions: d (sum of mi) / d estimate, [B, V], from target and
+    estimate. None: `torch.func` differentiates `function`."""
+    in_triton: bool = False
+    """Whether the Triton implementation of the head loss has it."""
 
 
 ESTIMATORS = {
-    "paper": Estimator(paper, "distribution", paper_gradient),
-    "normalized": Estimator(normalized, "distribution", normalized_gradient),
+    "paper": Estimator(
+        paper, "distribution", ("mi", "mi_entropy", "mi_constant"), gradient=paper_gradient, in_triton=True
+    ),
+    "normalized": Estimator(
+        normalized, "distribution", ("mi", "mi_entropy"), True, normalized_gradient, in_triton=True
+    ),
     "infonce": Estimator(infonce, "state"),
 }
+
+
+def values_and_gradient(
+    name: str, target: Tensor, estimate: Tensor, temperature: float, *, differentiate: bool
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """The values of an estimator on distributions, each [B], and d (sum of mi) / d estimate, [B, V].
+
+    Args:
+        name: in ESTIMATORS.
+        target, estimate: log P and log E, [B, V].
+        temperature: handed to the estimator.
+        differentiate: whether the gradient is needed; else it is None.
+
+    Raises:
+        ValueError: the estimator returned other values than its line in ESTIMATORS names.
+    """
+    estimator = ESTIMATORS[name]
+
+    def total(estimate: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        values = estimator.function(target, estimate, temperature=temperature, group=None)
+        return values["mi"].sum(), values
+
+    if differentiate and estimator.gradient is None:
+        log_plain_form("head loss", "estimator", name)
+        # torch.func, because a custom op, inside which this runs, is hidden from torch.autograd
+        gradient, values = torch.func.grad(total, has_aux=True)(estimate)
+    else:
+        _, values = total(estimate)
+        gradient = estimator.gradient(target, estimate) if differentiate else None
+    if values.keys() != set(estimator.terms):
+        raise ValueError(
+            f"the estimator {name!r} returned {', '.join(values)}, and its line in ESTIMATORS names the terms"
+            f" {', '.join(estimator.terms)}: name there what it returns"
+        )
+    return values, gradient
+
 
 POOLS = ("max", "mean")
 

@@ -33,6 +33,7 @@ from ibdistill.ops.head_loss.arguments import (
     check_arguments,
     check_values,
 )
+from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov, pool_states
 
 
@@ -72,13 +73,13 @@ def head_loss_reference(
         label_log_p = log_p[keep].gather(1, stream.labels[keep, None])[:, 0]
         terms[f"ce_{name}"] = -label_log_p.sum()
         terms[f"correct_{name}"] = (label_log_p == log_p[keep].amax(-1)).sum().to(dtype)
-        signal = None if teacher is None else getattr(teacher, name)
-        if signal is not None:
+        target = None if teacher is None else getattr(teacher, name)
+        if target is not None:
             student = torch.log_softmax(logits / teacher.temperature, -1)
-            terms[f"kd_{name}"] = _distil(student, teacher, signal, dtype)[keep].sum()
+            terms[f"kd_{name}"] = _distil(student, teacher, target, dtype)[keep].sum()
         values, pool = (hidden, pool_states) if space == "state" else (log_p, pool_logs)
         if name == "explain" and mi is not None and mi.pair == "teacher":
-            values = _teacher_logs(teacher, signal, weight.shape[0], dtype)
+            values = _teacher_logs(teacher, target, weight.shape[0], dtype)
         spans = zip(stream.cu[:-1].tolist(), stream.cu[1:].tolist(), strict=True)
         parts = [values[a:b][keep[a:b]] for a, b in spans]
         if mi is not None:
@@ -105,10 +106,13 @@ def _mi(
     directions = mi.directions
     for target, estimate in directions:
         values = estimator.function(
-            stacked[target].detach(), stacked[estimate], temperature=mi.temperature, group=group
+            stacked[target].detach(),
+            stacked[estimate],
+            temperature=mi.temperature,
+            group=group if estimator.space == "state" else None,
         )
         sums = {name: value.sum() for name, value in values.items()}
-        if mi.estimator == "normalized":
+        if estimator.is_cross_entropy:
             target_sum = torch.softmax(stacked[target].detach(), -1).sum(0)
             sums["mi_bound"] = barber_agakov(target_sum, sums["mi"].detach(), len(both))
         for name, value in sums.items():
@@ -124,44 +128,37 @@ def pool_logs(log_p: Tensor, pool: str) -> Tensor:
     return torch.logsumexp(log_p, 0) - torch.log(torch.tensor(float(len(log_p)), dtype=log_p.dtype))
 
 
-def _teacher_logits(teacher: TeacherDistributions, signal: TeacherStream, dtype: torch.dtype) -> Tensor:
-    logits = signal.hidden.to(dtype) @ teacher.weight.to(dtype).T
+def _teacher_logits(teacher: TeacherDistributions, target: TeacherStream, dtype: torch.dtype) -> Tensor:
+    logits = target.hidden.to(dtype) @ teacher.weight.to(dtype).T
     return (logits if teacher.bias is None else logits + teacher.bias.to(dtype)).detach()
 
 
 def _teacher_logs(
-    teacher: TeacherDistributions, signal: TeacherStream, vocabulary: int, dtype: torch.dtype
+    teacher: TeacherDistributions, target: TeacherStream, vocabulary: int, dtype: torch.dtype
 ) -> Tensor:
     """The teacher's log probabilities at temperature 1, [N, V]; a top k's tail in equal shares."""
-    if signal.hidden is not None:
-        return torch.log_softmax(_teacher_logits(teacher, signal, dtype), -1)
-    q = signal.probabilities.detach().to(dtype)
+    if target.hidden is not None:
+        return torch.log_softmax(_teacher_logits(teacher, target, dtype), -1)
+    q = target.probabilities.detach().to(dtype)
     n, k = q.shape
     tail = (1 - q.sum(-1, keepdim=True)).clamp_min(SMALLEST_PROBABILITY) / max(vocabulary - k, 1)
-    full = tail.expand(n, vocabulary).scatter(1, signal.ids, q)
+    full = tail.expand(n, vocabulary).scatter(1, target.ids, q)
     return full.clamp_min(torch.finfo(dtype).tiny).log()
 
 
 def _distil(
-    student: Tensor, teacher: TeacherDistributions, signal: TeacherStream, dtype: torch.dtype
+    student: Tensor, teacher: TeacherDistributions, target: TeacherStream, dtype: torch.dtype
 ) -> Tensor:
     """T^2 times the divergence of each position, [N], from the student's log probabilities at T."""
-    if signal.hidden is not None:
-        logits = _teacher_logits(teacher, signal, dtype)
+    if target.hidden is not None:
+        logits = _teacher_logits(teacher, target, dtype)
         log_q, log_p = torch.log_softmax(logits / teacher.temperature, -1), student
     else:
         # k + 1 buckets: the tokens, and what is left of each distribution
-        rest = torch.logsumexp(student.scatter(1, signal.ids, -torch.inf), -1, keepdim=True)
+        rest = torch.logsumexp(student.scatter(1, target.ids, -torch.inf), -1, keepdim=True)
         rest = rest.clamp_min(math.log(torch.finfo(dtype).tiny))
-        log_p = torch.cat([student.gather(1, signal.ids), rest], -1)
-        q = signal.probabilities.detach().to(dtype)
+        log_p = torch.cat([student.gather(1, target.ids), rest], -1)
+        q = target.probabilities.detach().to(dtype)
         log_q = torch.cat([q, 1 - q.sum(-1, keepdim=True)], -1).clamp_min(SMALLEST_PROBABILITY).log()
-    q, p, beta = log_q.exp(), log_p.exp(), teacher.beta
-    if teacher.divergence == "forward":
-        loss = q * (log_q - log_p)
-    elif teacher.divergence == "reverse":
-        loss = p * (log_p - log_q)
-    else:
-        log_m = (beta * q + (1 - beta) * p).log()
-        loss = beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)
-    return loss.sum(-1) * teacher.temperature**2
+    loss = DIVERGENCES[teacher.divergence].function(log_q, log_p, teacher.beta)
+    return loss * teacher.temperature**2

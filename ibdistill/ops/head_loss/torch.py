@@ -26,17 +26,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ibdistill.ops.cpu.cache_blocks import cached_rows, exp_times_
+from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
 from ibdistill.ops.head_loss.arguments import STREAMS, Call
 from ibdistill.ops.head_loss.packing import Rows, groups, pack
 from ibdistill.ops.head_loss.torch_pooling import Pooler
 from ibdistill.ops.head_loss.torch_teacher import Distiller
-from ibdistill.ops.linear import (
-    ChunkedLinear,
-    cached_rows,
-    empty_in_huge_pages,
-    exp_times_,
-    log_softmax_,
-)
+from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
 
 class _GivenLogits:
@@ -75,76 +71,112 @@ def compute(
 
     Without a weight the hidden states are logits.
     """
-    rows = pack(call.predict, call.explain)
-    streams = [s.hidden.detach() for s in (call.predict, call.explain) if s is not None]
-    if weight is None:
-        head = _GivenLogits(call, rows, any(needs))
-    else:
-        head = ChunkedLinear(
-            torch.cat(streams)[rows.order], weight, bias, (needs[0] or needs[1], needs[2], needs[3])
-        )
-    dtype, vocabulary = head.accumulator, (streams[0].shape[1] if weight is None else weight.shape[0])
-    scale = torch.full_like(rows.labels, call.weights.ce_predict, dtype=dtype)
-    scale.masked_fill_(rows.is_explain, call.weights.ce_explain)
-    cross_entropy, correct = torch.empty_like(scale), torch.empty_like(scale)
-    distiller = None if call.teacher is None else Distiller(call, rows, vocabulary, dtype)
-    buffers = 1 if distiller is None else 2
-    size = max(1, call.chunk_bytes // (vocabulary * dtype.itemsize * buffers))
-    buffer = empty_in_huge_pages((max(1, min(size, len(rows.order))), vocabulary), streams[0], dtype)
-    block = cached_rows(buffer)
-    pooler, paired = None, call.mi is not None and call.mi.pair == "teacher"
-    if call.mi is not None:
-        pooler = Pooler(call, rows, buffer, differentiate=any(needs) and call.weights.mi != 0)
-    for start, stop, first, last in groups(rows, size, pooler is not None):
-        chunks = [(a, min(a + size, stop)) for a in range(start, stop, size)]
-        if pooler is not None:
-            pooler.start(first, last)
-        for a, b in chunks:
-            z = head.forward(a, b, buffer)
-            for row in range(a, b, block):
-                end = min(row + block, b)
-                log_p = log_softmax_(z[row - a : end - a])
-                label_log_p = log_p.gather(1, rows.labels[row:end, None])[:, 0]
-                cross_entropy[row:end] = -label_log_p
-                correct[row:end] = label_log_p == log_p.amax(-1)
-                if pooler is not None:
-                    pooler.pool(log_p, row, end, ("predict",) if paired else STREAMS)
-            if paired:
-                pooler.pool(distiller.log_probabilities(a, b), a, b, ("explain",))
-            log_p = z
-        if pooler is not None:
-            pooler.estimate()
-        for a, b in chunks if any(needs) or distiller is not None else ():
-            if len(chunks) > 1:
-                log_p = log_softmax_(head.forward(a, b, buffer))
-            if distiller is not None:
-                d_distil = distiller.distil(log_p, a, b)
-            if not any(needs):
-                continue
-            if pooler is not None and pooler.gradients:
-                dz = pooler.logits_gradient(log_p, a, b, scale[a:b])
-            else:
-                dz = exp_times_(log_p, scale[a:b])
-            if distiller is not None:
-                dz.add_(d_distil)
-            dz[torch.arange(b - a, device=dz.device), rows.labels[a:b]] -= scale[a:b]
-            head.add_gradients(dz, a, b)
-    terms = {
-        "ce_predict": cross_entropy[~rows.is_explain].sum(),
-        "correct_predict": correct[~rows.is_explain].sum(),
-    }
-    if call.explain is not None:
-        terms |= {"ce_explain": cross_entropy[rows.is_explain].sum()}
-        terms |= {"correct_explain": correct[rows.is_explain].sum()}
-    if pooler is not None:
-        terms |= pooler.terms()
-    if distiller is not None:
-        terms |= distiller.terms()
+    walk = _Walk(call, weight, bias, needs)
+    for group in groups(walk.rows, walk.size, walk.pooler is not None):
+        walk.group(*group)
+    terms = walk.terms()
     factors = vars(call.weights)
     total = sum(factors[name] * terms[name] for name in factors if name in terms)
     if weight is None:
-        return total, terms, [*head.gradients, None, None, None][:4]
-    return total, terms, _finish_gradients(call, rows, head, needs)
+        return total, terms, [*walk.head.gradients, None, None, None][:4]
+    return total, terms, _finish_gradients(call, walk.rows, walk.head, needs)
+
+
+class _Walk:
+    """The walk over the rows of one call, one group of whole questions after another."""
+
+    def __init__(self, call: Call, weight: Tensor | None, bias: Tensor | None, needs: list[bool]):
+        self.call, self.differentiate = call, any(needs)
+        self.rows = rows = pack(call.predict, call.explain)
+        streams = [s.hidden.detach() for s in (call.predict, call.explain) if s is not None]
+        if weight is None:
+            self.head, vocabulary = _GivenLogits(call, rows, self.differentiate), streams[0].shape[1]
+        else:
+            needed = (needs[0] or needs[1], needs[2], needs[3])
+            self.head = ChunkedLinear(torch.cat(streams)[rows.order], weight, bias, needed)
+            vocabulary = weight.shape[0]
+        dtype = self.head.accumulator
+        self.scale = torch.full_like(rows.labels, call.weights.ce_predict, dtype=dtype)
+        self.scale.masked_fill_(rows.is_explain, call.weights.ce_explain)
+        self.cross_entropy, self.correct = torch.empty_like(self.scale), torch.empty_like(self.scale)
+        self.distiller = None if call.teacher is None else Distiller(call, rows, vocabulary, dtype)
+        # the distiller has a buffer as large as the one of log p
+        buffers = 1 if self.distiller is None else 2
+        self.size = max(1, call.chunk_bytes // (vocabulary * dtype.itemsize * buffers))
+        shape = (max(1, min(self.size, len(rows.order))), vocabulary)
+        self.buffer = empty_in_huge_pages(shape, streams[0], dtype)
+        self.pooler, self.paired = None, call.mi is not None and call.mi.pair == "teacher"
+        if call.mi is not None:
+            # a term of weight 0 is reported all the same, but needs no gradient
+            passes = self.differentiate and call.weights.mi != 0
+            self.pooler = Pooler(call, rows, self.buffer, differentiate=passes)
+
+    def group(self, start: int, stop: int, first: int, last: int) -> None:
+        """All work on the rows start to stop, which are the questions first to last if something is pooled."""
+        # one chunk, unless a single question is larger than the buffer
+        chunks = [(a, min(a + self.size, stop)) for a in range(start, stop, self.size)]
+        if self.pooler is not None:
+            self.pooler.start(first, last)
+        for a, b in chunks:
+            log_p = self._forward(a, b)
+        # only now, because a pooled distribution needs all positions of its question
+        if self.pooler is not None:
+            self.pooler.estimate()
+        if not self.differentiate and self.distiller is None:
+            return
+        for a, b in chunks:
+            # the buffer holds the last chunk only; where it is the only one, log p still stands there
+            if len(chunks) > 1:
+                log_p = log_softmax_(self.head.forward(a, b, self.buffer))
+            self._backward(log_p, a, b)
+
+    def _forward(self, a: int, b: int) -> Tensor:
+        """log p of the rows a to b, [b - a, V] in the buffer; their cross entropies; their part of the pools."""
+        z = self.head.forward(a, b, self.buffer)
+        # five operations read each block, which stays in a CPU's cache between them
+        block = cached_rows(self.buffer)
+        for row in range(a, b, block):
+            end = min(row + block, b)
+            log_p = log_softmax_(z[row - a : end - a])
+            label_log_p = log_p.gather(1, self.rows.labels[row:end, None])[:, 0]
+            self.cross_entropy[row:end] = -label_log_p
+            self.correct[row:end] = label_log_p == log_p.amax(-1)
+            if self.pooler is not None:
+                self.pooler.pool(log_p, row, end, ("predict",) if self.paired else STREAMS)
+        if self.paired:
+            # the teacher's explain stream stands in for the student's
+            self.pooler.pool(self.distiller.log_probabilities(a, b), a, b, ("explain",))
+        return z
+
+    def _backward(self, log_p: Tensor, a: int, b: int) -> None:
+        """Distillation of the rows a to b, and dL/dz in the place of log p, from which all gradients follow."""
+        # first, because it reads log p, which the next step overwrites
+        d_distil = None if self.distiller is None else self.distiller.distil(log_p, a, b)
+        if not self.differentiate:
+            return
+        scale = self.scale[a:b]
+        if self.pooler is not None and self.pooler.gradients:
+            dz = self.pooler.logits_gradient(log_p, a, b, scale)
+        else:
+            dz = exp_times_(log_p, scale)
+        if d_distil is not None:
+            dz.add_(d_distil)
+        # the cross entropy's gradient is c (p - 1) at the label, c p elsewhere; c p is there already
+        dz[torch.arange(b - a, device=dz.device), self.rows.labels[a:b]] -= scale
+        self.head.add_gradients(dz, a, b)
+
+    def terms(self) -> dict[str, Tensor]:
+        """The sums over all rows and questions, 0-d."""
+        is_explain, terms = self.rows.is_explain, {}
+        for name, mine in (("predict", ~is_explain), ("explain", is_explain)):
+            if getattr(self.call, name) is not None:
+                terms[f"ce_{name}"] = self.cross_entropy[mine].sum()
+                terms[f"correct_{name}"] = self.correct[mine].sum()
+        if self.pooler is not None:
+            terms |= self.pooler.terms()
+        if self.distiller is not None:
+            terms |= self.distiller.terms()
+        return terms
 
 
 def _finish_gradients(call: Call, rows: Rows, head: ChunkedLinear, needs: list[bool]) -> list[Tensor | None]:

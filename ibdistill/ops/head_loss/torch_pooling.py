@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ibdistill.ops.cpu.cache_blocks import cached_rows, exp_times_
 from ibdistill.ops.head_loss.arguments import STREAMS, Call
-from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov
+from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov, values_and_gradient
 from ibdistill.ops.head_loss.packing import Rows
-from ibdistill.ops.linear import cached_rows, exp_times_
 
 
 class Pooler:
@@ -74,13 +74,18 @@ class Pooler:
                 pooled.sub_(pooled.new_tensor(lengths).log_()[:, None])
         self.count += len(self.spans)
         for d, (target, estimate) in enumerate(self.directions):
-            pair = self.pooled[target], self.pooled[estimate]
-            for name, value in self.estimator.function(*pair).items():
+            values, gradient = values_and_gradient(
+                self.call.mi.estimator,
+                self.pooled[target],
+                self.pooled[estimate],
+                self.call.mi.temperature,
+                differentiate=self.differentiate,
+            )
+            for name, value in values.items():
                 self.sums[name] = self.sums.get(name, 0) + value.sum() / len(self.directions)
-            if self.differentiate:
-                factor = self.call.weights.mi / len(self.directions)
-                self.gradients[estimate] = self.estimator.gradient(*pair).mul_(factor)
-            if self.call.mi.estimator == "normalized":
+            if gradient is not None:
+                self.gradients[estimate] = gradient.mul_(self.call.weights.mi / len(self.directions))
+            if self.estimator.is_cross_entropy:
                 self.target_sums[d] += torch.softmax(self.pooled[target], -1).sum(0)
 
     def _receivers(self) -> list[str]:
@@ -130,7 +135,7 @@ class Pooler:
             self.start(0, 0)
             self.estimate()
         terms = dict(self.sums)
-        if self.call.mi.estimator == "normalized":
+        if self.estimator.is_cross_entropy:
             bounds = [barber_agakov(s, 0, self.count) for s in self.target_sums if self.count]
             terms["mi_bound"] = sum(bounds, self.new_zeros()) / len(self.directions) - terms["mi"]
         return terms | {"mi_questions": self.new_zeros().add_(self.count)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, SMALLEST_PROBABILITY, Call
-from ibdistill.ops.head_loss.divergences import DIVERGENCES
+from ibdistill.ops.head_loss.divergences import loss_and_gradient
 from ibdistill.ops.head_loss.packing import Rows
 from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
@@ -31,12 +31,12 @@ class Distiller:
     def _pack(self, call: Call, rows: Rows, field: int) -> Tensor | None:
         """One field of the teacher's streams in the order of the rows; zeros where it has nothing to say."""
         fields = [(call.teacher.predict, call.predict), (call.teacher.explain, call.explain)]
-        example = next((signal[field] for signal, _ in fields if signal is not None), None)
+        example = next((target[field] for target, _ in fields if target is not None), None)
         if example is None:
             return None
         parts = [
-            example.new_zeros(stream.hidden.shape[0], example.shape[1]) if signal is None else signal[field]
-            for signal, stream in fields
+            example.new_zeros(stream.hidden.shape[0], example.shape[1]) if target is None else target[field]
+            for target, stream in fields
             if stream is not None
         ]
         return torch.cat(parts).detach()[rows.order]
@@ -69,7 +69,9 @@ class Distiller:
             student = torch.log_softmax(log_p[block] / temperature, -1)
             if self.hidden is not None:
                 log_q = torch.log_softmax(out[block] / temperature, -1)
-                losses, gradient = DIVERGENCES[self.teacher.divergence](log_q, student, self.teacher.beta)
+                losses, gradient = loss_and_gradient(
+                    self.teacher.divergence, log_q, student, self.teacher.beta
+                )
             else:
                 losses, gradient = self._top_k(student, mine)
             taught = self.taught[mine]
@@ -86,7 +88,7 @@ class Distiller:
         mass = rest.sum(-1, keepdim=True)
         # k = V leaves no tail: its logarithm must still be a number
         log_p = torch.cat([top, mass.clamp_min(torch.finfo(mass.dtype).tiny).log()], -1)
-        losses, gradient = DIVERGENCES[self.teacher.divergence](q.log(), log_p, self.teacher.beta)
+        losses, gradient = loss_and_gradient(self.teacher.divergence, q.log(), log_p, self.teacher.beta)
         # a bucket's gradient is shared among its tokens in proportion to their probabilities
         rest.mul_(torch.where(mass > 0, gradient[:, -1:] / mass, 0))
         return losses, rest.scatter_(1, ids, gradient[:, :-1])

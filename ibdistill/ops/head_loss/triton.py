@@ -29,63 +29,16 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ibdistill.ops import launch
-from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, Call, Stream
-from ibdistill.ops.head_loss.estimators import barber_agakov
-from ibdistill.ops.head_loss.kernels import NONE, NORMALIZED, PAPER
+from ibdistill.ops.head_loss.arguments import STREAMS, Call, Stream, TeacherDistributions, TeacherStream
+from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov
+from ibdistill.ops.head_loss.kernels import NORMALIZED
 from ibdistill.ops.head_loss.triton_group import GroupState
-
-
-class _Group(NamedTuple):
-    """Rows that are worked on together: whole questions if something is pooled."""
-
-    slices: list[tuple[int, int, int]]
-    """Stream (0 predict, 1 explain), its rows from, to; in the order of the group's rows."""
-    lines: tuple[int, int]
-    """Its part of the table."""
-    questions: int
-
-
-def _groups(call: Call, size: int, pooled: bool) -> tuple[list[_Group], list[tuple[int, int, int, int]]]:
-    """Cut the streams into groups of at most `size` rows, or one larger question; and the table."""
-    streams = [s for s in (call.predict, call.explain) if s is not None]
-    groups: list[_Group] = []
-    table: list[tuple[int, int, int, int]] = []
-    if not pooled:
-        counts = [s.hidden.shape[0] for s in streams]
-        for start in range(0, sum(counts), size):
-            stop, slices, offset = min(start + size, sum(counts)), [], 0
-            for i, count in enumerate(counts):
-                a, b = max(start - offset, 0), min(stop - offset, count)
-                if a < b:
-                    slices.append((i, a, b))
-                offset += count
-            lines = [(r, min(r + BLOCK_ROWS, stop - start), 0, 0) for r in range(0, stop - start, BLOCK_ROWS)]
-            groups.append(_Group(slices, (len(table), len(table) + len(lines)), 0))
-            table += lines
-        return groups, table
-    p, e = (s.cu.tolist() for s in streams)
-    first = 0
-    for q in range(1, len(p)):
-        full = q + 1 < len(p) and p[q + 1] - p[first] + e[q + 1] - e[first] > size
-        if q + 1 < len(p) and not full:
-            continue
-        shift = p[q] - p[first] - e[first]
-        lines = []
-        for i in range(first, q):
-            lines.append((p[i] - p[first], p[i + 1] - p[first], i - first, 0))
-            lines.append((e[i] + shift, e[i + 1] + shift, i - first, 1))
-        slices = [(0, p[first], p[q]), (1, e[first], e[q])]
-        groups.append(_Group(slices, (len(table), len(table) + len(lines)), q - first))
-        table += lines
-        first = q
-    return groups, table
+from ibdistill.ops.head_loss.triton_plan import Group, Sums, cut_into_groups, make_plan
 
 
 def compute(
@@ -98,7 +51,9 @@ def compute(
     device = call.predict.hidden.device
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         work = _Work(call, weight, bias, needs)
-        groups, table = _groups(call, work.size if weight is not None else sum(work.counts) or 1, work.pooled)
+        size = work.size if weight is not None else sum(work.counts) or 1
+        groups, table = cut_into_groups(call, size, work.plan.is_pooled)
+        # one copy for all groups, which the host does not wait for
         lines = torch.tensor(table, dtype=torch.int32).reshape(-1, 4).to(device, non_blocking=True)
         for group in groups:
             work.group(group, lines[group.lines[0] : group.lines[1]])
@@ -109,7 +64,7 @@ def compute(
 
 
 class _Work:
-    """Buffers and running sums of one call, and the walk over one group after another."""
+    """Buffers and sums of one call, and the walk over one group of rows after another."""
 
     def __init__(self, call: Call, weight: Tensor | None, bias: Tensor | None, needs: list[bool]):
         self.call, self.weight, self.bias = call, weight, bias
@@ -117,96 +72,92 @@ class _Work:
         self.hidden = [s.hidden.detach() for s in self.streams]
         self.counts = [len(h) for h in self.hidden]
         example = self.hidden[0]
-        self.device, self.dtype = example.device, example.dtype
-        self.V = example.shape[1] if weight is None else weight.shape[0]
-        self.padded = self.V if weight is None else triton.cdiv(self.V, 16) * 16
-        itemsize = example.element_size()
-        self.row_block, self.column_block = (
-            launch.row_block(self.V, itemsize),
-            launch.column_block(self.V, itemsize),
-        )
-        self.pooled = call.mi is not None
-        self.estimator = (
-            {"paper": PAPER, "normalized": NORMALIZED}[call.mi.estimator] if self.pooled else NONE
-        )
-        self.is_max = self.pooled and call.mi.pool == "max"
-        self.directions = call.mi.directions if self.pooled else ()
-        self.paired = self.pooled and call.mi.pair == "teacher"
+        self.dtype = example.dtype
+        V = example.shape[1] if weight is None else weight.shape[0]
+        # logits that are given keep their rows; ours are padded, or a V like 50257 makes loads 2 bytes wide
+        padded = V if weight is None else triton.cdiv(V, 16) * 16
         self.differentiate = any(needs)
-        sides = [name for _, name in self.directions] if call.weights.mi != 0 else []
-        self.gets = self._new([n in sides for n in ("predict", "explain")], torch.int32)
-        self.pool_scale = call.weights.mi / max(len(self.directions), 1)
-        self.passes = self.pooled and self.differentiate and bool(sides)
-        self.teacher = call.teacher
-        buffers = 1 if self.teacher is None else 2
-        self.size = max(1, call.chunk_bytes // (self.padded * example.element_size() * buffers))
+        self.plan = make_plan(call, V, padded, differentiate=self.differentiate)
+        self.paired = call.mi is not None and call.mi.pair == "teacher"
+        # a teacher's logits, or the places of its top k, take a second buffer as large as the student's
+        buffers = 1 if call.teacher is None else 2
+        self.size = max(1, call.chunk_bytes // (padded * example.element_size() * buffers))
         self.d_hidden = [torch.zeros_like(h) if needs[0] or needs[1] else None for h in self.hidden]
         self.d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[2] else None
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[3] else None
-        self.sums: dict[str, Tensor] = {}
-        self.target_sums = [0.0 for _ in self.directions]
-        self.questions = self._new(0.0)
+        self.zero = example.new_zeros((), dtype=torch.float32)
+        self.sums = Sums(self.zero, [0.0 for _ in self.plan.directions])
         if weight is not None:
             rows = max(1, min(self.size, sum(self.counts)))
-            self.buffers = [example.new_empty(rows, self.padded) for _ in range(buffers)]
+            self.buffers = [example.new_empty(rows, padded) for _ in range(buffers)]
+        self.teacher_fields = None if call.teacher is None else self._teacher_fields(call.teacher)
 
-    def _new(self, values, dtype=torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=self.device)
+    def _teacher_fields(self, teacher: TeacherDistributions) -> list[list[Tensor] | None]:
+        """The fields of `TeacherStream`, each for every stream; zeros where the teacher says nothing."""
+        given = [teacher.predict, teacher.explain]
+        fields: list[list[Tensor] | None] = []
+        for i in range(len(TeacherStream._fields)):
+            example = next(target[i] for target in given if target is not None)
+            if example is None:
+                fields.append(None)
+                continue
+            fields.append(
+                [
+                    example.new_zeros(count, example.shape[1]) if target is None else target[i].detach()
+                    for count, target in zip(self.counts, given, strict=False)
+                ]
+            )
+        return fields
 
-    def cut(self, group: _Group, tensors: list[Tensor]) -> Tensor:
+    def _cut(self, group: Group, tensors: list[Tensor]) -> Tensor:
         """The group's rows of a tensor of each stream."""
         return torch.cat([tensors[i][a:b] for i, a, b in group.slices])
 
-    def group(self, group: _Group, table: Tensor) -> None:
+    def group(self, group: Group, table: Tensor) -> None:
         """All work on one group of rows."""
-        labels = self.cut(group, [s.labels for s in self.streams])
+        labels = self._cut(group, [s.labels for s in self.streams])
         rows = len(labels)
-        hidden = None if self.weight is None else self.cut(group, self.hidden)
+        hidden = None if self.weight is None else self._cut(group, self.hidden)
         chunks = [(a, min(a + self.size, rows)) for a in range(0, rows, self.size)]
         if self.weight is None:
+            # logits that are given are walked over where they lie: a chunk per stream
             ends = [0, *torch.tensor([b - a for _, a, b in group.slices]).cumsum(0).tolist()]
             chunks = list(itertools.pairwise(ends))
-        state = GroupState(self, group, table, labels)
+        state = GroupState(self.plan, group, table, labels)
+        if self.teacher_fields is not None:
+            cut = [None if x is None else self._cut(group, x) for x in self.teacher_fields]
+            state.start_teaching(TeacherStream(*cut), self.buffers[1])
         for i, (a, b) in enumerate(chunks):
             z = self._logits(group, hidden, a, b, i)
             state.statistics(z, a, b)
             if self.paired and a < b:
+                # even lines of the table are predict's sequences, odd ones explain's
                 state.pool(z, state.lse, a, b, slice(0, None, 2))
                 state.pool(*state.teaching.log_probabilities(a, b), a, b, slice(1, None, 2))
-            elif self.pooled:
+            elif self.plan.is_pooled:
                 state.pool(z, state.lse, a, b)
             if state.teaching is not None:
                 state.teaching.teach(z, a, b)
-        state.estimate()
+        state.add_to(self.sums)
         for i, (a, b) in enumerate(chunks if self.differentiate else ()):
+            # the buffer holds the last chunk's logits only; those of a group in one chunk still stand there
             again = len(chunks) > 1 and self.weight is not None
             z = self._logits(group, hidden, a, b, i) if again or self.weight is None else z
+            # logits that are given stay as they are: their gradient has a tensor of its own
             out = z if self.weight is not None else self.d_hidden[group.slices[i][0]]
             state.gradient(z, out, a, b)
             if self.weight is not None:
-                self._products(group, hidden, z[:, : self.V], a, b)
+                self._products(group, hidden, z[:, : self.plan.V], a, b)
 
-    def _logits(self, group: _Group, hidden: Tensor | None, a: int, b: int, chunk: int) -> Tensor:
+    def _logits(self, group: Group, hidden: Tensor | None, a: int, b: int, chunk: int) -> Tensor:
         """Logits of the group's rows a to b, their rows padded."""
         if self.weight is None:
             stream, first, last = group.slices[chunk]
             logits = self.hidden[stream][first:last]
             return logits if logits.stride(1) == 1 else logits.contiguous()
-        z = self.buffers[0][: b - a]
-        return self.multiply(hidden[a:b], self.weight, self.bias, z)
+        return self.plan.multiply(hidden[a:b], self.weight, self.bias, self.buffers[0][: b - a])
 
-    def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """hidden W^T + b into the first V columns of `out`."""
-        view = out[:, : self.V]
-        if weight.dtype != out.dtype:
-            view.copy_(hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T))
-        elif bias is None:
-            torch.mm(hidden, weight.T, out=view)
-        else:
-            torch.addmm(bias, hidden, weight.T, out=view)
-        return out
-
-    def _products(self, group: _Group, hidden: Tensor, dz: Tensor, a: int, b: int) -> None:
+    def _products(self, group: Group, hidden: Tensor, dz: Tensor, a: int, b: int) -> None:
         """From dL/dz of the rows a to b the gradients of hidden states, weight and bias."""
         if self.d_hidden[0] is not None:
             d_hidden, offset = dz @ self.weight, 0
@@ -223,31 +174,27 @@ class _Work:
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
 
-    def add(self, name: str, value: Tensor) -> None:
-        """Add to a running sum."""
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
-
     def terms(self) -> dict[str, Tensor]:
         """Sums over all groups."""
-        names = [
-            f"{kind}_{stream}"
-            for stream in ("predict", "explain")[: len(self.streams)]
-            for kind in ("ce", "correct")
-        ]
-        if self.pooled:
-            names += ["mi", "mi_entropy"] + (["mi_constant"] if self.estimator == PAPER else [])
-        if self.teacher is not None:
-            taught = {"predict": self.teacher.predict, "explain": self.teacher.explain}
-            names += [f"kd_{name}" for name, signal in taught.items() if signal is not None]
-        terms = {name: self.sums.get(name, self._new(0.0)) for name in names}
-        if self.estimator == NORMALIZED:
-            entropies = [self._marginal_entropy(s) for s in self.target_sums if isinstance(s, Tensor)]
-            terms["mi_bound"] = sum(entropies, self._new(0.0)) / len(self.directions) - terms["mi"]
-        return terms | ({"mi_questions": self.questions} if self.pooled else {})
-
-    def _marginal_entropy(self, target_sum: Tensor) -> Tensor:
-        """`barber_agakov` with a number of questions that stays on the device."""
-        return barber_agakov(target_sum, self._new(0.0), self.questions)
+        plan, sums = self.plan, self.sums
+        streams = STREAMS[: len(self.streams)]
+        names = [f"{kind}_{stream}" for stream in streams for kind in ("ce", "correct")]
+        if plan.is_pooled:
+            names += ESTIMATORS[self.call.mi.estimator].terms
+        if plan.teacher is not None:
+            names += [f"kd_{stream}" for stream in STREAMS if getattr(plan.teacher, stream) is not None]
+        # without a group of rows there is no sum
+        terms = {name: sums.terms.get(name, self.zero.clone()) for name in names}
+        if plan.estimator == NORMALIZED:
+            # the number of questions stays on the device
+            bounds = [
+                barber_agakov(target, self.zero, sums.questions)
+                for target in sums.targets
+                if isinstance(target, Tensor)
+            ]
+            terms["mi_bound"] = sum(bounds, self.zero) / len(plan.directions) - terms["mi"]
+        # a clone, because the results of a custom op can't share memory
+        return terms | ({"mi_questions": sums.questions.clone()} if plan.is_pooled else {})
 
     def gradients(self) -> list[Tensor | None]:
         """In the order and the dtype of the inputs."""

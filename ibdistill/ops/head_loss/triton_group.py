@@ -5,11 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-import triton
 from torch import Tensor
 
 from ibdistill.ops import launch
-from ibdistill.ops.head_loss.arguments import IGNORED, STREAMS
+from ibdistill.ops.head_loss.arguments import IGNORED, STREAMS, TeacherStream
 from ibdistill.ops.head_loss.kernels import (
     NONE,
     PAPER,
@@ -21,39 +20,50 @@ from ibdistill.ops.head_loss.kernels import (
     row_stats_kernel,
     winner_sums_kernel,
 )
+from ibdistill.ops.head_loss.triton_plan import Group, Plan, Sums
 from ibdistill.ops.head_loss.triton_teacher import Teaching
 
 
 class GroupState:
-    """Per-row and per-question numbers of one group, and the kernels' launches."""
+    """Numbers per row and per question of one group, and the kernels' launches.
 
-    def __init__(self, work, group, table: Tensor, labels: Tensor):
-        self.work, self.group, self.table, self.labels = work, group, table, labels
+    Call `start_teaching` if there is a teacher; then, for each chunk of rows, `statistics`, `pool` and
+    `teaching.teach`; then `add_to`; then `gradient` for each chunk.
+    """
+
+    def __init__(self, plan: Plan, group: Group, table: Tensor, labels: Tensor):
+        """`table` [sequences, 4] int32 and `labels` [rows] are the group's own."""
+        self.plan, self.group, self.table, self.labels = plan, group, table, labels
         self.rows = len(labels)
         new = labels.new_empty
         self.lse, self.ce, self.correct = (new(self.rows, dtype=torch.float32) for _ in range(3))
         self.kept = labels != IGNORED
-        counts = [b - a for _, a, b in group.slices]
-        self.per_stream = [(i, count) for (i, _, _), count in zip(group.slices, counts, strict=True)]
-        weights = work.call.weights
-        self.scale = self._by_stream((weights.ce_predict, weights.ce_explain))
+        self.per_stream = [(stream, b - a) for stream, a, b in group.slices]
+        self.scale = self._by_stream((plan.weights.ce_predict, plan.weights.ce_explain))
+        # a kernel takes all its pointers in any case; what it will not read is this
         self.unused = self.lse
         self.pooled = self.winners = self.sums = self.won = self.lengths = self.unused
-        if work.pooled:
-            shape = (2, group.questions, work.padded)
+        if plan.is_pooled:
+            shape = (2, group.questions, plan.padded)
             self.pooled = new(shape, dtype=torch.float32)
-            self.winners = new(shape if work.is_max else 1, dtype=torch.int32)
+            self.winners = new(shape if plan.is_max else 1, dtype=torch.int32)
+            # positions of each sequence that are not ignored: differences of a running count
             seen = torch.nn.functional.pad(self.kept.cumsum(0), (1, 0))
             self.lengths = (seen[table[:, 1].long()] - seen[table[:, 0].long()]).int()
+            # the table's lines go predict, explain, predict, ...: one question per pair
             self.both = (self.lengths.view(-1, 2) > 0).all(1)
-        self.teaching = None
-        if work.teacher is not None:
-            # no weight for a stream of which the teacher says nothing
-            signals = (work.teacher.predict, work.teacher.explain)
-            factors = (weights.kd_predict, weights.kd_explain)
-            on = tuple(0.0 if s is None else f for s, f in zip(signals, factors, strict=True))
-            taught = self._by_stream(on) * work.teacher.temperature
-            self.teaching = Teaching(work, lambda parts: work.cut(group, parts), labels, taught)
+        self.teaching: Teaching | None = None
+
+    def start_teaching(self, targets: TeacherStream, buffer: Tensor) -> None:
+        """Distil from `targets`, those of the group's rows; `buffer` is [rows of a chunk, padded]."""
+        teacher, weights = self.plan.teacher, self.plan.weights
+        # no weight for a stream about which the teacher says nothing
+        on = (
+            0.0 if teacher.predict is None else weights.kd_predict,
+            0.0 if teacher.explain is None else weights.kd_explain,
+        )
+        taught = self._by_stream(on) * teacher.temperature
+        self.teaching = Teaching(self.plan, targets, buffer, self.labels, taught)
 
     def _by_stream(self, values: tuple[float, float]) -> Tensor:
         """A number for each row that is not ignored, 0 for the others."""
@@ -65,113 +75,117 @@ class GroupState:
         if a < b:
             row_stats_kernel[(b - a,)](
                 z, z.stride(0), self.labels, self.lse, self.ce, self.correct, a,
-                self.work.V, self.work.padded, BLOCK=self.work.row_block, num_warps=launch.WARPS,
+                self.plan.V, self.plan.padded, BLOCK=self.plan.row_block, num_warps=launch.WARPS,
             )  # fmt: skip
 
     def pool(self, z: Tensor, lse: Tensor, a: int, b: int, sequences: slice = slice(None)) -> None:
         """Carry the pools of these lines of the table on with the rows a to b."""
-        work = self.work
+        plan = self.plan
         # clones, because a view's first element may lie where loads can't be wide: another compilation
         table, lengths = self.table[sequences].clone(), self.lengths[sequences].clone()
-        grid = (len(table), triton.cdiv(work.padded, work.column_block))
+        grid = (len(table), plan.column_blocks)
         if a < b:
             pool_kernel[grid](
                 z, z.stride(0), self.labels, lse, table, lengths, self.pooled, self.winners,
-                self.group.questions, a, b, work.V, work.padded,
-                IS_MAX=work.is_max, BLOCK=work.column_block, num_warps=launch.WARPS,
+                self.group.questions, a, b, plan.V, plan.padded,
+                IS_MAX=plan.is_max, BLOCK=plan.column_block, num_warps=launch.WARPS,
             )  # fmt: skip
 
-    def estimate(self) -> None:
-        """Add the group's sums to the running ones."""
-        offset = 0
+    def add_to(self, sums: Sums) -> None:
+        """Add the group's terms to the running sums; all rows have been seen."""
+        offset, teacher = 0, self.plan.teacher
         for stream, count in self.per_stream:
             name, mine = STREAMS[stream], slice(offset, offset + count)
-            self.work.add(f"ce_{name}", self.ce[mine].sum())
-            self.work.add(f"correct_{name}", self.correct[mine].sum())
-            if self.teaching is not None and getattr(self.work.teacher, name) is not None:
+            sums.add(f"ce_{name}", self.ce[mine].sum())
+            sums.add(f"correct_{name}", self.correct[mine].sum())
+            if self.teaching is not None and getattr(teacher, name) is not None:
                 losses = torch.where(self.kept[mine], self.teaching.losses[mine], 0.0)
-                self.work.add(f"kd_{name}", losses.sum() * self.work.teacher.temperature**2)
+                sums.add(f"kd_{name}", losses.sum() * teacher.temperature**2)
             offset += count
-        if self.work.pooled:
-            self._estimate()
+        if self.plan.is_pooled:
+            self._estimate(sums)
 
-    def _estimate(self) -> None:
+    def _estimate(self, sums: Sums) -> None:
         """Pooled sums, the terms they give, and s[t] of a max."""
-        work, questions = self.work, self.group.questions
-        grid = (questions, triton.cdiv(work.padded, work.column_block))
+        plan, questions = self.plan, self.group.questions
+        grid = (questions, plan.column_blocks)
         parts = self.lse.new_empty(*grid, SUMS)
         pooled_sums_kernel[grid](
-            self.pooled, self.both.int(), parts, questions, work.V, work.padded,
-            BLOCK=work.column_block, num_warps=launch.WARPS,
+            self.pooled, self.both.int(), parts, questions, plan.V, plan.padded,
+            BLOCK=plan.column_block, num_warps=launch.WARPS,
         )  # fmt: skip
+        # the blocks of the vocabulary are added in a fixed order, where atomics would add in any
         self.sums = parts.sum(1)
         columns = self.sums.unbind(1)
-        work.questions = work.questions + self.both.sum()
-        for d, (target, estimate) in enumerate(work.directions):
+        sums.questions = sums.questions + self.both.sum()
+        for d, (target, estimate) in enumerate(plan.directions):
+            # `SUMS` names the nine columns: of those that come in twos, predict's first
             t, e = (STREAMS.index(name) for name in (target, estimate))
             total = columns[t]
             entropy = total.log() - columns[5 + t] / total
-            if work.estimator == PAPER:
+            if plan.estimator == PAPER:
                 values = {"mi": total * columns[2 + e].log() - columns[4], "mi_entropy": entropy}
-                values["mi_constant"] = total * math.log(work.V)
+                values["mi_constant"] = total * math.log(plan.V)
             else:
                 values = {"mi": columns[e].log() - columns[7 + t] / total, "mi_entropy": entropy}
-                shares = torch.exp(self.pooled[t, :, : work.V] - total.log()[:, None])
-                work.target_sums[d] = work.target_sums[d] + torch.where(self.both[:, None], shares, 0.0).sum(
-                    0
-                )
+                shares = torch.exp(self.pooled[t, :, : plan.V] - total.log()[:, None])
+                sums.targets[d] = sums.targets[d] + torch.where(self.both[:, None], shares, 0.0).sum(0)
+            # questions with positions in one stream only have sums of 0, whose logarithms are no numbers
             for name, value in values.items():
-                work.add(name, torch.where(self.both, value, 0.0).sum() / len(work.directions))
-        if work.passes:
+                sums.add(name, torch.where(self.both, value, 0.0).sum() / len(plan.directions))
+        if plan.needs_pool_gradient:
             self.won = torch.zeros_like(self.lse)
-            if work.is_max and self.rows:
+            if plan.is_max and self.rows:
                 self._winner_sums()
 
     def _winner_sums(self) -> None:
-        work = self.work
-        splits = triton.cdiv(work.padded, work.column_block)
-        parts = self.lse.new_zeros(self.rows, splits)
+        """s[t] of a max: the sum of the gradients of the entries that position t won."""
+        plan = self.plan
+        parts = self.lse.new_zeros(self.rows, plan.column_blocks)
         for side, name in enumerate(STREAMS):
-            if name not in [estimate for _, estimate in work.directions]:
+            if name not in [estimate for _, estimate in plan.directions]:
                 continue
             lines = self.table[side::2].contiguous()
-            winner_sums_kernel[(len(lines), splits)](
-                lines, self.pooled, self.winners, self.sums, parts, self.group.questions, work.V, work.padded,
-                work.pool_scale, ESTIMATOR=work.estimator, BLOCK=work.column_block, num_warps=launch.WARPS,
+            winner_sums_kernel[(len(lines), plan.column_blocks)](
+                lines, self.pooled, self.winners, self.sums, parts, self.group.questions, plan.V, plan.padded,
+                plan.pool_scale, ESTIMATOR=plan.estimator, BLOCK=plan.column_block, num_warps=launch.WARPS,
             )  # fmt: skip
         self.won = parts.sum(1)
 
     def _mean_sums(self, z: Tensor, a: int, b: int) -> None:
-        work = self.work
+        """s[t] of a mean, for the rows a to b: what the mean passes to position t, over the vocabulary."""
+        plan = self.plan
         sequences = torch.arange(len(self.table), device=self.table.device)
+        # rows are all of predict's, then all of explain's; the table's lines alternate
         order = torch.cat([sequences[0::2], sequences[1::2]])
         counts = (self.table[:, 1] - self.table[:, 0])[order]
         owners = torch.repeat_interleave(order, counts, output_size=self.rows)
         mean_sums_kernel[(b - a,)](
-            z, z.stride(0), self.labels, self.lse, owners, self.lengths, self.pooled, self.sums, work.gets,
-            self.won, self.group.questions, a, work.V, work.padded, work.pool_scale,
-            ESTIMATOR=work.estimator, BLOCK=work.row_block, num_warps=launch.WARPS,
+            z, z.stride(0), self.labels, self.lse, owners, self.lengths, self.pooled, self.sums,
+            plan.receives, self.won, self.group.questions, a, plan.V, plan.padded, plan.pool_scale,
+            ESTIMATOR=plan.estimator, BLOCK=plan.row_block, num_warps=launch.WARPS,
         )  # fmt: skip
 
     def gradient(self, z: Tensor, out: Tensor, a: int, b: int) -> None:
         """Write dL/dz of the rows a to b to `out`, which may be z."""
-        work, settings = self.work, self.work.teacher
+        plan, teacher = self.plan, self.plan.teacher
         if a == b:
             return
-        if work.passes and not work.is_max:
+        if plan.needs_pool_gradient and not plan.is_max:
             self._mean_sums(z, a, b)
         x = self.teaching
         taught, k = (self.unused,) * 6, 0
         if x is not None:
             taught = (x.load(a, b), x.student_lse, x.teacher_lse, x.means, x.taught, x.tops)
             k = x.tops.shape[-1]
-        grid = (len(self.table), triton.cdiv(work.padded, work.column_block))
+        # one launch makes all parts of dL/dz, so that a logit is read and written once
+        grid = (len(self.table), plan.column_blocks)
         gradient_kernel[grid](
             z, z.stride(0), out, out.stride(0), self.labels, self.lse, self.scale, self.won, self.table,
-            self.lengths, self.pooled, self.winners, self.sums, work.gets, *taught, k, self.group.questions,
-            a, b, work.V, work.padded, work.pool_scale,
-            1 / settings.temperature if settings else 1.0, settings.beta if settings else 0.5,
-            ESTIMATOR=work.estimator if work.passes else NONE, IS_MAX=work.is_max,
+            self.lengths, self.pooled, self.winners, self.sums, plan.receives, *taught, k,
+            self.group.questions, a, b, plan.V, plan.padded, plan.pool_scale,
+            1 / teacher.temperature if teacher else 1.0, teacher.beta if teacher else 0.5,
+            ESTIMATOR=plan.estimator if plan.needs_pool_gradient else NONE, IS_MAX=plan.is_max,
             DIVERGENCE=NONE if x is None else x.divergence,
-            BLOCK=work.column_block, num_warps=launch.WARPS,
+            BLOCK=plan.column_block, num_warps=launch.WARPS,
         )  # fmt: skip
