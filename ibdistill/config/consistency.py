@@ -1,6 +1,6 @@
 """What one setting decides about another: defaults that depend on others, and settings that contradict.
 
-Everything here is about a whole `config.Config` whose single values have passed their own rules.
+Everything here is about a whole `sections.Config` whose single values have passed their own rules.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 def settle(config: Config) -> None:
-    """Replace the settings that stand for "by the others" (auto, none) by what they come to."""
-    teacher, objective = config.teacher, config.objective
+    """Replace the settings that stand for "by the others" (auto, none, a share) by what they come to."""
+    teacher, objective, optim = config.teacher, config.objective, config.optim
+    share_or_steps = optim.warmup_steps
+    optim.warmup_steps = round(share_or_steps * optim.max_steps if share_or_steps < 1 else share_or_steps)
     if objective.estimator == "auto":
         white_box = teacher.placement != "none" and objective.mi_pair == "student"
         objective.estimator = "vid" if white_box else "paper"
@@ -92,8 +94,6 @@ def _check_agreement(config: Config) -> None:
     """Raise ValueError where the settings of `data.unlabelled` contradict others."""
     data, batch_size = config.data, config.optim.batch_size
     if data.unlabelled is None:
-        if data.agree_use == "mi":
-            raise ValueError("data.agree_use is mi, but of which questions? Name them in data.unlabelled")
         return
     if not data.agree_at or sorted(set(data.agree_at)) != data.agree_at:
         raise ValueError(
@@ -104,8 +104,6 @@ def _check_agreement(config: Config) -> None:
             f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
             f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one gold"
         )
-    if data.agree_use == "mi":
-        _check_mi_on_answers(config)
     if config.objective.method == "finetune":
         raise ValueError(
             "data.unlabelled compares the two streams' answers, and objective.method finetune trains one; "
@@ -115,20 +113,4 @@ def _check_agreement(config: Config) -> None:
         raise ValueError(
             "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
             "teacher.placement"
-        )
-
-
-def _check_mi_on_answers(config: Config) -> None:
-    """Raise ValueError where `data.agree_use` mi contradicts other settings."""
-    objective = config.objective
-    if objective.method != "ib" or objective.beta == 0 or objective.estimator in ("vid", "vib"):
-        raise ValueError(
-            "data.agree_use mi is about the term between the student's two streams; set objective.method ib "
-            f"(it is {objective.method}) with objective.estimator paper, normalized or infonce (it is "
-            f"{objective.estimator}) and objective.beta above 0"
-        )
-    if config.teacher.placement != "none" and _needs_teacher(objective):
-        raise ValueError(
-            f"data.agree_use mi takes no teacher's answers, for which {_needs_teacher(objective)[0]} asks; "
-            "leave that out"
         )

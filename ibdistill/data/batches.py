@@ -65,8 +65,6 @@ class Batch:
     """Stream -> [N_stream] int64."""
     cu: dict[str, Tensor]
     """Stream -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
-    num_extra: int = 0
-    """The last so many questions are for the mutual-information term alone (`data.agree_use` mi)."""
 
     @property
     def num_tokens(self) -> int:

@@ -119,38 +119,6 @@ class Sampler:
         return rows[np.concatenate(order)].reshape(num_batches, self.batch_size)
 
 
-class ExtraSampler(Sampler):
-    """The plan of the gold records with further ones behind those of each micro-batch, `data.agree_share`
-    times as many, for the mutual-information term alone (`data.agree_use` mi)."""
-
-    def __init__(
-        self, gold: Features, extra: Features, config: DataConfig, *, batch_size: int, seed: int
-    ) -> None:
-        """`micro_batches` counts the extra records on from the gold ones, as in `gold + extra`.
-
-        Raises ValueError if the records of either kind do not fill their part of one batch.
-        """
-        super().__init__(gold, config, batch_size=batch_size, seed=seed)
-        size, one_task = config.pseudo_batch_size(batch_size), replace(config, mixture_weights=None)
-        self._extra = Sampler(extra, one_task, batch_size=size, seed=seed)
-        self._first_extra = len(gold)
-
-    def micro_batches(
-        self, step: int, *, rank: int, world_size: int, micro_batch_size: int
-    ) -> list[np.ndarray]:
-        """As those of `Sampler`, and then the extra records."""
-        of_rank = {"rank": rank, "world_size": world_size}
-        gold = super().micro_batches(step, **of_rank, micro_batch_size=micro_batch_size)
-        size = micro_batch_size * self._extra.batch_size // self.batch_size
-        extra = self._extra.micro_batches(step, **of_rank, micro_batch_size=size)
-        pairs = zip(gold, extra, strict=True)
-        return [np.concatenate([rows, self._first_extra + more]) for rows, more in pairs]
-
-    def counts(self, step: int) -> dict[str, int]:
-        """Of the gold records; `explained`, which the term is divided by, of the extra ones."""
-        return super().counts(step) | {"explained": self._extra.counts(step)["explained"]}
-
-
 class MixedSampler(Sampler):
     """A plan that gives a share of every batch to pseudo-labelled records (`agreement`).
 

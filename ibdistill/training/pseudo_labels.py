@@ -11,11 +11,6 @@ alone; that is all the filter knows. Hence the defaults: the student must be goo
 starts (0.4 of the run), and half of each batch stays gold. On the demo starting earlier, more
 pseudo-labels, or labels that nothing filters lost accuracy.
 
-With `data.agree_use` mi the answers are not learned: all of them, agreed or not, join the batches of
-gold records (`plan.ExtraSampler`) for the objective's term between the two streams, which is on them
-alone. On a labelled question both cross entropies fix both streams' distributions already; on an
-unlabelled one what the streams know of each other is all there is to learn.
-
     RUN/agree/step-STEP-DIGEST.jsonl    the records, written before training goes on
 
 The checkpoint names the file in force, by its content. A run that is killed while it answers
@@ -114,27 +109,6 @@ def agreed(predictions: Sequence[Prediction]) -> list[Record]:
         for p in predictions
         if len(implied := p.implied) == 1 and agrees(p.label, implied, p.record)
     ]
-
-
-def used(predictions: Sequence[Prediction], data: DataConfig) -> list[Record]:
-    """The predictions to train on, as records: `agreed`, or for `data.agree_use` mi all with two texts."""
-    if data.agree_use == "labels":
-        return agreed(predictions)
-    return [
-        dataclasses.replace(p.record, label=p.label, rationale=p.rationale)
-        for p in predictions
-        if p.label and p.rationale
-    ]
-
-
-def check_share(data: DataConfig, micro_batch_size: int) -> None:
-    """Raise ValueError unless `data.agree_use` mi adds a whole number of answers to each micro-batch."""
-    more = data.agree_share * micro_batch_size
-    if data.unlabelled is not None and data.agree_use == "mi" and abs(more - round(more)) > 1e-6:
-        raise ValueError(
-            f"data.agree_share is {data.agree_share}; with data.agree_use mi each micro-batch of "
-            f"{micro_batch_size} questions gets so many answers more, {more:g}, which must be a whole number"
-        )
 
 
 def scalars(predictions: Sequence[Prediction], pseudo: Sequence[Record], seconds: float) -> dict[str, float]:

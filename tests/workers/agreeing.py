@@ -12,8 +12,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fire
-
 from ibdistill import train
 from ibdistill.data.tasks import demo
 from ibdistill.models import decoding
@@ -54,6 +52,6 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
 if __name__ == "__main__":
     decoding.decode = answers_of_an_oracle([])
     try:
-        fire.Fire(train.main)
+        train.main()
     except SystemExit as end:
         distributed.exit_at_once(end.code)
