@@ -37,10 +37,10 @@ _OWNED = {
 }
 """Key of a DeepSpeed file -> the setting that owns it."""
 _OBJECTS = """
-    activation_checkpointing aio autotuning checkpoint comet comms_logger compile compression_training csv_monitor
-    curriculum_learning data_efficiency data_types datastates_ckpt eigenvalue elasticity expert_parallel
-    flops_profiler hybrid_engine nebula pipeline progressive_layer_drop quantize_training sparse_attention
-    tensor_parallel tensorboard timers wandb weight_quantization zero_optimization
+    activation_checkpointing aio autotuning checkpoint comet comms_logger compile compression_training
+    csv_monitor curriculum_learning data_efficiency data_types datastates_ckpt eigenvalue elasticity
+    expert_parallel flops_profiler hybrid_engine nebula pipeline progressive_layer_drop quantize_training
+    sparse_attention tensor_parallel tensorboard timers wandb weight_quantization zero_optimization
 """.split()
 _FLAGS = """
     dataloader_drop_last disable_allgather disable_python_gc dump_state graph_harvesting memory_breakdown
@@ -120,7 +120,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
 
 
 def _check_key(path: Path, key: str, value: Any) -> None:
-    """Raise ValueError unless a key of the first level is DeepSpeed's alone and its value has the right type."""
+    """Raise ValueError unless a first-level key is DeepSpeed's alone and its value has the right type."""
     if key in _OWNED:
         raise ValueError(f"{path} sets {key!r}; that belongs to {_OWNED[key]}. Remove it from the file")
     if key not in _OTHER:
@@ -135,7 +135,7 @@ def _check_key(path: Path, key: str, value: Any) -> None:
 
 
 def _check_zero(path: Path, zero: dict[str, Any]) -> None:
-    """Raise ValueError unless DeepSpeed's class of ZeRO settings has all the keys and takes all the values."""
+    """Raise ValueError unless DeepSpeed's class of ZeRO settings has all keys and takes all values."""
     import pydantic
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
