@@ -2,10 +2,10 @@
 
     python slurm/check_settings.py WHAT RECIPE [--section.field value ...]
 
-WHAT is `run` for its own, or `rationales` for that of its teacher's text.
+WHAT is `run` for the run's own folder, or `rationales` for that of its teacher's texts.
 
-Takes a fraction of a second, since it needs no torch: a typing error should cost neither a
-wait in the queue nor the start of all ranks.
+This takes a fraction of a second, since it needs no torch: a typing error should cost neither
+a wait in the queue nor the start of all ranks.
 """
 
 from __future__ import annotations

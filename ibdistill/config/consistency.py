@@ -26,18 +26,19 @@ def settle(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Raise ValueError, with the settings, their values and the way out, where settings contradict."""
+    """Raise ValueError where settings contradict; the message has the settings, their values, the way out."""
     optim = config.optim
     if optim.warmup_steps > optim.max_steps:
         raise ValueError(
-            f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps})"
+            f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps}); "
+            "give fewer steps, or a share of them below 1"
         )
     _check_teacher(config)
     _check_agreement(config)
 
 
 def _needs_teacher(objective: ObjectiveConfig) -> list[str]:
-    """The settings that ask for an online teacher, for a message; empty: none is needed."""
+    """The settings that ask for an online teacher, as a message names them; empty if none does."""
     ib = "ib" in objective.method
     asking = {
         f"objective.method {objective.method}": "kd" in objective.method,
@@ -102,7 +103,7 @@ def _check_agreement(config: Config) -> None:
     if not 0 < data.pseudo_batch_size(batch_size) < batch_size:
         raise ValueError(
             f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
-            f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one gold"
+            f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one labelled"
         )
     if config.objective.method == "finetune":
         raise ValueError(

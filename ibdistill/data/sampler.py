@@ -1,15 +1,15 @@
-"""The data plan: which records each step learns from.
+"""The sampler: which records each step learns from.
 
-A **plan** is a pure function of its settings: step k of seed s is always the same questions
+The choice is a pure function of the settings: step k of seed s is always the same questions
 in the same order, for any number of ranks and micro-batches. Resuming needs only the number
 of the step, nothing can get lost between workers, and the global token counts of a step,
 by which the losses are divided, are known on every rank without talking.
 
 Within a batch, records of similar length go to the same micro-batch. With `data.bucket_batches`
-above 1 whole batches are of similar length too: the records of a pool of so many batches are
-sorted by target length, cut into slabs, and each slab is sorted by question length (sorting by
+above 1 whole batches are of similar length too: the records of a pool of that many batches are
+sorted by target length and cut into slabs, and each slab is sorted by question length (a sort by
 one length leaves the other one random, and with T5 both cost). That saves padding, but batches
-are then no random sample: where length tells the kind of record, a batch holds one kind. On the
+are then no random sample: where length tells the kind of record, a batch holds one kind only. On the
 demo's pretraining it cost nearly everything (validation accuracy 57 % with a pool of 64, 100 %
 without; the student distilled from it 30 % and 67 %; one run each), so the default is 1.
 """
@@ -73,8 +73,8 @@ class Sampler:
         return list(rows[:, rank])
 
     def counts(self, step: int) -> dict[str, int]:
-        """Global target tokens of a step by stream; `questions`, `explained` (with a rationale), and
-        `question_tokens` of the predict stream."""
+        """What a step holds over all ranks: target tokens per stream, `questions`, `explained` (questions
+        with a rationale), and `question_tokens` (of the predict stream)."""
         rows = self.step(step)
         lengths = {stream: self._features.targets[stream].lengths[rows] for stream in STREAMS}
         return {stream: int(lengths[stream].sum()) for stream in STREAMS} | {
@@ -84,7 +84,7 @@ class Sampler:
         }
 
     def _draw(self, group: int, epoch: int) -> np.ndarray:
-        """The records of a task in an epoch: the next `count` of its endless permuted walk."""
+        """The rows of a task in an epoch: the next ones of its endless walk through permutations."""
         members, count = self._members[group], self._counts[group]
         start, end = epoch * count, (epoch + 1) * count
         rounds = range(start // len(members), -(-end // len(members)))
@@ -106,7 +106,7 @@ class Sampler:
         return batches[rng.permutation(len(batches))]
 
     def _bucket(self, rows: np.ndarray) -> np.ndarray:
-        """A pool of records as batches of similar rationale and question length."""
+        """[batches, batch_size] the rows of a pool, as batches of similar target and question length."""
         targets = sum(self._features.targets[stream].lengths[rows] for stream in STREAMS)
         questions = self._features.questions["predict"].lengths[rows]
         num_batches = len(rows) // self.batch_size
@@ -120,16 +120,17 @@ class Sampler:
 
 
 class MixedSampler(Sampler):
-    """A plan that gives a share of every batch to pseudo-labelled records (`agreement`).
+    """The sampler of a run that gives a share of every batch to pseudo-labelled records.
 
-    Both parts walk through permutations of their own records, as functions of the step of the
-    run. An epoch stays what it was without them.
+    `training/pseudo_labels.py` makes these records. The labelled and the pseudo-labelled part of
+    a batch each walk through permutations of their own records, as functions of the run's step.
+    An epoch has as many steps as without pseudo-labelled records.
     """
 
     def __init__(
         self, gold: Features, pseudo: Features, config: DataConfig, *, batch_size: int, seed: int
     ) -> None:
-        """`step` counts the pseudo-labelled records on from the gold ones, as in `gold + pseudo`.
+        """The row numbers that `step` returns are those of `gold + pseudo`.
 
         Raises ValueError if the records of either kind do not fill their part of one batch.
         """
