@@ -12,17 +12,18 @@ settings that it was trained with (`data.map_numbers` above all). Writes `result
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fire
 import torch.distributed as dist
 
-from ibdistill.config import fields
-from ibdistill.config.sections import StudentConfig, StudentEvaluation
+from ibdistill.config import command_line, fields
+from ibdistill.config.evaluation_sections import StudentEvaluation
+from ibdistill.config.sections import StudentConfig
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tokenizers import load_tokenizer
@@ -38,18 +39,16 @@ from ibdistill.training.checkpoint import MARKER
 logger = logging.getLogger("ibdistill")
 
 
-def main(student: str | None = None, *extra: Any, local_rank: int = -1, **overrides: Any) -> None:
-    """Evaluate. The launcher passes `local_rank`; the environment says the same."""
+def main() -> None:
+    """Evaluate the student of the command line."""
     world = distributed.init()
-    if overrides.pop("help", False) or overrides.pop("h", False):
-        if world.rank == 0:
-            print(f"{__doc__}{fields.describe(StudentEvaluation)}")
-        return
     with distributed.user_errors():
-        if extra:
-            raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-        config = fields.from_flat(StudentEvaluation, overrides)
-        evaluate = prepare(None if student is None else str(student), config, world)
+        given = command_line.parse(sys.argv[1:])
+        if given.help:
+            if world.rank == 0:
+                print(f"{__doc__}{fields.describe(StudentEvaluation)}")
+            return
+        evaluate = prepare(given.first, fields.from_flat(StudentEvaluation, given.settings), world)
     evaluate()
     dist.destroy_process_group()
 
@@ -143,4 +142,4 @@ def _decoder(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    main()

@@ -26,14 +26,12 @@ from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from statistics import mean
-from typing import Any
 
-import fire
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from ibdistill.config import fields
+from ibdistill.config import command_line, fields
 from ibdistill.config.load import load_settings, recipes, to_yaml
 from ibdistill.config.sections import Config
 from ibdistill.data.records import Record
@@ -55,17 +53,16 @@ gc.enable()
 logger = logging.getLogger("ibdistill")
 
 
-def main(recipe: str | None = None, *extra: Any, local_rank: int = -1, **overrides: Any) -> None:
-    """Run a recipe. The launcher passes `local_rank`; the environment says the same."""
+def main() -> None:
+    """Run the recipe of the command line."""
     world = distributed.init()
-    if overrides.pop("help", False) or overrides.pop("h", False):
-        if world.rank == 0:
-            print(f"{__doc__}\nRecipes: {', '.join(recipes())}\n{fields.describe(Config)}")
-        return
     with distributed.user_errors():
-        if extra:
-            raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-        job = prepare(load_settings(recipe, overrides), world)
+        given = command_line.parse(sys.argv[1:])
+        if given.help:
+            if world.rank == 0:
+                print(f"{__doc__}\nRecipes: {', '.join(recipes())}\n{fields.describe(Config)}")
+            return
+        job = prepare(load_settings(given.first, given.settings), world)
     if (job.folder / "result.json").is_file() and job.state.step >= job.config.optim.max_steps:
         logger.info("%s is finished already; its result is in result.json", job.folder)
     else:
@@ -152,17 +149,14 @@ def refresh(job: Job) -> None:
     config, start = job.config, time.perf_counter()
     with job.whole() as model:
         predictions = answers(job, model, job.unlabelled)
-    pseudo = pseudo_labels.used(predictions, config.data)
+    pseudo = pseudo_labels.agreed(predictions)
     scalars = pseudo_labels.scalars(predictions, pseudo, time.perf_counter() - start)
     # at the first step that learns from them: a run that is resumed here purges it and writes it again
     job.board.scalars(scalars, job.state.step + 1)
     brief = "  ".join(f"{tag.removeprefix('agree/')} {value:.4g}" for tag, value in scalars.items())
     logger.info("after step %d  unlabelled questions: %s", job.state.step, brief)
     if len(pseudo) < config.data.pseudo_batch_size(config.optim.batch_size):
-        what = "agreed" if config.data.agree_use == "labels" else "whole"
-        logger.warning(
-            "%d %s answers do not fill their share of a batch: all of it is gold", len(pseudo), what
-        )
+        logger.warning("%d agreed answers do not fill their share of a batch: all of it is gold", len(pseudo))
         pseudo = []
     try:
         write = partial(pseudo_labels.write, job.folder, job.state.step, pseudo)
@@ -312,6 +306,6 @@ def leave(job: Job, code: int) -> None:
 
 if __name__ == "__main__":
     try:
-        fire.Fire(main)
+        main()
     except SystemExit as end:
         distributed.exit_at_once(end.code)

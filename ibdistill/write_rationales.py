@@ -16,16 +16,15 @@ from __future__ import annotations
 
 import signal
 
-from ibdistill.config.load import load_settings
-
 signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as in train.py
 
 import re
-from typing import Any
+import sys
 
-import fire
 import torch.distributed as dist
 
+from ibdistill.config import command_line
+from ibdistill.config.load import load_settings
 from ibdistill.data import loading
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
@@ -34,20 +33,17 @@ from ibdistill.teacher import writing
 from ibdistill.training import pseudo_labels
 
 
-def main(
-    recipe: str | None = None, *extra: Any, part: str = "0/1", local_rank: int = -1, **overrides: Any
-) -> None:
-    """Write. The launcher passes `local_rank`; the environment says the same."""
+def main() -> None:
+    """Write what the teacher says to the records of the recipe of the command line."""
     world = distributed.init()
-    if overrides.pop("help", False) or overrides.pop("h", False):
-        if world.rank == 0:
-            print(__doc__)
-        return
     with distributed.user_errors():
-        if extra:
-            raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-        share = part_of(part)
-        config = load_settings(recipe, overrides)
+        given = command_line.parse(sys.argv[1:], options=["part"])
+        if given.help:
+            if world.rank == 0:
+                print(__doc__)
+            return
+        share = part_of(given.options.get("part", "0/1"))
+        config = load_settings(given.first, given.settings)
         config.rationale_folder()  # before the data is read
         memory_check.check_models(config, world, with_student=False, with_teacher=True)
         records = loading.load(config.data, needs_rationale=False).train
@@ -66,6 +62,6 @@ def part_of(part: str) -> tuple[int, int]:
 
 if __name__ == "__main__":
     try:
-        fire.Fire(main)
+        main()
     except SystemExit as end:
         distributed.exit_at_once(end.code)

@@ -1,6 +1,6 @@
 """What one setting decides about another: defaults that depend on others, and settings that contradict.
 
-Everything here is about a whole `config.Config` whose single values have passed their own rules.
+Everything here is about a whole `sections.Config` whose single values have passed their own rules.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ if TYPE_CHECKING:
 
 
 def settle(config: Config) -> None:
-    """Replace the settings that stand for "by the others" (auto, none) by what they come to."""
-    teacher, objective = config.teacher, config.objective
+    """Replace the settings that stand for "by the others" (auto, none, a share) by what they come to."""
+    teacher, objective, optim = config.teacher, config.objective, config.optim
+    share_or_steps = optim.warmup_steps
+    optim.warmup_steps = round(share_or_steps * optim.max_steps if share_or_steps < 1 else share_or_steps)
     if objective.estimator == "auto":
         white_box = teacher.placement != "none" and objective.mi_pair == "student"
         objective.estimator = "vid" if white_box else "paper"
@@ -24,18 +26,19 @@ def settle(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Raise ValueError, with the settings, their values and the way out, where settings contradict."""
+    """Raise ValueError where settings contradict; the message has the settings, their values, the way out."""
     optim = config.optim
     if optim.warmup_steps > optim.max_steps:
         raise ValueError(
-            f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps})"
+            f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps}); "
+            "give fewer steps, or a share of them below 1"
         )
     _check_teacher(config)
     _check_agreement(config)
 
 
 def _needs_teacher(objective: ObjectiveConfig) -> list[str]:
-    """The settings that ask for an online teacher, for a message; empty: none is needed."""
+    """The settings that ask for an online teacher, as a message names them; empty if none does."""
     ib = "ib" in objective.method
     asking = {
         f"objective.method {objective.method}": "kd" in objective.method,
@@ -92,8 +95,6 @@ def _check_agreement(config: Config) -> None:
     """Raise ValueError where the settings of `data.unlabelled` contradict others."""
     data, batch_size = config.data, config.optim.batch_size
     if data.unlabelled is None:
-        if data.agree_use == "mi":
-            raise ValueError("data.agree_use is mi, but of which questions? Name them in data.unlabelled")
         return
     if not data.agree_at or sorted(set(data.agree_at)) != data.agree_at:
         raise ValueError(
@@ -102,10 +103,8 @@ def _check_agreement(config: Config) -> None:
     if not 0 < data.pseudo_batch_size(batch_size) < batch_size:
         raise ValueError(
             f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
-            f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one gold"
+            f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one labelled"
         )
-    if data.agree_use == "mi":
-        _check_mi_on_answers(config)
     if config.objective.method == "finetune":
         raise ValueError(
             "data.unlabelled compares the two streams' answers, and objective.method finetune trains one; "
@@ -115,20 +114,4 @@ def _check_agreement(config: Config) -> None:
         raise ValueError(
             "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
             "teacher.placement"
-        )
-
-
-def _check_mi_on_answers(config: Config) -> None:
-    """Raise ValueError where `data.agree_use` mi contradicts other settings."""
-    objective = config.objective
-    if objective.method != "ib" or objective.beta == 0 or objective.estimator in ("vid", "vib"):
-        raise ValueError(
-            "data.agree_use mi is about the term between the student's two streams; set objective.method ib "
-            f"(it is {objective.method}) with objective.estimator paper, normalized or infonce (it is "
-            f"{objective.estimator}) and objective.beta above 0"
-        )
-    if config.teacher.placement != "none" and _needs_teacher(objective):
-        raise ValueError(
-            f"data.agree_use mi takes no teacher's answers, for which {_needs_teacher(objective)[0]} asks; "
-            "leave that out"
         )

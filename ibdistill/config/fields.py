@@ -4,18 +4,22 @@ A configuration is a dataclass of sections, each a dataclass of fields with an a
 a default and a string below it that says what it means. A field's range stands in its
 annotation: `Annotated[float, Rule(lambda v: v > 0, "above 0")]`.
 
-Values are checked against the annotation rather than trusted, because the two readers
-before us guess: fire turns `1e3` into a float and a flag without a value into True, and
-PyYAML reads `3e-4` as a string.
+The command line and YAML files both hand over a setting's value as the text that stands there,
+and its field's annotation decides how the text is read: `10` is a number for `optim.max_steps`
+and a name for `run.dir`. Readers that guess a value's type before they know its field spoil
+both: PyYAML alone reads `3e-4` as a string and `2024` as a number. Python code may also give
+values of the field's own type.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import itertools
+import reprlib
 import types
 import typing
 from collections.abc import Callable
@@ -24,6 +28,11 @@ from functools import cache
 from typing import Annotated, Any, Literal, TypeVar
 
 T = TypeVar("T")
+
+_LONGEST = 80
+"""Characters of a value that a message shows."""
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _LONGEST
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,29 @@ class Rule:
     words: str
 
 
+Positive = Annotated[float, Rule(lambda v: v > 0, "above 0")]
+NotNegative = Annotated[float, Rule(lambda v: v >= 0, "0 or more")]
+Share = Annotated[float, Rule(lambda v: 0 < v <= 1, "in (0, 1]")]
+ClosedShare = Annotated[float, Rule(lambda v: 0 <= v <= 1, "in [0, 1]")]
+OpenShare = Annotated[float, Rule(lambda v: 0 < v < 1, "between 0 and 1, both excluded")]
+Decay = Annotated[float, Rule(lambda v: 0 <= v < 1, "in [0, 1)")]
+ShareOrCount = Annotated[
+    float, Rule(lambda v: 0 < v <= 1 or v == int(v) > 1, "a share in (0, 1] or a whole number above 1")
+]
+ShareOrSteps = Annotated[
+    float, Rule(lambda v: 0 <= v < 1 or v == int(v) >= 1, "a share in [0, 1) or a whole number of steps")
+]
+Seed = Annotated[int, Rule(lambda v: 0 <= v < 2**31, "in 0 .. 2**31 - 1")]
+AtLeastOne = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
+AtLeastTwo = Annotated[int, Rule(lambda v: v >= 2, "at least 2")]
+AtLeast32 = Annotated[int, Rule(lambda v: v >= 32, "at least 32")]
+NotNegativeInt = Annotated[int, Rule(lambda v: v >= 0, "0 or more")]
+
+
 def from_flat(cls: type[T], values: dict[str, Any]) -> T:
     """A `cls` from `{"section.field": value}`; what is not named keeps its default.
+
+    A value is text, as the command line and YAML give it, or has its field's own type.
 
     Raises ValueError that names the setting, its value and what is allowed.
     """
@@ -45,7 +75,7 @@ def from_flat(cls: type[T], values: dict[str, Any]) -> T:
         if annotation is None:
             raise ValueError(_unknown(cls, name))
         section, key = name.split(".")
-        sections[section][key] = _checked(name, value, annotation)
+        sections[section][key] = _read(name, value, annotation)
     return cls(**{name: _sections(cls)[name](**given) for name, given in sections.items()})
 
 
@@ -96,9 +126,15 @@ def _docstrings(cls: type) -> dict[str, str]:
     }
 
 
+def shown(value: Any) -> str:
+    """A value for a message: control characters escaped, cut to about 80 characters."""
+    text = _REPR.repr(value)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
 def _unknown(cls: type, name: str) -> str:
     known = list(_annotations(cls))
-    near = difflib.get_close_matches(name, known, n=3)
+    near = difflib.get_close_matches(name[:_LONGEST], known, n=3)
     hint = f" Did you mean {' or '.join(near)}?" if near else ""
     section = name.split(".")[0]
     siblings = [other for other in known if other.split(".")[0] == section]
@@ -107,67 +143,87 @@ def _unknown(cls: type, name: str) -> str:
         if siblings
         else f"sections: {', '.join(_sections(cls))}"
     )
-    return f"unknown setting {name!r}.{hint} The {listing}; --help lists all with their meaning"
+    return f"unknown setting {shown(name)}.{hint} The {listing}; --help lists all with their meaning"
 
 
-def _checked(name: str, value: Any, annotation: Any) -> Any:
+class _OutOfRange(ValueError):
+    """The value has the right type and breaks the field's rule."""
+
+
+def _read(name: str, value: Any, annotation: Any) -> Any:
     """The value as the annotated type and within its range, or ValueError."""
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
-        value = _checked(name, value, inner[0])
+        value = _read(name, value, inner[0])
         if not inner[1].holds(value):
-            raise ValueError(f"{name} is {value!r}; it must be {inner[1].words}")
+            raise _OutOfRange(f"{name} is {shown(value)}; it must be {inner[1].words}")
         return value
     if origin in (types.UnionType, typing.Union):
-        return _checked_union(name, value, annotation)
+        return _read_union(name, value, annotation)
     if origin is Literal:
-        if value in inner and not isinstance(value, bool):
+        if isinstance(value, str) and value in inner:
             return value
-        near = difflib.get_close_matches(str(value), inner, n=1)
+        near = difflib.get_close_matches(str(value)[:_LONGEST], inner, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(inner)}{hint}")
-    if origin is list and isinstance(value, (list, tuple)):
-        return [_checked(name, item, inner[0]) for item in value]
-    if annotation in (bool, str) and isinstance(value, annotation):
+        raise ValueError(f"{name} is {shown(value)}; it must be one of {', '.join(inner)}{hint}")
+    if origin is list:
+        items = _items(value)
+        if items is not None:
+            return [_read(name, item, inner[0]) for item in items]
+    elif annotation is str and isinstance(value, str):
         return value
-    if annotation is bool and value in ("true", "false"):  # as YAML writes it; fire knows True and False only
-        return value == "true"
-    number = _number(value)
-    if annotation is float and number is not None:
-        return float(number)
-    if annotation is int and number is not None and number == int(number):
-        return int(number)
-    quote = """; quote it twice: '"..."'""" if annotation is str and number is not None else ""
-    raise ValueError(
-        f"{name} is {value!r}, a {type(value).__name__}; it must be of type {_type_name(annotation)}{quote}"
-    )
+    elif annotation is bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif annotation in (int, float) and (number := _number(value, annotation)) is not None:
+        return number
+    given = "True, or without a value" if value is True else shown(value)
+    raise ValueError(f"{name} is {given}; it must be of type {_type_name(annotation)}")
 
 
-def _checked_union(name: str, value: Any, annotation: Any) -> Any:
-    if types.NoneType in typing.get_args(annotation) and value in (None, "none"):
+def _read_union(name: str, value: Any, annotation: Any) -> Any:
+    """The value as the first of several types that takes it; `a,b` is a list where a list is allowed."""
+    choices = typing.get_args(annotation)
+    is_none = value is None or (isinstance(value, str) and value.lower() == "none")
+    if is_none and types.NoneType in choices:
         return None
-    errors = []
-    for choice in typing.get_args(annotation):
+    lists = [choice for choice in choices if typing.get_origin(choice) is list]
+    if lists and isinstance(value, str) and ("," in value or value.startswith("[")):
+        choices = lists
+    for choice in choices:
         try:
-            return _checked(name, value, choice)
-        except ValueError as error:
-            errors.append(str(error))
-    # a value of the right type but out of range has the more helpful message
-    in_type = [error for error in errors if "must be of type" not in error]
-    raise ValueError(
-        in_type[0] if in_type else f"{name} is {value!r}; it must be of type {_type_name(annotation)}"
-    )
-
-
-def _number(value: Any) -> float | int | None:
-    """A finite number, also from a string as PyYAML leaves `3e-4`; None for anything else."""
-    if isinstance(value, str):
-        try:
-            value = float(value)
+            return _read(name, value, choice)
+        except _OutOfRange:
+            raise
         except ValueError:
-            return None
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return value if is_number and abs(value) < float("inf") else None
+            continue
+    raise ValueError(f"{name} is {shown(value)}; it must be of type {_type_name(annotation)}")
+
+
+def _items(value: Any) -> list[Any] | None:
+    """The items of a list, also from text: `a,b`, `[a, b]` or `["a", "b"]`. None for what is no list."""
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    if not isinstance(value, str):
+        return None
+    inside = value.strip().removeprefix("[").removesuffix("]")
+    return [item.strip().strip("\"'") for item in inside.split(",")] if inside.strip() else []
+
+
+def _number(value: Any, kind: type) -> float | int | None:
+    """A finite number of the kind, also from text such as `1e-3` or `10_000`; None for anything else."""
+    if isinstance(value, str):
+        for read in (int, float):  # as an int first, because floats round above 2**53
+            with contextlib.suppress(ValueError):
+                value = read(value)
+                break
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < 2**1023:
+        return None
+    if kind is float:
+        return float(value)
+    return int(value) if value == int(value) and abs(value) < 2**63 else None
 
 
 def _type_name(annotation: Any) -> str:

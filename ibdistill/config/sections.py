@@ -1,31 +1,33 @@
-"""Every setting of a run: its type, default, meaning and range; and where a run's settings come from.
+"""Every setting of a run: its type, default, range and meaning.
 
-In rising precedence: the defaults below, a recipe (a YAML file that lists only what
-differs), and `--section.field value` on the command line. All of it is checked before a
-model or a data set is touched: one by one as told in `settings`, against each other in `consistency`.
+A setting's value comes, in rising precedence, from the defaults below, from a recipe (a YAML
+file that lists only what differs), and from `--section.field value` on the command line. All
+values are checked before a model or a data set is touched: one by one by `config/fields.py`,
+against each other by `config/consistency.py`. The strings below the fields are what `--help`
+prints.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from ibdistill.config.fields import Rule
-
-Positive = Annotated[float, Rule(lambda v: v > 0, "above 0")]
-NotNegative = Annotated[float, Rule(lambda v: v >= 0, "0 or more")]
-Share = Annotated[float, Rule(lambda v: 0 < v <= 1, "in (0, 1]")]
-ClosedShare = Annotated[float, Rule(lambda v: 0 <= v <= 1, "in [0, 1]")]
-OpenShare = Annotated[float, Rule(lambda v: 0 < v < 1, "between 0 and 1, both excluded")]
-Decay = Annotated[float, Rule(lambda v: 0 <= v < 1, "in [0, 1)")]
-ShareOrCount = Annotated[
-    float, Rule(lambda v: 0 < v <= 1 or v == int(v) > 1, "a share in (0, 1] or a whole number above 1")
-]
-AtLeastOne = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
-AtLeastTwo = Annotated[int, Rule(lambda v: v >= 2, "at least 2")]
-AtLeast32 = Annotated[int, Rule(lambda v: v >= 32, "at least 32")]
-NotNegativeInt = Annotated[int, Rule(lambda v: v >= 0, "0 or more")]
+from ibdistill.config.fields import (
+    AtLeast32,
+    AtLeastOne,
+    AtLeastTwo,
+    ClosedShare,
+    Decay,
+    NotNegative,
+    NotNegativeInt,
+    OpenShare,
+    Positive,
+    Seed,
+    Share,
+    ShareOrCount,
+    ShareOrSteps,
+)
 
 
 @dataclass(kw_only=True)
@@ -34,22 +36,23 @@ class RunConfig:
 
     dir: str = ""
     """Run folder: configuration, checkpoints, events, result. Empty: `runs/RECIPE`."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialisation, data order and dropout."""
     log_every: AtLeastOne = 10
     """Steps between two console lines and TensorBoard points."""
     tensorboard: bool = True
-    """Write TensorBoard events; false also leaves out figures and the measurement of the terms' gradients."""
+    """Write TensorBoard events. Without them figures and the terms' gradients are not made either."""
     term_gradients_every: NotNegativeInt = 100
-    """Steps between two measurements of the norm of each term's gradient; 0: never."""
+    """Steps between two measurements of the gradient norm of each term of the loss; 0: never."""
     peak_tflops: NotNegative = 0.0
-    """Peak rate of one device, in 10^12 operations a second, for `speed/mfu`; 0: measured once."""
+    """Peak rate of one device in 10^12 operations per second, of which `speed/mfu` is a share. 0: measured
+    once, by matrix products. Give the data sheet's figure to compare with published utilisations."""
     eval_every: NotNegativeInt = 0
     """Steps between two evaluations on the validation split; 0: only at the end."""
     eval_limit: NotNegativeInt = 0
     """Evaluate on at most this many validation records during training; 0: all of them."""
     eval_batch_size: AtLeastOne = 64
-    """Records that one rank decodes together, in evaluations and for `data.agree_at`."""
+    """Records that one rank decodes together, in evaluations and when it answers `data.unlabelled`."""
     save_every: AtLeastOne = 500
     """Steps between two checkpoints; the last step is always saved."""
     keep_last: AtLeastOne = 2
@@ -57,13 +60,14 @@ class RunConfig:
     test_limit: NotNegativeInt = 0
     """Test on at most this many records of each task; 0: all of them."""
     final: Literal["last", "best"] = "last"
-    """Which checkpoint is tested and exported: the last one, or the best on the validation split."""
+    """Which checkpoint is tested and exported: the last one, or the best of the evaluations on the validation
+    split (see `eval_every`), as for small data sets, on which long training overfits."""
     export: bool = True
     """Write the student for `from_pretrained` to `DIR/student` at the end."""
     max_skipped_steps: AtLeastOne = 5
-    """Stop after this many steps in a row with a non-finite loss or gradient."""
+    """End the run after this many steps in a row with a non-finite loss or gradient; fewer are skipped."""
     check_memory: bool = True
-    """Refuse what cannot fit into memory before anything is loaded: see `preflight`."""
+    """Refuse what cannot fit into memory before anything is loaded: see `planning/memory_check.py`."""
     allow_config_change: bool = False
     """Resume although settings differ from those that the run folder was started with."""
 
@@ -73,7 +77,7 @@ class DataConfig:
     """Which records a run learns from."""
 
     task: str | list[str] = "demo"
-    """Task, or several for a mixture: see `tasks.TASKS`."""
+    """Name of a task in `ibdistill/data/tasks`, or several for a mixture."""
     path: str | None = None
     """Folder or file that holds the data; none: the demo's generator, or the hub by the task's name."""
     label_source: Literal["gt", "llm", "teacher"] = "gt"
@@ -81,7 +85,8 @@ class DataConfig:
     (`teacher.rationales`), from the teacher; `jsonl` training records may then lack one. Scores always
     use the ground truth."""
     llm: Literal["palm", "gpt-neox"] = "palm"
-    """Whose rationales (and labels) to read from the DSS data release."""
+    """Whose rationales (and labels) to read from the data release of Distilling Step-by-Step, which holds
+    those of two LLMs for some tasks."""
     question_field: str = "question"
     """Name of the question's field, for the task `jsonl` and for `unlabelled`."""
     label_field: str = "label"
@@ -90,40 +95,39 @@ class DataConfig:
     """Name of the rationale's field, for the task `jsonl`."""
     subsample: ShareOrCount = 1.0
     """Training records to keep: a share up to 1, or a number above 1. Drawn with `subsample_seed`."""
-    subsample_seed: int = 0
+    subsample_seed: Seed = 0
     """Seed of the subsample, apart from `run.seed` so that a data-efficiency curve can vary either."""
     valid_share: OpenShare = 0.1
     """Share of the training records held out for validation where a task has no validation split."""
-    mixture_weights: list[float] | None = None
+    mixture_weights: list[Positive] | None = None
     """Relative weights of a mixture's tasks; none: their sizes to the power 1 / `mixture_temperature`."""
     mixture_temperature: Positive = 1.0
-    """1: tasks in proportion to their sizes; larger: more even."""
+    """1: tasks in proportion to their sizes, which need not be known; larger: more even, as in T5."""
     derive_rationales: bool = False
-    """Give SVAMP.json, which has none, rationales derived from its equations (`formats.derived_rationale`):
-    they are right, and no human wrote them."""
+    """Give SVAMP.json, which has no rationales, some that are derived from its equations: they are right, and
+    no human wrote them."""
     choice_labels: Literal["text", "letter"] = "text"
-    """Training labels of multiple-choice tasks: the right option's text, as in the DSS release, or its
-    letter, which a student without pretraining can spell. Answers may give either."""
+    """Training labels of multiple-choice tasks: the right option's text, as in the data release of Distilling
+    Step-by-Step, or its letter, which a student without pretraining can spell. Answers may give either."""
     map_numbers: bool = False
     """Write the i-th number of a question as `n<i>` in all texts (arithmetic tasks)."""
     bucket_batches: AtLeastOne = 1
-    """Pool within which batches of similar length are made, in batches: see `data`. 1: plain shuffling."""
+    """Number of batches that are sorted by length together, which saves padding and makes batches less
+    random: see `data/sampler.py`. 1: plain shuffling."""
     unlabelled: AtLeastOne | str | None = None
-    """Questions to learn from where the student's two streams agree, see `agreement`: a JSONL file of them,
-    as the student reads them without the prefix; for the task demo how many to generate. None: off."""
+    """Questions to learn from where the student's two streams agree, see `training/pseudo_labels.py`: a JSONL
+    file of them, as the student reads them without the prefix; for the task demo how many to generate. None:
+    off."""
     agree_at: list[OpenShare] = field(default_factory=lambda: [0.4, 0.7])
     """When the unlabelled questions are answered, as shares of `optim.max_steps` in rising order."""
     agree_share: OpenShare = 0.5
-    """Share of each following batch that agreed answers take; the rest stays gold."""
-    agree_use: Literal["labels", "mi"] = "labels"
-    """labels: agreed answers are labels and rationales to learn. mi: all answers, agreed or not, join each
-    batch in the same proportion for the mutual-information term, which is then on them alone."""
+    """Share of each later batch that questions with agreed answers take; the rest stays labelled records."""
     taught: AtLeastOne | str | None = None
     """Unlabelled questions, as for `unlabelled`, that join the training records with the label and rationale
     that the teacher writes (`teacher.rationales` and `label_source` teacher). None: off."""
-    demo_test_seed: NotNegativeInt = 777001
-    """Seed of the demo's test problems. Each gives 2,000 others, none of them in another split or in the
-    unlabelled text, so a figure can be reported on problems that no choice was made on."""
+    demo_test_seed: Seed = 777001
+    """Seed of the demo's test problems. Each seed gives 2,000 others, none of which is in another split or in
+    the unlabelled text, so a figure can be reported on problems that no choice was made on."""
     max_question_tokens: AtLeastTwo = 1024
     """Longer questions are cut, and counted."""
     max_label_tokens: AtLeastTwo = 64
@@ -132,7 +136,7 @@ class DataConfig:
     """Longer rationales are cut, and counted; also the length limit when decoding them."""
 
     def pseudo_batch_size(self, batch_size: int) -> int:
-        """Pseudo-labelled records of a batch once there are any."""
+        """Number of pseudo-labelled records in each batch once there are any."""
         return round(self.agree_share * batch_size)
 
 
@@ -141,7 +145,7 @@ class StudentConfig:
     """The model that is trained."""
 
     model: str = "demo-student"
-    """A preset of `models.PRESETS` (random weights), a hub name, or a local folder."""
+    """A preset of `models/presets.py` (random weights), a hub name, or a local folder."""
     tokenizer: str = ""
     """Hub name or folder; `train`: one trained on the training split; empty: the model's own."""
     vocab_size: AtLeast32 = 4000
@@ -151,13 +155,13 @@ class StudentConfig:
     dropout: Decay | None = None
     """Dropout rate; none: the model's own."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: bf16 weights and activations, fp32 master weights and optimizer states."""
+    """fp32, or bf16: bf16 weights and activations with fp32 master weights and optimizer states."""
     lora_rank: NotNegativeInt = 0
     """Rank of LoRA adapters; 0: train all weights."""
     lora_alpha: Positive = 16.0
     """LoRA's scale is `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get adapters; empty: those that peft names for the model's type."""
+    """Names of the linear layers that get adapters; empty: those that peft has for the model's type."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compile: bool = False
@@ -169,35 +173,39 @@ class TeacherConfig:
     """The online teacher: a frozen model that writes rationales and scores the student's targets."""
 
     placement: Literal["none", "replica", "zero3", "zero3_node", "cpu_offload", "cache"] = "none"
-    """Where its weights live: see `teacher`. none: the rationales come with the data and that is all."""
+    """Where the teacher's weights live: see `teacher/teacher.py`. none: no teacher; rationales come with the
+    data."""
     model: str = ""
     """A hub name, a local folder, or a preset (random weights, for measurements)."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of its weights and states."""
+    """Precision of the teacher's weights and hidden states."""
     load_in_8bit: bool = False
     """Weights in 8 bits through bitsandbytes; a GPU and placement replica only."""
     cache: str = ""
-    """Folder where its answers are kept, so that every question is scored once; empty: none are kept."""
+    """Folder where the teacher's answers are kept, so that it scores every question once; empty: nowhere."""
     cache_form: Literal["auto", "states", "topk"] = "auto"
-    """What is kept of a target position: the last hidden state, or the most probable tokens. auto: topk,
-    but states for `objective.mi_pair` teacher, which pools over every token (`signals` has the figures)."""
+    """What is kept per target position: the last hidden state, or the most probable tokens. auto: topk, but
+    states for `objective.mi_pair` teacher, which pools over every token. `teacher/answers.py` has the bytes
+    that each takes."""
     cache_top_k: AtLeastOne = 64
-    """Tokens a position for `cache_form` topk; the rest is kept as one number, the tail."""
+    """Tokens per position that `cache_form` topk keeps; the probability of all others is one number."""
     rationales: Literal["none", "missing", "all"] = "none"
-    """Training records that it explains and answers: none, those without a rationale or label, or all."""
+    """Training records that the teacher explains and answers; missing: those without a rationale or label."""
     keep: Literal["all", "agree"] = "all"
-    """agree: of these, train only on those that it answers with the ground truth."""
+    """agree: of the records that the teacher answers, train only on those with the right answer."""
     template: str = ""
-    """How it is asked: a text with `{question}` in it, or a file of one, to which it gives rationale and
-    label in one answer; empty: by the task's two prefixes, as a student is asked."""
+    """How the teacher is asked: a text with `{question}` in it, or a file of one, to which it gives rationale
+    and label in one answer. Empty: by the task's two prefixes, as a student is asked, which an instructed
+    language model does not understand."""
     temperature: NotNegative = 0.0
-    """Of its writing, drawn with `run.seed`; 0: greedy decoding."""
+    """Temperature at which the teacher's text is drawn, with `run.seed`; 0: greedy decoding."""
     max_unparsed: ClosedShare = 0.5
-    """Stop if more than this share of its answers has no rationale and label."""
+    """Stop if more than this share of the teacher's answers has no rationale and label: then its template is
+    wrong, and the run would train on what is left without a word."""
     write_batch_size: AtLeastOne = 32
-    """Records that one rank asks it about together."""
+    """Records that one rank asks the teacher about together."""
     rationale_cache: str = ""
-    """Folder of what it wrote; empty: `RUN/rationales`."""
+    """Folder of the texts that the teacher wrote; empty: `RUN/rationales`."""
 
 
 @dataclass(kw_only=True)
@@ -205,27 +213,30 @@ class ObjectiveConfig:
     """What is minimised: alpha CE_predict + (1 - alpha) CE_explain + beta MI + gamma KD."""
 
     method: Literal["finetune", "dss", "ib", "kd", "ib+kd"] = "dss"
-    """finetune: predict only. dss: both cross entropies. ib, kd: dss and that term. ib+kd: all."""
+    """finetune: the predict stream's cross entropy only. dss: both cross entropies. ib: these and the
+    mutual-information term. kd: these and the distillation term. ib+kd: all four."""
     alpha: Share = 0.5
     """Weight of the predict stream's cross entropy (paper: 0.5)."""
     beta: NotNegative | None = None
     """Weight of the mutual-information term; none: 1 for vid, 0.001 for vib, else 0.1 (as in the paper)."""
     estimator: Literal["auto", "paper", "normalized", "infonce", "vid", "vib"] = "auto"
-    """Form of the mutual-information term: see `ops`. auto: vid with an online teacher, else paper."""
+    """Form of the mutual-information term: see `ops/head_loss/estimators.py`, `ops/vid` and `ops/vib.py`.
+    auto: vid with an online teacher, else paper."""
     pool: Literal["max", "mean"] = "max"
-    """How a stream's positions are pooled (paper: max)."""
+    """How a stream's distributions are pooled over its positions (paper: max)."""
     mi_gradient: Literal["explain", "predict", "both"] = "explain"
     """The stream that the term's gradient reaches; the other is its detached target (paper: explain)."""
     mi_pair: Literal["student", "teacher"] = "student"
-    """Whose explain distribution the predict stream is paired with in paper and normalized."""
+    """Whose explain distribution paper and normalized pair with the student's predict stream."""
     infonce_temperature: Positive = 0.1
-    """Temperature of InfoNCE's cosine similarities."""
+    """Temperature that InfoNCE's cosine similarities are divided by; the best one depends on the student."""
     gamma: NotNegative = 1.0
     """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain."""
     divergence: Literal["forward", "reverse", "jsd"] = "forward"
-    """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
+    """forward: KL(teacher || student). reverse: KL(student || teacher). jsd: the generalised Jensen-Shannon
+    divergence."""
     jsd_beta: OpenShare = 0.5
-    """The teacher's share in the mixture of jsd."""
+    """The teacher's share in the mixture to which jsd compares both; 0.5 is the usual, symmetric form."""
     kd_temperature: Positive = 1.0
     """Temperature of both distributions; the term is multiplied with its square."""
 
@@ -237,23 +248,23 @@ class OptimConfig:
     lr: Positive = 5e-5
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Decay after the warm-up."""
-    warmup_steps: NotNegativeInt = 0
-    """Steps of linear warm-up."""
+    """How the learning rate falls after the warm-up: to 0 in a line or half a cosine, or not at all."""
+    warmup_steps: ShareOrSteps = 0
+    """Steps of linear warm-up; below 1: the share of `max_steps`, rounded to the nearest whole step."""
     max_steps: AtLeastOne = 10_000
     """Optimizer updates in all."""
     batch_size: AtLeastOne = 64
     """Questions in one optimizer update, over all ranks and micro-batches."""
     micro_batch_size: NotNegativeInt = 0
-    """Questions in one forward pass of one rank; 0: batch_size / ranks, no accumulation."""
+    """Questions in one forward pass of one rank; 0: `batch_size` / ranks, without accumulation."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay; not applied to norms, biases and embeddings."""
     adam_beta1: Decay = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay of the running mean of AdamW's gradients."""
     adam_beta2: Decay = 0.999
-    """Decay of the squared gradient's running mean."""
+    """Decay of the running mean of AdamW's squared gradients; large language models often take 0.95."""
     adam_eps: Positive = 1e-8
-    """Added to the denominator."""
+    """Added to AdamW's denominator; larger values damp the steps of weights with tiny gradients."""
     clip_norm: NotNegative = 1.0
     """Largest global gradient norm; 0: no clipping."""
     relative_bias_lr_scale: Positive = 1.0
@@ -282,35 +293,7 @@ class Config:
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def rationale_folder(self) -> Path:
-        """Where the teacher's text is. Raises ValueError if it writes none."""
+        """The folder of the teacher's texts. Raises ValueError if the teacher writes none."""
         if self.teacher.rationales == "none":
             raise ValueError("teacher.rationales is 'none'; set it to missing or all")
         return Path(self.teacher.rationale_cache or Path(self.run.dir) / "rationales")
-
-
-@dataclass(kw_only=True)
-class EvaluationConfig:
-    """How `evaluate_student.py` evaluates, and where to."""
-
-    dir: str = ""
-    """Folder for `result.json`, `predictions.jsonl` and plots. Empty: `evaluation/STUDENT-TASK`."""
-    split: Literal["test", "valid"] = "test"
-    """Which records are answered."""
-    limit: NotNegativeInt = 0
-    """Answer at most this many records; 0: all of them."""
-    batch_size: AtLeastOne = 64
-    """Records decoded together on one rank."""
-    rationales: bool = True
-    """Decode and score rationales too; false: labels only."""
-    predictions: str = ""
-    """Score this file of predictions instead of decoding with a student."""
-    embedding_model: str = ""
-    """Folder of a sentence-transformers model, for `rationale_cosine`. Empty: none."""
-
-
-@dataclass(kw_only=True)
-class StudentEvaluation:
-    """All sections of an evaluation by `evaluate_student.py`."""
-
-    data: DataConfig = field(default_factory=DataConfig)
-    eval: EvaluationConfig = field(default_factory=EvaluationConfig)

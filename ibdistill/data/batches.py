@@ -50,7 +50,7 @@ class Batch:
     input_ids: Tensor
     """[S * B, L] int64."""
     attention_mask: Tensor
-    """[S * B, L] int64, 1 where a token is."""
+    """[S * B, L] int64, 1 at real tokens and 0 at padding."""
     question_positions: Tensor
     """[N_question] int64: where the predict stream's question tokens sit in its flattened [B * L].
 
@@ -65,8 +65,6 @@ class Batch:
     """Stream -> [N_stream] int64."""
     cu: dict[str, Tensor]
     """Stream -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
-    num_extra: int = 0
-    """The last so many questions are for the mutual-information term alone (`data.agree_use` mi)."""
 
     @property
     def num_tokens(self) -> int:
@@ -80,7 +78,7 @@ class Batch:
         return self.input_ids.numel() + sum(ids.numel() for ids in self.decoder_input_ids.values())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, `cu` apart: offsets are read by the host.
+        """The batch on a device, except for `cu`, which the host reads.
 
         The copy overlaps with what the device is doing.
         """
@@ -105,7 +103,7 @@ def collate(
     start: int | None,
     separator: int | None = None,
 ) -> Batch:
-    """The micro-batch of some records. `families.layout` gives the keyword arguments for a model.
+    """The micro-batch of the records `rows`. `models.families.layout` gives a model's keyword arguments.
 
     Args:
         pad: the padding token.
@@ -169,14 +167,14 @@ def _decoder_only(
 
 
 def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
-    """Where each row's (first column, count) lies in the flattened rows."""
+    """[positions] int64: each row's `count` columns from `first` on, numbered in the flattened rows."""
     return torch.from_numpy(
         np.concatenate([row * width + first + np.arange(count) for row, (first, count) in enumerate(spans)])
     )
 
 
 def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:
-    """What a decoder-only model reads before the target; `question` is without its end token."""
+    """[tokens] int64: what a decoder-only model reads before the target; `question` has no end token."""
     return np.array([*([] if bos is None else [bos]), *question, separator], dtype=np.int64)
 
 
@@ -189,7 +187,7 @@ def prompts(
     start: int | None,
     separator: int,
 ) -> tuple[Tensor, Tensor]:
-    """Questions for a decoder-only model to answer, the same ids as in its training rows.
+    """The rows of questions that a decoder-only model answers, with the same ids as in its training rows.
 
     `limit` counts a question's tokens and the separator, not BOS; longer ones lose their end.
     Returns ids and mask, [texts, longest] int64, padded on the left.
@@ -199,7 +197,7 @@ def prompts(
 
 
 def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """[rows, longest] int64 ids, and the mask of real ones. At least one column, for models' sake."""
+    """Ids and mask of real ones, both [rows, longest] int64; at least one column, which models need."""
     lengths = np.array([len(sequence) for sequence in sequences])
     mask = np.arange(max(1, lengths.max(initial=0)))[None, :] < lengths[:, None]
     mask = mask[:, ::-1] if left else mask

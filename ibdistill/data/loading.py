@@ -79,7 +79,7 @@ def _checked_tasks(data: DataConfig) -> list[Task]:
     if not tasks or len(set(names)) < len(names):
         raise ValueError(f"data.task is {names}: name at least one task, and each only once")
     weights = data.mixture_weights
-    if weights is not None and (len(weights) != len(names) or not all(0 < w < np.inf for w in weights)):
+    if weights is not None and len(weights) != len(names):
         raise ValueError(
             f"data.mixture_weights is {weights}: give one positive number for each of the "
             f"{len(names)} tasks of data.task ({', '.join(names)}), or leave it out"
@@ -101,14 +101,6 @@ def _checked_tasks(data: DataConfig) -> list[Task]:
         )
     if data.path is not None and all(task.generated for task in tasks):
         raise ValueError(f"data.path {data.path!r}: {', '.join(names)} is generated; leave data.path empty")
-    if not 0 < data.valid_share < 1:
-        raise ValueError(f"data.valid_share is {data.valid_share}; it must be between 0 and 1, both excluded")
-    if not (0 < data.subsample <= 1 or (data.subsample > 1 and data.subsample == data.subsample // 1)):
-        raise ValueError(
-            f"data.subsample is {data.subsample}; it must be a share in (0, 1] or a whole number above 1"
-        )
-    if not 0 <= data.subsample_seed < 2**32:
-        raise ValueError(f"data.subsample_seed is {data.subsample_seed}; it must be in 0 .. 2**32 - 1")
     return tasks
 
 

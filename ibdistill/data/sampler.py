@@ -1,15 +1,15 @@
-"""The data plan: which records each step learns from.
+"""The sampler: which records each step learns from.
 
-A **plan** is a pure function of its settings: step k of seed s is always the same questions
+The choice is a pure function of the settings: step k of seed s is always the same questions
 in the same order, for any number of ranks and micro-batches. Resuming needs only the number
 of the step, nothing can get lost between workers, and the global token counts of a step,
 by which the losses are divided, are known on every rank without talking.
 
 Within a batch, records of similar length go to the same micro-batch. With `data.bucket_batches`
-above 1 whole batches are of similar length too: the records of a pool of so many batches are
-sorted by target length, cut into slabs, and each slab is sorted by question length (sorting by
+above 1 whole batches are of similar length too: the records of a pool of that many batches are
+sorted by target length and cut into slabs, and each slab is sorted by question length (a sort by
 one length leaves the other one random, and with T5 both cost). That saves padding, but batches
-are then no random sample: where length tells the kind of record, a batch holds one kind. On the
+are then no random sample: where length tells the kind of record, a batch holds one kind only. On the
 demo's pretraining it cost nearly everything (validation accuracy 57 % with a pool of 64, 100 %
 without; the student distilled from it 30 % and 67 %; one run each), so the default is 1.
 """
@@ -73,8 +73,8 @@ class Sampler:
         return list(rows[:, rank])
 
     def counts(self, step: int) -> dict[str, int]:
-        """Global target tokens of a step by stream; `questions`, `explained` (with a rationale), and
-        `question_tokens` of the predict stream."""
+        """What a step holds over all ranks: target tokens per stream, `questions`, `explained` (questions
+        with a rationale), and `question_tokens` (of the predict stream)."""
         rows = self.step(step)
         lengths = {stream: self._features.targets[stream].lengths[rows] for stream in STREAMS}
         return {stream: int(lengths[stream].sum()) for stream in STREAMS} | {
@@ -84,7 +84,7 @@ class Sampler:
         }
 
     def _draw(self, group: int, epoch: int) -> np.ndarray:
-        """The records of a task in an epoch: the next `count` of its endless permuted walk."""
+        """The rows of a task in an epoch: the next ones of its endless walk through permutations."""
         members, count = self._members[group], self._counts[group]
         start, end = epoch * count, (epoch + 1) * count
         rounds = range(start // len(members), -(-end // len(members)))
@@ -106,7 +106,7 @@ class Sampler:
         return batches[rng.permutation(len(batches))]
 
     def _bucket(self, rows: np.ndarray) -> np.ndarray:
-        """A pool of records as batches of similar rationale and question length."""
+        """[batches, batch_size] the rows of a pool, as batches of similar target and question length."""
         targets = sum(self._features.targets[stream].lengths[rows] for stream in STREAMS)
         questions = self._features.questions["predict"].lengths[rows]
         num_batches = len(rows) // self.batch_size
@@ -119,49 +119,18 @@ class Sampler:
         return rows[np.concatenate(order)].reshape(num_batches, self.batch_size)
 
 
-class ExtraSampler(Sampler):
-    """The plan of the gold records with further ones behind those of each micro-batch, `data.agree_share`
-    times as many, for the mutual-information term alone (`data.agree_use` mi)."""
-
-    def __init__(
-        self, gold: Features, extra: Features, config: DataConfig, *, batch_size: int, seed: int
-    ) -> None:
-        """`micro_batches` counts the extra records on from the gold ones, as in `gold + extra`.
-
-        Raises ValueError if the records of either kind do not fill their part of one batch.
-        """
-        super().__init__(gold, config, batch_size=batch_size, seed=seed)
-        size, one_task = config.pseudo_batch_size(batch_size), replace(config, mixture_weights=None)
-        self._extra = Sampler(extra, one_task, batch_size=size, seed=seed)
-        self._first_extra = len(gold)
-
-    def micro_batches(
-        self, step: int, *, rank: int, world_size: int, micro_batch_size: int
-    ) -> list[np.ndarray]:
-        """As those of `Sampler`, and then the extra records."""
-        of_rank = {"rank": rank, "world_size": world_size}
-        gold = super().micro_batches(step, **of_rank, micro_batch_size=micro_batch_size)
-        size = micro_batch_size * self._extra.batch_size // self.batch_size
-        extra = self._extra.micro_batches(step, **of_rank, micro_batch_size=size)
-        pairs = zip(gold, extra, strict=True)
-        return [np.concatenate([rows, self._first_extra + more]) for rows, more in pairs]
-
-    def counts(self, step: int) -> dict[str, int]:
-        """Of the gold records; `explained`, which the term is divided by, of the extra ones."""
-        return super().counts(step) | {"explained": self._extra.counts(step)["explained"]}
-
-
 class MixedSampler(Sampler):
-    """A plan that gives a share of every batch to pseudo-labelled records (`agreement`).
+    """The sampler of a run that gives a share of every batch to pseudo-labelled records.
 
-    Both parts walk through permutations of their own records, as functions of the step of the
-    run. An epoch stays what it was without them.
+    `training/pseudo_labels.py` makes these records. The labelled and the pseudo-labelled part of
+    a batch each walk through permutations of their own records, as functions of the run's step.
+    An epoch has as many steps as without pseudo-labelled records.
     """
 
     def __init__(
         self, gold: Features, pseudo: Features, config: DataConfig, *, batch_size: int, seed: int
     ) -> None:
-        """`step` counts the pseudo-labelled records on from the gold ones, as in `gold + pseudo`.
+        """The row numbers that `step` returns are those of `gold + pseudo`.
 
         Raises ValueError if the records of either kind do not fill their part of one batch.
         """

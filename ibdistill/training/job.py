@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from ibdistill.data import batches as data_batches
 from ibdistill.data import loading
 from ibdistill.data.features import Features, tokenize
 from ibdistill.data.records import Record
-from ibdistill.data.sampler import ExtraSampler, MixedSampler, Sampler
+from ibdistill.data.sampler import MixedSampler, Sampler
 from ibdistill.models import families
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
@@ -85,16 +84,15 @@ class Job:
         )
 
     def mix(self, pseudo: Sequence[Record]) -> None:
-        """Give these records, instead of earlier ones, the pseudo-labelled share of every batch, or add them
-        to it (`data.agree_use`); if there are none, all is gold."""
+        """Give these records, instead of earlier ones, the pseudo-labelled share of every batch; if there are
+        none, all is gold."""
         config = self.config
         prefixes = {name: loading.TASKS[name].prefixes for name in self.records.test}
         added = tokenize(pseudo, prefixes, self.tokenizer, config.data)
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
         if pseudo:
             self.features = self.gold + added
-            mixed = ExtraSampler if config.data.agree_use == "mi" else MixedSampler
-            self.sampler = mixed(self.gold, added, config.data, **batches)
+            self.sampler = MixedSampler(self.gold, added, config.data, **batches)
         else:
             self.features = self.gold
             self.sampler = Sampler(self.gold, config.data, **batches)
@@ -104,7 +102,4 @@ class Job:
     def collate(self, rows: np.ndarray) -> data_batches.Batch:
         """Some records as the student reads them."""
         layout = families.layout(self.engine.module.model, self.tokenizer)
-        batch = data_batches.collate(self.features, rows, self.streams, **layout)
-        if self.config.data.agree_use == "mi":
-            return dataclasses.replace(batch, num_extra=int((np.asarray(rows) >= len(self.gold)).sum()))
-        return batch
+        return data_batches.collate(self.features, rows, self.streams, **layout)

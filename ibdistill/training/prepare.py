@@ -50,8 +50,7 @@ def prepare(config: Config, world: World) -> Job:
     """
     stop = StopRequest()
     folder = Path(config.run.dir)
-    micro_batch_size, _ = split_batch(config.optim, world.size)
-    pseudo_labels.check_share(config.data, micro_batch_size)
+    split_batch(config.optim, world.size)  # raises where it does not divide, before anything is read
     settle_ds_config(config, world.size)
     distributed.run_on_rank_0(lambda: _open_folder(folder, config))
     memory_check.check(config, world)
@@ -94,7 +93,6 @@ def prepare(config: Config, world: World) -> Job:
         config.objective,
         teacher_width=teacher_answers.width if teacher_answers else 0,
         seed=config.run.seed,
-        mi_on_extra=config.data.agree_use == "mi",
     )
     student_engine = build_engine(module, config, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)

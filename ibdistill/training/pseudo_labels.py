@@ -3,18 +3,13 @@
 At the points `data.agree_at` of a run the student answers the questions of `data.unlabelled`
 in both streams. Where its rationale implies one label and the predict stream gave that
 label, question, label and rationale become a **pseudo-labelled record** of both streams.
-The new records replace the earlier ones and take `data.agree_share` of every following batch
-(`plan.MixedSampler`). With an online teacher its terms apply to this text too.
+The new records replace the earlier ones and take `data.agree_share` of every later batch
+(`data/sampler.py`, `MixedSampler`). With an online teacher its terms apply to this text too.
 
 Two streams with different errors agree where both are right more often than either is right
 alone; that is all the filter knows. Hence the defaults: the student must be good before it
-starts (0.4 of the run), and half of each batch stays gold. On the demo starting earlier, more
-pseudo-labels, or labels that nothing filters lost accuracy.
-
-With `data.agree_use` mi the answers are not learned: all of them, agreed or not, join the batches of
-gold records (`plan.ExtraSampler`) for the objective's term between the two streams, which is on them
-alone. On a labelled question both cross entropies fix both streams' distributions already; on an
-unlabelled one what the streams know of each other is all there is to learn.
+starts (0.4 of the run), and half of each batch stays labelled records. On the demo, an earlier start,
+more pseudo-labels, and labels that nothing filters each lost accuracy.
 
     RUN/agree/step-STEP-DIGEST.jsonl    the records, written before training goes on
 
@@ -45,7 +40,7 @@ FOLDER = "agree"
 def questions(data: DataConfig, setting: str = "unlabelled") -> list[Record]:
     """The records of `data.unlabelled`, or of `data.taught`, without label and rationale; none if it is off.
 
-    `gold` is there where the source has a label, to measure how good the labels are that they get.
+    A record's `gold` is its label in the source, where there is one, to measure the labels that it gets.
 
     Raises:
         ValueError: several tasks; for `unlabelled` one without a rule for what a rationale implies; a
@@ -117,31 +112,12 @@ def agreed(predictions: Sequence[Prediction]) -> list[Record]:
     ]
 
 
-def used(predictions: Sequence[Prediction], data: DataConfig) -> list[Record]:
-    """The predictions to train on, as records: `agreed`, or for `data.agree_use` mi all with two texts."""
-    if data.agree_use == "labels":
-        return agreed(predictions)
-    return [
-        dataclasses.replace(p.record, label=p.label, rationale=p.rationale)
-        for p in predictions
-        if p.label and p.rationale
-    ]
-
-
-def check_share(data: DataConfig, micro_batch_size: int) -> None:
-    """Raise ValueError unless `data.agree_use` mi adds a whole number of answers to each micro-batch."""
-    more = data.agree_share * micro_batch_size
-    if data.unlabelled is not None and data.agree_use == "mi" and abs(more - round(more)) > 1e-6:
-        raise ValueError(
-            f"data.agree_share is {data.agree_share}; with data.agree_use mi each micro-batch of "
-            f"{micro_batch_size} questions gets so many answers more, {more:g}, which must be a whole number"
-        )
-
-
 def scalars(predictions: Sequence[Prediction], pseudo: Sequence[Record], seconds: float) -> dict[str, float]:
-    """By TensorBoard tag: `agree/asked`, `agree/agreed` (those in use), `agree/seconds`; and where there is
-    ground truth, as shares of the questions that have it, `agree/precision` of the pseudo-labels and
-    `agree/accuracy` of all answers, which is what no filter would give."""
+    """TensorBoard tag -> value. `agree/asked` and `agree/agreed` count questions, `agree/seconds` is time.
+
+    Where there is ground truth, `agree/precision` is the share of right labels among the pseudo-labels, and
+    `agree/accuracy` that among all answers, which is what training without the filter would get.
+    """
     result = {"agree/asked": len(predictions), "agree/agreed": len(pseudo), "agree/seconds": seconds}
     correct = {p.record.id: p.correct for p in predictions if p.record.gold}
     kept = [correct[record.id] for record in pseudo if record.id in correct]
@@ -153,7 +129,8 @@ def scalars(predictions: Sequence[Prediction], pseudo: Sequence[Record], seconds
 
 
 def write(run: Path, step: int, pseudo: Sequence[Record]) -> str:
-    """Write the records before training goes on; the file's name, empty for none. Raises OSError."""
+    """Write the records before training goes on; returns the file's name, empty without records. Raises
+    OSError."""
     if not pseudo:
         return ""
     folder = run / FOLDER

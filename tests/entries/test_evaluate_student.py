@@ -14,7 +14,8 @@ from miniatures import lines
 
 from ibdistill import evaluate_student
 from ibdistill.config import fields
-from ibdistill.config.sections import StudentConfig, StudentEvaluation
+from ibdistill.config.evaluation_sections import StudentEvaluation
+from ibdistill.config.sections import StudentConfig
 from ibdistill.data import tokenizers
 from ibdistill.models.student import load_student
 

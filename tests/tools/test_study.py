@@ -13,12 +13,12 @@ from pathlib import Path
 import compare_runs
 import pytest
 import yaml
-from fire.parser import DefaultParseValue
 from harness import ROOT, launch, output_of
 from miniatures import said, svamp
 from study import arms as study_arms
 from study import command, paper, report
 
+from ibdistill.config import command_line
 from ibdistill.config.load import load_settings
 
 TINY = {
@@ -243,8 +243,7 @@ def test_a_grid_says_what_a_run_would_do(tmp_path):
         [str(tmp_path / "grid-1.txt"), "demo"],
     ]
     name, *settings = (tmp_path / "grid-1.txt").read_text().splitlines()[0].split()
-    pairs = [setting.removeprefix("--").split("=", 1) for setting in settings]
-    given = {key: DefaultParseValue(value) for key, value in pairs}
+    given = dict(command_line.parse(settings).settings)
     assert name == found.runs[0].name
     given |= {"run.dir": str(tmp_path / "runs" / name)}
     assert load_settings("demo", given) == study_arms.resolved(found.runs[0], tmp_path)
@@ -323,8 +322,12 @@ def test_the_papers_settings_and_figures(tmp_path):
 def test_further_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # runs start in the project's root, and still find the data
     given = study_arms.further_settings(["--optim.lr", "1e-3", "--run.export", "False", "--data.path", "a"])
-    assert given == {"optim.lr": 1e-3, "run.export": False, "data.path": str(tmp_path / "a")}
-    for rest in (["--beta", "1"], ["--objective.beta"], ["x"]):
+    assert given == {"optim.lr": "1e-3", "run.export": "False", "data.path": str(tmp_path / "a")}
+    assert study_arms.further_settings(["--run.export", "--data.path=none"]) == {
+        "run.export": True,
+        "data.path": "none",
+    }
+    for rest in (["--beta", "1"], ["--optim.lr", "1", "2"], ["x"]):
         with pytest.raises(ValueError, match="further settings are given as --section.field value"):
             study_arms.further_settings(rest)
 

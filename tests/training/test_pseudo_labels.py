@@ -264,7 +264,7 @@ def test_the_teacher_scores_the_pseudo_labelled_text_too(make_job, tmp_path, ora
     job.teacher_answers._features, job.features = features, features
     batch = job.collate(np.arange(8))
     signal = job.teacher_answers.of(np.arange(8), batch)
-    weights_ = train.objectives.step_weights(job.config.objective, counts)
+    weights_ = train.step_weights(job.config.objective, counts)
     _, terms = job.engine.module(batch, weights_, signal, counts["question_tokens"])
     assert {"kd_predict", "kd_explain", "vid", "ce_predict"} <= terms.keys()
     for name, value in terms.items():

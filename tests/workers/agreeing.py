@@ -14,8 +14,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import fire
-
 from ibdistill import train
 from ibdistill.data.tasks import demo
 from ibdistill.models import decoding
@@ -56,7 +54,7 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
 def main(arguments: list[str]) -> None:
     decoding.decode = answers_of_an_oracle([])
     try:
-        fire.Fire(train.main, command=arguments)
+        train.main()
     except SystemExit as end:
         distributed.exit_at_once(end.code)
 

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from fire.parser import DefaultParseValue
 
-from ibdistill.config import fields
+from ibdistill.config import command_line, fields
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import Config
 
@@ -68,13 +67,13 @@ def load(path: Path, further: dict[str, Any] | None = None) -> Study:
 
 def further_settings(rest: Sequence[str]) -> dict[str, Any]:
     """`--section.field value ...` as train.py reads it. Raises ValueError for anything else."""
-    names, values = rest[::2], rest[1::2]
-    if len(names) != len(values) or not all(re.fullmatch(r"--\w+\.\w+", name) for name in names):
+    given = command_line.parse(rest, positions=len(rest))
+    if given.positions or not all(re.fullmatch(r"\w+\.\w+", name) for name in given.settings):
         raise ValueError(f"{' '.join(rest)}: further settings are given as --section.field value")
-    given = {name[2:]: DefaultParseValue(value) for name, value in zip(names, values, strict=True)}
-    if "data.path" in given:  # the runs start in the project's root, wherever this process did
-        given["data.path"] = str(Path(str(given["data.path"])).resolve())
-    return given
+    settings = dict(given.settings)
+    if isinstance(path := settings.get("data.path"), str) and path != "none":
+        settings["data.path"] = str(Path(path).resolve())  # runs start in the project's root
+    return settings
 
 
 def build(content: Any, path: Path) -> Study:

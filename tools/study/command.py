@@ -177,7 +177,7 @@ def write_grids(study: Study, out: Path) -> list[str]:
 
 
 def _argument(value: Any) -> str:
-    """A setting as fire reads it back."""
+    """A setting as the command line reads it back."""
     return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
 
 

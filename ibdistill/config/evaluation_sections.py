@@ -1,0 +1,37 @@
+"""The settings of `evaluate_student.py`: those of its own, and the section `data` of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ibdistill.config.fields import AtLeastOne, NotNegativeInt
+from ibdistill.config.sections import DataConfig
+
+
+@dataclass(kw_only=True)
+class EvaluationConfig:
+    """How `evaluate_student.py` evaluates, and where to."""
+
+    dir: str = ""
+    """Folder for `result.json`, `predictions.jsonl` and plots. Empty: `evaluation/STUDENT-TASK`."""
+    split: Literal["test", "valid"] = "test"
+    """Which records are answered."""
+    limit: NotNegativeInt = 0
+    """Answer at most this many records; 0: all of them."""
+    batch_size: AtLeastOne = 64
+    """Records decoded together on one rank."""
+    rationales: bool = True
+    """Decode and score rationales too; false: labels only."""
+    predictions: str = ""
+    """Score this file of predictions instead of decoding with a student."""
+    embedding_model: str = ""
+    """Folder of a sentence-transformers model, for `rationale_cosine`. Empty: none."""
+
+
+@dataclass(kw_only=True)
+class StudentEvaluation:
+    """All sections of an evaluation by `evaluate_student.py`."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    eval: EvaluationConfig = field(default_factory=EvaluationConfig)
