@@ -9,7 +9,6 @@ file and hangs, after it has answered the first refresh's questions in one strea
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +50,7 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
     return decode
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     decoding.decode = answers_of_an_oracle([])
     try:
         train.main()
@@ -62,4 +61,4 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     import ranks  # beside this script; tests that import this module have tests/ on their path instead
 
-    ranks.run(main, sys.argv[1:], ranks=(2,))
+    ranks.run(main, ranks=(2,))
