@@ -33,6 +33,7 @@ from ibdistill.models import presets
 from ibdistill.models.student import load_student
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
+from ibdistill.runtime.version import version
 from ibdistill.training.checkpoint import MARKER
 
 logger = logging.getLogger("ibdistill")
@@ -83,6 +84,7 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
             "split": eval_.split,
             "records": len(predictions),
             "ranks": world.size,
+            **version(),
             "calibration_bins": calibration.BINS,
             "scores": evaluation_predictions.scores(predictions, encoder),
             "seconds": round(time.perf_counter() - start, 1),

@@ -14,11 +14,9 @@ and SIGTERM.
 # ruff: noqa: E402
 from __future__ import annotations
 
-import signal
+from ibdistill.runtime import startup
 
-from ibdistill.config.load import load_settings
-
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as in train.py
+startup.hold_requeue_signal()
 
 import re
 from typing import Any
@@ -26,6 +24,7 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
+from ibdistill.config.load import load_settings
 from ibdistill.data import loading
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed

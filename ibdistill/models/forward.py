@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ibdistill.data.batches import Batch
-from ibdistill.models.families import ENCODER_DECODER, family
+from ibdistill.models.families import ENCODER_DECODER, base_of, family
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def states(
     Padded positions come last in their row, so under the causal mask no real position sees
     them: a decoder needs no mask of its own, and positions count from the row's start.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     batch = batch if targets else questions_only(batch)
     if family(base) == ENCODER_DECODER:
         return _encoder_decoder(base, batch, bottleneck)

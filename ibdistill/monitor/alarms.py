@@ -62,12 +62,12 @@ class Alarms:
         if "teacher/accuracy" in scalars:
             self.check_teacher(scalars["teacher/accuracy"], self._chance)
 
-    def check_teacher(self, agreement: float, chance: float, task: str = "") -> None:
-        """`agreement`: share of a teacher's labels that are right; `chance`: that of guessing."""
-        if agreement < chance:
+    def check_teacher(self, accuracy: float, chance: float, task: str = "") -> None:
+        """`accuracy`: share of a teacher's labels that are right; `chance`: that of guessing."""
+        if accuracy < chance:
             self._say(
                 f"teacher {task}",
-                f"the teacher{f' of {task}' if task else ''} agrees with {agreement:.1%} of the gold labels, "
+                f"the teacher{f' of {task}' if task else ''} agrees with {accuracy:.1%} of the gold labels, "
                 f"guessing with {chance:.1%}. Check that its data, prompt and answer format belong to this "
                 "task, or learn the gold labels with --data.label_source gt",
             )
@@ -75,8 +75,8 @@ class Alarms:
     def check_labels(self, records: Sequence[Record]) -> None:
         """The labels to train on, where they are an LLM's (`data.label_source`), against the ground truth."""
         for task, own in _by_task(records).items():
-            agreement = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
-            self.check_teacher(agreement, chance(own), task)
+            accuracy = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
+            self.check_teacher(accuracy, chance(own), task)
 
     def check_written(self, counts: Mapping[str, int], records: Sequence[Record]) -> None:
         """What an online teacher answered before training, by `rationales.Written.counts`."""

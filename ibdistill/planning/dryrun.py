@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
 from ibdistill.data.features import Features, Ragged
 from ibdistill.models import families, presets
 from ibdistill.models import forward as models_forward
+from ibdistill.models.families import base_of
 from ibdistill.models.student import with_lora
 from ibdistill.objectives import distillation
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
@@ -67,11 +68,6 @@ class Lengths:
         rows, read = range(self.questions), streams or batches.STREAMS
         batch = batches.collate(features, rows, read, pad=0, start=0, separator=separator)
         return batch if streams else models_forward.questions_only(batch)
-
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The model below its adapters, if it has any."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 class Skeleton:

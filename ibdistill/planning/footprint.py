@@ -35,7 +35,6 @@ from ibdistill.runtime import deepspeed_fixes
 from ibdistill.teacher import sharding
 from ibdistill.teacher.teacher import SHARDED
 
-GIB = 2**30
 PLACED = ("replica", *SHARDED)
 """Placements in which there is a teacher in the job."""
 WIDTH = {"fp32": 4, "bf16": 2}

@@ -14,9 +14,10 @@ from ibdistill.objectives import weights
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Skeleton
-from ibdistill.planning.footprint import GIB, PLACED, Zero
+from ibdistill.planning.footprint import PLACED, Zero
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
+from ibdistill.runtime.hardware import GIB
 
 
 def certain_bytes(

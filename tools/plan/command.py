@@ -22,7 +22,7 @@ from typing import Any
 
 from ibdistill.config import sections, zero_file
 from ibdistill.config.load import load_settings
-from ibdistill.planning.footprint import GIB
+from ibdistill.runtime.hardware import GIB
 from plan import accelerators, costs
 from plan.accelerators import ACCELERATORS
 from plan.planner import Choice, Planner

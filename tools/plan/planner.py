@@ -13,6 +13,7 @@ from ibdistill.objectives import weights
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
+from ibdistill.runtime.hardware import GIB
 from plan import costs
 from plan.accelerators import Accelerator
 
@@ -215,7 +216,7 @@ class Planner:
             seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
         return Choice(
             *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room()),
-            int(self.gpu.host_memory_gib * footprint.GIB / self.on_node),
+            int(self.gpu.host_memory_gib * GIB / self.on_node),
             *(traffic | ({"teacher": theirs} if theirs else {}), seconds),
         )
 
