@@ -11,6 +11,13 @@ settings that it was trained with (`data.map_numbers` above all). Writes `result
 
 from __future__ import annotations
 
+from ibdistill.config import fields
+from ibdistill.config.sections import StudentConfig, StudentEvaluation
+from ibdistill.runtime import startup
+
+if __name__ == "__main__":
+    startup.answer_help(lambda: f"{__doc__}{fields.describe(StudentEvaluation)}")
+
 import logging
 import time
 from collections.abc import Callable
@@ -21,8 +28,6 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
-from ibdistill.config import fields
-from ibdistill.config.sections import StudentConfig, StudentEvaluation
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tokenizers import load_tokenizer

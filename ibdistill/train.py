@@ -9,8 +9,13 @@ The same command continues an interrupted run. Exit codes: 0 done, 2 bad input, 
 # ruff: noqa: E402
 from __future__ import annotations
 
+from ibdistill.config import fields
+from ibdistill.config.load import load_settings, recipes, to_yaml
+from ibdistill.config.sections import Config
 from ibdistill.runtime import startup
 
+if __name__ == "__main__":
+    startup.answer_help(lambda: f"{__doc__}\nRecipes: {', '.join(recipes())}\n{fields.describe(Config)}")
 startup.hold_requeue_signal()  # the imports below last seconds, in which the signal would kill
 startup.pause_garbage_collection()
 
@@ -25,9 +30,6 @@ from typing import Any
 import fire
 import torch.distributed as dist
 
-from ibdistill.config import fields
-from ibdistill.config.load import load_settings, recipes, to_yaml
-from ibdistill.config.sections import Config
 from ibdistill.models import export
 from ibdistill.monitor import board
 from ibdistill.monitor import log as monitor_log
@@ -46,7 +48,7 @@ logger = logging.getLogger("ibdistill")
 
 
 def main(recipe: str | None = None, *extra: Any, local_rank: int = -1, **overrides: Any) -> None:
-    """Run a recipe. The launcher passes `local_rank`, which the environment says too."""
+    """Run a recipe. The launcher passes `local_rank`; the environment says the same."""
     world = distributed.init()
     if overrides.pop("help", False) or overrides.pop("h", False):
         if world.rank == 0:
@@ -180,7 +182,8 @@ def close(job: Job) -> None:
     evaluate(job, "test", config.run.test_limit)
     if config.run.export:
         with job.whole() as model:
-            card = export.card(to_yaml(config), json.dumps(job.results.get("test"), indent=2))
+            scores = json.dumps(job.results.get("test"), indent=2)
+            card = export.card(config.objective, to_yaml(config), scores)
             export.write(model, job.tokenizer, job.folder / "student", card)
     if job.world.rank == 0:
         result = {

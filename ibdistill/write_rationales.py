@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from ibdistill.runtime import startup
 
+if __name__ == "__main__":
+    startup.answer_help(lambda: __doc__)
 startup.hold_requeue_signal()
 
 import re

@@ -14,7 +14,21 @@ This module imports nothing heavy itself.
 from __future__ import annotations
 
 import gc
+import os
 import signal
+import sys
+from collections.abc import Callable
+
+
+def answer_help(text: Callable[[], str]) -> None:
+    """Print `text()` and end if the command line asks for help, which need not wait for the imports.
+
+    Of several ranks the first one prints.
+    """
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            print(text())
+        sys.exit()
 
 
 def hold_requeue_signal() -> None:

@@ -63,6 +63,7 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     assert [row["label"] for row in rows[0]] == [row["label"] for row in rows[1]]
     for name in ("reliability", "first_token_reliability", "risk_coverage", "accuracy_by_steps"):
         assert (tmp_path / "two" / f"{name}.png").read_bytes().startswith(PNG)
+    assert result["version"] == "0.1.0" and result["commit"]
     assert result["calibration_bins"] == 15 and result["scores"]["accuracy"] < 0.2
 
     # the file of predictions, scored without the student, has the same scores
