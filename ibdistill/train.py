@@ -9,15 +9,17 @@ The same command continues an interrupted run. Exit codes: 0 done, 2 bad input, 
 # ruff: noqa: E402
 from __future__ import annotations
 
+from ibdistill.runtime import startup
+
+startup.hold_requeue_signal()  # the imports below last seconds, in which the signal would kill
+startup.pause_garbage_collection()
+
 from ibdistill.config import fields
 from ibdistill.config.load import load_settings, recipes, to_yaml
 from ibdistill.config.sections import Config
-from ibdistill.runtime import startup
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # help needs none of the heavy imports
     startup.answer_help(lambda: f"{__doc__}\nRecipes: {', '.join(recipes())}\n{fields.describe(Config)}")
-startup.hold_requeue_signal()  # the imports below last seconds, in which the signal would kill
-startup.pause_garbage_collection()
 
 import json
 import logging

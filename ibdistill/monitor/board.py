@@ -31,8 +31,8 @@ _LAYOUT = {
         "rationale text": ["Multiline", ["eval/.*_rationale_(bleu|chrf|rouge_l)$"]],
     },
     "machine": {
-        "seconds of a step": ["Multiline", ["speed/.*_s$"]],
-        "tokens a second": ["Multiline", ["speed/tokens_per_s.*"]],
+        "seconds per step": ["Multiline", ["speed/.*_s$"]],
+        "tokens per second": ["Multiline", ["speed/tokens_per_s.*"]],
         "memory": ["Multiline", ["memory/.*"]],
     },
 }

@@ -12,8 +12,7 @@ trained bias. `device` chooses between the two.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -36,6 +35,7 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
+from ibdistill.planning.attention import attention_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -178,7 +178,7 @@ def student_step(
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, {"predict": 1, "explain": 1, "explained": 1})
-    with _attention(device), skeleton.mode, tracker:
+    with attention_of(device), skeleton.mode, tracker:
         loss, _ = module(batch, weights, answer, 1)
         loss.backward()
     hook.remove()
@@ -191,7 +191,7 @@ def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str]
     """A teacher's forward pass over a micro-batch, with its answers."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
-    with _attention(device), skeleton.mode, tracker, torch.no_grad():
+    with attention_of(device), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
     return Living(tracker.peak)
@@ -267,44 +267,3 @@ class _Tracker(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """An attention with the memory of a fused kernel, which keeps its inputs, its output and a logarithm per
-    row."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, mask):
-        out = torch.empty_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).contiguous()
-        ctx.save_for_backward(query, key, value, mask, out, torch.empty(query.shape[:-1]))
-        return out
-
-    @staticmethod
-    def backward(ctx, _):
-        inputs = ctx.saved_tensors[:4]
-        return tuple(
-            torch.empty_like(x) if need else None
-            for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
-        )
-
-
-@contextmanager
-def _attention(device: str) -> Iterator[None]:
-    """Within this context attention takes the memory of a GPU's fused kernel; for a CPU nothing changes."""
-    if device == "cpu":
-        with nullcontext():
-            yield
-        return
-    original = nn.functional.scaled_dot_product_attention
-
-    def fused(query, key, value, attn_mask=None, *args, **kwargs):
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:  # with grouped queries a kernel reads each key for all queries of its group
-            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        return _FusedAttention.apply(query, key, value, attn_mask)
-
-    nn.functional.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = original

@@ -29,10 +29,9 @@ from ibdistill.data import tokenizers
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.objectives import weights
-from ibdistill.ops.head_loss.api import CHUNK_BYTES
-from ibdistill.ops.linear import multiplies_natively
 from ibdistill.planning import dryrun
 from ibdistill.planning.dryrun import Lengths, Skeleton, Use
+from ibdistill.planning.head_loss_memory import head_loss_bytes
 from ibdistill.runtime import deepspeed_fixes
 from ibdistill.teacher import sharding
 from ibdistill.teacher.teacher import SHARDED
@@ -216,40 +215,6 @@ def teacher_states(
         parts["teacher"] -= share
         return parts, share
     return parts, 0
-
-
-def head_loss_bytes(
-    rows: int,
-    questions: int,
-    head: tuple[int, int],
-    precision: str,
-    *,
-    mi: bool,
-    teacher: tuple[int, int] | None,
-    device: str,
-) -> int:
-    """Bytes that the head loss on `rows` target tokens holds: logits, fp32 gradients, packed states.
-
-    `head`: the shape [V, D] of its weight. `teacher`: that of the teacher's head, if its distributions are
-    distilled.
-    """
-    (vocabulary, width), narrow = head, WIDTH[precision]
-    chunk = CHUNK_BYTES["cpu" if device == "cpu" else "gpu"]
-    per_row = 4 * vocabulary * (2 if teacher else 1)
-    in_chunk = max(1, min(rows, chunk // per_row))
-    copied = device == "cpu" and not multiplies_natively("cpu", dryrun.DTYPES[precision])
-    summed = 4 * vocabulary * width
-    if device == "cpu" and narrow < 4 and not copied:
-        # `ChunkedLinear` keeps the narrow rows where that is less
-        summed = min(summed, narrow * vocabulary * rows)
-    total = per_row * in_chunk + summed + 4 * rows * width + narrow * rows * width
-    total += 4 * vocabulary * width if copied else 0
-    total += narrow * (vocabulary * width + rows * width)  # the results, in the parameters' dtype
-    if mi:  # pooled log probabilities, their gradients and the winning positions of a chunk's questions
-        total += 4 * 4 * vocabulary * max(1, in_chunk * questions // max(1, rows))
-    if teacher:
-        total += narrow * rows * teacher[1] + (4 * teacher[0] * teacher[1] if copied else 0)
-    return total
 
 
 def activation_bytes(

@@ -52,7 +52,7 @@ class TrainState:
     skipped: int = 0
     """Steps skipped for a non-finite loss or gradient."""
     skipped_in_row: int = 0
-    """Of these, the last ones in a row."""
+    """How many of the last steps in a row were skipped."""
     best_step: int = -1
     """Step of the best evaluation on the validation split; -1: there was none."""
     best_score: float = float("-inf")
@@ -133,7 +133,7 @@ class Checkpoints:
         write_json(folder / MARKER, {"step": state.step, "world_size": self._world.size, "files": files})
 
     def _prune(self, state: TrainState) -> None:
-        """Remove all checkpoints but the best and the newest ones, and those that were never completed."""
+        """Remove what is neither the best checkpoint nor one of the newest, or was never completed."""
         complete = [folder for folder in sorted(self.folder.glob("step-*")) if problem_with(folder) is None]
         keep = {folder.name for folder in complete[-self._keep_last :]} | {f"step-{state.best_step:08d}"}
         for folder in self.folder.glob("step-*"):

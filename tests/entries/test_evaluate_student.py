@@ -53,6 +53,7 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     written = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert written[0] == result and (written[0].pop("ranks"), written[1].pop("ranks")) == (1, 2)
     assert all(content.pop("seconds") >= 0 for content in written)
+    assert all(content.pop("commit") for content in written)  # somebody may work on the code meanwhile
     assert written[0]["scores"] == pytest.approx(written[1].pop("scores"), rel=1e-4)
     assert written[1].items() <= written[0].items() and result["records"] == 21
     rows = [

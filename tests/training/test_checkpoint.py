@@ -10,7 +10,7 @@ from harness import full_disk, same, steps, weights
 
 from ibdistill.config.load import load_settings, to_yaml
 from ibdistill.runtime import version
-from ibdistill.training import checkpoint, prepare
+from ibdistill.training import checkpoint, run_folder
 
 
 def test_a_restored_job_continues_as_if_nothing_had_happened(make_job):
@@ -128,7 +128,7 @@ def test_other_code_may_continue_a_run_and_config_yaml_names_each(make_job, monk
     assert path.read_text() == f"{ours}\n" + to_yaml(first.config)
     again = make_job()
     assert path.read_text() == f"{ours}\n" + to_yaml(again.config)
-    monkeypatch.setattr(prepare, "version", lambda: {"version": "9.9", "commit": "abc-dirty"})
+    monkeypatch.setattr(run_folder, "version", lambda: {"version": "9.9", "commit": "abc-dirty"})
     make_job()
     heads = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert heads == [ours, "# ibdistill 9.9, commit abc-dirty"]

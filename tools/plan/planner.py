@@ -13,6 +13,7 @@ from ibdistill.objectives import weights
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
+from ibdistill.planning.head_loss_memory import head_loss_bytes
 from ibdistill.runtime.hardware import GIB
 from plan import costs
 from plan.accelerators import Accelerator
@@ -266,7 +267,7 @@ class Planner:
     def _living(self, checkpointing: bool, micro: int) -> int:
         """The student's activations: traced for one and two questions, a straight line beyond."""
         one, two = self._traces[checkpointing]
-        inside = footprint.head_loss_bytes(
+        inside = head_loss_bytes(
             *(self._lengths(micro).targets(self.streams), micro, self.student.head),
             self.config.student.precision,
             mi=weights.mi_settings(self.config.objective) is not None,
