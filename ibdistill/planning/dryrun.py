@@ -26,6 +26,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
 from ibdistill.data.features import Features, Ragged
+from ibdistill.data.records import STREAMS
 from ibdistill.models import families, presets
 from ibdistill.models import forward as models_forward
 from ibdistill.models.families import base_of
@@ -61,11 +62,11 @@ class Lengths:
         features = Features(
             ids=["?"] * self.questions,
             groups=np.zeros(self.questions, dtype=int),
-            questions=dict.fromkeys(batches.STREAMS, ids["question"]),
-            targets={stream: ids[stream] for stream in batches.STREAMS},
+            questions=dict.fromkeys(STREAMS, ids["question"]),
+            targets={stream: ids[stream] for stream in STREAMS},
         )
         separator = 1 if families.family(base_of(model)) == families.DECODER_ONLY else None
-        rows, read = range(self.questions), streams or batches.STREAMS
+        rows, read = range(self.questions), streams or STREAMS
         batch = batches.collate(features, rows, read, pad=0, start=0, separator=separator)
         return batch if streams else models_forward.questions_only(batch)
 
