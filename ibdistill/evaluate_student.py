@@ -11,6 +11,14 @@ settings that it was trained with (`data.map_numbers` above all). Writes `result
 
 from __future__ import annotations
 
+from ibdistill.config import fields
+from ibdistill.config.evaluation_sections import StudentEvaluation
+from ibdistill.config.sections import StudentConfig
+from ibdistill.runtime import startup
+
+if __name__ == "__main__":
+    startup.answer_help(lambda: f"{__doc__}{fields.describe(StudentEvaluation)}")
+
 import logging
 import sys
 import time
@@ -21,9 +29,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ibdistill.config import command_line, fields
-from ibdistill.config.evaluation_sections import StudentEvaluation
-from ibdistill.config.sections import StudentConfig
+from ibdistill.config import command_line
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tokenizers import load_tokenizer
@@ -34,6 +40,7 @@ from ibdistill.models import presets
 from ibdistill.models.student import load_student
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
+from ibdistill.runtime.version import version
 from ibdistill.training.checkpoint import MARKER
 
 logger = logging.getLogger("ibdistill")
@@ -44,10 +51,6 @@ def main() -> None:
     world = distributed.init()
     with distributed.user_errors():
         given = command_line.parse(sys.argv[1:])
-        if given.help:
-            if world.rank == 0:
-                print(f"{__doc__}{fields.describe(StudentEvaluation)}")
-            return
         evaluate = prepare(given.first, fields.from_flat(StudentEvaluation, given.settings), world)
     evaluate()
     dist.destroy_process_group()
@@ -82,6 +85,7 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
             "split": eval_.split,
             "records": len(predictions),
             "ranks": world.size,
+            **version(),
             "calibration_bins": calibration.BINS,
             "scores": evaluation_predictions.scores(predictions, encoder),
             "seconds": round(time.perf_counter() - start, 1),

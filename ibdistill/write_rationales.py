@@ -14,9 +14,11 @@ and SIGTERM.
 # ruff: noqa: E402
 from __future__ import annotations
 
-import signal
+from ibdistill.runtime import startup
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # as in train.py
+if __name__ == "__main__":
+    startup.answer_help(lambda: __doc__)
+startup.hold_requeue_signal()
 
 import re
 import sys
@@ -38,10 +40,6 @@ def main() -> None:
     world = distributed.init()
     with distributed.user_errors():
         given = command_line.parse(sys.argv[1:], options=["part"])
-        if given.help:
-            if world.rank == 0:
-                print(__doc__)
-            return
         share = part_of(given.options.get("part", "0/1"))
         config = load_settings(given.first, given.settings)
         config.rationale_folder()  # before the data is read

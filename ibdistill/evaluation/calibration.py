@@ -3,7 +3,7 @@
 A confidence is a probability that the student gave its own greedy answer: the *sequence*
 confidence is that of the whole answer, the product of its tokens' probabilities, end token
 included; the *first-token* confidence is that of its first token alone. An answer is correct
-by the rule of its task. Everything here is a function of these two arrays, one entry an answer:
+by the rule of its task. Everything here is a function of these two arrays, one entry per answer:
 `confidence` [n] in [0, 1] and `correct` [n] 0 or 1. The public code of this field compares an
 answer's tokens with a single predicted token, so its accuracy is always 0.
 
@@ -30,7 +30,7 @@ class Bins:
     edges: np.ndarray
     """[bins, 2] lowest and highest confidence: a bin's limits (equal width) or what it holds (equal mass)."""
     count: np.ndarray
-    """[bins] answers; a tie's share in equal-mass bins."""
+    """[bins] number of answers; a tie may lie in two bins of equal mass, and counts in each by its share."""
     confidence: np.ndarray
     """[bins] mean confidence."""
     accuracy: np.ndarray
@@ -44,12 +44,12 @@ class Bins:
 
 
 def checked(confidence: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Both as float64 [n]. Raises ValueError: nothing there, lengths that differ, values out of range."""
+    """Both as float64 [n]. Raises ValueError if they are empty, differ in length, or are out of range."""
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if confidence.ndim != 1 or confidence.shape != correct.shape or not len(confidence):
         raise ValueError(
             f"confidence has shape {confidence.shape} and correct {correct.shape}; they must be two lists of "
-            "the same length, one entry an answer, and not empty"
+            "the same length, one entry per answer, and not empty"
         )
     # a product of rounded probabilities may exceed 1 by a few units in the last place
     if not ((confidence >= 0) & (confidence <= 1 + 1e-6)).all():
@@ -74,7 +74,7 @@ def equal_width(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> 
 
 
 def equal_mass(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> Bins:
-    """Bins of n / bins answers each, up to one; with fewer answers than bins, one answer a bin."""
+    """Bins whose sizes differ by at most one answer; with fewer answers than bins, one answer per bin."""
     return _split(*_ordered(*checked(confidence, correct)), bins)
 
 
@@ -96,7 +96,7 @@ def adaptive(confidence: ArrayLike, correct: ArrayLike) -> Bins:
 
 
 def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
-    """Mean squared difference of confidence and correctness, of the answer that was given."""
+    """Mean squared difference between confidence and correctness of the given answers (Brier, 1950)."""
     confidence, correct = checked(confidence, correct)
     return float(np.square(confidence - correct).mean())
 
@@ -112,8 +112,12 @@ def risk_coverage(confidence: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray
 
 
 def summary(confidence: ArrayLike, correct: ArrayLike) -> dict[str, float]:
-    """All measures as shares: `confidence` (mean), `ece`, `ece_mass` (`BINS` bins of equal width, of equal
-    mass), `ece_adaptive`, `brier`, and `aurc`, the mean risk over all coverages (smaller is better)."""
+    """All measures, as shares (0..1).
+
+    `confidence` is the mean; `ece` and `ece_mass` are calibration errors over `BINS` bins of equal width and
+    of equal mass; `ece_adaptive` is that of `adaptive`; `brier`; and `aurc` is the mean risk over all
+    coverages. Smaller is better for all but `confidence`.
+    """
     _, risk = risk_coverage(confidence, correct)
     return {
         "confidence": float(checked(confidence, correct)[0].mean()),
@@ -126,14 +130,14 @@ def summary(confidence: ArrayLike, correct: ArrayLike) -> dict[str, float]:
 
 
 def _ordered(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """By rising confidence, with each tie's mean correctness in place of its members' own."""
+    """Both [n] by rising confidence, where the members of a tie have the tie's mean correctness."""
     values, tie, count = np.unique(confidence, return_inverse=True, return_counts=True)
     means = np.bincount(tie, correct) / count
     return np.repeat(values, count), np.repeat(means, count)
 
 
 def _split(confidence: np.ndarray, correct: np.ndarray, bins: int) -> Bins:
-    """Ordered answers in bins whose sizes differ by at most one, larger ones first."""
+    """Ordered answers in bins whose sizes differ by at most one, the larger bins first."""
     bins = min(bins, len(confidence))
     size, larger = divmod(len(confidence), bins)
     count = np.where(np.arange(bins) < larger, size + 1, size)

@@ -1,6 +1,7 @@
-"""Figures, drawn without pyplot: no display, no state between them. Each function returns one Figure.
+"""Figures, drawn without pyplot: they need no display and share no state. Each function returns one Figure.
 
-matplotlib is imported with the first figure: that is a tenth of a rank's start, and one rank draws.
+matplotlib is imported with the first figure, since its import is a tenth of a rank's start and only
+one rank draws.
 """
 
 from __future__ import annotations
@@ -47,7 +48,8 @@ def risk_coverage(confidence: ArrayLike, correct: ArrayLike, title: str) -> Figu
 
 
 def confusion(gold: Sequence[str], predicted: Sequence[str], title: str) -> Figure:
-    """Counts of each gold label's predictions; what is no gold label of any record counts as `(other)`."""
+    """Counts of the predictions for each gold label; a prediction that no record has as its gold label counts
+    as `(other)`."""
     labels = sorted(set(gold))
     columns = labels + ["(other)"] * any(label not in labels for label in predicted)
     counts = np.zeros((len(labels), len(columns)), dtype=int)
@@ -65,7 +67,7 @@ def confusion(gold: Sequence[str], predicted: Sequence[str], title: str) -> Figu
 
 
 def accuracy_by(groups: Sequence[int], correct: Sequence[float], title: str, xlabel: str) -> Figure:
-    """Accuracy of the records of each group, with the 95 % Wilson interval, and their number above."""
+    """The accuracy in each group of records with its 95 % Wilson interval, and the group's size above it."""
     figure, axes = _axes(title, xlabel, "accuracy")
     values, member = np.unique(groups, return_inverse=True)
     count = np.bincount(member)
@@ -84,7 +86,7 @@ def accuracy_by(groups: Sequence[int], correct: Sequence[float], title: str, xla
 
 
 def lines(panels: Mapping[str, Sequence[Curve]], title: str, xlabel: str = "step") -> Figure:
-    """One panel for each entry; curves of one name have one colour in all of them."""
+    """One panel for each entry of `panels`; curves of the same name have the same colour in all panels."""
     names = list(dict.fromkeys(name for curves in panels.values() for name, _, _ in curves))
     figure = _figure(4.2 * len(panels), 3.6)
     for axes, (ylabel, curves) in zip(
@@ -105,7 +107,7 @@ def lines(panels: Mapping[str, Sequence[Curve]], title: str, xlabel: str = "step
 
 
 def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], title: str) -> Figure:
-    """One panel for each metric: by name the mean and the half width of its interval (NaN: none)."""
+    """One panel for each metric. It maps names to the mean and the half width of its interval (NaN: none)."""
     figure = _figure(4.2 * len(panels), 3.6)
     for axes, (metric, rows) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True

@@ -1,41 +1,33 @@
-"""Greedy decoding of a split over all ranks, and its scores.
+"""Predictions: a split decoded greedily over all ranks, its scores, and the file that keeps them.
 
-Rank r decodes records r, r + world size, ...; shares may be uneven. The answers are gathered,
-so scores are computed from all of them, each record counted exactly once.
+Rank r decodes records r, r + world size, and so on; shares may be uneven. The answers are
+gathered, so scores are computed from all of them, and each record counts exactly once.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
-from ibdistill.evaluation import calibration
-
-from ibdistill.runtime import distributed
-
-from ibdistill.evaluation import faithfulness
-from ibdistill.evaluation import text_scores
 from ibdistill.config.sections import DataConfig
-from ibdistill.runtime.distributed import World
 from ibdistill.data.json_rows import read_rows
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.evaluation import calibration, faithfulness, text_scores
 from ibdistill.models.decoding import Answer, decode
-
-logger = logging.getLogger("ibdistill")
+from ibdistill.runtime import distributed, files
+from ibdistill.runtime.distributed import World
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the student said to one record."""
+    """The student's answer to one record."""
 
     record: Record
     label: str
@@ -43,23 +35,15 @@ class Prediction:
     """None if the explain stream was not decoded."""
     correct: bool
     confidence: float
-    """Of the label: see `calibration`."""
+    """Probability of the whole label, by the student itself (`calibration`)."""
     first_confidence: float
-    """Of the label's first token."""
+    """Probability of the label's first token."""
 
     @property
     def implied(self) -> list[str]:
-        """The labels that the rationale implies; empty where the task has no rule (`rationale_quality`)."""
+        """The labels that the rationale implies; empty where the task has no rule."""
         rule = TASKS[self.record.task].implied
         return rule(self.rationale, self.record) if rule and self.rationale is not None else []
-
-
-
-
-
-
-
-
 
 
 def evaluate(
@@ -111,17 +95,15 @@ def prediction(record: Record, label: Answer, rationale: Answer | None) -> Predi
     )
 
 
-
-
 def scores(predictions: Sequence[Prediction], encoder: text_scores.Encoder = None) -> dict[str, float]:
     """All scores of one task's predictions, by name.
 
     - `accuracy`, a share;
     - `confidence`, `ece`, `ece_mass`, `ece_adaptive`, `brier`, `aurc`: `calibration.summary` of the whole
       label, and the same of its first token under `first_token_...`;
-    - if rationales were decoded: `rationale_bleu`, `rationale_chrf`, `rationale_rouge_l`,
-      `rationale_words` (`rationale_quality.text_scores`), with an `encoder` `rationale_cosine`,
-      all over the records that have a reference rationale; and `rationale_quality.faithfulness` over all.
+    - if rationales were decoded: `rationale_bleu`, `rationale_chrf`, `rationale_rouge_l` and
+      `rationale_words` (`text_scores.text_scores`), with an `encoder` also `rationale_cosine`, all over the
+      records that have a reference rationale; and the scores of `faithfulness.faithfulness` over all.
     """
     correct = [p.correct for p in predictions]
     result = {"accuracy": sum(correct) / len(predictions)}
@@ -144,11 +126,10 @@ def scores(predictions: Sequence[Prediction], encoder: text_scores.Encoder = Non
 
 
 def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
-    """One JSON object a line; `read_predictions` reads it back."""
+    """Write one JSON object per line; `read_predictions` reads them back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        for p in predictions:
-            file.write(json.dumps(_as_row(p), ensure_ascii=False) + "\n")
+    lines = [json.dumps(_as_row(p), ensure_ascii=False) + "\n" for p in predictions]
+    files.write_atomically(path, "".join(lines))
 
 
 def _as_row(p: Prediction) -> dict[str, Any]:
@@ -169,7 +150,7 @@ def _as_row(p: Prediction) -> dict[str, Any]:
 def read_predictions(path: Path, records: Sequence[Record]) -> list[Prediction]:
     """The predictions of a file, scored anew against `records` of one task.
 
-    Raises ValueError if the file is missing, is none of predictions, or is of other records.
+    Raises ValueError if the file is missing, does not hold predictions, or holds those of other records.
     """
     by_id = {record.id: record for record in records}
     task = records[0].task

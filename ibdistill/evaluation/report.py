@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ibdistill.evaluation import plots
-from ibdistill.evaluation.predictions import Prediction
-from ibdistill.evaluation.faithfulness import count_steps
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.evaluation import plots
+from ibdistill.evaluation.faithfulness import count_steps
+from ibdistill.evaluation.predictions import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,8 +24,11 @@ _MAX_GROUPS = 8
 
 
 def figures(predictions: Sequence[Prediction], title: str) -> dict[str, Figure]:
-    """By name: `reliability`, `first_token_reliability`, `risk_coverage`; `confusion` for tasks with few
-    labels; `accuracy_by_steps` where there are reference rationales, whose steps are counted."""
+    """Figures by name.
+
+    `reliability`, `first_token_reliability` and `risk_coverage` are always there, `confusion` for tasks with
+    few labels, and `accuracy_by_steps` where there are reference rationales, whose steps are counted.
+    """
     correct = [p.correct for p in predictions]
     confidence = [p.confidence for p in predictions]
     first = [p.first_confidence for p in predictions]
@@ -48,7 +51,7 @@ def figures(predictions: Sequence[Prediction], title: str) -> dict[str, Figure]:
 
 
 def samples(predictions: Sequence[Prediction], count: int = 5) -> str:
-    """Some answers, evenly spread over the records, as Markdown: question, labels, rationales."""
+    """`count` answers, evenly spread over the records, as Markdown: question, labels, rationales."""
     chosen = [predictions[i * len(predictions) // count] for i in range(min(count, len(predictions)))]
     rows = []
     for p in chosen:
@@ -65,7 +68,7 @@ def samples(predictions: Sequence[Prediction], count: int = 5) -> str:
 
 
 def _cell(text: str) -> str:
-    """Verbatim within a Markdown table."""
+    """The text as a cell of a Markdown table, shown verbatim."""
     text = " ".join(text.split()).replace("`", "'").replace("|", "\\|")
     return f"`{text}`" if text else "(empty)"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -13,21 +12,19 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokeniz
 from ibdistill.data import batches
 from ibdistill.models import families
 
-logger = logging.getLogger("ibdistill")
-
 
 class Answer(NamedTuple):
-    """What the student generates in one stream, and the probabilities it gave it."""
+    """A generated text and the probabilities that the model gave to it."""
 
     text: str
     confidence: float
-    """Of the whole answer, the end token included if it was reached within the limit."""
+    """Probability of the whole text, with the end token if it was reached within the limit."""
     first_confidence: float
-    """Of its first token."""
+    """Probability of the first token."""
 
 
 class _Confidence(LogitsProcessor):
-    """Notes the log-probability of each step's greedy token; keeps [B] a step, not [B, V]."""
+    """Keeps the log-probability of the greedy token of each step: [B] per step instead of [B, V]."""
 
     def __init__(self) -> None:
         self.log_probs: list[Tensor] = []
@@ -37,7 +34,8 @@ class _Confidence(LogitsProcessor):
         return scores
 
     def of(self, generated: Tensor, eos: int) -> tuple[list[float], list[float]]:
-        """(whole, first token) probabilities [B]; `generated` [B, T] may hold padding behind `eos`."""
+        """Probabilities of the whole texts and of their first tokens, [B] each. `generated` [B, T] may hold
+        padding behind `eos`."""
         ends = generated == eos
         is_real = ends.cumsum(1) - ends.long() == 0
         log_probs = torch.stack(self.log_probs, dim=1).double()
@@ -50,12 +48,12 @@ class Sampling(NamedTuple):
 
     temperature: float
     draws: Tensor
-    """[questions, max_new_tokens] fp32 in [0, 1): the random number behind each token. Given from
-    outside, so that a question's answer does not depend on which others are decoded with it."""
+    """[questions, max_new_tokens] fp32 in [0, 1): the random number behind each token. The caller gives
+    them, so that a question's answer does not depend on which others are decoded with it."""
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token a row: where the cumulated probabilities pass the row's random number."""
+    """Leaves one token per row: the one at which the cumulated probabilities pass the row's random number."""
 
     def __init__(self, temperature: float, draws: Tensor) -> None:
         self._temperature, self._draws = temperature, iter(draws.T)
@@ -81,20 +79,23 @@ def decode(
     sampling: Sampling | None = None,
     synced: bool = False,
 ) -> list[Answer]:
-    """The greedy answers to `questions` (prefix included), in order. Batches are of similar length.
+    """The greedy answers to `questions` (with their prefix), in their order.
+
+    Questions of similar length are decoded together.
 
     Args:
-        as_written: give a decoder-only model the text alone, without the separator that our students learn.
-        sampling: draw tokens instead; confidences remain those of the greedy ones.
-        synced: go on until all ranks have finished, each with the same number of batches; for sharded models.
+        as_written: give a decoder-only model the text alone, without the separator that our students expect.
+        sampling: draw the tokens instead; the probabilities in the answers remain those of greedy tokens.
+        synced: go on until all ranks have finished, as a sharded model needs. Each rank must then have the
+            same number of batches.
     """
     layout = families.layout(model, tokenizer)
     decoder_only = families.family(model) == families.DECODER_ONLY
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
     answers: dict[int, Answer] = {}
     for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        texts = [questions[i] for i in rows]
+        indices = order[start : start + batch_size]
+        texts = [questions[i] for i in indices]
         if decoder_only and not as_written:
             input_ids, mask = batches.prompts(texts, tokenizer, max_question_tokens, **layout)
         else:
@@ -108,7 +109,7 @@ def decode(
             )
             input_ids, mask = inputs.input_ids, inputs.attention_mask
         confidence = _Confidence()
-        draw = [_Draw(sampling.temperature, sampling.draws[rows].to(device))] if sampling else []
+        draw = [_Draw(sampling.temperature, sampling.draws[indices].to(device))] if sampling else []
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
@@ -122,5 +123,5 @@ def decode(
             output = output[:, input_ids.shape[1] :]
         texts = tokenizer.batch_decode(output, skip_special_tokens=True)
         probabilities = confidence.of(output[:, -len(confidence.log_probs) :], tokenizer.eos_token_id)
-        answers |= {i: Answer(*parts) for i, *parts in zip(rows, texts, *probabilities, strict=True)}
+        answers |= {i: Answer(*parts) for i, *parts in zip(indices, texts, *probabilities, strict=True)}
     return [answers[i] for i in range(len(questions))]

@@ -1,7 +1,7 @@
 """The two families of models, and loading any of their members.
 
 A model type is in `FAMILIES` if its base model's forward gives the states that its head
-takes, so that `models.states` needs to know nothing else about it; the tests hold every type
+takes, so that `forward.states` needs to know nothing else about it; the tests hold every type
 to that, on its own logits.
 """
 
@@ -42,19 +42,24 @@ _SCALES = (
     "output_multiplier",
     "logits_mup_width_multiplier",
 )
-# T5's; GPT-2's three; everybody else's two
+# T5 has the first, GPT-2 the next three, all others one or both of the last two
 _DROPOUTS = ("dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "dropout")
 
 
 def family(model: nn.Module | PreTrainedConfig) -> str:
-    """`encoder-decoder` or `decoder-only`, of a supported model or its configuration."""
+    """`encoder-decoder` or `decoder-only`: the family of a supported model or of its configuration."""
     return FAMILIES[getattr(model, "config", model).model_type]
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model below its adapters, if it has any."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def layout(
     model: torch.nn.Module | PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, int | None]:
-    """The keyword arguments of `data.collate` for a model or its configuration."""
+    """The keyword arguments of `batches.collate` for a model or its configuration."""
     if family(model) == ENCODER_DECODER:
         config = getattr(model, "config", model)
         return {"pad": tokenizer.pad_token_id, "start": config.decoder_start_token_id}
@@ -69,7 +74,7 @@ def load_config(name: str, setting: str) -> PreTrainedConfig:
     """A model's configuration by hub name or folder.
 
     Raises ValueError, naming `setting`, if there is none, if the type is not supported, or if
-    the model does something to its logits that our loss on the head's weights would miss.
+    the model changes its logits after the head, which our loss on the head's weights would miss.
     """
     try:
         config = AutoConfig.from_pretrained(name)
@@ -103,7 +108,7 @@ def empty_model(name: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> 
     """The modules of a model or preset on the meta device: shapes, no storage.
 
     A head that the checkpoint keeps apart from the embeddings counts as tied here, since T5's
-    configuration does not tell.
+    configuration does not say which it is.
     """
     with torch.device("meta"):
         if name in presets.PRESETS:
@@ -122,16 +127,16 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> PreTrainedModel:
-    """A model with its head, by hub name or folder; the student's or a teacher's.
+    """A model with its head, by hub name or folder, for a student or a teacher.
 
-    The head is `get_output_embeddings()`; what is below it, `get_decoder()` and in the
-    encoder-decoder family `get_encoder()`.
+    The head is `get_output_embeddings()`. The layers below it are `get_decoder()` and, in the
+    encoder-decoder family, `get_encoder()`.
 
     Args:
         setting: what messages call `name`.
         dropout: replaces the model's own rates.
-        random_seed: the model's shape with new random weights.
-        kwargs: further ones of `from_pretrained`, such as `quantization_config`.
+        random_seed: if given, only the shape is taken, and new weights are drawn with this seed.
+        kwargs: further arguments of `from_pretrained`, such as `quantization_config`.
 
     Raises:
         ValueError: as `load_config` does.
@@ -160,8 +165,8 @@ def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrained
 def decodes_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The same model, whose `generate` is greedy and ends with the tokenizer's end token.
 
-    Published decoder-only models bring sampling temperatures and repetition penalties along,
-    and the latter change greedy decoding too.
+    Published decoder-only models come with sampling temperatures and repetition penalties, and a
+    repetition penalty changes greedy decoding too.
     """
     if family(model) == DECODER_ONLY:
         model.generation_config = GenerationConfig(
@@ -179,7 +184,8 @@ def _auto_class(config: PreTrainedConfig) -> type:
 def identity(name: str) -> str:
     """What tells one teacher's weights from another's: a digest of its folder, or the hub's commit.
 
-    Of the weight files it reads names, sizes and both ends, not gigabytes.
+    The digest covers the weight files' names, sizes, first and last 64 KiB, since reading all of them would
+    mean reading gigabytes.
     """
     if name in presets.PRESETS:
         return f"preset {name}"
@@ -193,4 +199,4 @@ def identity(name: str) -> str:
             parts.append(file.read(1 << 16))
             file.seek(-min(1 << 16, path.stat().st_size), 2)
             parts.append(file.read())
-    return digest(b"\0".join(parts))
+    return digest(b"\0".join(parts)).hex()

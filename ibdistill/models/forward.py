@@ -1,4 +1,14 @@
-"""One forward for both streams, without the head."""
+"""One forward for both streams, without the head.
+
+The head loss works on packed hidden states, so a model's forward here ends before the head:
+`states` gives the decoder's states at the real target positions of each stream. The streams of
+an encoder-decoder model share one encoder call. Its decoder runs once per stream, because a
+label is a few tokens long and a rationale a hundred, and padding one to the other would cost
+more than a second call. A decoder-only model, whose rows hold the question too, runs once for
+both. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of modules in
+each step and its prefetch trace completes. With a call of the engine for each stream, as in the
+reference implementation, it would not.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +19,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ibdistill.data.batches import Batch
-from ibdistill.models.families import ENCODER_DECODER, family
+from ibdistill.models.families import ENCODER_DECODER, base_of, family
 
 
 @dataclass(frozen=True)
 class States:
-    """What a model says about a batch, before its head."""
+    """A model's final hidden states of a batch, before its head."""
 
     targets: dict[str, Tensor]
     """Stream -> [N_stream, D] final hidden states at the packed target positions, ready for the head;
     empty if they were not asked for."""
     questions: Tensor
-    """[N_question, D] states of the predict stream's question tokens."""
+    """[N_question, D] final hidden states of the predict stream's question tokens."""
     bottleneck: tuple[Tensor, ...] = ()
     """What a bottleneck returned besides the states."""
 
@@ -28,15 +38,15 @@ class States:
 def states(
     model: nn.Module, batch: Batch, *, targets: bool = True, bottleneck: nn.Module | None = None
 ) -> States:
-    """One forward of both streams, without the head. Without `targets` only what the questions need.
+    """One forward of both streams, without the head; without `targets` only as much as the questions need.
 
-    `bottleneck`, for an encoder-decoder model, stands between the two: called with the encoder's states
-    [S * B, L, D] and their mask it returns what the decoder is to see in their place, and more.
+    `bottleneck` stands between encoder and decoder. It is called with the encoder's states [S * B, L, D] and
+    their mask, and returns a tuple: first what the decoder is to see in their place, then anything more.
 
     Padded positions come last in their row, so under the causal mask no real position sees
-    them: a decoder needs no mask of its own, and positions count from the row's start.
+    them. A decoder therefore needs no mask of its own, and its positions count from the row's start.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     batch = batch if targets else questions_only(batch)
     if family(base) == ENCODER_DECODER:
         return _encoder_decoder(base, batch, bottleneck)
@@ -44,7 +54,7 @@ def states(
 
 
 def questions_only(batch: Batch) -> Batch:
-    """The rows of the predict stream, which are the first, and no target positions."""
+    """The batch without targets, and with the rows of the predict stream alone, which come first."""
     rows = len(batch.input_ids) // len(batch.positions)
     return replace(
         batch,
@@ -57,7 +67,7 @@ def questions_only(batch: Batch) -> Batch:
 
 def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module | None) -> States:
     ids = [batch.input_ids, *batch.decoder_input_ids.values()]
-    # one lookup: the gradient of each is as large as the table
+    # one lookup for all inputs, because the gradient of each lookup is as large as the table
     embedded = model.get_input_embeddings()(torch.cat([part.flatten() for part in ids]))
     questions, *rest = (
         rows.unflatten(0, part.shape)
@@ -75,7 +85,7 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
             use_cache=False,
         )[0]
         hidden = decoded.flatten(0, 1).index_select(0, batch.positions[stream])
-        # T5 with tied embeddings scales what goes into the head
+        # T5 with tied embeddings scales the states that go into its head
         scales = getattr(model.config, "scale_decoder_outputs", False)
         targets[stream] = hidden * model.config.d_model**-0.5 if scales else hidden
     return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions), tuple(more))

@@ -79,7 +79,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 SEPARATE_HEAD = ("t5-v1_1-small",)
-"""Presets whose head is a tensor of its own; the others share the embeddings' tensor."""
+"""Presets whose head is a tensor of its own; in the others the head is the embeddings' tensor."""
 _HEAD = "lm_head.weight"
 
 
@@ -89,7 +89,7 @@ def is_decoder_only(name: str) -> bool:
 
 
 def dropout_field(name: str) -> str:
-    """What the preset's configuration class calls its dropout rate. Llama has attention's alone."""
+    """The name of the dropout rate in the preset's configuration class. Llama has one for attention alone."""
     return "attention_dropout" if is_decoder_only(name) else "dropout_rate"
 
 
@@ -153,9 +153,11 @@ def _std(model: PreTrainedModel, module: str, weight: Tensor) -> float:
 def untie_head(model: T5ForConditionalGeneration) -> None:
     """Make the output head a tensor of its own that stays one through saving, loading and resizing.
 
-    The loader keeps two different tensors apart by itself, but forgets it at the next
-    `tie_weights()`; so the entry goes from the model's list of tied weights too. Needs
-    `scale_decoder_outputs` False, as an untied head means elsewhere in the T5 family.
+    The loader keeps two different tensors apart by itself, but the next `tie_weights()` would tie them
+    again, so the entry is also removed from the model's list of tied weights. The model must have
+    `scale_decoder_outputs` False, which is what an untied head means elsewhere in the T5 family.
+
+    Raises ValueError if it has not.
     """
     import torch
 

@@ -1,15 +1,6 @@
-"""Students: loading, adapting, one forward for both streams, and getting the whole model back.
+"""Students: loading one as the settings describe it, adapting it, and checking what it goes with.
 
-`families` loads the models themselves.
-
-The head loss works on packed hidden states, so a model's forward here ends before the head:
-`states` gives the decoder's states at the real target positions of each stream.
-An encoder-decoder's streams share one encoder call; the decoder runs once a stream, because a
-label is a few tokens long and a rationale a hundred, and padding one to the other would cost
-more than a second call. A decoder-only model, whose rows hold the question too, runs once for
-both. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of modules
-each step and its prefetch trace completes (a forward of its own for each stream, as the
-reference has it, would not).
+`families` loads the models themselves, and `forward` runs them.
 """
 
 from __future__ import annotations
@@ -51,16 +42,17 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise ValueError unless every token id has a row and the special tokens agree.
+    """Raise ValueError unless every token id has an embedding and the special tokens are the same.
 
     A decoder-only model may end with another token than it was pretrained with: base models
     are trained with the tokenizers of their instructed versions.
     """
-    rows = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocabulary:
         raise ValueError(
-            f"student.tokenizer has {len(tokenizer)} tokens but student.model only {rows} embedding rows; "
-            "take the model's own tokenizer (leave student.tokenizer empty) or a model of that vocabulary"
+            f"student.tokenizer has {len(tokenizer)} tokens but student.model only {vocabulary} embedding "
+            "rows; take the model's own tokenizer (leave student.tokenizer empty) or a model of that "
+            "vocabulary"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("student.tokenizer has no end-of-sequence token, with which every target ends")
@@ -76,7 +68,7 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def check_context(model: PreTrainedModel, config: DataConfig) -> None:
     """Raise ValueError if the longest question and target do not fit a decoder-only model's positions."""
     if family(model) == ENCODER_DECODER:
-        return  # relative positions
+        return  # its positions are relative, so there is no limit
     have = model.config.max_position_embeddings
     target = max(config.max_label_tokens, config.max_rationale_tokens)
     need = 1 + config.max_question_tokens + target  # with BOS
@@ -89,7 +81,7 @@ def check_context(model: PreTrainedModel, config: DataConfig) -> None:
 
 
 def with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
-    """The model with adapters as `config` describes them. Raises ValueError for layers that it hasn't."""
+    """The model with adapters as `config` describes them. Raises ValueError if it has no such layers."""
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(

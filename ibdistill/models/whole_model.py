@@ -15,13 +15,13 @@ class WholeModel:
     """Gives the trained model in one piece, for decoding and export, whatever ZeRO does to it.
 
     Under ZeRO-3 every rank collects a copy, one parameter at a time, and drops it afterwards.
-    That takes one more student in memory while evaluating, and in return decoding runs without
-    an all-gather a token, ranks may decode unequal shares, and the engine's hooks and trace
-    are left alone.
+    This takes the memory of one more student during an evaluation. In return decoding needs no
+    all-gather per token, ranks may decode unequal shares, and the engine's hooks and trace are
+    left alone.
     """
 
     def __init__(self, model: nn.Module, *, sharded: bool) -> None:
-        """Call before the engine partitions `model`."""
+        """`sharded`: the engine will partition `model`, but has not done so yet."""
         self._model = model
         self._skeleton = _skeleton(model) if sharded else None
 
@@ -41,12 +41,12 @@ class WholeModel:
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             with deepspeed.zero.GatheredParameters([parameter]):
                 state[name] = parameter.detach().clone()
-        # tied weights: one tensor under several names
+        # a tied weight is one tensor under several names
         first: dict[int, str] = {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
             state[name] = state[first.setdefault(id(parameter), name)]
         model.load_state_dict(state, strict=False, assign=True)
-        # the skeleton's buffers, such as rotary frequencies, stayed where the model was made
+        # the skeleton's buffers, such as rotary frequencies, are still on the CPU, where the model was made
         return model.to(state[name].device)
 
 

@@ -1,4 +1,4 @@
-"""What a plot shows only to those who look: a warning for what makes a run pointless, once each.
+"""Warnings, once each, for what makes a run pointless and would otherwise be seen in a plot alone.
 
 Every alarm names the number, the bound and what to try.
 """
@@ -10,34 +10,34 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from ibdistill.data.lettered_options import options
-from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.records import Record
+from ibdistill.data.tasks.registry import TASKS
 
 logger = logging.getLogger("ibdistill")
 
 LEAST_SHARE, LARGEST_SHARE = 0.001, 0.9
-"""Of the sum of the terms' gradient norms, that one term's may be."""
+"""The share of one term in the sum of all terms' gradient norms lies between these bounds."""
 LARGEST_CONSTANT = 0.99
-"""Of the mutual-information term, that may be the same whatever the student does."""
+"""The largest share of the mutual-information term that is the same whatever the student does."""
 LARGEST_WAIT = 0.5
-"""Of a step, that may be spent on waiting for data."""
+"""The largest share of a step that is spent on waiting for data."""
 PATIENCE = 3
-"""Measurements in a row beyond a bound before an alarm."""
+"""So many measurements in a row beyond a bound give an alarm."""
 
 
 class Alarms:
-    """Remembers what was beyond its bound, and what was said already."""
+    """Counts what is beyond its bound, and warns of each thing once."""
 
     def __init__(self, records: Sequence[Record] = ()) -> None:
-        """`records`: to train on; they say how often guessing is right."""
+        """`records`: those to train on, which tell how often guessing is right."""
         parts = _by_task(records).values()
         right = sum(len(part) * chance(part) for part in parts)
         self._chance = right / max(1, sum(map(len, parts)))
         self._in_row: Counter[str] = Counter()
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     def check(self, scalars: Mapping[str, float], step: int) -> None:
-        """Look at a logging step's scalars, by TensorBoard tag."""
+        """Look at the scalars of a logging step, by TensorBoard tag."""
         for tag, share in scalars.items():
             if tag.startswith("grad/share_"):
                 self._check_share(tag.removeprefix("grad/share_"), share, step)
@@ -62,24 +62,24 @@ class Alarms:
         if "teacher/accuracy" in scalars:
             self.check_teacher(scalars["teacher/accuracy"], self._chance)
 
-    def check_teacher(self, agreement: float, chance: float, task: str = "") -> None:
-        """`agreement`: share of a teacher's labels that are right; `chance`: that of guessing."""
-        if agreement < chance:
-            self._say(
+    def check_teacher(self, accuracy: float, chance: float, task: str = "") -> None:
+        """Compare the share of a teacher's labels that are right with that of guesses."""
+        if accuracy < chance:
+            self._warn(
                 f"teacher {task}",
-                f"the teacher{f' of {task}' if task else ''} agrees with {agreement:.1%} of the gold labels, "
+                f"the teacher{f' of {task}' if task else ''} agrees with {accuracy:.1%} of the gold labels, "
                 f"guessing with {chance:.1%}. Check that its data, prompt and answer format belong to this "
                 "task, or learn the gold labels with --data.label_source gt",
             )
 
     def check_labels(self, records: Sequence[Record]) -> None:
-        """The labels to train on, where they are an LLM's (`data.label_source`), against the ground truth."""
+        """Compare the labels to train on, perhaps an LLM's (`data.label_source`), with the gold labels."""
         for task, own in _by_task(records).items():
-            agreement = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
-            self.check_teacher(agreement, chance(own), task)
+            accuracy = sum(TASKS[task].is_correct(record.label, record) for record in own) / len(own)
+            self.check_teacher(accuracy, chance(own), task)
 
     def check_written(self, counts: Mapping[str, int], records: Sequence[Record]) -> None:
-        """What an online teacher answered before training, by `rationales.Written.counts`."""
+        """Look at what the teacher answered before training, as `teacher.writing.Written` counts it."""
         for task, own in _by_task(records).items():
             parsed = counts.get(f"{task}/train/teacher_parsed", 0)
             if parsed:
@@ -105,23 +105,26 @@ class Alarms:
     def _count(self, name: str, is_beyond: bool, step: int, message: str) -> None:
         self._in_row[name] = self._in_row[name] + 1 if is_beyond else 0
         if self._in_row[name] >= PATIENCE:
-            self._say(name, f"step {step}: {message}")
+            self._warn(name, f"step {step}: {message}")
 
-    def _say(self, name: str, message: str) -> None:
-        if name not in self._said:
-            self._said.add(name)
+    def _warn(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
             logger.warning("%s", message)
 
 
 def _by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Those whose ground truth is known."""
+    """The records whose ground truth is known, by task."""
     tasks = dict.fromkeys(record.task for record in records if record.gold)
     return {task: [record for record in records if record.task == task and record.gold] for task in tasks}
 
 
 def chance(records: Sequence[Record]) -> float:
-    """Share of right answers by guessing: among a question's options, or else among all gold labels if
-    there are few (up to a tenth of the records); 0 for free answers."""
+    """The share of guesses that are right.
+
+    A guess is one of the question's options, or one of all gold labels where these are few (up to a tenth of
+    the records). For free answers the share is 0.
+    """
     listed = [len(options(record)) for record in records]
     if records and all(listed):
         return sum(1 / n for n in listed) / len(records)

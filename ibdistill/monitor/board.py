@@ -1,4 +1,4 @@
-"""Where a run is shown: TensorBoard, the progress bar."""
+"""Where a run is shown: TensorBoard and the progress bar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 logger = logging.getLogger("ibdistill")
 
-
 _LAYOUT = {
     "training": {
         "losses": ["Multiline", ["loss/.*"]],
@@ -32,22 +31,25 @@ _LAYOUT = {
         "rationale text": ["Multiline", ["eval/.*_rationale_(bleu|chrf|rouge_l)$"]],
     },
     "machine": {
-        "seconds of a step": ["Multiline", ["speed/.*_s$"]],
-        "tokens a second": ["Multiline", ["speed/tokens_per_s.*"]],
+        "seconds per step": ["Multiline", ["speed/.*_s$"]],
+        "tokens per second": ["Multiline", ["speed/tokens_per_s.*"]],
         "memory": ["Multiline", ["memory/.*"]],
     },
 }
 
 
 class Board:
-    """TensorBoard events of a run and its progress bar; rank 0 only, nothing elsewhere or if `off`."""
+    """The TensorBoard events of a run and its progress bar, on rank 0.
+
+    On other ranks, and without events if `off`, every call does nothing.
+    """
 
     def __init__(
         self, folder: Path, world: World, step: int, last_step: int = 0, *, off: bool = False
     ) -> None:
         """`step`: the step to continue from; later points of an interrupted run are purged.
 
-        `last_step`: length of the progress bar that is shown if standard error is a terminal.
+        `last_step`: the length of the progress bar, which is shown if standard error is a terminal; 0: none.
         """
         self._writer = self._bar = None
         if world.rank == 0 and not off:
@@ -77,7 +79,7 @@ class Board:
                 self._writer.add_figure(tag, figure, step, close=False)
 
     def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
-        """A row of the HPARAMS tab: settings, and final scores under the tags of their scalars."""
+        """Write a row of the HPARAMS tab: settings, and final scores under the tags of their scalars."""
         if self._writer is not None:
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
             for summary in hparams(plain, scores):
@@ -89,6 +91,7 @@ class Board:
             self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
+        """Finish the events file and the progress bar."""
         if self._bar is not None:
             self._bar.close()
             for handler in logger.handlers:
@@ -108,7 +111,8 @@ class _AboveBar:
 
 
 def hyperparameters(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """What tells a sweep's runs apart: the objective, the seed, and whatever is not at its default."""
+    """The settings that tell a sweep's runs apart: the objective, the seed, and all that are not at their
+    defaults. Both arguments map `section.field` to a value."""
     return {
         name: value
         for name, value in settings.items()

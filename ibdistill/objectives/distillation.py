@@ -1,4 +1,4 @@
-"""The objective: which terms, with which weights, on which streams (DESIGN: total loss).
+"""The objective: which terms, with which weights, on which streams.
 
     total = alpha CE_predict + (1 - alpha) CE_explain + beta MI
             + gamma (alpha KD_predict + (1 - alpha) KD_explain)
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.data.batches import Batch
 from ibdistill.models import forward as models_forward
-from ibdistill.models.families import ENCODER_DECODER, family
+from ibdistill.models.families import ENCODER_DECODER, base_of, family
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.objectives.weights import GRADIENT, mi_settings, uses_vib, uses_vid
@@ -31,7 +31,7 @@ from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions
 
 def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
     """Raise ValueError for `vib` with a model in which no single state stands between question and answer."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if uses_vib(objective) and family(base) != ENCODER_DECODER:
         raise ValueError(
             f"objective.estimator is vib, but student.model is decoder-only ({base.config.model_type}): its "

@@ -1,19 +1,18 @@
 """A step without its data: the modules, kernels and shapes of a forward and backward pass, and no storage.
 
-Models are built on fake tensors (shapes, dtypes and devices, nothing behind them) and run for real otherwise,
-so what is counted here holds for every supported family without a formula for each: the bytes of the tensors
-that live at once, and the order in which modules use their parameters. The insides of custom operators (head
-loss, vid) are invisible to it; `footprint` adds their buffers by formula.
+Models are built on fake tensors (shapes, dtypes and devices without storage) and run for real otherwise. So
+two things are counted for every supported family without a formula for each: the bytes of the tensors that
+live at once, and the order in which modules use their parameters. What happens inside custom operators (head
+loss, vid) cannot be seen this way; `footprint` adds their buffers by formula.
 
-A GPU's attention kernels keep no [T, T] matrices; a CPU's keep them where there is dropout or a trained bias.
-`device` chooses.
+The attention kernels of a GPU keep no [T, T] matrices. Those of a CPU keep them where there is dropout or a
+trained bias. `device` chooses between the two.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
@@ -30,19 +29,21 @@ from ibdistill.data.features import Features, Ragged
 from ibdistill.data.records import STREAMS
 from ibdistill.models import families, presets
 from ibdistill.models import forward as models_forward
+from ibdistill.models.families import base_of
 from ibdistill.models.student import with_lora
 from ibdistill.objectives import distillation
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
+from ibdistill.planning.attention import attention_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """A micro-batch: so many questions, all of these lengths in tokens."""
+    """A micro-batch: a number of questions that all have the same lengths, in tokens."""
 
     questions: int
     question: int
@@ -50,12 +51,12 @@ class Lengths:
     rationale: int
 
     def targets(self, streams: Sequence[str]) -> int:
-        """Target tokens of all streams: rows of the head loss."""
+        """Target tokens of all streams, which are the rows of the head loss."""
         of = {"predict": self.label, "explain": self.rationale}
         return self.questions * sum(of[stream] for stream in streams)
 
     def batch(self, model: nn.Module, streams: Sequence[str]) -> batches.Batch:
-        """As `data.collate` makes it; without streams the questions alone (`models.states`)."""
+        """The micro-batch as `batches.collate` makes it; without streams, its questions alone."""
         parts = {"question": self.question, "predict": self.label, "explain": self.rationale}
         ids = {name: Ragged([np.full(n, 2)] * self.questions) for name, n in parts.items()}
         features = Features(
@@ -70,11 +71,6 @@ class Lengths:
         return batch if streams else models_forward.questions_only(batch)
 
 
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The model below its adapters, if it has any."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 class Skeleton:
     """A model of fake tensors, and the mode in which they live."""
 
@@ -86,8 +82,8 @@ class Skeleton:
         precision: str,
         student: StudentConfig | None = None,
     ) -> None:
-        """`name`: a preset (which needs the tokenizer), a published shape, a folder or a hub name, of which
-        only the configuration is read. `student`: its dropout, adapters and checkpointing.
+        """`name`: a preset (which needs the tokenizer), a published shape, or a folder or hub name, of which
+        only the configuration is read. `student`: gives the model dropout, adapters and checkpointing.
 
         Raises ValueError as `families.load_config` does, and for a configuration that lacks a size.
         """
@@ -129,11 +125,11 @@ class Skeleton:
 
     @property
     def head(self) -> tuple[int, int]:
-        """[V, D] of the head."""
+        """The shape [V, D] of the head's weight."""
         return tuple(base_of(self.model).get_output_embeddings().weight.shape)
 
     def fake(self, batch: batches.Batch) -> batches.Batch:
-        """The batch with fake tensors, `cu` apart: offsets are read by the host."""
+        """The batch with fake tensors, but with the real `cu`, because the host reads these offsets."""
 
         def moved(value):
             if isinstance(value, dict):
@@ -151,12 +147,12 @@ def _published(name: str) -> PreTrainedConfig | None:
 
 @dataclass(frozen=True)
 class Living:
-    """Bytes of living tensors beside the model's states."""
+    """Bytes of the tensors that live during a pass, without the model states."""
 
     peak: int
-    """The most at any time, custom operators' insides left out."""
+    """The most at any time, without what custom operators hold inside."""
     at_head: int = 0
-    """When the head loss starts."""
+    """What lives when the head loss starts."""
 
 
 def student_step(
@@ -168,13 +164,13 @@ def student_step(
     teacher_head: tuple[int, int] = (0, 0),
     device: str = "cuda",
 ) -> Living:
-    """Forward and backward of a micro-batch; its gradients' memory is there already, as a model state."""
+    """Forward and backward pass of a micro-batch. The gradients' memory counts as a model state, not here."""
     streams = streams_of(objective)
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     with skeleton.mode:
         width = teacher_head[1] if wanted and wanted.questions else 0
         module = distillation.Distillation(skeleton.model, objective, teacher_width=width)
-        head = skeleton.head[0], teacher_head[1]  # fitted to the student's rows
+        head = skeleton.head[0], teacher_head[1]  # the teacher's head is fitted to the student's vocabulary
         answer = teacher_answer(batch, wanted, head) if wanted else None
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -183,7 +179,7 @@ def student_step(
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, {"predict": 1, "explain": 1, "explained": 1})
-    with _attention(device), skeleton.mode, tracker:
+    with attention_of(device), skeleton.mode, tracker:
         loss, _ = module(batch, weights, answer, 1)
         loss.backward()
     hook.remove()
@@ -193,10 +189,10 @@ def student_step(
 
 
 def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str) -> Living:
-    """A teacher's pass over a micro-batch, its answers included."""
+    """A teacher's forward pass over a micro-batch, with its answers."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
-    with _attention(device), skeleton.mode, tracker, torch.no_grad():
+    with attention_of(device), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
     return Living(tracker.peak)
@@ -204,10 +200,10 @@ def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str]
 
 @dataclass(frozen=True)
 class Use:
-    """A module's turn in a pass."""
+    """One use of a module's parameters in a pass."""
 
     parameters: tuple[nn.Parameter, ...]
-    """Those that it owns itself."""
+    """The parameters that the module itself owns."""
     is_embedding: bool
 
 
@@ -230,13 +226,13 @@ def uses(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], *, head: 
 
 
 def teacher_answer(batch: batches.Batch, wanted: Wanted, head: tuple[int, int]) -> TeacherAnswer:
-    """Of the shapes in which a teacher with a head of [V, D] would answer; its tensors are not filled."""
-    rows, width = head
+    """An answer with the shapes of a teacher whose head is [V, D]; its tensors are not filled."""
+    vocabulary, width = head
     questions = torch.empty(len(batch.question_positions), width) if wanted.questions else None
     if not wanted.targets:
         return TeacherAnswer(questions)
     targets = {s: TeacherStream(hidden=torch.empty(len(ids), width)) for s, ids in batch.labels.items()}
-    return TeacherAnswer(questions, targets, torch.empty(rows, width))
+    return TeacherAnswer(questions, targets, torch.empty(vocabulary, width))
 
 
 def _tensors(batch: batches.Batch) -> list[Tensor]:
@@ -272,43 +268,3 @@ class _Tracker(TorchDispatchMode):
         self._alive[key] = weakref.ref(storage, forget)
         self.now += size
         self.peak = max(self.peak, self.now)
-
-
-class _FusedAttention(torch.autograd.Function):
-    """The memory of a fused attention: its inputs, its output and a logarithm a row are kept."""
-
-    @staticmethod
-    def forward(ctx, query, key, value, mask):
-        out = torch.empty_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).contiguous()
-        ctx.save_for_backward(query, key, value, mask, out, torch.empty(query.shape[:-1]))
-        return out
-
-    @staticmethod
-    def backward(ctx, _):
-        inputs = ctx.saved_tensors[:4]
-        return tuple(
-            torch.empty_like(x) if need else None
-            for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
-        )
-
-
-@contextmanager
-def _attention(device: str) -> Iterator[None]:
-    """On a GPU, attention as a fused kernel does it; on a CPU torch chooses by itself."""
-    if device == "cpu":
-        with nullcontext():
-            yield
-        return
-    original = nn.functional.scaled_dot_product_attention
-
-    def fused(query, key, value, attn_mask=None, *args, **kwargs):
-        groups = query.shape[1] // key.shape[1]
-        if groups > 1:  # grouped queries: kernels read each key for its group
-            key, value = (x.repeat_interleave(groups, 1) for x in (key, value))
-        return _FusedAttention.apply(query, key, value, attn_mask)
-
-    nn.functional.scaled_dot_product_attention = fused
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = original

@@ -1,16 +1,18 @@
 """Bytes that a run puts on each rank, from shapes alone.
 
 Student, with P parameters, T of them trained, N ranks, w = 4 (fp32) or 2 (bf16) bytes, as DeepSpeed 0.19.8
-really allocates it (measured by `tests/test_footprint.py`):
+really allocates it (measured by `tests/planning/test_footprint.py`):
 
     stage  parameters   gradients  optimizer              buckets for reductions
     0      w P          w T        8 T, in bf16 12 T      none
     1, 2   w P          w T / N    12 T / N               reduce_bucket_size w, overlap_comm: twice
     3      w P / N + *  w T / N    12 T / N               reduce_bucket_size w
 
-Optimizer means AdamW's two moments and a master copy in fp32, which ZeRO keeps even where the parameters are
-fp32. * With several ranks small parameters stay whole on each (w each, beside the share), and whole copies
-of the others live while modules need them (`gathers`).
+The optimizer column holds AdamW's two moments and a master copy in fp32, which ZeRO keeps even where the
+parameters are fp32.
+
+* With several ranks, small parameters stay whole on each rank (w bytes each, beside the rank's share), and
+whole copies of the others live while modules need them (`gathers`).
 """
 
 from __future__ import annotations
@@ -27,15 +29,13 @@ from ibdistill.data import tokenizers
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.objectives import weights
-from ibdistill.ops.cpu.products import multiplies_natively
-from ibdistill.ops.head_loss.api import CHUNK_BYTES
 from ibdistill.planning import dryrun
 from ibdistill.planning.dryrun import Lengths, Skeleton, Use
+from ibdistill.planning.head_loss_memory import head_loss_bytes
 from ibdistill.runtime import deepspeed_fixes
 from ibdistill.teacher import sharding
 from ibdistill.teacher.teacher import SHARDED
 
-GIB = 2**30
 PLACED = ("replica", *SHARDED)
 """Placements in which there is a teacher in the job."""
 WIDTH = {"fp32": 4, "bf16": 2}
@@ -45,7 +45,7 @@ Sizes = Sequence[tuple[int, bool]]
 
 @dataclass(frozen=True)
 class Zero:
-    """What of a DeepSpeed file bears on memory and communication. Sizes in elements."""
+    """The settings of a DeepSpeed file that bear on memory and communication. Sizes are in elements."""
 
     stage: int
     overlap: bool = False
@@ -79,30 +79,30 @@ class Zero:
 
     @classmethod
     def read(cls, name: str) -> Zero:
-        """Of `deepspeed.config`. Raises ValueError as `engine.read_ds_config`."""
+        """From the file that `deepspeed.config` names. Raises ValueError as `zero_file.read_ds_config`."""
         return cls.of(zero_file.read_ds_config(name))
 
     def persistent(self, sizes: Sizes) -> int:
-        """Elements that stay whole on every rank in stage 3."""
+        """Elements of the parameters that stay whole on every rank in stage 3."""
         return sum(n for n, _ in sizes if n <= self.persistence)
 
 
 @dataclass(frozen=True)
 class Gathers:
-    """What stage 3 does over one micro-batch, in elements."""
+    """How much stage 3 gathers over one micro-batch, in elements."""
 
     moved: int
-    """Gathered, each as often as it is."""
+    """All that is gathered; what is gathered twice counts twice."""
     peak: int
-    """Whole at once, persistent ones left out."""
+    """The most that is whole at once, without the parameters that always are."""
 
 
 def gathers(zero: Zero, uses: Sequence[Use], *, backward: bool) -> Gathers:
-    """Follow stage 3 through a pass, whose backward part goes the same way back.
+    """Follow stage 3 through a forward pass and, with `backward`, through the same modules in reverse.
 
-    A module's parameters are gathered unless they are there, and let go unless they are needed again
-    within `zero.reuse` elements. In the backward part embeddings stay to the end: their inputs have no
-    gradient, whose arrival would tell that they are done with.
+    A module's parameters are gathered unless they are there already, and are let go unless they are needed
+    again within `zero.reuse` elements. In the backward part embeddings stay to the end: ZeRO lets a module
+    go when the gradient of its input arrives, and the input of an embedding has none.
     """
     order = [(use, False) for use in uses]
     order += [(use, True) for use in reversed(uses)] if backward else []
@@ -132,7 +132,8 @@ def gathers(zero: Zero, uses: Sequence[Use], *, backward: bool) -> Gathers:
 def student_gathers(
     zero: Zero, student: Skeleton, lengths: Lengths, streams: Sequence[str], sizes: Sizes
 ) -> Gathers | None:
-    """Of a student under stage 3, else None; `sizes` may hold vid's map beyond the student's own."""
+    """The gathers of a student under stage 3, else None. `sizes` may hold vid's map behind the student's own
+    parameters."""
     if zero.stage < 3:
         return None
     own = gathers(zero, dryrun.uses(student, lengths, streams, head=True), backward=True)
@@ -141,7 +142,7 @@ def student_gathers(
 
 
 def teacher_gathers(teacher: Skeleton, lengths: Lengths, streams: Sequence[str]) -> Gathers:
-    """Of a sharded teacher's forward pass; its head is apart."""
+    """The gathers of a sharded teacher's forward pass, without its head, which is kept apart."""
     zero = Zero(3, persistence=sharding.persistence_threshold([n for n, _ in teacher.sizes()]))
     return gathers(zero, dryrun.uses(teacher, lengths, streams, head=False), backward=False)
 
@@ -170,13 +171,13 @@ def student_states(
             host += width * -(-total // ranks)
             parts["parameters"] = width * persistent
     if zero.offload_optimizer:
-        host += (12 + 4) * share  # master, moments, and the gradients in fp32
+        host += (12 + 4) * share  # the master copy, the moments, and the gradients in fp32
         parts["optimizer"] = parts["gradients"] = 0
     return parts, host
 
 
 def step_buffers(sizes: Sizes, precision: str, zero: Zero, ranks: int) -> int:
-    """Bytes of gradients that the optimizer's step copies to fp32, when activations are gone."""
+    """Bytes of the fp32 copies of gradients in the optimizer's step. By then the activations are gone."""
     trained = sum(n for n, t in sizes if t)
     if zero.offload_optimizer or (zero.stage == 0 and precision == "fp32"):
         return 0
@@ -197,7 +198,7 @@ def teacher_states(
 ) -> tuple[dict[str, int], int]:
     """Bytes of one rank on its device by part, and in the host's memory, of an online teacher.
 
-    Its head is in `sizes`, tied or not. `gathered`: elements that a sharded one has whole at once.
+    `sizes` includes its head, tied or not. `gathered`: elements that a sharded teacher has whole at once.
     """
     width = 1 if config.load_in_8bit else WIDTH[config.precision]
     total = sum(n for n, _ in sizes)
@@ -207,7 +208,7 @@ def teacher_states(
     persistent = Zero(3, persistence=sharding.persistence_threshold([n for n, _ in sizes])).persistent(sizes)
     share = width * -(-total // group)
     parts = {"teacher": share + width * persistent, "teacher gathered": width * gathered}
-    if wants_head:  # a plain tensor beside the engine, whole while it is used
+    if wants_head:  # a plain tensor beside the engine, which is whole while it is used
         parts["teacher"] += width * -(-head[0] // group) * head[1]
         parts["teacher gathered"] += width * head[0] * head[1]
     if config.placement == "cpu_offload":
@@ -216,43 +217,10 @@ def teacher_states(
     return parts, 0
 
 
-def head_loss_bytes(
-    rows: int,
-    questions: int,
-    head: tuple[int, int],
-    precision: str,
-    *,
-    mi: bool,
-    teacher: tuple[int, int] | None,
-    device: str,
-) -> int:
-    """Bytes within the head loss on `rows` target tokens: chunks of logits, fp32 gradients, packed states.
-
-    `teacher`: its [V, D], if its distributions are distilled.
-    """
-    (vocabulary, width), narrow = head, WIDTH[precision]
-    chunk = CHUNK_BYTES["cpu" if device == "cpu" else "gpu"]
-    per_row = 4 * vocabulary * (2 if teacher else 1)
-    in_chunk = max(1, min(rows, chunk // per_row))
-    copied = device == "cpu" and not multiplies_natively("cpu", dryrun.DTYPES[precision])
-    summed = 4 * vocabulary * width
-    if device == "cpu" and narrow < 4 and not copied:
-        # `ChunkedLinear` keeps the narrow rows where that is less
-        summed = min(summed, narrow * vocabulary * rows)
-    total = per_row * in_chunk + summed + 4 * rows * width + narrow * rows * width
-    total += 4 * vocabulary * width if copied else 0
-    total += narrow * (vocabulary * width + rows * width)  # the results, in the parameters' dtype
-    if mi:  # pooled log probabilities, their gradients and the winning positions of a chunk's questions
-        total += 4 * 4 * vocabulary * max(1, in_chunk * questions // max(1, rows))
-    if teacher:
-        total += narrow * rows * teacher[1] + (4 * teacher[0] * teacher[1] if copied else 0)
-    return total
-
-
 def activation_bytes(
     config: Config, student: Skeleton, teacher: Skeleton | None, lengths: Lengths, device: str
 ) -> int:
-    """The most that a micro-batch's forward and backward pass hold beside the model states."""
+    """The most bytes that the forward and backward pass of a micro-batch hold beside the model states."""
     objective, wanted = config.objective, weights.wanted(config.objective) if teacher else None
     head = teacher.head if teacher else (0, 0)
     living = dryrun.student_step(student, lengths, objective, wanted=wanted, teacher_head=head, device=device)
@@ -269,33 +237,37 @@ def activation_bytes(
 
 
 def student_skeleton(config: Config) -> Skeleton:
-    """The run's student. Raises ValueError as `Skeleton`."""
+    """The run's student on fake tensors. Raises ValueError as `Skeleton` does."""
     student = config.student
     return Skeleton(student.model, "student.model", _tokenizer(config), student.precision, student)
 
 
 def teacher_skeleton(config: Config) -> Skeleton | None:
-    """The run's teacher, or None."""
+    """The run's teacher on fake tensors, or None if no teacher is in the job. Raises ValueError as `Skeleton`
+    does."""
     teacher = config.teacher
     if teacher.placement not in PLACED:
         return None
     return Skeleton(teacher.model, "teacher.model", _tokenizer(config), teacher.precision)
 
 
-class _Rows:
-    """In a tokenizer's place where only its length matters: one that the run will train."""
+class _Untrained:
+    """Stands for a tokenizer that the run will train, where only its length matters."""
 
     bos_token_id = eos_token_id = pad_token_id = 0
 
-    def __init__(self, rows: int) -> None:
-        self._rows = rows
+    def __init__(self, length: int) -> None:
+        self._length = length
 
     def __len__(self) -> int:
-        return self._rows
+        return self._length
 
 
-def _tokenizer(config: Config) -> PreTrainedTokenizerBase | _Rows | None:
-    """What gives presets their number of rows: at most `student.vocab_size` where one is trained."""
+def _tokenizer(config: Config) -> PreTrainedTokenizerBase | _Untrained | None:
+    """The tokenizer whose length is a preset's vocabulary; None if neither model is a preset.
+
+    One that is trained has at most `student.vocab_size` pieces, which is its length here.
+    """
     student = config.student
     if not {student.model, config.teacher.model} & presets.PRESETS.keys():
         return None
@@ -303,11 +275,11 @@ def _tokenizer(config: Config) -> PreTrainedTokenizerBase | _Rows | None:
         return load_tokenizer(student.tokenizer, "student.tokenizer")
     if student.tokenizer == "" and student.model.startswith("demo-"):
         return tokenizers.demo_tokenizer()
-    return _Rows(student.vocab_size)
+    return _Untrained(student.vocab_size)
 
 
 def student_sizes(config: Config, student: Skeleton, teacher: Skeleton | None) -> Sizes:
-    """The student's parameters and those of vid's map or vib's noise."""
+    """The sizes of the student's parameters and of those of vid's map or vib's noise."""
     if weights.uses_vib(config.objective):
         return [*student.sizes(), (student.head[1], True)]
     if teacher is None or not weights.uses_vid(config.objective):

@@ -1,4 +1,4 @@
-"""The check before a run loads anything: refuse what cannot fit, and name what would."""
+"""The check before a run loads anything: it refuses what cannot fit, and names what would."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from ibdistill.objectives import weights
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Skeleton
-from ibdistill.planning.footprint import GIB, PLACED, Zero
+from ibdistill.planning.footprint import PLACED, Zero
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
+from ibdistill.runtime.hardware import GIB
 
 
 def certain_bytes(
     config: Config, student: Skeleton | None, teacher: Skeleton | None, ranks: int, on_node: int, device: str
 ) -> tuple[dict[str, int], int]:
-    """What a run needs whatever its batches are: bytes by part on the device, and in the host's memory."""
+    """Bytes that a run needs whatever its batches are: by part on the device, and in the host's memory."""
     parts, host = {}, 0
     if student is not None:
         zero, sizes = Zero.read(config.deepspeed.config), footprint.student_sizes(config, student, teacher)
-        if device == "cpu":  # the part of a bucket that is never written takes no memory there
+        if device == "cpu":  # there the part of a bucket that is never written takes no memory
             bucket = min(zero.reduce_bucket, sum(n for n, t in sizes if t))
             zero = dataclasses.replace(zero, reduce_bucket=bucket)
         parts, host = footprint.student_states(sizes, config.student.precision, zero, ranks)
@@ -66,7 +67,7 @@ def check_models(config: Config, world: World, *, with_student: bool, with_teach
 
     def fits(variant: Config) -> tuple[bool, dict[str, int], int]:
         parts, host = certain_bytes(variant, student, teacher, world.size, on_node, device)
-        if device == "cpu":  # one memory
+        if device == "cpu":  # device and host are the same memory
             return sum(parts.values()) + host <= free, parts, host
         return sum(parts.values()) <= free and host <= free_host, parts, host
 
@@ -90,7 +91,7 @@ def check_models(config: Config, world: World, *, with_student: bool, with_teach
 
 
 def _variants(config: Config, student: Skeleton | None, teacher: Skeleton | None) -> list[tuple[str, Config]]:
-    """Every other ZeRO file and placement, named by the settings that choose it."""
+    """Every combination of ZeRO file and placement, named by the settings that choose it."""
     files = sorted(path.stem for path in DS_CONFIGS.glob("*.json")) if student else [config.deepspeed.config]
     placements = PLACED if teacher else (config.teacher.placement,)
     if config.teacher.load_in_8bit:
@@ -110,7 +111,7 @@ def _variants(config: Config, student: Skeleton | None, teacher: Skeleton | None
 
 
 def free_memory(device: torch.device, ranks_on_node: int) -> int:
-    """Free bytes for one rank: of its GPU, or its part of the node's memory."""
+    """Free bytes for one rank: those of its GPU, or its part of the node's free memory."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = next(

@@ -1,27 +1,47 @@
-"""Every place where DeepSpeed is patched or helped."""
+"""Every place where DeepSpeed is patched or helped, each as a function that is called by name."""
 
 from __future__ import annotations
 
-import logging
+import importlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
-logger = logging.getLogger("ibdistill")
-
-
 STEP_ELEMENTS = 4_000_000
+"""Gradients that a step in parts holds in fp32 at a time, at least."""
 
 
-def _guard(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
-    """Clip, and skip a non-finite step, as the ZeRO optimizers do by themselves.
+def leave_shared_memory_operator_out() -> None:
+    """Keep DeepSpeed from compiling an operator for tensor parallelism on a CPU, which is not used here.
 
-    Without ZeRO and in fp32 DeepSpeed steps on whatever the gradients are. It does look at
-    the optimizer's `overflow` and `_global_grad_norm`, so those are what we set.
+    Besides the time that it takes, a process killed during the compilation leaves a lock in the cache that
+    every later run waits for.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def import_muon_uncompiled() -> None:
+    """Import DeepSpeed's optimizer Muon without its decorators.
+
+    `deepspeed.initialize` imports Muon, whose decorators load TorchInductor. That takes a second of every
+    start, for an optimizer that our runs do not use. Once it has been imported without them it stays so.
+    """
+    with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda **_: lambda function: function):
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+
+
+def guard_fp32_steps(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
+    """Make an optimizer clip, and skip a non-finite step, as the ZeRO optimizers do by themselves.
+
+    Without ZeRO and in fp32, DeepSpeed takes the step whatever the gradients are. But it does read the
+    optimizer's `overflow` and `_global_grad_norm`, so those are what a hook before the step sets.
     """
 
     def before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
@@ -39,16 +59,23 @@ def _guard(optimizer: torch.optim.Optimizer, clip_norm: float) -> None:
 
 
 def step_elements(trained: int) -> int:
-    """How many gradients a step in bf16 without ZeRO has in fp32 at once, if no parameter is larger."""
-    return max(STEP_ELEMENTS, trained // 32)  # few enough parts that their launches cost nothing
+    """How many gradients a step in bf16 without ZeRO holds in fp32 at once, if no parameter is larger."""
+    return max(STEP_ELEMENTS, trained // 32)  # at most 32 parts or so, so that their launches cost nothing
+
+
+def take_bf16_steps_in_parts(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Let the engine's optimizer for bf16 without ZeRO hold few gradients in fp32 at a time.
+
+    DeepSpeed's own step copies all gradients to fp32 first. These are 4 bytes per parameter beside the 16 of
+    the model states, and they were the peak of a whole training step. The arithmetic stays the same but for
+    the order in which the norm is summed. Any other optimizer is left as it is.
+    """
+    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):  # despite its name it is bf16's too
+        engine.optimizer.step = partial(_step_in_parts, engine.optimizer)
 
 
 def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
-    """A step of DeepSpeed's optimizer for bf16 without ZeRO, with few gradients in fp32 at a time.
-
-    Its own copies all of them to fp32 first: 4 bytes a parameter beside the 16 of the model states, which
-    was the peak of a whole step. The arithmetic is the same but for the order in which the norm is summed.
-    """
+    """The step itself, in place of `FP16_UnfusedOptimizer.step`."""
     groups = zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True)
     pairs = [pair for narrow, wide in groups for pair in zip(narrow, wide, strict=True)]
     elements = step_elements(sum(master.numel() for _, master in pairs))
@@ -61,18 +88,21 @@ def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
     wrapper._update_scale(False)
     for part in _parts(pairs, elements):
         for parameter, master in part:
-            # without a gradient it still decays
+            # a parameter without a gradient still decays
             master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
         wrapper.unscale_and_clip_grads(norm)
-        wrapper.optimizer.step()  # passes over what has no gradient
+        wrapper.optimizer.step()  # it passes over the masters without a gradient
         for parameter, master in part:
             master.grad = None
             parameter.data.copy_(master.data)
 
 
 def _norm(gradients: Sequence[Tensor], elements: int) -> float:
-    """Of all of them together, in fp32, by way of one scratch: a copy of each would fragment a CPU's heap."""
+    """The norm of all gradients together, in fp32.
+
+    They are widened through one scratch tensor, since a copy of each would fragment a CPU's heap.
+    """
     pieces = [piece for gradient in gradients for piece in gradient.flatten().split(elements)]
     wide = torch.empty(max(map(len, pieces)), device=pieces[0].device)
     norms = wide.new_empty(len(pieces))
@@ -84,7 +114,7 @@ def _norm(gradients: Sequence[Tensor], elements: int) -> float:
 def _parts(
     pairs: Sequence[tuple[nn.Parameter, Tensor]], elements: int
 ) -> Iterator[list[tuple[nn.Parameter, Tensor]]]:
-    """In their order, as many together as have so many elements; at least one."""
+    """The pairs in their order, cut into parts of at most `elements` elements, but at least one pair each."""
     part, size = [], 0
     for pair in pairs:
         if part and size + pair[1].numel() > elements:

@@ -1,11 +1,11 @@
-"""Ranks: start, talk, agree, stop.
+"""The ranks of a run: how they start, talk, decide together and stop.
 
-Three launchers meet in `init`: `deepspeed` (RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in
-the environment), `srun` with one task a GPU (the same from SLURM_*), and plain `python`
-(one process).
+`init` serves three launchers: `deepspeed` (RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* in the
+environment), `srun` with one task per GPU (the same from SLURM_*), and plain `python` (one
+process).
 
-Small decisions (has anyone been told to stop, did every rank write its file) travel over
-gloo on CPU tensors, so that agreeing costs no device synchronisation; gradients and weights
+Small decisions (has any rank been told to stop, did every rank write its file) travel over
+gloo on CPU tensors, so that deciding costs no device synchronisation. Gradients and weights
 travel over the accelerator's own backend. Both live in torch's one default process group.
 """
 
@@ -24,10 +24,11 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
-import deepspeed
 import numpy as np
 import torch
 import torch.distributed as dist
+
+from ibdistill.runtime import deepspeed_fixes
 
 logger = logging.getLogger("ibdistill")
 T = TypeVar("T")
@@ -45,7 +46,7 @@ _STOP_SIGNALS = {signal.SIGUSR1: EXIT_REQUEUE, signal.SIGTERM: EXIT_TERMINATED}
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among the processes of its run."""
 
     rank: int
     size: int
@@ -77,19 +78,18 @@ def init(timeout_minutes: int = 30) -> World:
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
-    # On a CPU DeepSpeed would compile an operator for tensor parallelism, which is not used here. Besides
-    # the time, a process killed meanwhile leaves a lock in the cache that every later run waits for.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed_fixes.leave_shared_memory_operator_out()
+    deepspeed_fixes.import_muon_uncompiled()
     _share_cores()
     _start_logging(rank)
     return World(rank, size, local_rank, device)
 
 
 def _share_cores() -> None:
-    """Divide the threads by the node's ranks unless the user has said how many.
+    """Give each rank its part of the node's threads, unless the user has set OMP_NUM_THREADS.
 
-    DeepSpeed's launcher leaves each rank as many as there are cores: two ranks on two cores then took 0.30 s
-    for a step that takes 0.03 with a thread each.
+    DeepSpeed's launcher gives each rank as many threads as there are cores: two ranks on two cores then took
+    0.30 s for a step that takes 0.03 s with one thread each.
     """
     ranks = int(os.environ.get("LOCAL_SIZE", 1))  # set by the launcher
     if "OMP_NUM_THREADS" not in os.environ and ranks > 1:
@@ -97,7 +97,7 @@ def _share_cores() -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed python, numpy and torch."""
+    """Seed the generators of python, numpy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -178,35 +178,35 @@ def user_errors() -> Iterator[None]:
 
 
 class StopRequest:
-    """Remembers SIGUSR1 or SIGTERM until all ranks have agreed on it at a step's end.
+    """Remembers SIGUSR1 or SIGTERM until all ranks act on it together at the end of a step.
 
     Slurm and a cluster's scheduler signal ranks at slightly different times, so a rank may
-    only act on what `agreed` says.
+    only act on what `exit_code` returns.
     """
 
     def __init__(self) -> None:
         self._code = 0
         for number in _STOP_SIGNALS:
             signal.signal(number, self._remember)
-        # train.py blocks SIGUSR1 from its first line on; one that came since is delivered here
+        # `startup.hold_requeue_signal` keeps SIGUSR1 pending; one that came meanwhile is delivered here
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
     def _remember(self, number: int, frame: Any) -> None:
         self._code = max(self._code, _STOP_SIGNALS[signal.Signals(number)])
 
-    def agreed(self) -> int:
-        """The exit code that the run must end with after saving, or 0. Collective.
+    def exit_code(self) -> int:
+        """The exit code that the run must end with after saving, the same on every rank, or 0 to go on.
 
-        SIGTERM outranks SIGUSR1: a cancelled job must not come back.
+        SIGTERM outranks SIGUSR1: a cancelled job must not come back. Collective.
         """
         return max_over_ranks(self._code)
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """End this process without the interpreter's clean-up, which takes up to seconds.
+    """End this process without the interpreter's clean-up, which may take seconds.
 
     A launcher kills the other ranks when it sees one end, and a rank that is killed while it
-    cleans up loses the exit code that all have agreed on.
+    cleans up loses the exit code that all ranks have in common.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -228,7 +228,7 @@ def _environment_from_slurm() -> None:
 
 
 def _start_logging(rank: int) -> None:
-    """Rank 0 talks; the others only warn, with their rank in front."""
+    """Rank 0 logs everything; the other ranks only log warnings, with their rank in front."""
     handler = logging.StreamHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
     handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
@@ -236,5 +236,5 @@ def _start_logging(rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed still calls older names; nothing that a user could act on
+    # DeepSpeed still calls deprecated names of torch, about which a user can do nothing
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)

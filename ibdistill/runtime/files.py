@@ -1,26 +1,49 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and short names for what is in them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
+import uuid
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    pass
-logger = logging.getLogger("ibdistill")
+TEMPORARY = ".tmp-"
+"""How the name of a file begins that is being written, or that a crash left behind."""
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Write a file so that a reader sees the old content or the new, never half of it.
+
+    This also holds if the power fails, and if several processes write the same path at once: then one of
+    them wins. A text is written as UTF-8. Raises OSError; the old content stands then.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+    # the new name is in the folder, which has to reach the disk too
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems do not sync folders
+            os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that a reader sees the old content or the new, never half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    os.replace(temporary, path)
+    """Write a JSON file by `write_atomically`, indented, with non-ASCII characters as they are."""
+    write_atomically(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def digest(content: bytes) -> str:
-    """A short name for some bytes."""
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
+def digest(content: bytes, size: int = 8) -> bytes:
+    """`size` bytes that stand for the content (BLAKE2b); `.hex()` makes a name of them."""
+    return hashlib.blake2b(content, digest_size=size).digest()

@@ -1,4 +1,4 @@
-"""What a step asks of the device, and what the device has: operations, peak rate, memory, time."""
+"""What the device can do and what a run takes of it: peak rate, memory, time."""
 
 from __future__ import annotations
 
@@ -11,38 +11,17 @@ from typing import Any
 
 import deepspeed
 import torch
-from torch import nn
 
 GIB = 2**30
-
-
-def operations_per_token(model: nn.Module) -> tuple[int, int]:
-    """Floating point operations of one training step for a token of a question and of a target.
-
-    6 for each weight that the token meets: 2 in the forward pass, 4 in the backward pass (Kaplan et al.,
-    arXiv 2001.08361, section 2.1). Attention's own products are left out, and so is what is computed
-    twice under `student.gradient_checkpointing`. Question tokens of an encoder-decoder model meet its
-    encoder, target tokens its decoder and head; those of a decoder-only model meet all blocks.
-    """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    if base.config.is_encoder_decoder:
-        question = _weights(base.get_encoder()) - _weights(embedding)
-        target = _weights(base.get_decoder()) - _weights(embedding)
-    else:
-        tied = embedding.weight is head.weight
-        question = target = _weights(base) - _weights(embedding) - (0 if tied else _weights(head))
-    return 6 * question, 6 * (target + _weights(head))
-
-
-def _weights(module: nn.Module) -> int:
-    """Number of weights, also where ZeRO-3 has partitioned them."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+"""Bytes."""
 
 
 @cache
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Best rate of a large square product on this device, in operations a second. Takes a moment, once."""
+    """The best rate of a large square matrix product on this device, in operations per second.
+
+    It is measured at the first call for a device and dtype, which takes a moment.
+    """
     size = 8192 if device.type == "cuda" else 1024
     a = torch.ones(size, size, device=device, dtype=dtype)
     best = float("inf")
@@ -56,8 +35,8 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU the allocator's high-water mark since the last call, else that of the process's
-    resident set since its start."""
+    """The most bytes that were in use: on a GPU by torch's allocator since the last call, else by the whole
+    process (its resident set) since it started."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -66,7 +45,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def model_states(engine: deepspeed.DeepSpeedEngine) -> int:
-    """Bytes of weights, master weights and optimizer states on this rank; gradients are left out."""
+    """Bytes of weights, master weights and optimizer states on this rank, without gradients."""
     tensors = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
     optimizer = engine.basic_optimizer
     tensors += [p for group in optimizer.param_groups for p in group["params"]]
@@ -76,7 +55,7 @@ def model_states(engine: deepspeed.DeepSpeedEngine) -> int:
 
 
 class Clock:
-    """Sums of seconds by name, by events on a GPU, so that measuring does not wait for it."""
+    """Sums of seconds by name. A GPU's time is taken by events, so that measuring does not wait for it."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"

@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -297,7 +297,7 @@ class TeacherAnswers:
         )
         fingerprint = {
             "teacher": families.identity(config.model),
-            "tokenizer": files.digest(repr(sorted(tokenizer.get_vocab().items())).encode()),
+            "tokenizer": files.digest(repr(sorted(tokenizer.get_vocab().items())).encode()).hex(),
             "precision": "8bit" if config.load_in_8bit else config.precision,
             "holds": holds,
         }
@@ -315,9 +315,7 @@ class TeacherAnswers:
                 return
             tensors = {"weight": weight, "bias": bias}
             tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
-            temporary = path.with_suffix(".tmp")
-            save_file(tensors, temporary, metadata={"width": str(self.width)})
-            temporary.replace(path)
+            files.write_atomically(path, save(tensors, metadata={"width": str(self.width)}))
 
         distributed.run_on_rank_0(write)
 

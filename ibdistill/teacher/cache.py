@@ -16,12 +16,10 @@ need 24, but those must be merged with every new shard, which took 0.3 s at that
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
 import math
-import os
 import uuid
 from collections.abc import Sequence
 from contextlib import suppress
@@ -34,11 +32,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ibdistill.runtime.files import TEMPORARY, digest, write_atomically, write_json
+
 logger = logging.getLogger("ibdistill")
 
 FORMAT = "ibdistill-signals-1"
 FINGERPRINT = "fingerprint.json"
-TEMPORARY = ".tmp-"
 KEY_BYTES = 16
 ABANDONED_SECONDS = 3600
 """A temporary file of this age has no writer any more; writing a shard takes seconds."""
@@ -55,12 +54,11 @@ def key_of(*arrays: np.ndarray) -> bytes:
     The hashed text can be read back in one way only: each sequence is its length and its ids, all
     int64. So ([1, 2], [3]) and ([1], [2, 3]) differ.
     """
-    digest = hashlib.blake2b(digest_size=KEY_BYTES)
+    parts = []
     for array in arrays:
         assert array.ndim == 1
-        digest.update(len(array).to_bytes(8, "little"))
-        digest.update(array.astype("<i8", casting="same_kind").tobytes())
-    return digest.digest()
+        parts += [len(array).to_bytes(8, "little"), array.astype("<i8", casting="same_kind").tobytes()]
+    return digest(b"".join(parts), KEY_BYTES)
 
 
 class AnswerCache:
@@ -88,7 +86,7 @@ class AnswerCache:
         self.nbytes = 0  # of the shards, on disk
         self._fingerprint = {"format": FORMAT} | json.loads(json.dumps(fingerprint, sort_keys=True))
         canonical = json.dumps(self._fingerprint, sort_keys=True).encode()
-        self._metadata = {"fingerprint": hashlib.blake2b(canonical, digest_size=16).hexdigest()}
+        self._metadata = {"fingerprint": digest(canonical, 16).hex()}
         self._rank = rank
         self._shard_bytes = shard_bytes
         self._read_only = read_only
@@ -174,7 +172,7 @@ class AnswerCache:
             content[f"offsets/{name}"] = torch.tensor([0, *map(len, parts)]).cumsum(0)
         path = self.folder / f"shard-{self._rank:05d}-{uuid.uuid4().hex}.safetensors"
         try:
-            write_file(path, save(content, self._metadata))
+            write_atomically(path, save(content, self._metadata))
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -210,7 +208,7 @@ class AnswerCache:
     def _clean(self) -> None:
         """Remove what crashed writers have left, and raise OSError if the folder cannot be written."""
         probe = self.folder / f"{TEMPORARY}{uuid.uuid4().hex}"
-        write_file(probe, bytes(4096))
+        write_atomically(probe, bytes(4096))
         now = probe.stat().st_mtime  # by the clock of the file server, as the others' times
         probe.unlink()
         for path in self.folder.glob(f"{TEMPORARY}*"):
@@ -232,7 +230,7 @@ class AnswerCache:
             # Ranks that get here at once write the same. If not, the last one wins here, and the fingerprint
             # in every shard keeps the other's answers out.
             if not others:
-                write_file(path, (json.dumps(self._fingerprint, indent=2) + "\n").encode())
+                write_json(path, self._fingerprint)
         try:
             there = dict(json.loads(path.read_text()))
         except (ValueError, TypeError) as error:
@@ -283,21 +281,3 @@ def differences(there: dict[str, Any], here: dict[str, Any]) -> str:
         for key in sorted(there | here)
         if key not in there or key not in here or there[key] != here[key]
     )
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """All of the file or none of it, also if the power fails."""
-    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-    folder = os.open(path.parent, os.O_RDONLY)
-    with suppress(OSError):  # some network file systems do not sync folders
-        os.fsync(folder)
-    os.close(folder)

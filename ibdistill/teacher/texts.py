@@ -11,7 +11,6 @@ locks.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -24,7 +23,8 @@ from typing import Any
 from ibdistill.config.sections import Config
 from ibdistill.data.records import STREAMS, Record, map_numbers
 from ibdistill.data.tasks.registry import TASKS
-from ibdistill.teacher.cache import FINGERPRINT, differences, write_file
+from ibdistill.runtime.files import digest, write_json
+from ibdistill.teacher.cache import FINGERPRINT, differences
 
 logger = logging.getLogger("ibdistill")
 
@@ -65,7 +65,7 @@ def prompts_of(record: Record, template: str) -> Texts:
 
 def key_of(prompts: Texts) -> str:
     """Names a record's texts: 32 hexadecimal digits."""
-    return hashlib.blake2b(json.dumps(prompts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    return digest(json.dumps(prompts, sort_keys=True).encode(), 16).hex()
 
 
 def parse(texts: Texts, record: Record) -> tuple[str, str] | None:
@@ -108,7 +108,7 @@ def open_cache(folder: Path, here: dict[str, Any]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():
-            write_file(path, (json.dumps(here, indent=2) + "\n").encode())
+            write_json(path, here)
         there = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"teacher.rationale_cache {folder} cannot be written: {error}") from error

@@ -19,7 +19,6 @@ A sampled text depends on `run.seed` and the record, not on the batch or on the 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import sys
 import uuid
@@ -36,8 +35,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import Config
-from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.records import Record
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models import decoding, families, presets
 from ibdistill.models.decoding import Sampling
 from ibdistill.objectives.teacher_answers import Wanted
@@ -247,7 +246,7 @@ class _Desk:
             logger.info("teacher's text: %d of %d, %d unparsable", len(written), len(todo), len(unparsed))
             if len(written) >= ENOUGH:
                 _check_share(self._config, len(written), unparsed)
-            if code := stop.agreed():
+            if code := stop.exit_code():
                 logger.warning("stopped by a signal after %d records, exit code %d", len(written), code)
                 dist.barrier()
                 sys.exit(code)
@@ -293,8 +292,8 @@ class _Desk:
 
 
 def _generator(name: str) -> np.random.Generator:
-    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
-    return np.random.Generator(np.random.PCG64(int.from_bytes(digest, "little")))
+    seed = int.from_bytes(files.digest(name.encode(), 16), "little")
+    return np.random.Generator(np.random.PCG64(seed))
 
 
 def _check_share(config: Config, asked: int, unparsed: Sequence[tuple[Record, Texts]]) -> None:

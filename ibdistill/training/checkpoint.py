@@ -1,17 +1,18 @@
 """Checkpoints that either count or do not exist, and how a run finds its way back.
 
-    RUN/checkpoints/step-00000500/    DeepSpeed's files, ours inside its client state
-                                  complete.json     written last: step, score, every file's size
-    RUN/checkpoints/best.json     names the best step
+    RUN/checkpoints/step-00000500/                  DeepSpeed's files; ours is in its client state
+    RUN/checkpoints/step-00000500/complete.json     written last: step, ranks, every file's size
 
-DeepSpeed's own `latest` is written before all ranks are done, so it is not used. Ours is
-`complete.json`: it is written by rank 0 after every rank has written and all have agreed
-that nothing failed, and it lists what must be there. A folder without it, or with a file
-missing or of another size, is refused by name and the one before it is used.
+DeepSpeed's own marker `latest` is written before all ranks are done, so it is not used. Ours is
+`complete.json`: rank 0 writes it once every rank has written and has reported no error to the
+others, and it lists what must be there. A folder without it, or with a file that is missing or
+has another size, is refused with a message, and the checkpoint before it is used. Which one was
+the best on the validation split stands in the state of each checkpoint (`TrainState`).
 
-A failed write (full disk, lost permission) must not lose the training state: ranks swallow
-the error inside DeepSpeed's save so that every one of them reaches its barriers, agree
-afterwards, remove the half-written folder, and the run goes on with the previous checkpoint.
+A failed write (full disk, lost permission) must not lose the training state. So each rank keeps
+the error that it meets inside DeepSpeed's save, and every rank reaches the barriers there. The
+ranks then exchange their errors; if there is one, rank 0 removes the half-written folder, and
+the run goes on with the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -43,19 +44,21 @@ class TrainState:
     """What a run must remember besides weights, optimizer and schedule."""
 
     step: int = 0
-    """Optimizer steps taken or skipped; the position in the data plan."""
+    """Optimizer steps taken or skipped, which is also the position in the order of batches."""
     tokens: int = 0
-    """Real tokens trained on, over all ranks."""
+    """Tokens trained on, over all ranks, without padding."""
     seconds: float = 0.0
-    """Training time, over all starts of the run."""
+    """Seconds of training, over all starts of the run."""
     skipped: int = 0
     """Steps skipped for a non-finite loss or gradient."""
     skipped_in_row: int = 0
+    """How many of the last steps in a row were skipped."""
     best_step: int = -1
+    """Step of the best evaluation on the validation split; -1: there was none."""
     best_score: float = float("-inf")
     """Mean validation accuracy over tasks at `best_step`."""
     pseudo: str = ""
-    """The file of the pseudo-labelled records in force (`agreement`); empty: there are none."""
+    """The file of the pseudo-labelled records in force (`pseudo_labels`); empty: there are none."""
 
 
 class Checkpoints:
@@ -67,13 +70,13 @@ class Checkpoints:
         self._keep_last = keep_last
 
     def save(self, engine: deepspeed.DeepSpeedEngine, state: TrainState) -> bool:
-        """Save; False (after a warning) if it could not be written. Collective."""
+        """Save; False (after a message) if the checkpoint could not be written. Collective."""
         folder = self.folder / f"step-{state.step:08d}"
-        # RNG states of all ranks: only rank 0 writes the client state
+        # all ranks' random states, because only rank 0 writes the client state
         rng = distributed.gather_objects(distributed.rng_state(self._world.device))
         errors: list[str] = []
         self._on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), errors)
-        if not self._agree(errors):
+        if not self._errors_of_all(errors):
             with _errors_kept(engine, errors):
                 engine.save_checkpoint(
                     str(self.folder),
@@ -81,10 +84,10 @@ class Checkpoints:
                     client_state={"ibdistill": asdict(state), "rng": rng},
                     save_latest=False,
                 )
-        failed = self._agree(errors)
+        failed = self._errors_of_all(errors)
         if not failed:
             self._on_rank_0(lambda: self._complete(folder, state), errors)
-            failed = self._agree(errors)
+            failed = self._errors_of_all(errors)
         if failed:
             self._on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True), [])
             logger.error("checkpoint of step %d not saved, training goes on: %s", state.step, failed)
@@ -113,7 +116,7 @@ class Checkpoints:
         return state
 
     def _newest(self) -> str | None:
-        """Rank 0 looks, so that all ranks load the same one."""
+        """The newest valid checkpoint. Rank 0 looks, so that all ranks load the same one. Collective."""
         found: list[str | None] = [None]
         if self._world.rank == 0:
             for folder in sorted(self.folder.glob("step-*"), reverse=True):
@@ -130,7 +133,7 @@ class Checkpoints:
         write_json(folder / MARKER, {"step": state.step, "world_size": self._world.size, "files": files})
 
     def _prune(self, state: TrainState) -> None:
-        """Keep the best and the newest; what is neither, or was never completed, goes."""
+        """Remove what is neither the best checkpoint nor one of the newest, or was never completed."""
         complete = [folder for folder in sorted(self.folder.glob("step-*")) if problem_with(folder) is None]
         keep = {folder.name for folder in complete[-self._keep_last :]} | {f"step-{state.best_step:08d}"}
         for folder in self.folder.glob("step-*"):
@@ -144,7 +147,7 @@ class Checkpoints:
             except OSError as error:
                 errors.append(f"{type(error).__name__}: {error}")
 
-    def _agree(self, errors: list[str]) -> str:
+    def _errors_of_all(self, errors: list[str]) -> str:
         """All ranks' errors as one text, the same on every rank; empty if none. Collective."""
         return "; ".join(
             f"rank {rank}: {error}"
@@ -178,7 +181,7 @@ def problem_with(folder: Path) -> str | None:
 
 @contextmanager
 def _errors_kept(engine: deepspeed.DeepSpeedEngine, errors: list[str]) -> Iterator[None]:
-    """Within, a rank that cannot write notes the error and goes on to the barrier where others wait."""
+    """Within this context a rank that cannot write keeps the error in `errors` and goes on to the barrier."""
     storage = engine.checkpoint_engine
     write = storage.save
 
@@ -189,7 +192,7 @@ def _errors_kept(engine: deepspeed.DeepSpeedEngine, errors: list[str]) -> Iterat
             errors.append(f"{path}: {error}")
 
     storage.save = save
-    # a script beside the checkpoints that turns shards into weights; `train.close` exports the student
+    # DeepSpeed would add a script that makes weights of the shards, but `train.close` exports the student
     engine._copy_recovery_script = lambda save_path: None
     try:
         yield

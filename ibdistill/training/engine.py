@@ -1,70 +1,62 @@
 """The student's DeepSpeed engine: ZeRO from a file, everything else from the run's settings.
 
-The file in `deepspeed.config` says how states are sharded and offloaded and nothing else.
-Batch sizes, precision, clipping, optimizer and schedule have one home each, in the recipe;
-a file that sets them too is refused rather than reconciled.
+The file in `deepspeed.config` says how states are sharded and offloaded, and nothing else.
+Batch sizes, precision, clipping, optimizer and schedule stand in the recipe alone; a file that
+sets one of them too is refused (`config.zero_file`).
 
 The loss that the engine sees is already divided by the global token counts of the step
-(`objectives`), so its gradient has to be *summed* over ranks and micro-batches. DeepSpeed
-averages over ranks; `train.train_step` multiplies by the world size to undo that, and asks
-the engine not to divide by the number of micro-batches.
+(`objectives.weights`), so its gradient has to be *summed* over ranks and micro-batches.
+DeepSpeed averages over ranks; `train.train_step` multiplies by the world size to undo that, and
+asks the engine not to divide by the number of micro-batches.
 """
 
 from __future__ import annotations
 
-import logging
-from functools import partial
-from unittest import mock
-
 import deepspeed
 import torch
-from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import nn
 from transformers import get_scheduler
 
-from ibdistill.config.sections import Config, OptimConfig
+from ibdistill.config.sections import DeepSpeedConfig, OptimConfig
 from ibdistill.config.zero_file import read_ds_config, split_batch
-from ibdistill.runtime.deepspeed_fixes import _guard, _step_in_parts
+from ibdistill.runtime import deepspeed_fixes
 from ibdistill.runtime.distributed import World
 
-logger = logging.getLogger("ibdistill")
 
-# `deepspeed.initialize` imports Muon, whose decorators load TorchInductor: a second of every start, for an
-# optimizer that runs here don't have. Imported now, without the decorators, it is ready and not compiled.
-with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda **_: lambda function: function):
-    import deepspeed.runtime.zero.muon.muon_optimizer
+def build_engine(
+    module: nn.Module, precision: str, optim: OptimConfig, zero_file: DeepSpeedConfig, world: World
+) -> deepspeed.DeepSpeedEngine:
+    """The engine around the student and its loss, with optimizer and schedule as `optim` describes them.
 
-
-def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.DeepSpeedEngine:
-    """The engine around the student and its loss. Its optimizer and schedule come from `config.optim`."""
-    ds_config = read_ds_config(config.deepspeed.config)
+    `precision`: `student.precision`, fp32 or bf16. Raises ValueError as `split_batch` and `read_ds_config`.
+    """
+    ds_config = read_ds_config(zero_file.config)
     zero = ds_config.setdefault("zero_optimization", {"stage": 0})
-    micro_batch_size, accumulation = split_batch(config.optim, world.size)
-    bf16 = config.student.precision == "bf16"
+    micro_batch_size, accumulation = split_batch(optim, world.size)
+    bf16 = precision == "bf16"
     unsharded_fp32 = zero["stage"] == 0 and not bf16
     ds_config |= {
-        "train_batch_size": config.optim.batch_size,
+        "train_batch_size": optim.batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        # DeepSpeed clips here before it could see a NaN; `_guard` does both in this case
-        "gradient_clipping": 0.0 if unsharded_fp32 else config.optim.clip_norm,
+        # here DeepSpeed clips before it could see a NaN; `guard_fp32_steps` does both in this case
+        "gradient_clipping": 0.0 if unsharded_fp32 else optim.clip_norm,
         "bf16": {"enabled": bf16},
         # torch's fused AdamW is vectorised on the CPU too; DeepSpeed's would be compiled at first use
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    optimizer = _optimizer(module, config.optim)
+    optimizer = _optimizer(module, optim)
     if unsharded_fp32:
-        _guard(optimizer, config.optim.clip_norm)
+        deepspeed_fixes.guard_fp32_steps(optimizer, optim.clip_norm)
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        lr_scheduler=lambda inner: _schedule(inner, config.optim),
+        lr_scheduler=lambda inner: _schedule(inner, optim),
         config=ds_config,
         dist_init_required=False,
     )
-    if isinstance(engine.optimizer, FP16_UnfusedOptimizer):  # which is bf16's too
-        engine.optimizer.step = partial(_step_in_parts, engine.optimizer)
+    deepspeed_fixes.take_bf16_steps_in_parts(engine)
     if world.size == 1 and zero["stage"] == 0:
         # there is nobody to sum with, and DeepSpeed would copy all gradients into one buffer and back
         engine.enable_backward_allreduce = False
@@ -72,14 +64,17 @@ def build_engine(module: nn.Module, config: Config, world: World) -> deepspeed.D
 
 
 def _optimizer(module: nn.Module, optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW; no decay on norms, biases, embeddings and vid's map; relative position biases at their rate."""
+    """AdamW without decay on norms, biases, embeddings and vid's map.
+
+    Relative position biases learn at `optim.relative_bias_lr_scale` times the rate of the others.
+    """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         scale = optim.relative_bias_lr_scale if "relative_attention_bias" in name else 1.0
-        # under ZeRO-3 the shape of a partitioned parameter is in ds_shape
+        # under ZeRO-3 a partitioned parameter keeps its shape in ds_shape
         decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and id(parameter) not in embeddings
         is_vid = name.startswith("vid.")
         decay = optim.weight_decay if decays and not is_vid else 0.0

@@ -1,8 +1,7 @@
-"""Everything that a run needs, made from its configuration in the order that fails cheapest first."""
+"""A run under way: everything that its steps need. `prepare` makes it."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,12 +26,10 @@ from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 
-logger = logging.getLogger("ibdistill")
-
 
 @dataclass
 class Job:
-    """A run under way."""
+    """A run under way, on this rank."""
 
     config: Config
     world: World
@@ -42,9 +39,9 @@ class Job:
     records: loading.Loaded
     tokenizer: PreTrainedTokenizerBase
     gold: Features
-    """Of the training records."""
+    """The training records, tokenized."""
     features: Features
-    """Of the training records and then of the pseudo-labelled ones in force (`agreement`)."""
+    """The same, and behind them the pseudo-labelled records in force (`pseudo_labels`)."""
     sampler: Sampler
     teacher_answers: TeacherAnswers | None
     engine: deepspeed.DeepSpeedEngine
@@ -57,7 +54,7 @@ class Job:
     """`SPLIT`: the latest scores by task; `SPLIT_seconds`: how long that took."""
     alarms: Alarms = field(default_factory=Alarms)
     unlabelled: Sequence[Record] = ()
-    """The questions that `agreement` is about."""
+    """The questions that the student gives labels to itself (`pseudo_labels`)."""
 
     def measures_gradients(self) -> bool:
         """Whether each term's gradient is measured at the current step."""
@@ -65,11 +62,13 @@ class Job:
         return every > 0 and self.state.step % every == 0
 
     def micro_batches(self) -> list[tuple[np.ndarray, data_batches.Batch]]:
-        """This rank's micro-batches of the current step, on the CPU, with their rows of the features."""
-        return [(rows, self.collate(rows)) for rows in self._shares(self.state.step)]
+        """This rank's micro-batches of the current step: their indices into `features`, and the batch, on the
+        CPU."""
+        return [(indices, self.collate(indices)) for indices in self._shares(self.state.step)]
 
     def following(self, index: int) -> tuple[np.ndarray, data_batches.Batch] | None:
-        """The micro-batch after number `index` of the current step, on the device; None at the very end."""
+        """The micro-batch after number `index` of the current step, as `micro_batches` gives it but on the
+        device; None after the run's last one."""
         shares = self._shares(self.state.step)[index + 1 :]
         if not shares and self.state.step + 1 < self.config.optim.max_steps:
             shares = self._shares(self.state.step + 1)
@@ -84,8 +83,10 @@ class Job:
         )
 
     def mix(self, pseudo: Sequence[Record]) -> None:
-        """Give these records, instead of earlier ones, the pseudo-labelled share of every batch; if there are
-        none, all is gold."""
+        """Let the following batches hold these pseudo-labelled records instead of earlier ones.
+
+        They take a share of each batch. Without any, batches hold training records alone.
+        """
         config = self.config
         prefixes = {name: loading.TASKS[name].prefixes for name in self.records.test}
         added = tokenize(pseudo, prefixes, self.tokenizer, config.data)
@@ -99,7 +100,7 @@ class Job:
         if self.teacher_answers:
             self.teacher_answers.set_features(self.features, unchanged=len(self.gold))
 
-    def collate(self, rows: np.ndarray) -> data_batches.Batch:
-        """Some records as the student reads them."""
+    def collate(self, indices: np.ndarray) -> data_batches.Batch:
+        """The records of these indices into `features`, as the student reads them."""
         layout = families.layout(self.engine.module.model, self.tokenizer)
-        return data_batches.collate(self.features, rows, self.streams, **layout)
+        return data_batches.collate(self.features, indices, self.streams, **layout)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill.config.fields import to_flat
 from ibdistill.config.load import to_yaml
-from ibdistill.config.sections import Config, DataConfig, RunConfig
+from ibdistill.config.sections import (
+    Config,
+    DataConfig,
+    ObjectiveConfig,
+    StudentConfig,
+    TeacherConfig,
+)
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
 from ibdistill.data import loading, tokenizers
 from ibdistill.data.features import Features, tokenize
+from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
@@ -25,78 +30,196 @@ from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board
 from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, weights
-from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import pseudo_labels
+from ibdistill.training import pseudo_labels, run_folder
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
-
-logger = logging.getLogger("ibdistill")
-
-_MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"}
-"""Settings that an interrupted run may change without becoming another run."""
 
 
 def prepare(config: Config, world: World) -> Job:
     """Build a run, or find its way back into an interrupted one. Collective.
 
+    The order is the one that fails cheapest first, as far as each part needs those before it:
+
+    1. Open the run. This takes the settings alone, and refuses what is wrong with them, a folder of another
+       run, and models that cannot fit into memory.
+    2. Load the records: text, no weights.
+    3. Build the student, which is the tokenizer and then the model.
+    4. Build the teacher. Its answers belong to the student's token ids, so they need the tokenized records.
+    5. Assemble the job. The engine comes last because it needs the most memory, and because the weights of
+       an interrupted run are restored into it.
+
+    A teacher that writes text does so after the student is there: it may write for hours, so it is checked
+    before against the student's tokenizer and head, which it is to score later. Only where a tokenizer is
+    trained here does the teacher's text come first, because the tokenizer learns from its words too.
+
     Raises ValueError for what the user can mend.
     """
     stop = StopRequest()
-    folder = Path(config.run.dir)
-    split_batch(config.optim, world.size)  # raises where it does not divide, before anything is read
-    settle_ds_config(config, world.size)
-    distributed.run_on_rank_0(lambda: _open_folder(folder, config))
-    memory_check.check(config, world)
-    streams, wanted = weights.streams_of(config.objective), weights.wanted(config.objective)
-    unlabelled = pseudo_labels.questions(config.data)
-    writes = config.teacher.rationales != "none"
-    taught = pseudo_labels.questions(config.data, "taught")
-    records = loading.load(config.data, needs_rationale="explain" in streams and not writes)
-    records = dataclasses.replace(records, train=records.train + taught)
+    folder = open_run(config, world)
+    records, unlabelled = load_records(config.data, config.teacher, config.objective)
+    writes, trains_tokenizer = config.teacher.rationales != "none", config.student.tokenizer == "train"
     teacher = None
-    if config.student.tokenizer == "train" and writes:  # on the teacher's words too
-        records, teacher = _written(config, records, world, stop, wanted)
-    tokenizer = _tokenizer(config, records, folder)
-    student = load_student(config.student, tokenizer, config.run.seed)
-    check_context(student, config.data)
-    distillation.check_family(config.objective, student)
-    if config.student.tokenizer != "train" and writes:
-        pair = tokenizer, student.get_output_embeddings().weight.shape[0]
-        records, teacher = _written(config, records, world, stop, wanted, pair)
+    if writes and trains_tokenizer:
+        records, teacher = add_teacher_text(config, records, world, stop)
+    tokenizer, student = build_student(
+        config.student, config.data, config.objective, records, folder, config.run.seed
+    )
+    if writes and not trains_tokenizer:
+        vocabulary = student.get_output_embeddings().weight.shape[0]
+        records, teacher = add_teacher_text(config, records, world, stop, (tokenizer, vocabulary))
     prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
     features = tokenize(records.train, prefixes, tokenizer, config.data)
     sampler = Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
-    teacher_answers = None
-    if wanted:
-        teacher_answers = TeacherAnswers(
-            config.teacher,
-            wanted,
-            tokenizer,
-            features,
-            student,
-            world,
-            teacher,
-            expects_more=bool(unlabelled),
-        )
+    teacher_answers = build_teacher(
+        config.teacher,
+        config.objective,
+        tokenizer,
+        features,
+        student,
+        world,
+        teacher,
+        expects_more=bool(unlabelled),
+    )
+    return assemble(
+        config,
+        world,
+        stop,
+        folder=folder,
+        records=records,
+        unlabelled=unlabelled,
+        tokenizer=tokenizer,
+        student=student,
+        features=features,
+        sampler=sampler,
+        teacher_answers=teacher_answers,
+    )
 
+
+def open_run(config: Config, world: World) -> Path:
+    """Check the settings against the number of ranks and the memory; the run's folder. Collective.
+
+    It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
+    `deepspeed.config` auto there.
+    """
+    micro_batch_size, _ = split_batch(config.optim, world.size)
+    pseudo_labels.check_share(config.data, micro_batch_size)
+    settle_ds_config(config, world.size)
+    folder = Path(config.run.dir)
+    distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
+    memory_check.check(config, world)
+    return folder
+
+
+def load_records(
+    data: DataConfig, teacher: TeacherConfig, objective: ObjectiveConfig
+) -> tuple[loading.Loaded, list[Record]]:
+    """The records of all splits, and the questions of `data.unlabelled`.
+
+    The questions of `data.taught` are among the training records; the teacher is still to answer them.
+    """
+    unlabelled = pseudo_labels.questions(data)
+    taught = pseudo_labels.questions(data, "taught")
+    explains, writes = "explain" in weights.streams_of(objective), teacher.rationales != "none"
+    records = loading.load(data, needs_rationale=explains and not writes)
+    return dataclasses.replace(records, train=records.train + taught), unlabelled
+
+
+def add_teacher_text(
+    config: Config,
+    records: loading.Loaded,
+    world: World,
+    stop: StopRequest,
+    student: tuple[PreTrainedTokenizerBase, int] | None = None,
+) -> tuple[loading.Loaded, Teacher | None]:
+    """The records with what the teacher wrote, and the teacher if it is loaded and still needed. Collective.
+
+    `student`: its tokenizer and the size of its head's vocabulary, if a loaded teacher has to match them.
+    """
+    wanted = weights.wanted(config.objective)
+    written = writing.write(config, records.train, world, stop, wanted=wanted, student=student)
+    report = records.report | written.counts
+    return dataclasses.replace(records, train=written.records, report=report), written.teacher
+
+
+def build_student(
+    config: StudentConfig,
+    data: DataConfig,
+    objective: ObjectiveConfig,
+    records: loading.Loaded,
+    folder: Path,
+    seed: int,
+) -> tuple[PreTrainedTokenizerBase, nn.Module]:
+    """The tokenizer and the model, whole and in fp32 on the CPU, checked against data and objective.
+
+    A tokenizer that is trained here goes to `folder`. Collective.
+    """
+    tokenizer = _tokenizer(config, records, folder)
+    student = load_student(config, tokenizer, seed)
+    check_context(student, data)
+    distillation.check_family(objective, student)
+    return tokenizer, student
+
+
+def build_teacher(
+    config: TeacherConfig,
+    objective: ObjectiveConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    features: Features,
+    student: nn.Module,
+    world: World,
+    teacher: Teacher | None,
+    *,
+    expects_more: bool,
+) -> TeacherAnswers | None:
+    """What answers for the teacher while the student learns; None if the objective wants no answers.
+
+    `teacher`: one that is loaded already. `expects_more`: pseudo-labelled records will join `features`.
+    """
+    wanted = weights.wanted(objective)
+    if not wanted:
+        return None
+    return TeacherAnswers(
+        config, wanted, tokenizer, features, student, world, teacher, expects_more=expects_more
+    )
+
+
+def assemble(
+    config: Config,
+    world: World,
+    stop: StopRequest,
+    *,
+    folder: Path,
+    records: loading.Loaded,
+    unlabelled: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    student: nn.Module,
+    features: Features,
+    sampler: Sampler,
+    teacher_answers: TeacherAnswers | None,
+) -> Job:
+    """The job: the engine around the student, the state of an interrupted run, and what shows the run.
+
+    It takes the whole configuration because the job keeps it. Collective.
+    """
+    # dropout differs between ranks; a checkpoint replaces this state
     distributed.seed_everything(config.run.seed + world.rank)
-    whole = WholeModel(student, sharded=zero_stage(config) == 3)
+    whole = WholeModel(student, sharded=zero_stage(config) == 3)  # before the engine partitions the student
     module = distillation.Distillation(
         student,
         config.objective,
         teacher_width=teacher_answers.width if teacher_answers else 0,
         seed=config.run.seed,
     )
-    student_engine = build_engine(module, config, world)
+    engine = build_engine(module, config.student.precision, config.optim, config.deepspeed, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)
-    state = checkpoints.restore(student_engine) or TrainState()
+    state = checkpoints.restore(engine) or TrainState()
     board = Board(
         folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
     )
@@ -111,14 +234,14 @@ def prepare(config: Config, world: World) -> Job:
         world=world,
         folder=folder,
         stop=stop,
-        streams=streams,
+        streams=weights.streams_of(config.objective),
         records=records,
         tokenizer=tokenizer,
         gold=features,
         features=features,
         sampler=sampler,
         teacher_answers=teacher_answers,
-        engine=student_engine,
+        engine=engine,
         whole=whole,
         checkpoints=checkpoints,
         state=state,
@@ -133,23 +256,9 @@ def prepare(config: Config, world: World) -> Job:
     return job
 
 
-def _written(
-    config: Config,
-    records: loading.Loaded,
-    world: World,
-    stop: StopRequest,
-    wanted: Wanted | None,
-    student: tuple[PreTrainedTokenizerBase, int] | None = None,
-) -> tuple[loading.Loaded, Teacher | None]:
-    """The records with what the teacher wrote, and the teacher if it is loaded and still needed."""
-    written = writing.write(config, records.train, world, stop, wanted=wanted, student=student)
-    report = records.report | written.counts
-    return dataclasses.replace(records, train=written.records, report=report), written.teacher
-
-
 def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
-    """`data/truncated_share_WHAT`: share of the training texts that fill their limit, so that they were cut
-    (or, rarely, just fit)."""
+    """`data/truncated_share_WHAT`: the share of the training texts that fill their limit. They were cut, or
+    in rare cases just fit."""
     limits = {
         "questions": (features.questions["predict"], config.max_question_tokens),
         "labels": (features.targets["predict"], config.max_label_tokens),
@@ -161,60 +270,30 @@ def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
     }
 
 
-def _open_folder(folder: Path, config: Config) -> None:
-    """Make the run folder, or check that it belongs to this configuration."""
-    path = folder / "config.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            _check_same(path, config)
-        path.write_text(to_yaml(config))
-    except OSError as error:
-        raise ValueError(f"run.dir is {str(folder)!r}, which cannot be written: {error}") from error
-
-
-def _check_same(path: Path, config: Config) -> None:
-    """Raise ValueError unless the folder's run has the same settings."""
-    try:
-        old = yaml.safe_load(path.read_text())
-        old = {f"{section}.{key}": value for section, values in old.items() for key, value in values.items()}
-    except (yaml.YAMLError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}; choose another --run.dir") from error
-    new = to_flat(config)
-    changed = [
-        f"{name} was {old[name]!r} and is {new[name]!r}"
-        for name in new
-        if name in old and old[name] != new[name] and name not in _MAY_CHANGE
-    ]
-    if changed and not config.run.allow_config_change:
-        raise ValueError(
-            f"{path.parent} holds a run of another configuration: {'; '.join(changed)}. "
-            "Choose another --run.dir, or continue it all the same with --run.allow_config_change"
-        )
-
-
-def _tokenizer(config: Config, records: loading.Loaded, folder: Path) -> PreTrainedTokenizerBase:
-    """The student's tokenizer; one that is trained here is trained once, by rank 0."""
-    name = config.student.tokenizer
+def _tokenizer(config: StudentConfig, records: loading.Loaded, folder: Path) -> PreTrainedTokenizerBase:
+    """The student's tokenizer. If it is trained here, rank 0 does so, once. Collective."""
+    name = config.tokenizer
     if name == "train":
         target = folder / "tokenizer"
 
-        def make() -> None:  # only rank 0 looks whether it is there: a late rank would see it come to be
+        def make() -> (
+            None
+        ):  # only rank 0 looks whether it is there, since a late rank may find what rank 0 has just written
             if target.is_dir():
                 return
             texts = [text for r in records.train for text in (r.question, r.label, r.rationale) if text]
             prefixes = [prefix for task in records.test for prefix in loading.TASKS[task].prefixes.values()]
-            tokenizers.train_tokenizer(texts + prefixes, config.student.vocab_size, target)
+            tokenizers.train_tokenizer(texts + prefixes, config.vocab_size, target)
 
         distributed.run_on_rank_0(make)
         return load_tokenizer(str(target), "student.tokenizer")
     if name:
         return load_tokenizer(name, "student.tokenizer")
-    if config.student.model in presets.PRESETS:
-        if not config.student.model.startswith("demo-"):
+    if config.model in presets.PRESETS:
+        if not config.model.startswith("demo-"):
             raise ValueError(
-                f"student.model is the preset {config.student.model!r}, which has no tokenizer of its own; "
+                f"student.model is the preset {config.model!r}, which has no tokenizer of its own; "
                 "set student.tokenizer to train, a hub name or a folder"
             )
         return tokenizers.demo_tokenizer()
-    return load_tokenizer(config.student.model, "student.model")
+    return load_tokenizer(config.model, "student.model")

@@ -20,9 +20,7 @@ has its last checkpoint at that step or before, so it answers again with the sam
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from ibdistill.data.tasks import demo
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.evaluation.faithfulness import agrees
 from ibdistill.evaluation.predictions import Prediction
+from ibdistill.runtime import files
 
 FOLDER = "agree"
 
@@ -136,14 +135,9 @@ def write(run: Path, step: int, pseudo: Sequence[Record]) -> str:
     folder = run / FOLDER
     lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in pseudo]
     content = "".join(lines).encode()
-    path = folder / f"step-{step:08d}-{_digest(content)}.jsonl"
+    path = folder / f"step-{step:08d}-{files.digest(content).hex()}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    files.write_atomically(path, content)
     return path.name
 
 
@@ -151,14 +145,10 @@ def read(run: Path, name: str) -> list[Record]:
     """The records of a file that `write` made. Raises ValueError if it is missing or has changed."""
     path = run / FOLDER / name
     content = path.read_bytes() if path.is_file() else b""
-    if _digest(content) != path.stem.rpartition("-")[2]:
+    if files.digest(content).hex() != path.stem.rpartition("-")[2]:
         raise ValueError(
             f"{path} is {'damaged' if content else 'missing'}: the checkpoint was trained with its records. "
             "Put it back, or start a new run"
         )
     rows = [json.loads(line) for line in content.decode().splitlines()]
     return [Record(**row | {"quantities": tuple(row["quantities"])}) for row in rows]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.blake2b(content, digest_size=8).hexdigest()

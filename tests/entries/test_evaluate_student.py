@@ -54,6 +54,7 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     written = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
     assert written[0] == result and (written[0].pop("ranks"), written[1].pop("ranks")) == (1, 2)
     assert all(content.pop("seconds") >= 0 for content in written)
+    assert all(content.pop("commit") for content in written)  # somebody may work on the code meanwhile
     assert written[0]["scores"] == pytest.approx(written[1].pop("scores"), rel=1e-4)
     assert written[1].items() <= written[0].items() and result["records"] == 21
     rows = [
@@ -64,6 +65,7 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     assert [row["label"] for row in rows[0]] == [row["label"] for row in rows[1]]
     for name in ("reliability", "first_token_reliability", "risk_coverage", "accuracy_by_steps"):
         assert (tmp_path / "two" / f"{name}.png").read_bytes().startswith(PNG)
+    assert result["version"] == "0.1.0" and result["commit"]
     assert result["calibration_bins"] == 15 and result["scores"]["accuracy"] < 0.2
 
     # the file of predictions, scored without the student, has the same scores

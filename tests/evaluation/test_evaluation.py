@@ -10,16 +10,13 @@ import re
 import pytest
 import torch
 
-from ibdistill.evaluation import calibration
-from ibdistill.evaluation import predictions as evaluation_predictions
-from ibdistill.models import decoding
-from ibdistill.models import student
-from ibdistill.evaluation import text_scores
+from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data import tokenizers
-from ibdistill.config.sections import DataConfig
-from ibdistill.config.sections import StudentConfig
 from ibdistill.data.loading import load
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.evaluation import calibration, text_scores
+from ibdistill.evaluation import predictions as evaluation_predictions
+from ibdistill.models import decoding, student
 
 
 @pytest.fixture(scope="module")

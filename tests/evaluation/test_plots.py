@@ -8,13 +8,11 @@ import json
 import numpy as np
 import pytest
 
-from ibdistill.evaluation import predictions
-from ibdistill.models import decoding
-from ibdistill.evaluation import report
-from ibdistill.evaluation import plots
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.records import Record
 from ibdistill.data.loading import load
+from ibdistill.data.records import Record
+from ibdistill.evaluation import plots, predictions, report
+from ibdistill.models import decoding
 
 
 def drawn(figure) -> bytes:

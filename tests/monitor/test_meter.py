@@ -18,9 +18,10 @@ from harness import TRAIN, alone, as_arguments, steps, tiny
 
 from ibdistill import train
 from ibdistill.config.sections import DataConfig
-from ibdistill.monitor import meter as monitor_meter
+from ibdistill.models.operations import operations_per_token
+from ibdistill.monitor import log
 from ibdistill.monitor.board import Board, hyperparameters
-from ibdistill.monitor.meter import Meter
+from ibdistill.monitor.meter import Interval, Meter
 from ibdistill.objectives import distillation, question_terms
 from ibdistill.ops.head_loss.api import MISettings, Stream, Weights
 from ibdistill.ops.head_loss.reference import head_loss_reference
@@ -49,7 +50,7 @@ def events(folder):
     ],
 )
 def test_every_term_has_a_tag(term, tag):
-    assert monitor_meter.tag(term) == tag
+    assert log.tag(term) == tag
 
 
 def random_streams(seed: int, lengths=((2, 3, 1), (4, 0, 2))):
@@ -105,7 +106,7 @@ def test_vid_is_measured_under_zero_and_has_no_share(make_job, stage):
     settings = {"objective.method": "ib+kd", "teacher.placement": "replica", "teacher.model": "demo-teacher"}
     made = make_job(**settings, **{"deepspeed.config": f"zero{stage}"})
     steps(made, 1)
-    scalars = made.meter.close_interval().gradient_scalars(0.0)
+    scalars = log.gradients(made.meter.close_interval(), 0.0)
     assert scalars["grad/norm_vid"] > 0
     shares = {name: value for name, value in scalars.items() if "share" in name}
     names = ("predict", "explain", "kd_predict", "kd_explain")
@@ -157,7 +158,7 @@ def test_an_interval_s_scalars(make_job):
     meter.exclude(3.0)
     interval = meter.close_interval()
     assert interval.terms == {"ce_predict": 6.0} and interval.counts == {"predict": 12}
-    speed = interval.speed(world)
+    speed = log.speed(interval, world)
     assert speed["speed/step_s"] == pytest.approx(1.0, abs=0.1)
     timed = ("data_wait", "teacher", "stall", "student")
     assert [speed[f"speed/{name}_s"] for name in timed] == pytest.approx([0.1, 0.2, 0.05, 0.65], abs=0.1)
@@ -165,24 +166,21 @@ def test_an_interval_s_scalars(make_job):
     tokens = int(batch.attention_mask.sum()) + sum(len(part) for part in batch.labels.values())
     assert interval.tokens == 3 * tokens
     assert speed["speed/tokens_per_s"] == pytest.approx(3 * tokens / interval.seconds)
-    assert interval.gradient_scalars(1.0) == {"grad/norm": 3.0, "grad/clipped_share": pytest.approx(2 / 3)}
+    assert log.gradients(interval, 1.0) == {"grad/norm": 3.0, "grad/clipped_share": pytest.approx(2 / 3)}
     targets = interval.targets
-    used = interval.utilization((10, 20), 1e6, world)
+    used = log.utilization(interval, (10, 20), 1e6, world)
     assert used == pytest.approx((10 * (3 * tokens - targets) + 20 * targets) / interval.seconds / 1e6)
 
 
 def test_shares_of_the_gradient():
-    interval = monitor_meter.Interval({}, {}, 1, 1, 1, 1, 1.0, {}, [1.0], {"ce_predict": 3.0, "mi": 1.0})
-    scalars = interval.gradient_scalars(0.0)
+    interval = Interval({}, {}, 1, 1, 1, 1, 1.0, {}, [1.0], {"ce_predict": 3.0, "mi": 1.0})
+    scalars = log.gradients(interval, 0.0)
     assert scalars["grad/share_predict"] == 0.75 and scalars["grad/share_mi"] == 0.25
     assert scalars["grad/norm_mi"] == 1.0 and "grad/clipped_share" not in scalars
-    alone = monitor_meter.Interval({}, {}, 1, 1, 1, 1, 1.0, {}, [1.0], {"ce_predict": 3.0})
-    assert "grad/share_predict" not in alone.gradient_scalars(0.0)
-    assert monitor_meter.constant_share(39.707, 39.706) == pytest.approx(1 - 0.001 / 39.707)
-    assert (
-        monitor_meter.constant_share(9.0, 10.0) == pytest.approx(0.9)
-        and monitor_meter.constant_share(2.0, 0.0) == 0.0
-    )
+    alone = Interval({}, {}, 1, 1, 1, 1, 1.0, {}, [1.0], {"ce_predict": 3.0})
+    assert "grad/share_predict" not in log.gradients(alone, 0.0)
+    assert log.constant_share(39.707, 39.706) == pytest.approx(1 - 0.001 / 39.707)
+    assert log.constant_share(9.0, 10.0) == pytest.approx(0.9) and log.constant_share(2.0, 0.0) == 0.0
 
 
 def test_a_board_that_continues_leaves_no_gap_and_no_double(world, tmp_path):
@@ -258,7 +256,7 @@ def test_operations_of_a_token_are_those_that_torch_counts(make_job):
     from torch.utils.flop_counter import FlopCounterMode
 
     model = make_job(**{"student.dropout": 0.0}).engine.module.model
-    question, target = hardware.operations_per_token(model)
+    question, target = operations_per_token(model)
     ids = torch.full((4, 3), 5)
     counter = FlopCounterMode(display=False)
     with counter:

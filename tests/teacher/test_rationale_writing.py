@@ -389,7 +389,7 @@ def test_contradictions_are_named(world, asked, settings, message):
 def test_a_signal_ends_the_writing_between_two_batches(world, asked, tmp_path):
     loaded = load_settings(None, asked)
     stop = StopRequest()
-    stop.agreed = lambda: 85
+    stop.exit_code = lambda: 85
     with pytest.raises(SystemExit) as caught:
         writing.write(loaded, loading.load(loaded.data, needs_rationale=False).train, world, stop)
     assert caught.value.code == 85 and len(texts(tmp_path / "texts")) == 2

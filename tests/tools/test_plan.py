@@ -18,6 +18,7 @@ from ibdistill.config import sections
 from ibdistill.config.load import load_settings
 from ibdistill.config.zero_file import DS_CONFIGS
 from ibdistill.planning import footprint
+from ibdistill.runtime.hardware import GIB
 
 H100 = ACCELERATORS["h100-80g"]
 
@@ -192,7 +193,7 @@ def test_micro_batches_divide_a_ranks_questions(small):
 def with_room(planned: Planner, room: float) -> Planner:
     """The same plan on GPUs with so many usable bytes."""
     other = planned.on(planned.nodes, planned.on_node, planned.config.optim.batch_size)
-    other.gpu = dataclasses.replace(H100, memory_gib=room / footprint.GIB, usable=1.0)
+    other.gpu = dataclasses.replace(H100, memory_gib=room / GIB, usable=1.0)
     return other
 
 
@@ -208,7 +209,7 @@ def test_the_hosts_memory_counts_too(small):
     offloaded = small.choice("cpu_offload", "zero2_offload", False, 8)
     assert offloaded.fits and offloaded.host > 0
     poor = small.on(1, 8, 64)
-    poor.gpu = dataclasses.replace(H100, host_memory_gib=8 * (offloaded.host - 100) / footprint.GIB)
+    poor.gpu = dataclasses.replace(H100, host_memory_gib=8 * (offloaded.host - 100) / GIB)
     assert not poor.choice("cpu_offload", "zero2_offload", False, 8).fits
     assert poor.choice("replica", "zero2", False, 8).fits
 

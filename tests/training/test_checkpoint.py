@@ -8,7 +8,9 @@ import shutil
 import pytest
 from harness import full_disk, same, steps, weights
 
-from ibdistill.training import checkpoint
+from ibdistill.config.load import load_settings, to_yaml
+from ibdistill.runtime import version
+from ibdistill.training import checkpoint, run_folder
 
 
 def test_a_restored_job_continues_as_if_nothing_had_happened(make_job):
@@ -116,6 +118,21 @@ def test_a_run_folder_of_another_configuration_is_refused(make_job):
         make_job(**{"optim.lr": 0.1})
     make_job(**{"run.log_every": 7})
     assert make_job(**{"optim.lr": 0.1, "run.allow_config_change": True}).config.optim.lr == 0.1
+
+
+def test_other_code_may_continue_a_run_and_config_yaml_names_each(make_job, monkeypatch):
+    """The lines are comments: no settings that could differ, and the file stays a recipe."""
+    first = make_job()
+    path = first.folder / "config.yaml"
+    ours = "# ibdistill {version}, commit {commit}".format_map(version.version())
+    assert path.read_text() == f"{ours}\n" + to_yaml(first.config)
+    again = make_job()
+    assert path.read_text() == f"{ours}\n" + to_yaml(again.config)
+    monkeypatch.setattr(run_folder, "version", lambda: {"version": "9.9", "commit": "abc-dirty"})
+    make_job()
+    heads = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert heads == [ours, "# ibdistill 9.9, commit abc-dirty"]
+    assert load_settings(str(path), {}) == first.config
 
 
 def test_an_unwritable_run_folder_is_refused(make_job, tmp_path):

@@ -16,7 +16,7 @@ from ibdistill.config import zero_file
 from ibdistill.config.load import load_settings
 from ibdistill.objectives import distillation
 from ibdistill.objectives.weights import means
-from ibdistill.runtime import deepspeed_fixes, distributed
+from ibdistill.runtime import deepspeed_fixes, distributed, version
 from ibdistill.runtime.distributed import EXIT_DIVERGED
 
 
@@ -248,6 +248,7 @@ def test_a_finished_run_is_not_run_again(make_job, tmp_path):
     train.close(job)
     result = json.loads((job.folder / "result.json").read_text())
     assert result["steps"] == 2 and result["method"] == "dss"
+    assert result.items() >= version.version().items()
     assert 0 <= result["test"]["demo"]["accuracy"] <= 1 and "rationale_bleu" in result["test"]["demo"]
     assert result["best_step"] in (1, 2)
     rows = [json.loads(line) for line in (job.folder / "predictions/step-00000002/test_demo.jsonl").open()]

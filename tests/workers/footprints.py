@@ -119,7 +119,7 @@ def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
     student = load_student(settings.student, tokenizers.demo_tokenizer(), 0)
     batch = batch_for(student)
     module = distillation.Distillation(student, settings.objective, teacher_width=loaded.width)
-    built = engine.build_engine(module, settings, world)
+    built = engine.build_engine(module, settings.student.precision, settings.optim, settings.deepspeed, world)
     weights = step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
     seen = []
     module.vid.bias.register_hook(lambda gradient: seen.append(buckets(built.optimizer)))

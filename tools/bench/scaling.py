@@ -112,7 +112,8 @@ class Rank:
             footprint.student_skeleton(chosen), lengths, chosen.objective
         ).student
         module = distillation.Distillation(student, chosen.objective)
-        self.engine = engine.build_engine(module, chosen, self.world)
+        sections = chosen.student.precision, chosen.optim, chosen.deepspeed
+        self.engine = engine.build_engine(module, *sections, self.world)
         questions = self.world.size * lengths.questions
         counts = {"predict": questions * lengths.label, "explain": questions * lengths.rationale}
         self.weights = weights.step_weights(chosen.objective, counts | {"explained": 1})

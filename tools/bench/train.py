@@ -122,7 +122,8 @@ def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None
         parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
         parts |= {"config": settings, "world": world, "streams": STREAMS, "features": case.features}
         parts |= {"tokenizer": SimpleNamespace(pad_token_id=PAD), "plan": case.plan, "meter": Meter()}
-        parts |= {"engine": engine.build_engine(module, settings, world), "state": TrainState()}
+        sections = settings.student.precision, settings.optim, settings.deepspeed
+        parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
         work = job.Job(**parts)
 
     def plain_step(index: int) -> None:

@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-GIB = 2**30
+from ibdistill.runtime.hardware import GIB
 
 
 @dataclass(kw_only=True, frozen=True)

@@ -24,7 +24,7 @@ import math
 from typing import Any
 
 from ibdistill.config.load import load_settings
-from ibdistill.planning.footprint import GIB
+from ibdistill.runtime.hardware import GIB
 from plan import accelerators, costs, lengths, summary, tables
 from plan.accelerators import ACCELERATORS
 from plan.planner import Planner

@@ -21,8 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.models import families
+from ibdistill.models.families import base_of
 from ibdistill.objectives import weights
-from ibdistill.planning.dryrun import Lengths, Skeleton, base_of
+from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import WIDTH, Gathers, Sizes, Zero
 from plan.accelerators import Accelerator
 

@@ -14,6 +14,8 @@ from ibdistill.objectives import weights
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
+from ibdistill.planning.head_loss_memory import head_loss_bytes
+from ibdistill.runtime.hardware import GIB
 from plan import costs
 from plan.accelerators import Accelerator
 
@@ -223,7 +225,7 @@ class Planner:
             seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
         return Choice(
             *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room()),
-            int(self.gpu.host_memory_gib * footprint.GIB / self.on_node),
+            int(self.gpu.host_memory_gib * GIB / self.on_node),
             *(traffic | ({"teacher": theirs} if theirs else {}), seconds),
         )
 
@@ -273,7 +275,7 @@ class Planner:
     def _living(self, checkpointing: bool, micro: int) -> int:
         """The student's activations: traced for one and two questions, a straight line beyond."""
         one, two = self._traces[checkpointing]
-        inside = footprint.head_loss_bytes(
+        inside = head_loss_bytes(
             *(self._lengths(micro).targets(self.streams), micro, self.student.head),
             self.config.student.precision,
             mi=weights.mi_settings(self.config.objective) is not None,

@@ -11,8 +11,8 @@ from typing import Any
 from ibdistill.config import zero_file
 from ibdistill.models.presets import PRESETS
 from ibdistill.planning.dryrun import Skeleton
-from ibdistill.planning.footprint import GIB
 from ibdistill.planning.published_shapes import PUBLISHED
+from ibdistill.runtime.hardware import GIB
 from plan import costs
 from plan.planner import ABOUT, Choice, Planner
 

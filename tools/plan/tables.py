@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ibdistill.planning.footprint import GIB
+from ibdistill.runtime.hardware import GIB
 from plan.planner import Choice, Planner
 from plan.summary import speed
 

@@ -69,7 +69,7 @@ def head_loss(
     impl: str = "auto",
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum of cross entropies, mutual-information term and distillation (DESIGN 2).
+    """Weighted sum of cross entropies, mutual-information term and distillation.
 
     Everything is a sum over tokens or questions: put 1 / (their number in the whole step) into
     `weights`. Ignored positions (label -100) count nowhere and aren't pooled. A question without

@@ -1,0 +1,58 @@
+"""What the student of a run can do so far: it answers records, and its answers are scored and shown."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from transformers import PreTrainedModel
+
+from ibdistill.data.records import Record
+from ibdistill.evaluation import predictions as evaluation_predictions
+from ibdistill.evaluation import report
+from ibdistill.evaluation.predictions import Prediction
+from ibdistill.runtime import distributed
+from ibdistill.training.job import Job
+
+logger = logging.getLogger("ibdistill")
+
+
+def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
+    """Decode a split and `show` it; the accuracy of each task, by its name. Collective."""
+    scores: dict[str, dict[str, float]] = {}
+    start = time.perf_counter()
+    with job.whole() as model:
+        for task, records in getattr(job.records, split).items():
+            predictions = answers(job, model, records[: limit or None])
+            scores[task] = distributed.run_on_rank_0(partial(show, job, f"{split}_{task}", predictions))
+    seconds = time.perf_counter() - start
+    job.meter.exclude(seconds)
+    job.results |= {split: scores, f"{split}_seconds": round(seconds, 1)}
+    return {task: values["accuracy"] for task, values in scores.items()}
+
+
+def answers(job: Job, model: PreTrainedModel, records: Sequence[Record]) -> list[Prediction]:
+    """The student's answers to records of one task. Collective; `model` is whole on every rank."""
+    config = job.config
+    return evaluation_predictions.evaluate(
+        model, job.tokenizer, records, job.streams, config.data, job.world, config.run.eval_batch_size
+    )
+
+
+def show(job: Job, name: str, predictions: Sequence[Prediction]) -> dict[str, float]:
+    """Score one task's predictions, and show them: file, scalars, figures, samples, console. On rank 0."""
+    step, folder = job.state.step, job.folder / "predictions"
+    scores = evaluation_predictions.scores(predictions)
+    evaluation_predictions.write_predictions(folder / f"step-{step:08d}" / f"{name}.jsonl", predictions)
+    job.board.scalars({f"eval/{name}_{key}": value for key, value in scores.items()}, step)
+    if job.config.run.tensorboard:
+        figures = report.figures(predictions, f"{name}, step {step}")
+        curve = report.learning_curve(folder, f"{name}.jsonl", step)
+        figures |= {"accuracy_by_length": curve} if curve else {}
+        job.board.figures({f"{name}/{key}": figure for key, figure in figures.items()}, step)
+        job.board.text(f"{name}/samples", report.samples(predictions), step, markdown=True)
+    brief = ("accuracy", "ece", "rationale_bleu", "rationale_rouge_l", "faithful")
+    logger.info("%s  %s", name, "  ".join(f"{key} {scores[key]:.4g}" for key in brief if key in scores))
+    return scores

@@ -1,0 +1,47 @@
+"""Writing files: the old content or the new, whatever happens in between."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+from harness import full_disk
+
+from ibdistill.runtime import files
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_atomically(path, b"old")
+    files.write_atomically(path, "n\u00e9w")
+    assert path.read_bytes() == "n\u00e9w".encode() and list(tmp_path.iterdir()) == [path]
+    files.write_json(path, {"name": "\u00e9", "n": [1]})
+    assert json.loads(path.read_text()) == {"name": "\u00e9", "n": [1]} and "\u00e9" in path.read_text()
+
+
+def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
+    path = tmp_path / "a.bin"
+    files.write_atomically(path, b"old")
+    with full_disk(100), pytest.raises(OSError):
+        files.write_atomically(path, bytes(4096))
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    path, seen = tmp_path / "a.bin", []
+    fsync = os.fsync
+
+    def noted(descriptor):
+        target = os.readlink(f"/proc/self/fd/{descriptor}")
+        seen.append((os.path.isdir(target), os.path.basename(target)[:5], path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    files.write_atomically(path, b"new")
+    assert seen == [(False, files.TEMPORARY, False), (True, tmp_path.name[:5], True)]
+
+
+def test_a_digest_has_the_size_asked_for_and_never_changes():
+    assert files.digest(b"abc").hex() == "d8bb14d833d59559"
+    assert len(files.digest(b"abc", 16)) == 16 and files.digest(b"abd") != files.digest(b"abc")
