@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ibdistill.ops.head_loss.api import CHUNK_BYTES
-from ibdistill.ops.linear import multiplies_natively
+from ibdistill.ops.cpu.products import multiplies_natively
 from ibdistill.planning.dryrun import DTYPES
 
 

@@ -131,7 +131,7 @@ class _Walk:
             self._backward(log_p, a, b)
 
     def _forward(self, a: int, b: int) -> Tensor:
-        """Compute log p of the rows a to b, [b - a, V] in the buffer, their cross entropies, their pools' part."""
+        """Compute log p [b - a, V] of the rows a to b, their cross entropies and their part of the pools."""
         z = self.head.forward(a, b, self.buffer)
         # five operations read each block, which stays in a CPU's cache between them
         block = cached_rows(self.buffer)
