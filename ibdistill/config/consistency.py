@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ibdistill.config.methods import METHODS
+
 if TYPE_CHECKING:
     from ibdistill.config.sections import Config, ObjectiveConfig
 
@@ -36,11 +38,11 @@ def check(config: Config) -> None:
 
 def _needs_teacher(objective: ObjectiveConfig) -> list[str]:
     """The settings that ask for an online teacher, for a message; empty: none is needed."""
-    ib = "ib" in objective.method
+    method = METHODS[objective.method]
     asking = {
-        f"objective.method {objective.method}": "kd" in objective.method,
-        "objective.estimator vid": ib and objective.estimator == "vid",
-        "objective.mi_pair teacher": ib and objective.mi_pair == "teacher",
+        f"objective.method {objective.method}": method.kd,
+        "objective.estimator vid": method.mi and objective.estimator == "vid",
+        "objective.mi_pair teacher": method.mi and objective.mi_pair == "teacher",
     }
     return [setting for setting, asks in asking.items() if asks]
 
@@ -82,7 +84,7 @@ def _check_teacher(config: Config) -> None:
             f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "
             "8-bit weights are not sharded"
         )
-    if objective.mi_pair == "teacher" and objective.estimator not in ("paper", "normalized"):
+    if objective.mi_pair == "teacher" and objective.estimator in ("infonce", "vid", "vib"):
         raise ValueError(
             f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
         )
@@ -106,9 +108,10 @@ def _check_agreement(config: Config) -> None:
         )
     if data.agree_use == "mi":
         _check_mi_on_answers(config)
-    if config.objective.method == "finetune":
+    if len(METHODS[config.objective.method].streams) < 2:
         raise ValueError(
-            "data.unlabelled compares the two streams' answers, and objective.method finetune trains one; "
+            "data.unlabelled compares the two streams' answers, and objective.method "
+            f"{config.objective.method} trains one; "
             "choose another method, or leave data.unlabelled out"
         )
     if config.teacher.placement == "cache":

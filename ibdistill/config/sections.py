@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ibdistill.config.fields import Rule
+from ibdistill.config.methods import METHODS, is_divergence, is_estimator
 
 Positive = Annotated[float, Rule(lambda v: v > 0, "above 0")]
 NotNegative = Annotated[float, Rule(lambda v: v >= 0, "0 or more")]
@@ -26,6 +27,10 @@ AtLeastOne = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
 AtLeastTwo = Annotated[int, Rule(lambda v: v >= 2, "at least 2")]
 AtLeast32 = Annotated[int, Rule(lambda v: v >= 32, "at least 32")]
 NotNegativeInt = Annotated[int, Rule(lambda v: v >= 0, "0 or more")]
+EstimatorName = Annotated[
+    str, Rule(is_estimator, "auto, paper, normalized, infonce, vid, vib or a name added to ESTIMATORS")
+]
+DivergenceName = Annotated[str, Rule(is_divergence, "forward, reverse, jsd or a name added to DIVERGENCES")]
 
 
 @dataclass(kw_only=True)
@@ -204,13 +209,13 @@ class TeacherConfig:
 class ObjectiveConfig:
     """What is minimised: alpha CE_predict + (1 - alpha) CE_explain + beta MI + gamma KD."""
 
-    method: Literal["finetune", "dss", "ib", "kd", "ib+kd"] = "dss"
+    method: Literal[tuple(METHODS)] = "dss"
     """finetune: predict only. dss: both cross entropies. ib, kd: dss and that term. ib+kd: all."""
     alpha: Share = 0.5
     """Weight of the predict stream's cross entropy (paper: 0.5)."""
     beta: NotNegative | None = None
     """Weight of the mutual-information term; none: 1 for vid, 0.001 for vib, else 0.1 (as in the paper)."""
-    estimator: Literal["auto", "paper", "normalized", "infonce", "vid", "vib"] = "auto"
+    estimator: EstimatorName = "auto"
     """Form of the mutual-information term: see `ops`. auto: vid with an online teacher, else paper."""
     pool: Literal["max", "mean"] = "max"
     """How a stream's positions are pooled (paper: max)."""
@@ -222,7 +227,7 @@ class ObjectiveConfig:
     """Temperature of InfoNCE's cosine similarities."""
     gamma: NotNegative = 1.0
     """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain."""
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    divergence: DivergenceName = "forward"
     """KL(teacher || student), KL(student || teacher), or the generalised Jensen-Shannon divergence."""
     jsd_beta: OpenShare = 0.5
     """The teacher's share in the mixture of jsd."""

@@ -94,7 +94,6 @@ def prepare(config: Config, world: World) -> Job:
         config.objective,
         teacher_width=teacher_answers.width if teacher_answers else 0,
         seed=config.run.seed,
-        mi_on_extra=config.data.agree_use == "mi",
     )
     student_engine = build_engine(module, config, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)

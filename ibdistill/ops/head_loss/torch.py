@@ -112,7 +112,7 @@ class _Walk:
             self.pooler = Pooler(call, rows, self.buffer, differentiate=passes)
 
     def group(self, start: int, stop: int, first: int, last: int) -> None:
-        """All work on the rows start to stop, which are the questions first to last if something is pooled."""
+        """All work on the rows start to stop: if something is pooled, the questions first to last - 1."""
         # one chunk, unless a single question is larger than the buffer
         chunks = [(a, min(a + self.size, stop)) for a in range(start, stop, self.size)]
         if self.pooler is not None:
@@ -131,7 +131,7 @@ class _Walk:
             self._backward(log_p, a, b)
 
     def _forward(self, a: int, b: int) -> Tensor:
-        """log p of the rows a to b, [b - a, V] in the buffer; their cross entropies; their part of the pools."""
+        """log p of the rows a to b, [b - a, V], in the buffer; on the way cross entropies and pools."""
         z = self.head.forward(a, b, self.buffer)
         # five operations read each block, which stays in a CPU's cache between them
         block = cached_rows(self.buffer)
@@ -149,7 +149,7 @@ class _Walk:
         return z
 
     def _backward(self, log_p: Tensor, a: int, b: int) -> None:
-        """Distillation of the rows a to b, and dL/dz in the place of log p, from which all gradients follow."""
+        """Distil the rows a to b, write dL/dz in the place of log p, and add to the gradients from it."""
         # first, because it reads log p, which the next step overwrites
         d_distil = None if self.distiller is None else self.distiller.distil(log_p, a, b)
         if not self.differentiate:
