@@ -13,7 +13,8 @@ import pytest
 import yaml
 from harness import ROOT
 
-from ibdistill.config.sections import Config, EvaluationConfig
+from ibdistill.config.evaluation_sections import EvaluationConfig
+from ibdistill.config.sections import Config
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "ds_configs/README.md")]
 PAGES += sorted([*ROOT.glob("ibdistill/**/README.md"), *ROOT.glob("tools/**/README.md")])

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ibdistill.config.methods import METHODS
+
 if TYPE_CHECKING:
     from ibdistill.config.sections import Config, ObjectiveConfig
 
@@ -39,11 +41,11 @@ def check(config: Config) -> None:
 
 def _needs_teacher(objective: ObjectiveConfig) -> list[str]:
     """The settings that ask for an online teacher, as a message names them; empty if none does."""
-    ib = "ib" in objective.method
+    method = METHODS[objective.method]
     asking = {
-        f"objective.method {objective.method}": "kd" in objective.method,
-        "objective.estimator vid": ib and objective.estimator == "vid",
-        "objective.mi_pair teacher": ib and objective.mi_pair == "teacher",
+        f"objective.method {objective.method}": method.kd,
+        "objective.estimator vid": method.mi and objective.estimator == "vid",
+        "objective.mi_pair teacher": method.mi and objective.mi_pair == "teacher",
     }
     return [setting for setting, asks in asking.items() if asks]
 
@@ -85,7 +87,7 @@ def _check_teacher(config: Config) -> None:
             f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "
             "8-bit weights are not sharded"
         )
-    if objective.mi_pair == "teacher" and objective.estimator not in ("paper", "normalized"):
+    if objective.mi_pair == "teacher" and objective.estimator in ("infonce", "vid", "vib"):
         raise ValueError(
             f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
         )
@@ -105,9 +107,10 @@ def _check_agreement(config: Config) -> None:
             f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
             f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one labelled"
         )
-    if config.objective.method == "finetune":
+    if len(METHODS[config.objective.method].streams) < 2:
         raise ValueError(
-            "data.unlabelled compares the two streams' answers, and objective.method finetune trains one; "
+            "data.unlabelled compares the two streams' answers, and objective.method "
+            f"{config.objective.method} trains one; "
             "choose another method, or leave data.unlabelled out"
         )
     if config.teacher.placement == "cache":

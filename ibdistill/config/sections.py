@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from ibdistill.config.fields import (
     AtLeast32,
@@ -23,11 +23,18 @@ from ibdistill.config.fields import (
     NotNegativeInt,
     OpenShare,
     Positive,
+    Rule,
     Seed,
     Share,
     ShareOrCount,
     ShareOrSteps,
 )
+from ibdistill.config.methods import METHODS, is_divergence, is_estimator
+
+EstimatorName = Annotated[
+    str, Rule(is_estimator, "auto, paper, normalized, infonce, vid, vib or a name added to ESTIMATORS")
+]
+DivergenceName = Annotated[str, Rule(is_divergence, "forward, reverse, jsd or a name added to DIVERGENCES")]
 
 
 @dataclass(kw_only=True)
@@ -212,14 +219,14 @@ class TeacherConfig:
 class ObjectiveConfig:
     """What is minimised: alpha CE_predict + (1 - alpha) CE_explain + beta MI + gamma KD."""
 
-    method: Literal["finetune", "dss", "ib", "kd", "ib+kd"] = "dss"
+    method: Literal[tuple(METHODS)] = "dss"
     """finetune: the predict stream's cross entropy only. dss: both cross entropies. ib: these and the
     mutual-information term. kd: these and the distillation term. ib+kd: all four."""
     alpha: Share = 0.5
     """Weight of the predict stream's cross entropy (paper: 0.5)."""
     beta: NotNegative | None = None
     """Weight of the mutual-information term; none: 1 for vid, 0.001 for vib, else 0.1 (as in the paper)."""
-    estimator: Literal["auto", "paper", "normalized", "infonce", "vid", "vib"] = "auto"
+    estimator: EstimatorName = "auto"
     """Form of the mutual-information term: see `ops/head_loss/estimators.py`, `ops/vid` and `ops/vib.py`.
     auto: vid with an online teacher, else paper."""
     pool: Literal["max", "mean"] = "max"
@@ -232,7 +239,7 @@ class ObjectiveConfig:
     """Temperature that InfoNCE's cosine similarities are divided by; the best one depends on the student."""
     gamma: NotNegative = 1.0
     """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain."""
-    divergence: Literal["forward", "reverse", "jsd"] = "forward"
+    divergence: DivergenceName = "forward"
     """forward: KL(teacher || student). reverse: KL(student || teacher). jsd: the generalised Jensen-Shannon
     divergence."""
     jsd_beta: OpenShare = 0.5

@@ -5,10 +5,10 @@
 
 with each CE and KD a mean over the step's target tokens and MI a mean over the step's
 questions (`vid`, `vib`: over the tokens of its questions), over all ranks and micro-batches. A
-method is a name for which of the weights are zero.
+method (`config.methods.METHODS`) says which of the terms there are.
 
-`finetune` keeps alpha out of it: its one term has weight 1, so that its learning rate means
-the same as in ordinary finetuning.
+Where a method trains one stream only (`finetune`), alpha has no say: that stream's cross entropy has
+weight 1, so that its learning rate means the same as in ordinary finetuning.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ def term_gradients(
 ) -> dict[str, Tensor]:
     """`gradient_TERM` -> squared norm of d (weight x TERM) / d (target states), 0-d fp32, for terms in use.
 
-    Taken where all terms meet, the states that enter the head, so that one head loss a term is the
-    cost and no engine takes part. Micro-batches and ranks hold different states of one sum, so
-    the squares of a step add up to that of the global batch. `rest` goes to `head_loss`.
+    The norm is taken where all terms meet, in the states that enter the head, so that it costs one head loss
+    per term and no engine takes part. Micro-batches and ranks hold different states of one sum, so the
+    squares of a step add up to that of the global batch. `rest` goes to `head_loss`.
     """
     squares = {}
     nothing = Weights(**dict.fromkeys(asdict(weights), 0.0))
@@ -134,12 +134,9 @@ class Distillation(nn.Module):
         *,
         teacher_width: int = 0,
         seed: int = 0,
-        mi_on_extra: bool = False,
     ) -> None:
-        """`teacher_width`: size of the teacher's question states, for the estimator vid. `mi_on_extra`: the
-        term between the streams is on a batch's extra questions, and the cross entropies on the others."""
+        """`teacher_width`: size of the teacher's question states, for vid; `seed`: for vid's map."""
         super().__init__()
-        self.mi_on_extra = mi_on_extra
         self.model = model
         self.head = _LossHead(model.get_output_embeddings())
         self.objective = objective
@@ -164,12 +161,9 @@ class Distillation(nn.Module):
             name: Stream(hidden, batch.labels[name], batch.cu[name])
             for name, hidden in states.targets.items()
         }
-        if self.mi_on_extra:
-            total, terms = self._apart(streams, weights, len(batch.question_ids) - batch.num_extra)
-        else:
-            total, terms = self.head(
-                streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(answer)
-            )
+        total, terms = self.head(
+            streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(answer)
+        )
         if self.vid is not None:
             factor = self.objective.beta / question_tokens
             vid, more = self.vid(states.questions, answer.questions, factor, measures=self.head.measures)
@@ -184,21 +178,6 @@ class Distillation(nn.Module):
             terms |= teacher_accuracy(answer, batch)
         return total, terms
 
-    def _apart(
-        self, streams: dict[str, Stream], weights: Weights, num_gold: int
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The cross entropies of the first questions and the mutual-information term of the others.
-
-        Both calls are made in any case, with nothing if need be: under ZeRO-3 all ranks and steps use
-        their modules in the same order.
-        """
-        parts = [_split(streams[name], num_gold) for name in ("predict", "explain")]
-        gold, extra = zip(*parts, strict=True)
-        total, terms = self.head(*gold, replace(weights, mi=0.0), None, None)
-        more, own = self.head(*extra, Weights(ce_predict=0.0, mi=weights.mi), self.mi, None)
-        own = {name: value for name, value in own.items() if name.removeprefix(GRADIENT).startswith("mi")}
-        return total + more, terms | own
-
     def _teacher(self, answer: TeacherAnswer | None) -> TeacherDistributions | None:
         if answer is None or not answer.targets:
             return None
@@ -211,13 +190,3 @@ class Distillation(nn.Module):
             beta=self.objective.jsd_beta,
             temperature=self.objective.kd_temperature,
         )
-
-
-def _split(stream: Stream, questions: int) -> tuple[Stream, Stream]:
-    """The first questions' positions, and the others'."""
-    hidden, labels, cu = stream
-    at = int(cu[questions])
-    return (
-        Stream(hidden[:at], labels[:at], cu[: questions + 1]),
-        Stream(hidden[at:], labels[at:], cu[questions:] - cu[questions]),
-    )

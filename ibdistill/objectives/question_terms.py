@@ -20,7 +20,7 @@ class VidMap(nn.Module):
 
     t ~ N(W s + b, diag exp(g)) for a question token's student state s [D] and teacher state
     t [D_teacher] (Ahn et al., CVPR 2019, arXiv 1904.05835). Its parameters are an optimizer
-    group of their own, without weight decay (`engine`).
+    group of their own, without weight decay (`training.engine`).
     """
 
     def __init__(self, width: int, teacher_width: int, seed: int) -> None:
@@ -33,7 +33,8 @@ class VidMap(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, factor: float, *, measures: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`factor` times the sum over tokens (nats a teacher dimension), 0-d fp32; `vid`, the sum, detached.
+        """`factor` times the sum over tokens (nats per teacher dimension), 0-d fp32; and `vid`, that sum,
+        detached.
 
         With `measures` also `gradient_vid`, as in `term_gradients` but in the question states: those are
         where this term meets the student, so its norm is no share of the others'.

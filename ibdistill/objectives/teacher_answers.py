@@ -40,6 +40,6 @@ class Wanted:
     targets: bool
     """States at the target positions, and the head."""
     temperature: float = 1.0
-    """Of the distributions, for a teacher's top k."""
+    """Temperature of the distributions, for a teacher's top k."""
     text: bool = False
     """Text that it writes."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ibdistill.ops.head_loss.api import CHUNK_BYTES
 from ibdistill.ops.cpu.products import multiplies_natively
+from ibdistill.ops.head_loss.api import CHUNK_BYTES
 from ibdistill.planning.dryrun import DTYPES
 
 

@@ -108,8 +108,7 @@ def open_run(config: Config, world: World) -> Path:
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
     `deepspeed.config` auto there.
     """
-    micro_batch_size, _ = split_batch(config.optim, world.size)
-    pseudo_labels.check_share(config.data, micro_batch_size)
+    split_batch(config.optim, world.size)  # raises where it does not divide, before anything is read
     settle_ds_config(config, world.size)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))

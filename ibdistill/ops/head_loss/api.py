@@ -1,8 +1,8 @@
 """The head loss: cross entropies, mutual information and distillation, never [N, V] logits at once.
 
 Two doors: `head_loss` takes packed hidden states and the output head, `logits_loss` logits that
-somebody has already. Behind them stand two implementations of the same function, `head_loss_torch`
-and `head_loss_triton`; `head_loss_reference` is their plain twin, the truth for tests.
+somebody has already. Behind them stand two implementations of the same function, `head_loss.torch` and
+`head_loss.triton`; `head_loss.reference` is their plain twin, the truth for tests.
 
 Both compute the gradients during the forward pass, because that's when the logits are there; the
 backward pass only multiplies them by the upstream gradient.

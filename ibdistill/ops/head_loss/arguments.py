@@ -49,20 +49,20 @@ class Weights:
     """
 
     ce_predict: float | Tensor
-    """Of the predict stream's cross entropy (a sum over tokens)."""
+    """Factor of the predict stream's cross entropy (a sum over tokens)."""
     ce_explain: float | Tensor = 0.0
-    """Of the explain stream's cross entropy (a sum over tokens)."""
+    """Factor of the explain stream's cross entropy (a sum over tokens)."""
     mi: float | Tensor = 0.0
-    """Of the mutual-information term (a sum over questions). InfoNCE: the same on all ranks."""
+    """Factor of the mutual-information term (a sum over questions). InfoNCE: the same on all ranks."""
     kd_predict: float | Tensor = 0.0
-    """Of the predict stream's divergence from the teacher (a sum over tokens)."""
+    """Factor of the predict stream's divergence from the teacher (a sum over tokens)."""
     kd_explain: float | Tensor = 0.0
-    """Of the explain stream's divergence from the teacher (a sum over tokens)."""
+    """Factor of the explain stream's divergence from the teacher (a sum over tokens)."""
 
 
 @dataclass(frozen=True)
 class MISettings:
-    """The mutual-information term: see `ibdistill.ops.estimators`."""
+    """The mutual-information term: see `ibdistill.ops.head_loss.estimators`."""
 
     estimator: str = "paper"
     """A name in `estimators.ESTIMATORS`."""
@@ -129,7 +129,7 @@ class TeacherDistributions:
     divergence: str = "forward"
     """A name in `divergences.DIVERGENCES`: forward KL(teacher || student), reverse, jsd."""
     beta: float = 0.5
-    """Of the generalised JSD: the teacher's share in the mixture, between 0 and 1."""
+    """The teacher's share in the mixture of the generalised JSD, between 0 and 1."""
     temperature: float = 1.0
     """T."""
 

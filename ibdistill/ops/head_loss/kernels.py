@@ -1,4 +1,4 @@
-"""The Triton kernels of the head loss. `head_loss_triton` says what each is for."""
+"""The Triton kernels of the head loss. `head_loss.triton` says what each is for."""
 
 from __future__ import annotations
 

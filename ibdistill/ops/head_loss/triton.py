@@ -1,6 +1,6 @@
 """The head loss in Triton: dense products by the vendor's GEMM, every pass over the logits one kernel.
 
-The mathematics, and why gradients are computed in the forward pass, are in `head_loss_torch`. What differs
+The mathematics, and why gradients are computed in the forward pass, are in `head_loss.torch`. What differs
 is that the logits z stay in the GEMM's dtype in a buffer of whole questions, and how often they are moved:
 
     row_stats     one read      log-sum-exp of each row, its cross entropy, whether its label is the largest

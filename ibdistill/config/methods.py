@@ -1,0 +1,56 @@
+"""The methods: which streams are trained, and which terms join their cross entropies.
+
+The table stands in `config`, not in `objectives`, because both need it: settings are checked against it
+before torch is imported, and a package imports only those before it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+PREDICT, BOTH = ("predict",), ("predict", "explain")
+
+HEAD_ESTIMATORS, QUESTION_ESTIMATORS = ("paper", "normalized", "infonce"), ("vid", "vib")
+"""Estimators of the mutual-information term between the streams, and between question states and others."""
+
+DIVERGENCES = ("forward", "reverse", "jsd")
+
+
+class Method(NamedTuple):
+    """What a method minimises."""
+
+    streams: tuple[str, ...]
+    """Streams whose cross entropies are minimised: predict (the label), or predict and explain."""
+    mi: bool = False
+    """Whether the mutual-information term joins them; it needs both streams."""
+    kd: bool = False
+    """Whether the divergence from the teacher's token distributions joins them."""
+
+
+METHODS = {
+    "finetune": Method(PREDICT),
+    "dss": Method(BOTH),
+    "ib": Method(BOTH, mi=True),
+    "kd": Method(BOTH, kd=True),
+    "ib+kd": Method(BOTH, mi=True, kd=True),
+}
+"""Adding a method is one line here."""
+
+
+def is_estimator(name: str) -> bool:
+    """Whether `objective.estimator` may be this: one of ours, or one that somebody added to the registry."""
+    if name in ("auto", *HEAD_ESTIMATORS, *QUESTION_ESTIMATORS):
+        return True
+    # imports torch, so only for a name that is not known here
+    from ibdistill.ops.head_loss.estimators import ESTIMATORS
+
+    return name in ESTIMATORS
+
+
+def is_divergence(name: str) -> bool:
+    """Whether `objective.divergence` may be this, by the same rule."""
+    if name in DIVERGENCES:
+        return True
+    from ibdistill.ops.head_loss.divergences import DIVERGENCES as registry
+
+    return name in registry
