@@ -69,9 +69,9 @@ def check_same_modules(tables: list[dict[str, tuple[str, tuple[int, ...]]]]) -> 
         what = f"{len(names)} tensors differ, the first is" if names else "the order differs, first at"
         there, here = (_shown(found.get(name)) for found in (first, table))
         raise ValueError(
-            f"the teacher that rank 0 builds is not the one that rank {rank} builds: {what} {name}, {there} on "
-            f"rank 0 and {here} on rank {rank}. All nodes must see the same folder teacher.model and have the "
-            "same version of transformers; or set teacher.placement replica"
+            f"the teacher that rank 0 builds is not the one that rank {rank} builds: {what} {name}, {there} "
+            f"on rank 0 and {here} on rank {rank}. All nodes must see the same folder teacher.model and have "
+            "the same version of transformers; or set teacher.placement replica"
         )
 
 
