@@ -49,7 +49,7 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
             "save one there with tokenizer.save_pretrained"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
     if tokenizer.pad_token_id is None:

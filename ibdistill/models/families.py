@@ -77,7 +77,7 @@ def load_config(name: str, setting: str) -> PreTrainedConfig:
     the model changes its logits after the head, which our loss on the head's weights would miss.
     """
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         known = f"no preset ({', '.join(presets.PRESETS)}), and " if setting == "student.model" else ""
         raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {error}") from error
@@ -95,26 +95,36 @@ def load_config(name: str, setting: str) -> PreTrainedConfig:
 
 
 def load_preset(
-    name: str, tokenizer: PreTrainedTokenizerBase, seed: int, dropout: float | None = None
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: int,
+    dropout: float | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
-    """A preset, with random weights, for a tokenizer."""
+    """A preset, with random weights of `dtype`, for a tokenizer."""
     overrides = {} if dropout is None else {presets.dropout_field(name): dropout}
     if presets.is_decoder_only(name):
         overrides |= {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
-    return fused(decodes_greedily(presets.build(name, len(tokenizer), seed, **overrides), tokenizer))
+    model = presets.build(name, len(tokenizer), seed, **overrides)
+    for parameter in model.parameters():  # buffers stay: rotary frequencies in bf16 would move the positions
+        parameter.data = parameter.data.to(dtype)
+    return fused(decodes_greedily(model, tokenizer))
 
 
-def empty_model(name: str, tokenizer: PreTrainedTokenizerBase, setting: str) -> PreTrainedModel:
-    """The modules of a model or preset on the meta device: shapes, no storage.
+def empty_model(
+    name: str, tokenizer: PreTrainedTokenizerBase, setting: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """The modules of a model or preset on the meta device: names, shapes and dtypes, no storage.
 
-    A head that the checkpoint keeps apart from the embeddings counts as tied here, since T5's
-    configuration does not say which it is.
+    They are built as `load_model` builds them for `dtype`, so that a rank which holds them and a rank which
+    has loaded the checkpoint compute the same. A head that the checkpoint keeps apart from the embeddings
+    counts as tied here, since T5's configuration does not tell.
     """
     with torch.device("meta"):
         if name in presets.PRESETS:
-            return load_preset(name, tokenizer, seed=0)
+            return load_preset(name, tokenizer, seed=0, dtype=dtype)
         config = load_config(name, setting)
-        return _auto_class(config).from_config(config)
+        return fused(decodes_greedily(_from_config(config, dtype), tokenizer))
 
 
 def load_model(
@@ -143,16 +153,23 @@ def load_model(
     """
     config = _with_dropout(load_config(name, setting), dropout)
     if random_seed is None:
-        model = _auto_class(config).from_pretrained(name, config=config, dtype=dtype, **kwargs)
+        model = _auto_class(config).from_pretrained(
+            name, config=config, dtype=dtype, trust_remote_code=False, **kwargs
+        )
     else:
         torch.manual_seed(random_seed)
-        model = _auto_class(config).from_config(config, dtype=dtype)
+        model = _from_config(config, dtype)
     return fused(decodes_greedily(model, tokenizer))
 
 
 def from_config(config: PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
     """A model of this shape, with weights as its class initialises them. `dropout` as in `load_model`."""
-    return fused(_auto_class(config).from_config(_with_dropout(config, dropout)))
+    return fused(_from_config(_with_dropout(config, dropout), None))
+
+
+def _from_config(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A model with new weights of `dtype`, None: of torch's default. A folder's own code is never run."""
+    return _auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:
@@ -191,7 +208,7 @@ def identity(name: str) -> str:
         return f"preset {name}"
     folder = Path(name)
     if not folder.is_dir():
-        return f"{name} at {AutoConfig.from_pretrained(name)._commit_hash}"
+        return f"{name} at {AutoConfig.from_pretrained(name, trust_remote_code=False)._commit_hash}"
     parts = [(folder / "config.json").read_bytes()]
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
         parts += [path.name.encode(), str(path.stat().st_size).encode()]

@@ -32,6 +32,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +58,14 @@ from ibdistill.teacher.teacher import SHARDED, Teacher, fit_rows
 logger = logging.getLogger("ibdistill")
 
 _HEAD = "head.tensors"  # safetensors, under a name that the cache does not take for a shard
+
+
+class _Begun(NamedTuple):
+    """A micro-batch that the teacher works on while the student is still at the one before it."""
+
+    rows: bytes
+    answer: TeacherAnswer
+    batch: Batch
 
 
 class TeacherAnswers:
@@ -91,7 +100,7 @@ class TeacherAnswers:
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._open_cache(tokenizer) if config.cache else None
         self._reads = self._writes = True
-        self._told = False
+        self._was_summarised = False
         missing = self._missing()
         self.teacher = None
         if missing or expects_more:
@@ -117,7 +126,7 @@ class TeacherAnswers:
             logger.info(
                 "the sharded teacher does not overlap with the student: two communicators could block"
             )
-        self._ahead: tuple[bytes, TeacherAnswer] | None = None
+        self._begun: _Begun | None = None
         self._clock = hardware.Clock(world.device)
 
     def set_features(self, features: Features, unchanged: int) -> None:
@@ -127,7 +136,7 @@ class TeacherAnswers:
         of text that changes during a run would be read by a resumed run where the first one asked.
         """
         self._features, self._reads = features, len(features) == unchanged
-        self._ahead = None  # its rows were those of the old features
+        self._wait()  # and forget what was begun: its rows are those of the old features
 
     @property
     def overlaps(self) -> bool:
@@ -137,20 +146,33 @@ class TeacherAnswers:
     def of(self, rows: Sequence[int], batch: Batch) -> TeacherAnswer:
         """The answer of a micro-batch, which holds these records of the features. Collective if sharded."""
         with self._clock.measure("stall"):
-            if self._ahead is not None and self._ahead[0] == np.asarray(rows).tobytes():
-                torch.cuda.current_stream().wait_stream(self._stream)
-                return self._ahead[1]
+            begun = self._wait()
+            if begun is not None and begun.rows == np.asarray(rows).tobytes():
+                return begun.answer
             return self._answer(rows, batch)
 
     def start(self, rows: Sequence[int], batch: Batch) -> None:
-        """Let the teacher begin on a micro-batch that `of` will ask for next."""
+        """Let the teacher begin on a micro-batch that `of` will ask for next.
+
+        Two kinds of memory cross between the streams, and the allocator knows of neither. The answer is made
+        on the teacher's stream and read on the student's: `record_stream` tells the allocator. The batch was
+        made on the student's stream and is read on the teacher's: it is kept until `_wait`.
+        """
         assert self._stream is not None
+        self._wait()  # for a micro-batch that was begun and never asked for
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             answer = self._answer(rows, batch)
-        for tensor in answer.tensors():  # or the allocator would hand them out while the student reads
+        for tensor in answer.tensors():
             tensor.record_stream(torch.cuda.current_stream())
-        self._ahead = (np.asarray(rows).tobytes(), answer)
+        self._begun = _Begun(np.asarray(rows).tobytes(), answer, batch)
+
+    def _wait(self) -> _Begun | None:
+        """What `start` began, once the student's stream waits for its end; only then may the batch die."""
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        return begun
 
     def timers(self) -> dict[str, float]:
         """Seconds since the last call: `teacher` at work, `stall` of the student waiting for its answer."""
@@ -162,8 +184,8 @@ class TeacherAnswers:
             self.flush()
             dist.barrier()
             self._cache.refresh()
-            if not self._told:
-                self._told = True
+            if not self._was_summarised:
+                self._was_summarised = True
                 logger.info("%s", self._cache.summary())
 
     def flush(self) -> None:

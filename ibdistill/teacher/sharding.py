@@ -26,6 +26,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
+from ibdistill.runtime import distributed
+
 PERSISTENT_SHARE = 0.02
 """Of the parameters, at most this much is kept whole on every rank, smallest first (norms, biases):
 gathering them one by one would cost more time than their memory is worth."""
@@ -35,14 +37,52 @@ def partition(model: nn.Module, group: dist.ProcessGroup, config: dict[str, Any]
     """Cut each parameter into shares over `group`, in place. Collective within the group.
 
     `model` holds the weights on the group's first rank and is on the meta device elsewhere.
+
+    Raises ValueError, on all ranks, if they have built different modules.
     """
     model.requires_grad_(False).eval()
+    check_same_modules(distributed.gather_objects(_tensors_of(model)))
     _share_buffers(model, group)
     dtype = torch.bfloat16 if config["bf16"]["enabled"] else torch.float32
     deepspeed.zero.Init(
         module=_OneAtATime(model), data_parallel_group=group, config_dict_or_path=config, dtype=dtype
     )
     return model
+
+
+def check_same_modules(tables: list[dict[str, tuple[str, tuple[int, ...]]]]) -> None:
+    """Compare what the ranks have built before they send it to each other.
+
+    Args:
+        tables: for each rank, parameter or buffer -> dtype and shape, in the order of sending.
+
+    Raises:
+        ValueError: two ranks differ in a name, a dtype, a shape or the order. Sending all the same, they
+            would wait for each other without end, or take one tensor's bytes for another's.
+    """
+    first = tables[0]
+    for rank, table in enumerate(tables):
+        if list(table.items()) == list(first.items()):
+            continue
+        names = [name for name in first | table if first.get(name) != table.get(name)]
+        name = names[0] if names else next(a for a, b in zip(first, table, strict=True) if a != b)
+        what = f"{len(names)} tensors differ, the first is" if names else "the order differs, first at"
+        there, here = (_shown(found.get(name)) for found in (first, table))
+        raise ValueError(
+            f"the teacher that rank 0 builds is not the one that rank {rank} builds: {what} {name}, {there} "
+            f"on rank 0 and {here} on rank {rank}. All nodes must see the same folder teacher.model and have "
+            "the same version of transformers; or set teacher.placement replica"
+        )
+
+
+def _shown(found: tuple[str, tuple[int, ...]] | None) -> str:
+    return "absent" if found is None else f"{found[0]} {list(found[1])}"
+
+
+def _tensors_of(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Parameter or buffer -> dtype and shape, in the order in which they are sent to the other ranks."""
+    tensors = [*model.named_buffers(remove_duplicate=False), *model.named_parameters()]
+    return {name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)) for name, tensor in tensors}
 
 
 def engine(module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
@@ -173,5 +213,5 @@ def _share_buffers(model: nn.Module, group: dist.ProcessGroup) -> None:
     """Give every rank the first rank's buffers (position tables and the like), on the device."""
     device = torch.device(get_accelerator().current_device_name())
     for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
+        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             module._buffers[name] = broadcast(buffer, group, device)

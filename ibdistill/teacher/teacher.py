@@ -177,12 +177,12 @@ class Teacher:
         return next(g for g, ranks in zip(groups, members, strict=True) if self._world.rank in ranks)
 
     def _skeleton(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        return families.empty_model(self.config.model, tokenizer, "teacher.model")
+        return families.empty_model(self.config.model, tokenizer, "teacher.model", self._dtype)
 
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
         """The teacher whole, on the CPU (8 bits: on the GPU)."""
         if self.config.model in presets.PRESETS:
-            model = families.load_preset(self.config.model, tokenizer, seed=0).to(self._dtype)
+            model = families.load_preset(self.config.model, tokenizer, seed=0, dtype=self._dtype)
         else:
             bits = BitsAndBytesConfig(load_in_8bit=True) if self.config.load_in_8bit else None
             model = families.load_model(
@@ -211,7 +211,7 @@ class Teacher:
             world_size=self._world.size,
         )
         leads = dist.get_rank(self.group) == 0
-        model = self._load(tokenizer) if leads else self._skeleton(tokenizer).to(self._dtype)
+        model = self._load(tokenizer) if leads else self._skeleton(tokenizer)
         if self._wanted.targets or self._wanted.text:
             head = model.get_output_embeddings()
             self._head = sharding.RowShard(head.weight, self.group, self._world.device)

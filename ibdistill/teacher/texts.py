@@ -88,18 +88,43 @@ def parse(texts: Texts, record: Record) -> tuple[str, str] | None:
 
 
 def read_texts(folder: Path) -> dict[str, Texts]:
-    """All that is in a cache, by key. A line that a crash cut off is left out, and asked again."""
+    """All that is in a cache, by key.
+
+    A line that a crash cut off, or that is damaged otherwise, is named in a warning and left out, so that its
+    record is asked about again. Raises ValueError if a file cannot be read.
+    """
     found: dict[str, Texts] = {}
     for path in sorted(folder.glob("rank-*.jsonl")):
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line) if line else None
-            except ValueError:
-                logger.warning("%s has an unfinished line, which is ignored", path)
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"teacher.rationale_cache {folder}: {path} cannot be read: {error}") from error
+        for number, line in enumerate(content.split(b"\n"), 1):
+            if not line:
                 continue
-            if row:
-                found.setdefault(row["key"], row["texts"])
+            try:
+                key, texts = _checked(json.loads(line))
+            except (ValueError, RecursionError) as error:
+                logger.warning(
+                    "%s:%d is ignored, and its record is asked about again: %.200s", path, number, error
+                )
+            else:
+                found.setdefault(key, texts)
     return found
+
+
+def _checked(row: Any) -> tuple[str, Texts]:
+    """Key and texts of a parsed line. Raises ValueError if it does not hold what `append` writes."""
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
+        raise ValueError("the line is no object with a key")
+    texts = row.get("texts")
+    if not isinstance(texts, dict) or texts.keys() not in ({"answer"}, set(STREAMS)):
+        raise ValueError(f"its texts are neither those of {', '.join(STREAMS)} nor an answer")
+    for name, text in texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"the text of {name} is {text!r}")
+        text.encode()  # half of a surrogate pair would stop the run where it is written out
+    return row["key"], texts
 
 
 def open_cache(folder: Path, here: dict[str, Any]) -> None:
@@ -112,8 +137,10 @@ def open_cache(folder: Path, here: dict[str, Any]) -> None:
         there = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"teacher.rationale_cache {folder} cannot be written: {error}") from error
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged; delete {folder} or choose another folder") from error
+    except (ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict):
+        raise ValueError(f"{path} is damaged; delete {folder} or choose another folder")
     if found := differences(there, here):
         raise ValueError(
             f"teacher.rationale_cache {folder} was written by something else: {found}. "

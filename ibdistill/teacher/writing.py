@@ -9,7 +9,7 @@ It is asked in one of two ways:
 All of it happens before the first training step. Scoring and writing in turns would cost a
 sharded teacher its prefetch trace at every change.
 
-What it wrote is kept (`rationale_texts`), so that an interrupted run goes on where it stopped and
+What it wrote is kept (`texts`), so that an interrupted run goes on where it stopped and
 the same data is never asked about twice. Parsing and `teacher.keep` happen when the texts are read,
 so other rules need no new texts.
 
@@ -118,10 +118,10 @@ def write(
         by_key = {key_of(prompts_of(r, template)): r for r in asked}
         longest_first = sorted(missing, key=lambda key: (-len(by_key[key].question), key))
         with loaded.text_model(tokenizer) as model:
-            desk = _Desk(config, model, tokenizer, template, folder, world)
-            texts |= desk.write_all([(by_key[key], key, prompts[key]) for key in longest_first], stop)
+            writer = _Writer(config, model, tokenizer, template, folder, world)
+            texts |= writer.write_all([(by_key[key], key, prompts[key]) for key in longest_first], stop)
         if not wanted:
-            del model, desk
+            del model, writer
             loaded.close()
             loaded = None
     kept, counts = read(config, records, texts, template, partial=part[1] > 1)
@@ -198,8 +198,8 @@ def fingerprint(config: Config, template: str) -> dict[str, Any]:
     return found | ({"seed": config.run.seed} if settings.temperature else {})
 
 
-class _Desk:
-    """Where the teacher writes: prompts in, texts on disk."""
+class _Writer:
+    """Asks the teacher for its texts, batch by batch, and appends them to this rank's file."""
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from harness import ROOT, full_disk
+from safetensors import safe_open
 from safetensors.torch import save_file
 from test_answer_cache import FINGERPRINT, entry, fill, holds, key, make
 
@@ -111,7 +112,7 @@ def test_what_is_no_cache_is_refused(tmp_path):
         AnswerCache(tmp_path / "thesis.tex" / "cache", FINGERPRINT, rank=0)
 
 
-@pytest.mark.parametrize("text", ["", "{", "3", "[1]"])
+@pytest.mark.parametrize("text", ["", "{", "3", "[1]", "[]", "null", "[" * 100_000])
 def test_a_damaged_fingerprint_is_refused(tmp_path, text):
     make(tmp_path, range(3))
     (tmp_path / "fingerprint.json").write_text(text)
@@ -121,9 +122,9 @@ def test_a_damaged_fingerprint_is_refused(tmp_path, text):
 
 def test_another_format_is_refused(tmp_path, monkeypatch):
     make(tmp_path, range(3))
-    monkeypatch.setattr(teacher_cache, "FORMAT", "ibdistill-signals-2")
+    monkeypatch.setattr(teacher_cache, "FORMAT", "ibdistill-answers-3")
     with pytest.raises(
-        ValueError, match='format is "ibdistill-signals-1" there and "ibdistill-signals-2" here'
+        ValueError, match='format is "ibdistill-answers-2" there and "ibdistill-answers-3" here'
     ):
         AnswerCache(tmp_path, FINGERPRINT, rank=0)
 
@@ -143,11 +144,28 @@ def shard_of_other_tensors(path: Path) -> None:
     shutil.copy(next((path.parent / "other").glob("shard-*")), path)
 
 
+def one_flipped_byte(path: Path) -> None:
+    """In the middle of the file, where rows are."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def without_checksum(path: Path) -> None:
+    """As format 1 wrote them, under today's fingerprint."""
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, no mapping
+        metadata = {"fingerprint": file.metadata()["fingerprint"]}
+    save_file(tensors, path, metadata)
+
+
 DAMAGES = {
+    "one flipped byte": (one_flipped_byte, "does not match its checksum"),
+    "without checksum": (without_checksum, "does not match its checksum"),
     "truncated": (lambda path: os.truncate(path, path.stat().st_size - 7), "incomplete metadata"),
     "headless": (lambda path: os.truncate(path, 20), "header"),
     "empty": (lambda path: os.truncate(path, 0), "header too small"),
-    "foreign": (lambda path: save_file({"w": torch.ones(3)}, path), "its metadata is None instead of"),
+    "foreign": (lambda path: save_file({"w": torch.ones(3)}, path), "its metadata is {} instead of"),
     "of another cache": (shard_of_another_cache, "its metadata is {'fingerprint': "),
     "of other tensors": (shard_of_other_tensors, "its tensors .* are .*float32.* and .* has .*bfloat16"),
 }

@@ -26,7 +26,7 @@ from ibdistill.models.decoding import Answer, Sampling
 from ibdistill.objectives import distillation
 from ibdistill.runtime.distributed import StopRequest
 from ibdistill.teacher import writing
-from ibdistill.teacher.texts import parse, prompts_of, read_texts
+from ibdistill.teacher.texts import open_cache, parse, prompts_of, read_texts
 from ibdistill.training import pseudo_labels
 from ibdistill.training.prepare import prepare
 
@@ -142,6 +142,46 @@ def test_nothing_is_asked_twice_and_a_torn_line_is_asked_again(world, asked, tmp
         ValueError, match=r"lacks 9 of 10 records; let the teacher write in another placement"
     ):
         write(world, asked, **{"teacher.placement": "cache"})
+
+
+DAMAGED = [
+    "[1]",
+    '"text"',
+    "3",
+    "null",
+    "{}",
+    "\\ud83d",
+    "[" * 100_000,
+    '{"key": "k"}',
+    '{"key": 3, "texts": {}}',
+]
+DAMAGED += ['{"key": "k", "texts": null}', '{"key": "k", "texts": {"predict": "1"}}']
+DAMAGED += ['{"key": "k", "texts": {"predict": "1", "explain": null}}']
+DAMAGED += ['{"key": "k", "texts": {"predict": "1", "explain": "\\ud83d"}}']
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_named_and_left_out_and_the_others_are_read(tmp_path, caplog, monkeypatch, line):
+    monkeypatch.setattr(writing.logger, "propagate", True)
+    good = [json.dumps({"key": k, "texts": {"predict": "1", "explain": k}}) for k in ("a", "b")]
+    path = tmp_path / "rank-00000-x.jsonl"
+    path.write_text("\n".join([good[0], line, good[1], ""]))
+    assert texts(tmp_path) == {k: {"predict": "1", "explain": k} for k in ("a", "b")}
+    (warning,) = set(caplog.messages)
+    assert f"{path}:2 is ignored, and its record is asked about again: " in warning and len(warning) < 500
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '["teacher"]', "{", "[" * 100_000])
+def test_a_damaged_fingerprint_of_texts_is_refused(tmp_path, content):
+    (tmp_path / "fingerprint.json").write_text(content)
+    with pytest.raises(ValueError, match="fingerprint.json is damaged; delete .* or choose another folder"):
+        open_cache(tmp_path, {"teacher": "a"})
+
+
+def test_a_folder_in_place_of_a_file_of_texts_is_named(tmp_path):
+    (tmp_path / "rank-00000-x.jsonl").mkdir()
+    with pytest.raises(ValueError, match="rank-00000-x.jsonl cannot be read"):
+        texts(tmp_path)
 
 
 def test_a_full_disk_ends_the_writing_and_the_same_command_goes_on(world, asked, tmp_path):
@@ -465,7 +505,7 @@ def test_two_ranks_with_a_sharded_teacher_write_what_one_process_writes(world, a
 
 
 def test_scoring_works_after_writing(two_ranks):
-    """One loaded teacher writes, then scores: its signals are those of a teacher that never wrote, and the
+    """One loaded teacher writes, then scores: its answers are those of a teacher that never wrote, and the
     prefetch trace completes again."""
     for rank in torch.load(two_ranks / "facts.pt"):
         assert rank["complete"] and rank["unchanged"] and rank["same_teacher"]

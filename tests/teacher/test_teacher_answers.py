@@ -1,4 +1,4 @@
-"""Teacher signals: asked once, read later; a cache of something else is refused; top k loses little."""
+"""Teacher answers: asked once, read later; a cache of something else is refused; top k loses little."""
 
 from __future__ import annotations
 

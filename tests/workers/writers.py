@@ -54,11 +54,11 @@ def main(folder: Path, expert: str) -> None:
     before = checksum(jobs[0].teacher_answers.teacher)
     error = 0.0
     for _ in range(4):
-        signals = []
+        answers = []
         for job in jobs:
             rows, batch = job.micro_batches()[0]
-            signals.append(job.teacher_answers.of(rows, batch).tensors())
-        differences = [float((a - b).abs().max()) for a, b in zip(*signals, strict=True)]
+            answers.append(job.teacher_answers.of(rows, batch).tensors())
+        differences = [float((a - b).abs().max()) for a, b in zip(*answers, strict=True)]
         error = max(error, *differences)
         train.train_step(jobs[0])
         jobs[1].state.step += 1

@@ -84,7 +84,7 @@ class Case:
             values |= {"teacher.precision": self.precision}
             values["teacher.placement"] = "zero3" if variant == "cache" else variant
         if variant == "cache":
-            values |= {"teacher.cache": f"{self.root}/signals", "teacher.cache_form": self.form}
+            values |= {"teacher.cache": f"{self.root}/answers", "teacher.cache_form": self.form}
         return prepare(load_settings("demo", values), world)
 
 
