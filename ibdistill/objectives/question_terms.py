@@ -33,8 +33,7 @@ class VidMap(nn.Module):
     def forward(
         self, student: Tensor, teacher: Tensor, factor: float, *, measures: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`factor` times the sum over tokens (nats per teacher dimension), 0-d fp32; and `vid`, that sum,
-        detached.
+        """`factor` times the sum over tokens (nats per teacher dimension), 0-d fp32; and the sum, `vid`.
 
         With `measures` also `gradient_vid`, as in `term_gradients` but in the question states: those are
         where this term meets the student, so its norm is no share of the others'.

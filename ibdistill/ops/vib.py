@@ -10,9 +10,9 @@ With Z = mu(X) + sigma * eps, eps ~ N(0, I) and sigma = exp(g / 2), the second i
 
     KL = sum_d (mu_d^2 + exp(g_d) - 1 - g_d) / 2    nats per token.
 
-mu is the encoder's last state itself, not a map of it, and g, one number per dimension, is all that is
-learned besides the model. So nothing has to be kept: without noise the decoder reads mu, which is what the
-model by itself computes. (The paper has mu and sigma as functions of X.)
+mu is the encoder's last state itself, not a map of it. g, one number per dimension, is all that is learned
+besides the model. So nothing has to be kept: without noise the decoder reads mu, which is what the model by
+itself computes. (The paper has mu and sigma as functions of X.)
 """
 
 from __future__ import annotations
