@@ -15,18 +15,18 @@ from pathlib import Path
 
 from ibdistill import train
 from ibdistill.data.tasks import demo
-from ibdistill.models import decoding
+from ibdistill.evaluation import predictions
 from ibdistill.models.decoding import Answer
 from ibdistill.runtime import distributed
 
 
 def answers_of_an_oracle(calls: list[int]) -> Callable:
-    """A function in place of `decoding.decode`: to about three quarters of the unlabelled questions it gives
-    the demo's own answer (the student's weights decide to which), and to all other questions the student's.
+    """A function in place of `predictions.decode`: to about three quarters of the unlabelled questions it
+    gives the demo's own answer (the student's weights decide to which), to all other questions the student's.
 
     `calls`: the number of unlabelled questions of each call is appended.
     """
-    honest = decoding.decode
+    honest = predictions.decode
     known = {
         prefix + record.question: text
         for record in demo._unlabelled()
@@ -50,8 +50,13 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
     return decode
 
 
+<<<<<<< HEAD
 def main() -> None:
     decoding.decode = answers_of_an_oracle([])
+=======
+def main(arguments: list[str]) -> None:
+    predictions.decode = answers_of_an_oracle([])
+>>>>>>> w1-tests
     try:
         train.main()
     except SystemExit as end:
