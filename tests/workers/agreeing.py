@@ -50,13 +50,8 @@ def answers_of_an_oracle(calls: list[int]) -> Callable:
     return decode
 
 
-<<<<<<< HEAD
 def main() -> None:
-    decoding.decode = answers_of_an_oracle([])
-=======
-def main(arguments: list[str]) -> None:
     predictions.decode = answers_of_an_oracle([])
->>>>>>> w1-tests
     try:
         train.main()
     except SystemExit as end:
