@@ -305,6 +305,20 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     assert [(f / "result.json").stat().st_mtime_ns for f in folders] == before
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("step 1\nerror: optim.lr is -1\nerror: later\n", "error: optim.lr is -1"),
+        ("Traceback (most recent call last):\n  File\nKeyError: 'a'\nbye\n", "KeyError: 'a'"),
+        ("Killed\n", "Killed"),
+        ("", "its log is empty"),
+    ],
+)
+def test_a_failed_run_is_named_with_its_first_error(tmp_path, text, line):
+    (tmp_path / "log").write_text(text)
+    assert command.first_error(tmp_path / "log") == line
+
+
 def test_what_an_interrupted_run_took_is_counted(tmp_path):
     command._note(tmp_path, 10.04, 7.0)
     command._note(tmp_path, 2.0, 1.5)
