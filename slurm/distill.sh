@@ -42,6 +42,7 @@ if [ -n "${IBDISTILL_SWEEP:-}" ]; then # an element of slurm/sweep.sh: the setti
   set -- "$@" "${element[@]:1}" --run.dir "$IBDISTILL_SWEEP/${element[0]}"
 fi
 run=$(python slurm/check_settings.py run "$@")
+python slurm/check_inputs.py "$@"
 
 progress() {
   local newest=none marker

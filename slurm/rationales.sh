@@ -45,6 +45,7 @@ me=rationales.sh
 source slurm/job.sh
 
 texts=$(python slurm/check_settings.py rationales "$@")
+python slurm/check_inputs.py "$@"
 elements=${SLURM_ARRAY_TASK_COUNT:-1} element=${SLURM_ARRAY_TASK_ID:-0}
 if [ "${SLURM_ARRAY_TASK_MIN:-0}" -ne 0 ] || [ "${SLURM_ARRAY_TASK_MAX:-0}" -ne $((elements - 1)) ]; then
   fail 2 "the array's elements are numbered $SLURM_ARRAY_TASK_MIN to $SLURM_ARRAY_TASK_MAX, but $elements share the" \

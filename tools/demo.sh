@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job end to end on the embedded corpus, with 2 processes:
+# The main job end to end on the embedded corpus, with 2 processes, or 1 where there is a single GPU:
 #   pretrain   a tiny T5, the stand-in for a downloaded one; teacher and students start from it
 #   teacher    learns from all 16,000 labelled problems, both streams
 #   students   learn from 300: finetune, dss, and ib with the teacher in the job, sharded by ZeRO-3
@@ -9,10 +9,12 @@ source "$(dirname "$0")/setup.sh"
 export OMP_NUM_THREADS=1
 
 runs=runs/demo
+gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
+ranks=$((gpus == 1 ? 1 : 2)) # 2 on a CPU too
 train() { # name, then train.py's arguments; the launcher's own chatter stays in the log
   echo "== $1"
   mkdir -p "$runs"
-  if ! deepspeed --num_gpus 2 ibdistill/train.py "${@:2}" --run.dir "$runs/$1" > >(
+  if ! deepspeed --num_gpus "$ranks" ibdistill/train.py "${@:2}" --run.dir "$runs/$1" > >(
     tee "$runs/$1.log" | grep --line-buffered -E '^[0-9:]{8} |^error'
   ) 2>&1; then
     echo "$1 failed; the whole log is $runs/$1.log" >&2

@@ -8,6 +8,7 @@ import subprocess
 import urllib.request
 
 import psutil
+import pytest
 from harness import ROOT
 from slurm_cluster import clean_env, lacking, wait_for
 
@@ -29,13 +30,29 @@ def test_shellcheck_has_no_complaint():
     assert done.returncode == 0, done.stdout
 
 
-def test_a_dry_run_checks_the_settings_and_shows_the_command():
-    shown = bash("slurm/distill.sh", "cqa", "--data.path", "a folder", DRY_RUN="1")
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("data.path", "no/such", "error: data.path is 'no/such', which does not exist or cannot be read"),
+        ("deepspeed.config", "zero9", "error: deepspeed.config is 'zero9', but "),
+        ("student.model", "/no/such", "error: student.model is '/no/such', a folder that does not exist"),
+    ],
+)
+def test_a_dry_run_checks_what_the_run_would_read(setting, value, message):
+    done = bash("slurm/distill.sh", "cqa", f"--{setting}", value, DRY_RUN="1")
+    assert done.returncode == 2 and message in done.stderr and "would run" not in done.stdout
+
+
+def test_a_dry_run_checks_the_settings_and_shows_the_command(tmp_path):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    shown = bash("slurm/distill.sh", "cqa", "--data.path", str(folder), DRY_RUN="1")
     assert shown.returncode == 0, shown.stderr
     assert "folder runs/cqa; 1 nodes x 1 ranks" in shown.stdout
     assert (
-        "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/train.py cqa --data.path a\\ folder"
+        "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/train.py cqa --data.path "
         in shown.stdout
+        and "/a\\ folder" in shown.stdout
     )
     wrong = bash("slurm/distill.sh", "cqa", "--optim.lr", "-1", DRY_RUN="1")
     assert wrong.returncode == 2 and "error: optim.lr is -1" in wrong.stderr

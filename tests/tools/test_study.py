@@ -233,6 +233,36 @@ def test_table_json_and_figure(tmp_path):
         report.write(found, tmp_path, dict.fromkeys(results))
 
 
+def test_differences_without_spread_have_no_interval():
+    a = {seed: 50.0 + seed for seed in range(3)}
+    assert report.difference(a, dict(a)) == "identical"
+    assert report.difference(a, {seed: score - 2 for seed, score in a.items()}) == "+2.0 for each of 3 seeds"
+    assert report.difference(a, {0: 49.0}) == "+1.0" and report.difference(a, {9: 1.0}) == "-"
+    assert report.difference(a, a | {0: 49.7}) == "+0.1 [-0.3, +0.5]"
+
+
+def test_the_figure_has_no_empty_panel_and_one_look_for_an_arm(tmp_path):
+    """14 arms of 2 seeds, whose intervals are far wider than their scores differ."""
+    arms = {f"arm{i}": {"optim.lr": 0.001 * (i + 1)} for i in range(14)}
+
+    def drawn(found):
+        groups = {}
+        for run in found.runs:
+            score = 0.3 + 0.01 * int(run.arm[3:]) + 0.04 * (run.seed % 2) - 0.1 * (run.labels == 4)
+            groups.setdefault(report.key(run), {})[run.seed] = fake(score)
+        return report.figure(found, groups)
+
+    one_count = drawn(built(arms=arms, baseline="arm0"))
+    ranked, compute = one_count.axes
+    assert ranked.get_xlim() == pytest.approx((30 - 0.6 * 17, 47 + 0.6 * 17))
+    colors = [line.get_color() for line in compute.lines]
+    assert len(set(colors)) == 14
+    runs = [line.get_color() for line in ranked.lines if len(line.get_xdata()) == 2]
+    assert list(dict.fromkeys(runs)) == colors
+    two_counts = drawn(built(arms=arms, baseline="arm0", labels=[4, 8]))
+    assert [axes.get_title() for axes in two_counts.axes][1:] == ["compute", "labels needed"]
+
+
 def test_a_grid_says_what_a_run_would_do(tmp_path):
     models = {"pretrain": {"recipe": "demo_pretrain"}}
     arms = {"dss": {"student.model": "{pretrain}", "data.unlabelled": 9, "data.agree_at": [0.5, 0.75]}}
@@ -272,6 +302,20 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     again = subprocess.run(line, capture_output=True, text=True)
     assert "1/1  lost-n8-s1-" in again.stdout and "dss-n8-s1" not in again.stdout
     assert [(f / "result.json").stat().st_mtime_ns for f in folders] == before
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("step 1\nerror: optim.lr is -1\nerror: later\n", "error: optim.lr is -1"),
+        ("Traceback (most recent call last):\n  File\nKeyError: 'a'\nbye\n", "KeyError: 'a'"),
+        ("Killed\n", "Killed"),
+        ("", "its log is empty"),
+    ],
+)
+def test_a_failed_run_is_named_with_its_first_error(tmp_path, text, line):
+    (tmp_path / "log").write_text(text)
+    assert command.first_error(tmp_path / "log") == line
 
 
 def test_what_an_interrupted_run_took_is_counted(tmp_path):

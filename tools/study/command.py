@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -89,6 +90,13 @@ def execute(study: Study, out: Path, jobs: int) -> list[str]:
                     child.terminate()  # it saves, and goes on from there next time
                 raise
     return failed
+
+
+def first_error(log: Path) -> str:
+    """The first line of a log that names an error, at most 300 characters of it; else its last line."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    named = [line for line in lines if re.search(r"(^|\W)error: |^\w*(\.\w+)*(Error|Exception)\b", line)]
+    return (named or lines[-1:] or ["its log is empty"])[0][:300]
 
 
 def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> int:
@@ -225,7 +233,8 @@ def perform(action: str, study: Study, out: Path, jobs: int | None = None) -> in
             print(table)
         return 0
     failed = execute(study, out, jobs or slots()) if action == "run" else []
-    if failed:
-        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    for name in failed:
+        log = out / "logs" / f"{name}.log"
+        print(f"failed: {name}: {first_error(log)} ({log})", file=sys.stderr)
     print(report.write(study, out, {run.name: result(run, out) for run in study.models + study.runs}))
     return int(bool(failed))

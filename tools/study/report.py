@@ -1,9 +1,10 @@
-"""What a study says: one JSON of all runs, one markdown table, one figure.
+"""The report of a study: one JSON file of all runs, one markdown table, one figure.
 
-A difference to the baseline is paired: the same seed means the same labelled records, the same
-pretrained checkpoint and the same teacher. Its 95 % interval is Student's t over the seeds.
-Models come in few variants that seeds share, so their variance is in the interval, though as of
-few draws; `variants` in the JSON has each variant's mean difference.
+A difference to the baseline is paired: the same seed means the same labelled records, the same pretrained
+checkpoint and the same teacher. Its 95 % interval is Student's t over the seeds. Several seeds share a
+variant of the pretrained models, so the interval covers the models' variance only as far as the few show it;
+`variants` in the JSON has each variant's mean difference. In the figure an axis ends a little beyond the
+single runs, and a wider interval is cut at its edge.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import compare_runs
 from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from study.arms import Study
 
 Scores = dict[int, float]
@@ -26,7 +29,10 @@ Scores = dict[int, float]
 
 
 def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) -> str:
-    """Write study.json, table.md and study.png to `out`; the table. Raises ValueError if no run is done."""
+    """Write study.json, table.md and study.png to `out` and return the table.
+
+    Raises ValueError if no run is finished.
+    """
     found = [(run, results[run.name]) for run in study.runs if results[run.name]]
     if not found:
         raise ValueError(f"{out} has no finished run of {study.path}; see {out / 'logs'}")
@@ -47,7 +53,7 @@ def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) ->
 
 
 def key(run: Any) -> str:
-    """`arm@labels`."""
+    """A run's group: `arm@labels`."""
     return f"{run.arm}@{run.labels:g}"
 
 
@@ -60,7 +66,7 @@ def accuracies(group: dict[int, dict[str, Any]]) -> Scores:
 
 
 def paired(a: Scores, b: Scores) -> tuple[float, float, int]:
-    """Mean of a - b over the seeds of both, half its 95 % interval (NaN for one seed), their number.
+    """(mean of a - b over the seeds of both, half its 95 % interval (NaN for one seed), number of seeds).
 
     Raises ValueError if they have no seed in common.
     """
@@ -71,11 +77,15 @@ def paired(a: Scores, b: Scores) -> tuple[float, float, int]:
 
 
 def difference(a: Scores, b: Scores) -> str:
-    """`+4.2 [+3.1, +5.3]`."""
+    """`+4.2 [+3.1, +5.3]`; no interval where there is nothing that it could be estimated from."""
     if not a.keys() & b.keys():
         return "-"
-    center, half, _ = paired(a, b)
-    return f"{center:+.1f}" + ("" if math.isnan(half) else f" [{center - half:+.1f}, {center + half:+.1f}]")
+    center, half, seeds = paired(a, b)
+    if math.isnan(half):
+        return f"{center:+.1f}"
+    if half < 1e-9:  # every seed differs by the same amount: an interval of width 0 would claim certainty
+        return "identical" if abs(center) < 1e-9 else f"{center:+.1f} for each of {seeds} seeds"
+    return f"{center:+.1f} [{center - half:+.1f}, {center + half:+.1f}]"
 
 
 def table(study: Study, groups: dict[str, dict[int, dict]], results: dict[str, dict | None]) -> str:
@@ -137,48 +147,68 @@ def _summary(study: Study, groups: dict[str, dict[int, dict]], name: str) -> dic
 
 
 def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
-    """Accuracy of each arm with its interval; against labels; against seconds of training."""
+    """Accuracy of each arm with its interval; against compute; against labels where arms have several counts.
+
+    An arm has one look in all panels.
+    """
     counts = [name.rpartition("@")[2] for name in groups]
     usual = max(set(counts), key=counts.count)
     arms = list(dict.fromkeys(name.rpartition("@")[0] for name in groups))
-    rows = {arm: groups[f"{arm}@{usual}"] for arm in arms if f"{arm}@{usual}" in groups}
-    figure = Figure(figsize=(14, 1.6 + 0.28 * max(10, len(rows))), layout="constrained")
-    results = [result for group in groups.values() for result in group.values()]
-    clock = "cpu_seconds" if all("cpu_seconds" in result for result in results) else "seconds"
-    ranked, by_labels, by_seconds = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
-    for y, (arm, group) in enumerate(rows.items()):
-        scores = list(accuracies(group).values())
-        center, half = compare_runs.interval(scores)
-        color, marker = f"C{arms.index(arm) % 10}", "osD^v"[arms.index(arm) // 10 % 5]
-        ranked.errorbar(
-            center, y, xerr=None if math.isnan(half) else half, color=color, fmt=marker, capsize=3
-        )
-        ranked.plot(scores, [y] * len(scores), "|", color=color, alpha=0.5)
-        seconds = mean(result[clock] for result in group.values())
-        by_seconds.plot(seconds, center, marker, color=color, label=arm)
-    ranked.set_yticks(range(len(rows)), rows)
-    ranked.invert_yaxis()
-    ranked.set(xlabel="accuracy %", title=f"{usual} labels: mean, 95 % interval, seeds")
-    for arm in arms:
-        points = sorted((float(n.rpartition("@")[2]), n) for n in groups if n.rpartition("@")[0] == arm)
-        if len(points) > 1:
-            intervals = [compare_runs.interval(list(accuracies(groups[n]).values())) for _, n in points]
-            y, half = zip(*intervals, strict=True)
-            color = f"C{arms.index(arm) % 10}"
-            by_labels.errorbar(
-                [x for x, _ in points], y, yerr=half, color=color, marker="o", capsize=3, label=arm
-            )
-    by_labels.set(xlabel="labelled questions", ylabel="accuracy %", title="labels needed")
-    if by_labels.get_legend_handles_labels()[0]:
-        by_labels.legend(fontsize=7)
-    else:
-        by_labels.set_axis_off()
-    by_seconds.set(
-        xlabel=f"mean {clock.replace('_', ' ').replace('cpu', 'CPU')} of a run",
-        ylabel="accuracy %",
-        title="compute",
-    )
-    by_seconds.legend(fontsize=6)
-    for axes in (ranked, by_labels, by_seconds):
+    looks = {arm: compare_runs.look(number) | {"linestyle": "-"} for number, arm in enumerate(arms)}
+    at_usual = {arm: groups[f"{arm}@{usual}"] for arm in arms if f"{arm}@{usual}" in groups}
+    curves = {arm: _by_labels(arm, groups) for arm in arms}
+    curves = {arm: points for arm, points in curves.items() if len(points) > 1}
+    widths = [1.5, 1, 1] if curves else [1.5, 1]
+    figure = Figure(figsize=(4 * sum(widths), 1.6 + 0.28 * max(10, len(at_usual))), layout="constrained")
+    ranked, compute, *rest = figure.subplots(1, len(widths), width_ratios=widths)
+    _draw_ranking(ranked, at_usual, looks, f"{usual} labels: mean, 95 % interval, seeds")
+    _draw_compute(compute, at_usual, looks)
+    if curves:
+        _draw_labels(rest[0], curves, looks)
+    for axes in figure.axes:
         axes.grid(alpha=0.3)
     return figure
+
+
+def _by_labels(arm: str, groups: dict[str, dict[int, dict]]) -> list[tuple[float, Scores]]:
+    """(labels, scores) of an arm, in rising order."""
+    names = [name for name in groups if name.rpartition("@")[0] == arm]
+    return sorted(
+        ((float(name.rpartition("@")[2]), accuracies(groups[name])) for name in names), key=lambda p: p[0]
+    )
+
+
+def _draw_ranking(axes: Axes, arms: dict[str, dict[int, dict]], looks: dict[str, dict], title: str) -> None:
+    values: list[float] = []
+    for y, (arm, group) in enumerate(arms.items()):
+        scores = list(accuracies(group).values())
+        center, half = compare_runs.interval(scores)
+        axes.errorbar(center, y, xerr=None if math.isnan(half) else half, capsize=3, **looks[arm])
+        axes.plot(scores, [y] * len(scores), "|", color=looks[arm]["color"], alpha=0.6)
+        values += scores
+    axes.set_yticks(range(len(arms)), arms)
+    axes.invert_yaxis()
+    axes.set(xlabel="accuracy %", title=title, xlim=compare_runs.limits(values))
+
+
+def _draw_compute(axes: Axes, arms: dict[str, dict[int, dict]], looks: dict[str, dict]) -> None:
+    results = [result for group in arms.values() for result in group.values()]
+    clock = "cpu_seconds" if all("cpu_seconds" in result for result in results) else "seconds"
+    for arm, group in arms.items():
+        seconds = mean(result[clock] for result in group.values())
+        axes.plot(seconds, mean(accuracies(group).values()), label=arm, **looks[arm])
+    words = clock.replace("_", " ").replace("cpu", "CPU")
+    axes.set(xlabel=f"mean {words} of a run", ylabel="accuracy %", title="compute")
+    axes.legend(fontsize=6, ncols=1 + len(arms) // 16)
+
+
+def _draw_labels(axes: Axes, curves: dict[str, list[tuple[float, Scores]]], looks: dict[str, dict]) -> None:
+    values: list[float] = []
+    for arm, points in curves.items():
+        intervals = [compare_runs.interval(list(scores.values())) for _, scores in points]
+        y, half = zip(*intervals, strict=True)
+        axes.errorbar([x for x, _ in points], y, yerr=half, capsize=3, label=arm, **looks[arm])
+        values += [score for _, scores in points for score in scores.values()]
+    axes.set(xlabel="labelled questions", ylabel="accuracy %", title="labels needed")
+    axes.set_ylim(compare_runs.limits(values))
+    axes.legend(fontsize=7)
