@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: format, lint, tests.
-# Arguments go to pytest: bash tools/test.sh tests/test_data.py -k padded
+# Arguments go to pytest: bash tools/test.sh tests/data -k padded
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" dev
 export OMP_NUM_THREADS=1
