@@ -91,8 +91,10 @@ class Skeleton:
         default = torch.get_default_dtype()
         torch.set_default_dtype(DTYPES[precision])
         try:
-            with self.mode:
-                self.model = self._build(name, setting, tokenizer, student)
+            # on the meta device first: peft moves new adapters to their layer, which fake tensors refuse
+            with torch.device("meta"):
+                model = self._build(name, setting, tokenizer, student)
+            self.model = self._faked(model)
         finally:
             torch.set_default_dtype(default)
 
@@ -119,6 +121,20 @@ class Skeleton:
         if student.lora_rank:
             model = with_lora(model, student)
         return model.train()
+
+    def _faked(self, model: nn.Module) -> nn.Module:
+        """The model with fake tensors in the place of those on the meta device; what is tied stays tied."""
+        made: dict[int, Tensor] = {}
+        with self.mode:
+            for module in model.modules():
+                for key, p in module._parameters.items():
+                    if p is not None:
+                        fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                        module._parameters[key] = made.setdefault(id(p), fake)
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        return model
 
     def sizes(self) -> list[tuple[int, bool]]:
         """(elements, trained) of each parameter."""
