@@ -105,8 +105,8 @@ class Teacher:
 
     def pair(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
         """Let it answer a student's token sequences. Raises ValueError if their vocabularies differ."""
-        check_vocabulary(self.config.model, tokenizer, rows, self._own_rows)
-        self.layout = families.layout(self._model_config, tokenizer)
+        own = check_vocabulary(self.config.model, tokenizer, rows, self._own_rows)
+        self.layout = families.layout(self._model_config, own)  # its own BOS, as where it writes
         self._rows = rows
 
     @torch.no_grad()
@@ -248,12 +248,16 @@ def own_tokenizer(name: str) -> PreTrainedTokenizerBase:
     )
 
 
-def check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int, own_rows: int) -> None:
-    """Raise ValueError unless the teacher reads the student's token ids."""
+def check_vocabulary(
+    name: str, tokenizer: PreTrainedTokenizerBase, rows: int, own_rows: int
+) -> PreTrainedTokenizerBase:
+    """The teacher's tokenizer, for a preset the student's. Raises ValueError unless the teacher reads the
+    student's token ids."""
     if name in presets.PRESETS:
-        return
+        return tokenizer
     theirs = tokenizers.load_tokenizer(name, "teacher.model")
     tokenizers.check_vocabularies(tokenizer, theirs, rows, own_rows)
+    return theirs
 
 
 def fit_rows(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:

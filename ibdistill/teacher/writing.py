@@ -35,6 +35,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import Config
+from ibdistill.data import token_ids
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models import decoding, families, presets
@@ -53,6 +54,7 @@ from ibdistill.teacher.texts import (
     prompts_of,
     read_template,
     read_texts,
+    template_prompt,
 )
 
 logger = logging.getLogger("ibdistill")
@@ -213,10 +215,11 @@ class _Writer:
         self._config, self._model, self._tokenizer, self._world = config, model, tokenizer, world
         self._sharded = config.teacher.placement in SHARDED
         data = config.data
-        self._question_tokens = data.max_question_tokens
+        self._template = template
+        self._prompt_tokens = data.max_question_tokens
         limits = {"predict": data.max_label_tokens, "explain": data.max_rationale_tokens}
         if template:
-            self._question_tokens += len(tokenizer(template).input_ids)
+            self._prompt_tokens += len(tokenizer(template).input_ids)
             limits = {"answer": sum(limits.values())}
         self._limits = limits
         self._folder = folder
@@ -228,6 +231,7 @@ class _Writer:
         In each round every rank has a batch, or at the end perhaps none: then a sharded teacher is asked
         something for nothing, since all ranks take part in each of its forwards.
         """
+        self._report_cuts([record for record, _, _ in todo])
         size, ranks = self._config.teacher.write_batch_size, self._world.size
         written: dict[str, Texts] = {}
         unparsed: list[tuple[Record, Texts]] = []
@@ -235,7 +239,7 @@ class _Writer:
             batch = todo[start : start + size * ranks][self._world.rank :: ranks]
             rows, error = [], ""
             if batch or self._sharded:
-                texts = self._ask([(key, prompt) for _, key, prompt in batch or todo[:1]])
+                texts = self._ask(batch or todo[:1])
                 rows = [(*item[:2], text) for item, text in zip(batch, texts, strict=False)]
                 error = self._keep(rows)
             for rows_, error_ in distributed.gather_objects((rows, error)):
@@ -252,25 +256,37 @@ class _Writer:
                 sys.exit(code)
         return written
 
-    def _ask(self, batch: list[tuple[str, Texts]]) -> list[Texts]:
-        """The texts for one batch of (key, prompts)."""
+    def _ask(self, batch: list[tuple[Record, str, Texts]]) -> list[Texts]:
+        """The texts for one batch of (record, key, prompts)."""
         texts: list[Texts] = [{} for _ in batch]
         for name, limit in self._limits.items():
             decoded = decoding.decode(
                 self._model,
                 self._tokenizer,
-                [prompts[name] for _, prompts in batch],
-                max_question_tokens=self._question_tokens,
+                [self._prompt(record, prompts[name]) for record, _, prompts in batch],
+                max_question_tokens=self._prompt_tokens,
                 max_new_tokens=limit,
                 device=self._world.device,
                 batch_size=len(batch),
                 as_written=name == "answer",
-                sampling=self._sampling([f"{key} {name}" for key, _ in batch], limit),
+                sampling=self._sampling([f"{key} {name}" for _, key, _ in batch], limit),
                 synced=self._sharded,
             )
             for text, answer in zip(texts, decoded, strict=True):
                 text[name] = answer.text
         return texts
+
+    def _prompt(self, record: Record, text: str) -> str:
+        """A prompt as the teacher gets it, from its text of `prompts_of`."""
+        limit = self._config.data.max_question_tokens
+        return template_prompt(record, self._template, self._tokenizer, limit) if self._template else text
+
+    def _report_cuts(self, records: Sequence[Record]) -> None:
+        limit = self._config.data.max_question_tokens
+        encoded = token_ids.question_ids([record.question for record in records], self._tokenizer)
+        if cut := sum(len(ids) > limit for ids in encoded):
+            message = "teacher's text: %d of %d questions are longer than %d of its tokens and are cut"
+            logger.warning(message, cut, len(records), limit)
 
     def _sampling(self, keys: Sequence[str], limit: int) -> Sampling | None:
         if not self._config.teacher.temperature:

@@ -22,6 +22,7 @@ from ibdistill.data import loading, tokenizers
 from ibdistill.data.features import Features, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
+from ibdistill.data.text_checks import check_texts
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.models.student import check_context, load_student
@@ -76,6 +77,7 @@ def prepare(config: Config, world: World) -> Job:
         records, teacher = add_teacher_text(config, records, world, stop, (tokenizer, vocabulary))
     prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
     features = tokenize(records.train, prefixes, tokenizer, config.data)
+    records.report.update(check_texts(records, features, tokenizer, config.data))
     sampler = Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
     teacher_answers = build_teacher(
         config.teacher,
