@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from fractions import Fraction
+from itertools import pairwise
 from statistics import mean
 
 import numpy as np
@@ -87,7 +88,7 @@ def _exact_sweep(confidence: list[float], correct: list[int]) -> tuple[int, Frac
             parts.append(ordered[start : start + size])
             start += size
         accuracies = [sum(y for _, y in part) / len(part) for part in parts]
-        if any(after < before for before, after in zip(accuracies, accuracies[1:], strict=False)):
+        if any(after < before for before, after in pairwise(accuracies)):
             break
         best = bins, sum(abs(sum(c - y for c, y in part)) for part in parts) / n
     return best
