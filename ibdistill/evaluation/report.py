@@ -33,9 +33,17 @@ _MAX_GROUPS = 8
 
 
 def curves(scores: Mapping[str, float]) -> dict[str, float]:
-    """The scores that are drawn over a run's steps. Those of the first token's confidence stand in
-    `result.json` and in a figure."""
-    return {name: value for name, value in scores.items() if not name.startswith("first_token_")}
+    """The scores that are drawn over a run's steps.
+
+    Those of the first token's confidence and a third form of the calibration error stand in `result.json`
+    alone, as does `reference_leakage`, which is the same at every step.
+    """
+    left_out = "ece_mass", "reference_leakage"
+    return {
+        name: value
+        for name, value in scores.items()
+        if name not in left_out and not name.startswith("first_token_")
+    }
 
 
 def figures(predictions: Sequence[Prediction], title: str) -> dict[str, Figure]:

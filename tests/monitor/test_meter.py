@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import pairwise
 
@@ -18,8 +19,12 @@ import torch
 from harness import TRAIN, alone, as_arguments, steps, tiny
 
 from ibdistill import train
+from ibdistill.config.fields import to_flat
 from ibdistill.config.load import load_settings
-from ibdistill.config.sections import DataConfig
+from ibdistill.config.sections import Config, DataConfig
+from ibdistill.data.records import Record
+from ibdistill.evaluation import faithfulness, report
+from ibdistill.monitor import board as board_module
 from ibdistill.monitor import log
 from ibdistill.monitor.board import Board, hyperparameters
 from ibdistill.monitor.meter import Interval, Meter
@@ -237,17 +242,36 @@ def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path)
     board.text("config", "a: 1\n  b: 2", 0)
     board.figures({"reliability": plots.reliability([0.5], [1], "t")}, 3)
     flat = {"run.dir": "x", "run.seed": 3, "optim.lr": 0.1, "data.path": None, "student.lora_targets": ["q"]}
-    flat |= {"objective.beta": 0.1}
-    defaults = flat | {"run.dir": "", "optim.lr": 0.2, "data.path": "y", "run.seed": 0}
-    board.hparams(hyperparameters(flat, defaults), {"eval/test_demo_accuracy": 0.5})
+    flat |= {"objective.method": "ib", "objective.alpha": 0.5, "objective.beta": 0.1}
+    defaults = flat | {
+        "run.dir": "",
+        "optim.lr": 0.2,
+        "data.path": "y",
+        "run.seed": 0,
+        "objective.beta": None,
+    }
+    scores = {"valid_demo_accuracy": 0.4, "valid_demo_brier": 0.2, "test_demo_accuracy": 0.5}
+    scores |= {"test_demo_rationale_accuracy": 0.6, "test_demo_ece": 0.1, "test_demo_first_token_ece": 0.1}
+    board.hparams(hyperparameters(flat, defaults), {f"eval/{name}": value for name, value in scores.items()})
     board.close()
     found = events(tmp_path / "on")
     assert {"config/text_summary", "custom_scalars__config__"} <= set(found.Tags()["tensors"])
     assert found.Images("reliability")[0].step == 3
     content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     written = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert set(written) == {"run.seed", "optim.lr", "data.path", "objective.beta"}
+    changed = ["objective.method", "run.seed", "optim.lr", "data.path", "objective.beta"]
+    assert set(written) == {"test_demo_accuracy", "valid_demo_accuracy", *changed}
     assert written["data.path"].string_value == "None" and written["optim.lr"].number_value == 0.1
+    content = found.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    columns = plugin_data_pb2.HParamsPluginData.FromString(content).experiment
+    names = [column.name for column in columns.hparam_infos]
+    assert names == ["test_demo_accuracy", "valid_demo_accuracy", *changed]
+    assert {column.name.tag for column in columns.metric_infos} == {
+        "eval/valid_demo_accuracy",
+        "eval/test_demo_accuracy",
+        "eval/test_demo_rationale_accuracy",
+        "eval/test_demo_ece",
+    }
 
     board = Board(tmp_path / "off", world, 0, off=True)
     board.scalars({"loss": 1.0}, 1)
@@ -256,6 +280,44 @@ def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path)
     board.hparams({}, {})
     board.close()
     assert not (tmp_path / "off").exists()
+
+
+def test_the_settings_of_a_term_that_the_method_lacks_are_not_shown():
+    defaults = to_flat(Config())
+    for method, shown in (("dss", set()), ("ib", {"objective.beta", "objective.estimator"})):
+        settings = to_flat(load_settings(None, {"objective.method": method}))
+        assert set(hyperparameters(settings, defaults)) == {"objective.method", "run.seed"} | shown
+    recipe = hyperparameters(to_flat(load_settings("demo", {})), defaults)
+    assert list(recipe)[:2] == ["objective.method", "run.seed"] and recipe["optim.lr"] == 2e-3
+    assert not {"objective.gamma", "run.dir", "run.eval_every"} & set(recipe)
+
+
+def charted(group: str, chart: str, tags: Iterable[str]) -> set[str]:
+    """The tags that a chart of the CUSTOM SCALARS tab shows."""
+    _, patterns = board_module._LAYOUT[group][chart]
+    return {tag for tag in tags if any(re.search(pattern, tag) for pattern in patterns)}
+
+
+@pytest.mark.parametrize(
+    ("term", "tag"), [("vid", "loss/vid"), ("vib", "loss/vib"), ("mi", "loss/mi"), ("mi_bound", "mi/bound")]
+)
+def test_every_estimator_is_in_the_chart_of_mutual_information(term, tag):
+    tags = [log.tag(name) for name in ("ce_predict", "kd_explain", term)]
+    assert charted("training", "mutual information", tags) == {tag}
+    assert charted("training", "mutual information", ["mi/kl", "mi/constant_share"]) == {"mi/kl"}
+
+
+def test_every_task_is_in_the_chart_of_faithfulness():
+    """Text labels have no rule for what a rationale implies."""
+    for task, label, rationale, implied in (
+        ("jsonl", "no", "Whales breathe air.", set()),
+        ("esnli", "neutral", "It is neutral.", {"faithful", "implies", "agreement"}),
+    ):
+        record = Record("0", task, "?", label, rationale, label)
+        scores = faithfulness.faithfulness([label], [rationale], [record])
+        tags = [f"eval/test_{task}_{name}" for name in report.curves(scores)]
+        expected = {f"eval/test_{task}_{name}" for name in {"leakage"} | implied}
+        assert charted("evaluation", "faithfulness", tags) == expected
 
 
 def test_a_run_s_events_hold_every_group(make_job):
@@ -276,6 +338,9 @@ def test_a_run_s_events_hold_every_group(make_job):
     assert [e.step for e in found.Scalars("grad/share_mi")] == [1, 5, 9]
     assert 0 < found.Scalars("speed/mfu")[-1].value < 1.5
     assert {"valid_demo/accuracy_by_length", "test_demo/reliability"} <= set(found.Tags()["images"])
+    evaluated = [tag for tag in scalars if tag.startswith("eval/")]
+    assert len(evaluated) <= 30 and not any("first_token" in tag for tag in evaluated)
+    assert "first_token_ece" in made.results["test"]["demo"]
     text = found.Tensors("test_demo/samples/text_summary")[0].tensor_proto.string_val[0].decode()
     assert made.records.test["demo"][0].question in text and "predicted label" in text
 
