@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from ibdistill.config.methods import METHODS
 from ibdistill.runtime.distributed import World
 
 if TYPE_CHECKING:
@@ -20,14 +22,14 @@ logger = logging.getLogger("ibdistill")
 _LAYOUT = {
     "training": {
         "losses": ["Multiline", ["loss/.*"]],
-        "mutual information": ["Multiline", ["mi/(bound|entropy|constant)$"]],
+        "mutual information": ["Multiline", ["mi/(bound|kl|entropy|constant)$", "loss/(mi|vid|vib)$"]],
         "share of the gradient": ["Multiline", ["grad/share_.*"]],
         "token accuracy": ["Multiline", ["accuracy/.*"]],
     },
     "evaluation": {
         "accuracy": ["Multiline", ["eval/.*_accuracy$"]],
         "calibration error": ["Multiline", ["eval/.*_ece.*"]],
-        "faithfulness": ["Multiline", ["eval/.*_(faithful|implies|agreement)$"]],
+        "faithfulness": ["Multiline", ["eval/.*_(faithful|implies|agreement|leakage)$"]],
         "rationale text": ["Multiline", ["eval/.*_rationale_(bleu|chrf|rouge_l)$"]],
     },
     "machine": {
@@ -36,6 +38,11 @@ _LAYOUT = {
         "memory": ["Multiline", ["memory/.*"]],
     },
 }
+"""The CUSTOM SCALARS tab: chart -> patterns of the tags in it. `mi` is there for every estimator, and
+`leakage` for every task with rationales."""
+_ACCURACY = re.compile(r"(?<!rationale)_accuracy$")
+_HEADLINE = re.compile(r"_(accuracy|(?<!first_token_)ece|faithful|rationale_bleu|rationale_rouge_l)$")
+"""Tags of the scores that the HPARAMS tab shows."""
 
 
 class Board:
@@ -79,10 +86,16 @@ class Board:
                 self._writer.add_figure(tag, figure, step, close=False)
 
     def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
-        """Write a row of the HPARAMS tab: settings, and final scores under the tags of their scalars."""
+        """Write a row of the HPARAMS tab: settings, and the main scores under the tags of their scalars.
+
+        The tab puts settings before scores, which a few settings push off the screen. So the accuracies stand
+        among the settings too, as the first columns.
+        """
         if self._writer is not None:
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-            for summary in hparams(plain, scores):
+            first = {tag.removeprefix("eval/"): v for tag, v in scores.items() if _ACCURACY.search(tag)}
+            shown = {tag: v for tag, v in scores.items() if _HEADLINE.search(tag)}
+            for summary in hparams(dict(sorted(first.items())) | plain, shown):
                 self._writer.file_writer.add_summary(summary)
 
     def advance(self, step: int) -> None:
@@ -111,12 +124,15 @@ class _AboveBar:
 
 
 def hyperparameters(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings that tell a sweep's runs apart: the objective, the seed, and all that are not at their
-    defaults. Both arguments map `section.field` to a value."""
-    return {
+    """The settings that tell a sweep's runs apart: method, seed, and all that are not at their defaults.
+
+    Both arguments map `section.field` to a value. Left out are those that change no result (`run.`), and the
+    weight and form of a mutual-information term, which have values for every run, where the method has none.
+    """
+    first = {name: settings[name] for name in ("objective.method", "run.seed")}
+    unused = () if METHODS[settings["objective.method"]].mi else ("objective.beta", "objective.estimator")
+    return first | {
         name: value
         for name, value in settings.items()
-        if name.startswith("objective.")
-        or name == "run.seed"
-        or (value != defaults[name] and not name.startswith("run."))
+        if value != defaults[name] and not name.startswith("run.") and name not in (*first, *unused)
     }

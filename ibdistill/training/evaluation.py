@@ -46,7 +46,7 @@ def show(job: Job, name: str, predictions: Sequence[Prediction]) -> dict[str, fl
     step, folder = job.state.step, job.folder / "predictions"
     scores = evaluation_predictions.scores(predictions)
     evaluation_predictions.write_predictions(folder / f"step-{step:08d}" / f"{name}.jsonl", predictions)
-    job.board.scalars({f"eval/{name}_{key}": value for key, value in scores.items()}, step)
+    job.board.scalars({f"eval/{name}_{key}": value for key, value in report.curves(scores).items()}, step)
     if job.config.run.tensorboard:
         figures = report.figures(predictions, f"{name}, step {step}")
         curve = report.learning_curve(folder, f"{name}.jsonl", step)

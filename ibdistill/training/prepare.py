@@ -110,7 +110,8 @@ def open_run(config: Config, world: World) -> Path:
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
     `deepspeed.config` auto there.
     """
-    split_batch(config.optim, world.size)  # raises where it does not divide, before anything is read
+    _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
+    weights.check_split(config.objective, config.optim.batch_size, micro_batches)
     settle_ds_config(config, world.size)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))

@@ -21,7 +21,9 @@ works in one of two spaces:
   or mean_t p[t, v]; ties in a max go to the first position. The head loss calls the function for a few
   questions at a time, so a question's values may depend on that question alone, `group` is always None, and
   no collective may be started.
-- "state": target and estimate are pooled hidden states [B, D] of all questions of this rank at once.
+- "state": target and estimate are pooled hidden states [B, D] of all questions of this rank's micro-batch at
+  once. Since such a function compares questions, a step is not split into micro-batches with it
+  (`objectives.weights.check_split`).
 
 The plain function is all that an estimator needs. Where it has no `gradient`, the torch implementation
 differentiates it by `torch.func`, and says so once in the log. Where it is not `in_triton`, the torch
@@ -48,7 +50,11 @@ TILE_BYTES = 32 << 20
 def paper(
     target: Tensor, estimate: Tensor, *, temperature: float = 1.0, group: Any = None
 ) -> dict[str, Tensor]:
-    """The reference implementation's term: torch's `cross_entropy(E, P)`, probabilities used as logits.
+    """The paper's term as its published code has it: torch's `cross_entropy(E, P)`, probabilities as logits.
+
+    One thing differs from that code. It pools over all positions of a padded batch, so that P and E also
+    depend on what a model predicts at padding, and thereby on how long a batch's other targets are. Here a
+    question is pooled over its own target positions only, the end token among them.
 
     mi[b] = -sum_v P[b, v] log_softmax(E[b])[v]. It bounds nothing: P does not sum to one, and
     softmax(E) of numbers in [0, 1] is nearly uniform whatever E is, so the term hardly leaves
@@ -97,12 +103,13 @@ def infonce(
     """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): which estimate belongs to this target?
 
     mi[b] = -log( exp(s[b, b]) / sum_j exp(s[b, j]) ), s[b, j] the cosine of target b and estimate
-    j divided by the temperature, j over the questions of all ranks. For any similarity
-    I >= ln(B_global) - E[mi] (Poole et al. 2019, arXiv 1905.06922, equation 10), so the bound can
-    never exceed ln(B_global). Estimates are gathered with gradients: a rank's estimate is a
-    negative in the other ranks' losses and gets its gradient from there too, as if the sum of all
-    ranks' losses had been computed in one place. Every rank must take part, with any number of
-    questions, none included. The matrix of similarities exists only in tiles.
+    j divided by the temperature, j over the questions of all ranks, which are those of the whole
+    step. For any similarity I >= ln(B_global) - E[mi] (Poole et al. 2019, arXiv 1905.06922,
+    equation 10), so the bound can never exceed ln(B_global). Estimates are gathered with
+    gradients: a rank's estimate is a negative in the other ranks' losses and gets its gradient
+    from there too, as if the sum of all ranks' losses had been computed in one place. Every rank
+    must take part, with any number of questions, none included. The matrix of similarities exists
+    only in tiles.
 
     Args:
         target, estimate: pooled hidden states [B, D], float32 or float64.
@@ -211,8 +218,9 @@ DIRECTIONS = {
 def barber_agakov(target_sum: Tensor, loss_sum: Tensor | float, count: int | Tensor) -> Tensor:
     """Sum over questions of the bound H(V) - CE of the `normalized` estimator, in nats.
 
-    H(V) is the entropy of the mean of the questions' P' (a plug-in estimate over these questions,
-    so the bound can't exceed the logarithm of their number).
+    H(V) is the entropy of the mean of the questions' P', a plug-in estimate over these questions: the bound
+    cannot exceed the logarithm of their number, and the bounds of a step's micro-batches add up to less than
+    that of the whole step. Compare it at equal numbers of questions only.
 
     Args:
         target_sum: sum over questions of P', [V].
