@@ -19,14 +19,14 @@ ONLINE = {
     "teacher.cache_form": "states",
     "objective.method": "ib+kd",
     "student.dropout": 0.0,
-    "data.subsample": 64,  # 8 steps an epoch, nothing left over
+    "data.subsample": 64,  # 8 steps per epoch, no record left over
     "optim.max_steps": 24,
 }
 
 
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
-    """How many questions each of the teacher's forwards had."""
+    """The number of questions in each forward pass of the teacher."""
     calls: list[int] = []
     honest = Teacher.__call__
 
@@ -59,7 +59,7 @@ def step_and_compare(job, teacher: Teacher) -> None:
 
 @pytest.mark.parametrize("method", ["ib+kd", "ib"])
 def test_the_first_epoch_asks_and_later_ones_read(make_job, tmp_path, asked, method):
-    """ib alone reads question states only, and no head.
+    """The method ib alone reads question states only, and no head.
 
     While both runs ask they are the same to the last bit. The first step that reads starts from the same
     state as the one that asks, so its losses and gradients are compared; of all later ones what they read is.
@@ -117,7 +117,7 @@ def test_records_left_over_by_an_epoch_are_asked_for_later(make_job, tmp_path, a
 
 
 def test_a_record_keeps_its_first_answer_in_a_batch_that_is_asked_again(make_job, tmp_path):
-    """And the rows beside it get theirs: the batch equals one that is asked without a cache, to rounding."""
+    """The other records get theirs: the batch equals one that is asked without a cache, to rounding."""
     job = make_job(**ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
     first = job.teacher_answers.of([3, 5], job.collate([3, 5]))
     kept = [
