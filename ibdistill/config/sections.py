@@ -192,8 +192,8 @@ class TeacherConfig:
     """Folder where the teacher's answers are kept, so that it scores every question once; empty: nowhere."""
     cache_form: Literal["auto", "states", "topk"] = "auto"
     """What is kept per target position: the last hidden state, or the most probable tokens. auto: topk, but
-    states for `objective.mi_pair` teacher, which pools over every token. `teacher/answers.py` has the bytes
-    that each takes."""
+    states for `objective.mi_pair` teacher, which pools over every token. `teacher/README.md` has the bytes
+    that each form takes."""
     cache_top_k: AtLeastOne = 64
     """Tokens per position that `cache_form` topk keeps; the probability of all others is one number."""
     rationales: Literal["none", "missing", "all"] = "none"
