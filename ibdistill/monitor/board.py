@@ -5,6 +5,10 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,10 +49,31 @@ _HEADLINE = re.compile(r"_(accuracy|(?<!first_token_)ece|faithful|rationale_bleu
 """Tags of the scores that the HPARAMS tab shows."""
 
 
+def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
+    """Let a method of `Board` that writes events never end a run.
+
+    After an error of the file system (a full disk) no more events are written until the run is started again.
+    Any other error costs what was to be written by this call.
+    """
+
+    @wraps(method)
+    def guarded(self: Board, *args: Any, **kwargs: Any) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except OSError as error:
+            logger.warning("no more TensorBoard events until the next start, since %s", error)
+            self._drop_writer()
+        except Exception as error:
+            logger.warning("a TensorBoard event is left out: %r", error)
+
+    return guarded
+
+
 class Board:
     """The TensorBoard events of a run and its progress bar, on rank 0.
 
-    On other ranks, and without events if `off`, every call does nothing.
+    On other ranks, and without events if `off`, every call does nothing. Nothing here raises: events that
+    cannot be written are left out with a warning.
     """
 
     def __init__(
@@ -60,19 +85,32 @@ class Board:
         """
         self._writer = self._bar = None
         if world.rank == 0 and not off:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-            self._writer.add_custom_scalars(_LAYOUT)
+            self._open(folder, step)
         if world.rank == 0 and last_step and sys.stderr.isatty():
             self._bar = tqdm(total=last_step, initial=step, unit="step", dynamic_ncols=True)
             for handler in logger.handlers:
                 handler.setStream(_AboveBar())
 
+    @_never_raises
+    def _open(self, folder: Path, step: int) -> None:
+        _silence_writing_threads()
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer.add_custom_scalars(_LAYOUT)
+
+    def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(Exception):
+                writer.close()
+
+    @_never_raises
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write scalars by tag."""
         if self._writer is not None:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
 
+    @_never_raises
     def text(self, tag: str, text: str, step: int, *, markdown: bool = False) -> None:
         """Write a text; it is shown verbatim unless it is Markdown."""
         if self._writer is not None:
@@ -81,10 +119,15 @@ class Board:
 
     def figures(self, figures: dict[str, Figure], step: int) -> None:
         """Write figures by tag, as images."""
-        if self._writer is not None:
-            for tag, figure in figures.items():
-                self._writer.add_figure(tag, figure, step, close=False)
+        for tag, figure in figures.items():
+            self._figure(tag, figure, step)
 
+    @_never_raises
+    def _figure(self, tag: str, figure: Figure, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_figure(tag, figure, step, close=False)
+
+    @_never_raises
     def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
         """Write a row of the HPARAMS tab: settings, and the main scores under the tags of their scalars.
 
@@ -109,8 +152,25 @@ class Board:
             self._bar.close()
             for handler in logger.handlers:
                 handler.setStream(sys.stderr)
+        self._close_writer()
+
+    @_never_raises
+    def _close_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
+
+
+@cache
+def _silence_writing_threads() -> None:
+    """Print no traceback where TensorBoard's own thread cannot write: the next call raises its error
+    again."""
+    threading.excepthook = partial(_except_hook, threading.excepthook)
+
+
+def _except_hook(inner: Callable[[Any], Any], given: threading.ExceptHookArgs) -> None:
+    if not type(given.thread).__module__.startswith("tensorboard."):
+        inner(given)
 
 
 class _AboveBar:

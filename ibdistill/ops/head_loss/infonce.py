@@ -20,7 +20,8 @@ def infonce(
     """InfoNCE (van den Oord et al. 2018, arXiv 1807.03748): which estimate belongs to this target?
 
     mi[b] = -log( exp(s[b, b]) / sum_j exp(s[b, j]) ), where s[b, j] is the cosine of target b and estimate j
-    divided by the temperature, and j runs over the questions of all ranks, which are those of the whole step. For any similarity
+    divided by the temperature, and j runs over the questions of all ranks, which are
+    those of the whole step. For any similarity
     I >= ln(B_global) - E[mi] (Poole et al. 2019, arXiv 1905.06922, equation 10), so the bound can never
     exceed ln(B_global). Estimates are gathered with gradients: a rank's estimate is a negative in the other
     ranks' losses and gets a gradient from there too, as if the sum of all ranks' losses had been computed in
