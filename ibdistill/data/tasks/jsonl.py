@@ -10,7 +10,7 @@ from typing import Any
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data.answer_rules import same_text
-from ibdistill.data.json_rows import field_text, read_rows
+from ibdistill.data.json_rows import SUFFIXES, field_text, read_rows
 from ibdistill.data.llm_text import before, split_at_marker
 from ibdistill.data.tasks.base import Example, Task, check_exists, examples
 
@@ -18,8 +18,9 @@ from ibdistill.data.tasks.base import Example, Task, check_exists, examples
 def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
     """A folder with train, test and perhaps valid.jsonl, or one file, with the fields that `data` names.
 
-    One file is split: a tenth of it is the test split, always the same. Records of a train.jsonl may
-    lack a label where the teacher gives it. `task` names the records and stands in messages.
+    The files may have the other forms of `json_rows` too, under the names that go with them
+    (train.parquet). One file is split: a tenth of it is the test split, always the same. Records of a
+    train.jsonl may lack a label where the teacher gives it. `task` names the records and stands in messages.
 
     Raises:
         ValueError: no `data.path`, missing files, or a bad line.
@@ -32,13 +33,13 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
     check_exists(path)
     files = {"train": path}
     if path.is_dir():
-        files = {split: path / f"{split}.jsonl" for split in ("train", "valid", "test")}
-        if not files["valid"].exists():
-            del files["valid"]
-        if missing := [file.name for file in files.values() if not file.exists()]:
+        found = {split: _file_of(path, split) for split in ("train", "valid", "test")}
+        files = {split: file for split, file in found.items() if file}
+        if missing := [f"{split}.jsonl" for split in ("train", "test") if split not in files]:
             raise ValueError(
                 f"data.path {data.path!r} lacks {' and '.join(missing)}: a folder for the task {task!r} has "
-                "train.jsonl, test.jsonl and perhaps valid.jsonl; or name one file, which is then split"
+                "train.jsonl, test.jsonl and perhaps valid.jsonl (or such files ending in "
+                f"{', '.join(SUFFIXES[1:])}); or name one file, which is then split"
             )
 
     def optional(row: dict[str, Any], key: str) -> str:
@@ -56,6 +57,15 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
 
     rows = {split: read_rows(file) for split, file in files.items()}
     return examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
+
+
+def _file_of(folder: Path, split: str) -> Path | None:
+    """The file of a split; None if there is none. Raises ValueError if there are several."""
+    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"{folder} holds the {split} split several times ({names}); keep one of them")
+    return found[0] if found else None
 
 
 def parse_text(text: str) -> tuple[str, str] | None:

@@ -14,7 +14,7 @@ import numpy as np
 from ibdistill.data.answer_rules import same_value
 from ibdistill.data.arithmetic import evaluate
 from ibdistill.data.arithmetic_steps import last_value
-from ibdistill.data.json_rows import Row, field_text, read_rows
+from ibdistill.data.json_rows import Row, field_text, read_rows, shown
 from ibdistill.data.llm_text import before, split_at_marker
 from ibdistill.data.tasks.base import Task
 from ibdistill.data.tasks.published import Published
@@ -46,7 +46,12 @@ def derived_rationale(row: dict[str, Any]) -> str:
     the problem; results of operations are left out, since they are no words of the question
     (`data.map_numbers`). An equation of one number is that number. Raises ValueError for other forms.
     """
-    kind = field_text(row, "Type").rpartition("-")[2].lower().replace("divison", "division")
+    kind = field_text(row, "Type").rpartition("-")[2].strip().lower().replace("divison", "division")
+    if not kind.isalpha():
+        raise ValueError(
+            f"field 'Type' is {shown(row['Type'])}; a rationale is derived from the name of an operation, "
+            "such as 'Addition' or 'Common-Division'"
+        )
     equation, steps = field_text(row, "Equation"), []
     inner = re.compile(r"\(\s*([^\s()]+) ([-+*/]) ([^\s()]+)\s*\)")
     while found := inner.search(equation):
