@@ -58,6 +58,7 @@ def test_bad_rows_of_other_tasks(tmp_path):
     )
     bad("anli3", {"premise": "p", "hypothesis": "h", "label": True}, "the label is True")
     bad("gsm8k", {"question": "q", "answer": "72"}, "the answer has no '####'")
+    bad("gsm8k", {"question": "q", "answer": "So.\n#### 4\n#### 5"}, "the answer has '####' 2 times; which")
     bad(
         "cqa",
         {"question": "q", "choices": ["a", "b"], "answer": "c"},

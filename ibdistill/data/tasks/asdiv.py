@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ibdistill.data.answer_rules import same_value
+from ibdistill.data.answer_rules import same_amount, same_python_value, same_value
 from ibdistill.data.arithmetic_steps import last_value
 from ibdistill.data.json_rows import field_text
 from ibdistill.data.tasks.base import Task
@@ -34,6 +34,8 @@ ASDIV = Task(
         hub_splits={"train": "validation"},  # its only split; a tenth of it becomes the test split
     ).read,
     is_correct=same_value,
+    is_strict=same_python_value,
+    is_lenient=same_amount,
     parse_llm=parse_equation,
     implied=last_value,
     arithmetic=True,

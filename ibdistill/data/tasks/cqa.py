@@ -12,7 +12,14 @@ from typing import Any
 
 from ibdistill.data.answer_rules import named
 from ibdistill.data.json_rows import Row, field_text, read_rows, shown
-from ibdistill.data.lettered_options import letter_of, options, same_choice, with_options
+from ibdistill.data.lettered_options import (
+    letter_of,
+    options,
+    same_choice,
+    same_exact_choice,
+    same_stated_choice,
+    with_options,
+)
 from ibdistill.data.llm_text import before, split_at_marker
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.base import Task
@@ -139,6 +146,8 @@ CQA = Task(
         folders=("cose", "cos_e"),
     ).read,
     is_correct=same_choice,
+    is_strict=same_exact_choice,
+    is_lenient=same_stated_choice,
     parse_llm=parse_choice,
     implied=named_options,
     choices=options,

@@ -5,13 +5,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.answer_rules import same_text
+from ibdistill.data.amounts import lone_number
+from ibdistill.data.answer_rules import plain, same_amount, same_exact_text, same_text_or_number, same_value
 from ibdistill.data.json_rows import SUFFIXES, field_text, read_rows
-from ibdistill.data.llm_text import before, split_at_marker
+from ibdistill.data.lettered_options import option_of, options, same_choice, same_stated_choice
+from ibdistill.data.llm_text import FINAL, before, split_at_marker, stated
+from ibdistill.data.records import Record
 from ibdistill.data.tasks.base import Example, Task, check_exists, examples
 
 
@@ -56,7 +60,14 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
         )
 
     rows = {split: read_rows(file) for split, file in files.items()}
-    return examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
+    splits = examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
+    return {
+        split: [
+            replace(example, record=replace(example.record, answer_check=data.answer_check))
+            for example in part
+        ]
+        for split, part in splits.items()
+    }
 
 
 def _file_of(folder: Path, split: str) -> Path | None:
@@ -70,9 +81,45 @@ def _file_of(folder: Path, split: str) -> Path | None:
 
 def parse_text(text: str) -> tuple[str, str] | None:
     """`It rains. The answer is an umbrella.` -> the reason, `an umbrella`, which is the rest of the line."""
-    parts = split_at_marker(before(text, "Q:"), "So the answer is", "The answer is", "####", "Answer:")
-    label = parts[1].split("\n")[0].strip().removesuffix(".").strip() if parts else ""
+    parts = split_at_marker(before(text, "Q:"), "So the answer is", "The answer is", FINAL, "Answer:")
+    label = parts[1].split("\n")[0].partition(FINAL)[0].strip().removesuffix(".").strip() if parts else ""
     return (parts[0], label) if parts and label else None
 
 
-JSONL = Task(name="jsonl", read=read_jsonl, is_correct=same_text, parse_llm=parse_text)
+def is_correct(prediction: str, record: Record) -> bool:
+    """The rule that `data.answer_check` names. text: one text, or two numbers of one value; value: one
+    exact value, of expressions too; choice: one of the options that the question lists."""
+    return _can_be_met(record) and _RULES[record.answer_check][0](prediction, record)
+
+
+def is_lenient(prediction: str, record: Record) -> bool:
+    """What a reader would accept: the unit of a number, the form of a letter, `The answer is`."""
+    return _can_be_met(record) and _RULES[record.answer_check][1](prediction, record)
+
+
+def _can_be_met(record: Record) -> bool:
+    """False for a choice whose label is none of the question's options."""
+    return record.answer_check != "choice" or option_of(record.gold, record) in map(plain, options(record))
+
+
+def _same_stated(prediction: str, record: Record) -> bool:
+    text = stated(prediction)
+    if text is not None and same_text_or_number(text, record):
+        return True
+    return lone_number(record.gold) is not None and same_amount(prediction, record)
+
+
+_RULES = {
+    "text": (same_text_or_number, _same_stated),
+    "value": (same_value, same_amount),
+    "choice": (same_choice, same_stated_choice),
+}
+JSONL = Task(
+    name="jsonl",
+    read=read_jsonl,
+    is_correct=is_correct,
+    is_strict=same_exact_text,  # the user's own questions have no official rule
+    is_lenient=is_lenient,
+    parse_llm=parse_text,
+    answer_check=True,
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ibdistill.data.answer_rules import named, same_text
+from ibdistill.data.answer_rules import named, same_exact_text, same_stated_text, same_text
 from ibdistill.data.json_rows import field_text, shown
 from ibdistill.data.llm_text import before, split_at_marker
 from ibdistill.data.records import Record
@@ -68,6 +68,8 @@ ESNLI = Task(
         hub_splits={"train": "train", "valid": "validation", "test": "test"},
     ).read,
     is_correct=same_text,
+    is_strict=same_exact_text,
+    is_lenient=same_stated_text,
     parse_llm=parse_esnli,
     implied=named_relations,
     choices=relations,
@@ -82,6 +84,8 @@ ANLI1, ANLI2, ANLI3 = (
             hub_splits={"train": f"train_r{n}", "valid": f"dev_r{n}", "test": f"test_r{n}"},
         ).read,
         is_correct=same_text,
+        is_strict=same_exact_text,
+        is_lenient=same_stated_text,
         parse_llm=parse_anli,
         implied=named_relations,
         choices=relations,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ibdistill.data.answer_rules import same_value
+from ibdistill.data.answer_rules import same_amount, same_python_value, same_value
 from ibdistill.data.arithmetic import evaluate
 from ibdistill.data.arithmetic_steps import last_value
 from ibdistill.data.json_rows import Row, field_text, read_rows, shown
@@ -91,6 +91,8 @@ SVAMP = Task(
         derive=derived_rationale,
     ).read,
     is_correct=same_value,
+    is_strict=same_python_value,
+    is_lenient=same_amount,
     parse_llm=parse_equation,
     implied=last_value,
     arithmetic=True,
