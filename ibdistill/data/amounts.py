@@ -1,6 +1,6 @@
 """The one amount that an answer states, and the numbers that stand in a text.
 
-`−$3.50`, `8 red apples`, `1.5 million` and `10 - 4 = 6 apples` state one amount each. A text with anything
+`-$3.50`, `8 red apples`, `1.5 million` and `10 - 4 = 6 apples` state one amount each. A text with anything
 number-like beside its amount (`3 or 4`, `3-4 days`, `5:30`, `2½`, `8 and a half`) states none: a part of an
 answer is another answer.
 """
@@ -134,7 +134,9 @@ def _parts(text: str) -> tuple[str, int] | None:
     elif _RANGE_OR_DATE.search(core):
         return None
     core = balanced(core)
-    if before and (before[-1].isalnum() or before[-1] == "\u2014") or re.match(r"\s*[-+*/=:_]\S?", after):
+    if before and (before[-1].isalnum() or before[-1] == "\u2014"):
+        return None
+    if re.match(r"\s*[-+*/=:_]\S?", after):
         return None
     if core[0] in "+-" and core[1] == " " and before.strip(" *(:="):  # a dash between words and number
         return None

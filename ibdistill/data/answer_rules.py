@@ -91,7 +91,7 @@ def contains_words(text: str, part: str) -> bool:
 
 
 def contains_answer(text: str, answer: str) -> bool:
-    """Whether a text states an answer: a number by its value, wherever it stands (`= $18`, `2+1=3`), any other
-    answer word for word."""
+    """Whether a text states an answer: a number by its value, wherever it stands (`= $18`, `2+1=3`), any
+    other answer word for word."""
     value = lone_number(answer)
     return contains_words(text, answer) or (value is not None and value in numbers(text))

@@ -134,7 +134,7 @@ def _refuse_surrogates(value: Any, where: str) -> None:
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"{where}: the text {shown(value)} has half of a surrogate pair "
-                f"({ascii(value[error.start])}), which is no character; write the whole character"
+                f"({value[error.start]!a}), which is no character; write the whole character"
             ) from None
     elif isinstance(value, dict):
         for key, item in value.items():

@@ -41,9 +41,9 @@ def letter_of(label: str, record: Record) -> str:
 
 
 def option_of(answer: str, record: Record) -> str:
-    """The option that an answer is, as `answer_rules.plain` text, whether the answer has the option's text, its
-    letter or both: `bank`, `(b) bank`, `(b)`, `b`; other answers as plain text. An option whose text is a
-    letter means itself."""
+    """The option that an answer is, as `answer_rules.plain` text, whether the answer has the option's text,
+    its letter or both: `bank`, `(b) bank`, `(b)`, `b`; other answers as plain text. An option whose text is
+    a letter means itself."""
     answer = plain(answer)
     texts = {letter: plain(text) for letter, text in _OPTION.findall(record.question)}
     if answer not in texts.values():

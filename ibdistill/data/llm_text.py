@@ -5,7 +5,8 @@ a next question of its own. A task's parser turns such a text into (rationale, l
 those of the "Distilling Step-by-Step!" data release. What parses in that release's code parses to the
 same here. Where that code yields a blank label or rationale, or stops with an error, a parser here
 returns None, so that the caller counts the text. None stands for: no marker, the marker twice, an empty
-rationale, an answer that cannot be one, two answers. PaLM's and GPT-NeoX's outputs are written alike. No parser raises.
+rationale, an answer that cannot be one, two answers. PaLM's and GPT-NeoX's outputs are written alike. No
+parser raises.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ _STATED = re.compile(rf"{FINAL}|\b(?:answer|label)(?:\s+is\b|\s*:)[\s:]*", re.IG
 
 
 def split_at_marker(text: str, *markers: str) -> tuple[str, str] | None:
-    """The text before and after the first of the markers that occurs exactly once; None if either is empty,
-    or if no marker does. Where `FINAL` is among the markers, the text ends with the first line that has it."""
+    """The text before and after the first of the markers that occurs exactly once; None if either is
+    empty, or if no marker does. Where `FINAL` is among the markers, the text ends with the first line
+    that has it."""
     if FINAL in markers and FINAL in text:
         solution, _, rest = text.partition(FINAL)
         text = solution + FINAL + rest.split("\n")[0]

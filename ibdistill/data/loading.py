@@ -211,7 +211,7 @@ def _trainable(
 
 
 def _refuse_missing_rationales(task: Task, predict_only: bool, train: Sequence[_Resolved]) -> None:
-    """Raise ValueError if records lack a rationale, unless the task or the user allows that for some of them."""
+    """Raise ValueError if records lack a rationale, unless task or user allows that for some of them."""
     missing = [item for item in train if item.parsed and not item.record.rationale]
     all_missing = len(missing) == len(train)
     if not missing or (not all_missing and (predict_only or task.partial_rationales)):
@@ -224,8 +224,8 @@ def _refuse_missing_rationales(task: Task, predict_only: bool, train: Sequence[_
         "data.path with rationales (the DSS data release, or your own with --data.task jsonl)": True,
     }
     raise ValueError(
-        f"{missing[0].where}: no rationale, and the method trains on rationales; {len(missing)} of {len(train)} "
-        f"training records of task {task.name!r} lack one. Ways out: "
+        f"{missing[0].where}: no rationale, and the method trains on rationales; {len(missing)} of "
+        f"{len(train)} training records of task {task.name!r} lack one. Ways out: "
         + "; ".join(way for way, is_open in ways.items() if is_open)
     )
 

@@ -49,7 +49,7 @@ class Prediction:
 
     @property
     def implied(self) -> list[str]:
-        """The labels that the rationale implies; empty where the task has no rule (`rationale_quality`)."""
+        """The labels that the rationale implies; empty where the task has no rule (`faithfulness`)."""
         rule = TASKS[self.record.task].implied
         return rule(self.rationale, self.record) if rule and self.rationale is not None else []
 
@@ -117,8 +117,8 @@ def scores(predictions: Sequence[Prediction], encoder: text_scores.Encoder = Non
     - `confidence`, `ece`, `ece_mass`, `ece_adaptive`, `brier`, `aurc`: `calibration.summary` of the whole
       label, and the same of its first token under `first_token_...`;
     - if rationales were decoded: `rationale_bleu`, `rationale_chrf`, `rationale_rouge_l`,
-      `rationale_words` (`rationale_quality.text_scores`), with an `encoder` `rationale_cosine`,
-      all over the records that have a reference rationale; and `rationale_quality.faithfulness` over all.
+      `rationale_words` (`text_scores.text_scores`), with an `encoder` `rationale_cosine`,
+      all over the records that have a reference rationale; and `faithfulness.faithfulness` over all.
     """
     correct = [p.correct for p in predictions]
     task = TASKS[predictions[0].record.task]
@@ -185,7 +185,7 @@ def read_predictions(path: Path, records: Sequence[Record]) -> list[Prediction]:
         name, label, rationale = _checked_row(row, where)
         if name in places:
             raise ValueError(
-                f"{where}: {name!r} stands at {places[name]} already; each record counts once, so keep one line"
+                f"{where}: {name!r} stands at {places[name]} already; each record counts once: keep one line"
             )
         places[name] = where
         if name not in by_id:

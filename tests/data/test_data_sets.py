@@ -72,6 +72,19 @@ def test_bad_rows_of_other_tasks(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("answer", "label", "value"),
+    [("9 (apples)", "9", 9), ("1 1/2 (hours)", "1 + 1/2", 1.5), ("3/4 (cup)", "3/4", 0.75), (2.5, "2.5", 2.5),
+     ("10:45", "10:45", None)],
+)  # fmt: skip
+def test_the_number_of_an_asdiv_answer(tmp_path, answer, label, value):
+    release(tmp_path, "asdiv", [{"Body": "b", "Question": "q", "Answer": answer}])
+    record = read("asdiv", tmp_path)["train"][0].record
+    assert record.label == label and evaluate(label) == value
+    release(tmp_path, "asdiv", [{"Body": "b", "Question": "q", "Answer": " (apples)"}])
+    read_refused("asdiv_train.json:1: the label is empty", "asdiv", tmp_path)
+
+
 def test_numbers_of_relations_may_be_floats(tmp_path):
     row = {"premise": "p", "hypothesis": "h", "label": 2.0}
     assert read("esnli", release(tmp_path, "esnli", [row]))["train"][0].record.label == "contradiction"

@@ -16,6 +16,11 @@ REASON = "He had 8 and gave 3 away."
         ("svamp", f"{REASON}\nThe answer is ((8 - 3) * 2) = 10 dollars.", (REASON, "((8 - 3) * 2)")),
         ("svamp", f"{REASON} The answer is (8 - 3) * (2).", (REASON, "(8 - 3) * (2)")),
         ("svamp", "\u00e9 \U0001f600 The answer is (8 \u2212 3).", ("\u00e9 \U0001f600", "(8 \u2212 3)")),
+        ("svamp", f"{REASON} The answer is -(8 - 3).", None),  # a part of it is another answer
+        ("svamp", f"{REASON} The answer is 2 * (8 - 3).", None),
+        ("svamp", f"{REASON} The answer is (8 - 3) / 2.", None),
+        ("svamp", f"{REASON} The answer is (8 - 3) \u2212 1.", None),
+        ("svamp", f"{REASON} The answer is (8 - 3) - as he ate them.", (REASON, "(8 - 3)")),
         ("asdiv", f"{REASON} The answer is (8 - 3).", (REASON, "(8 - 3)")),
         ("svamp", REASON, None),  # no marker
         ("svamp", f"{REASON} The answer is 5.", None),  # no equation

@@ -196,7 +196,7 @@ def test_mixture(tmp_path):
         ("svamp", {"path": "nowhere"}, "data.path 'nowhere' does not exist"),
         ("jsonl", {}, "data.path is not set: the task 'jsonl' needs a file"),
         ("cqa", {"derive_rationales": True}, "data.derive_rationales is for task svamp, not cqa"),
-        ("gsm8k", {"answer_check": "choice"}, "data.answer_check is 'choice', which is for task jsonl; gsm8k"),
+        ("gsm8k", {"answer_check": "choice"}, "data.answer_check is 'choice', which is for task jsonl;"),
         (["cqa", "esnli"], {"choice_labels": "letter"}, "for tasks of options (cqa), not cqa, esnli"),
     ],
 )  # fmt: skip

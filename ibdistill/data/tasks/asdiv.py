@@ -6,6 +6,7 @@ as for SVAMP.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from ibdistill.data.answer_rules import same_amount, same_python_value, same_value
@@ -17,13 +18,10 @@ from ibdistill.data.tasks.svamp import parse_equation
 
 
 def fields(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Question, the answer's number (`9 (apples)` -> `9`) and no rationale."""
+    """Question, the answer's number (`9 (apples)` -> `9`, `1 1/2 (hours)` -> `1 + 1/2`) and no rationale."""
     row = {key.lower(): value for key, value in row.items()}
-    return (
-        f"{field_text(row, 'body')}\n{field_text(row, 'question')}",
-        field_text(row, "answer").split(" ")[0],
-        "",
-    )
+    number = re.match(r"\S*(?: [0-9]+/[0-9]+)?", field_text(row, "answer"))[0].replace(" ", " + ")
+    return f"{field_text(row, 'body')}\n{field_text(row, 'question')}", number, ""
 
 
 ASDIV = Task(

@@ -19,6 +19,9 @@ from ibdistill.data.llm_text import before, split_at_marker
 from ibdistill.data.tasks.base import Task
 from ibdistill.data.tasks.published import Published
 
+_OPERATOR_BEFORE = re.compile(r"[-+*/\u2212\u00d7\u00f7]\s*$")
+_OPERATOR_AFTER = re.compile(r"\s*[-+*/\u2212\u00d7\u00f7]\s*[0-9.$]")
+
 
 def fields(row: dict[str, Any]) -> tuple[str, str, str]:
     """Question, equation and no rationale, from rows of the DSS release or of the original file."""
@@ -70,13 +73,18 @@ def derived_rationale(row: dict[str, Any]) -> str:
 def parse_equation(text: str) -> tuple[str, str] | None:
     """`He ate 3 of 8. The answer is (8 - 3).` -> the reason, `(8 - 3)`.
 
-    The answer is what the outermost parentheses of the line hold, and must be arithmetic.
+    The answer is what the outermost parentheses of the line hold, and must be arithmetic. Where an operator
+    stands outside them, as in `-(8 - 3)` or `(8 - 3) / 2`, they are not the whole answer, and there is none
+    (the "Distilling Step-by-Step!" code takes the part).
     """
     parts = split_at_marker(before(text, "Q:"), "The answer is")
     if parts is None:
         return None
     line = parts[1].split("\n")[0]
-    label = line[line.find("(") : line.rfind(")") + 1]
+    start, end = line.find("("), line.rfind(")") + 1
+    if _OPERATOR_BEFORE.search(line[: max(0, start)]) or _OPERATOR_AFTER.match(line[end:]):
+        return None
+    label = line[start:end]
     return (parts[0], label) if evaluate(label) is not None else None
 
 
