@@ -117,39 +117,31 @@ def _parts(text: str) -> tuple[str, int] | None:
     if len(text) > MAX_LENGTH or _INEXACT.search(text) or re.search("[0-9]\\s*\u2013\\s*[0-9]", text):
         return None
     text = _BOLD.sub(r" \1 ", text.translate(SPELLINGS))
-    text = _CURRENCY.sub(r" \1\2", text).strip()
-    text = _TIMES.sub(" * ", text)
-    match = _CORE.search(text)
+    text = _TIMES.sub(" * ", _CURRENCY.sub(r" \1\2", text).strip())
+    match = _CORE.search(text)  # from the first digit to the last, with signs and parentheses around them
     if match is None:
         return None
-    core = match[0].strip()
-    before, after = text[: match.end() - len(match[0].lstrip())], text[match.end() :]
-    words = _WORD.findall(after)
-    scale = 1
-    while words and words[0].lower() in _SCALES and not re.match(r"\W*[^\w\s]", after):
-        scale *= _SCALES[words.pop(0).lower()]
-    if "=" in core:
-        words += _WORD.findall(core)
-        core = " = ".join(balanced(side) for side in re.sub(r"%", " ", _WORD.sub(" ", core)).split("="))
+    core, after = match[0].strip(), text[match.end() :]
+    before = text[: match.end() - len(match[0].lstrip())]
+    behind, scale = _WORD.findall(after), 1
+    while re.match(r"\s*[a-zA-Z]", after) and behind and behind[0].lower() in _SCALES:
+        scale *= _SCALES[behind.pop(0).lower()]
+    inside: list[str] = []
+    if "=" in core:  # units may stand anywhere, as the sides have to agree without them
+        inside = _WORD.findall(core)
+        core = " = ".join(balanced(side) for side in _WORD.sub(" ", core).replace("%", " ").split("="))
     elif _RANGE_OR_DATE.search(core):
         return None
     core = balanced(core)
-    if before and (before[-1].isalnum() or before[-1] == "\u2014"):
+    glued = bool(before) and (before[-1].isalnum() or before[-1] == "\u2014")
+    dash = core[0] in "+-" and core[1] == " " and before.strip(" *(:=")  # `the sum - 5` is no -5
+    goes_on = re.match(r"\s*[-+*/=:_]", after)
+    if glued or dash or goes_on or (scale > 1 and not _LONE.fullmatch(core)):
         return None
-    if re.match(r"\s*[-+*/=:_]\S?", after):
+    if _SHORT_SCALES & {*inside, *behind[:1]}:
         return None
-    if core[0] in "+-" and core[1] == " " and before.strip(" *(:="):  # a dash between words and number
+    words = {part for word in behind + inside + _WORD.findall(before) for part in word.lower().split("-")}
+    others = before + re.sub("(?<=[a-z])[\u00b2\u00b3]", "", after)  # the square of a unit is no number
+    if words & _NUMBER_WORDS or any(unicodedata.numeric(sign, None) is not None for sign in others):
         return None
-    if words and after and words[0] in _SHORT_SCALES:
-        return None
-    if scale > 1 and not _LONE.fullmatch(core):
-        return None
-    words += _WORD.findall(before)
-    outside = before + re.sub("(?<=[a-z])[\u00b2\u00b3]", "", after)
-    if any(unicodedata.numeric(sign, None) is not None for sign in outside):
-        return None
-    return (
-        None
-        if _NUMBER_WORDS & {part for word in words for part in word.lower().split("-")}
-        else (core, scale)
-    )
+    return core, scale

@@ -43,6 +43,7 @@ def test_the_amount_of_a_whole_answer(text, label):
         "1.2.3", "~5", "<5", "\u00b15", "5k", "$5M", "5bn", "1e5", "10^5", "2**3", "10\u00b2", "5x", "5+",
         "A5", "n0",
         "5 of 10", "sum is - 5", "\u0663", "$", "#### 4 #### 5", "2 hours and 20 minutes", "double 4",
+        "5x = 5", "5, million",
         "1 / 0",
     ],
 )  # fmt: skip
