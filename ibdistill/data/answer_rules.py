@@ -18,7 +18,8 @@ from ibdistill.data.arithmetic import evaluate, values_of
 from ibdistill.data.llm_text import stated
 from ibdistill.data.records import Record
 
-_PUNCTUATION = ".,;:!?\"'()[]\u201c\u201d\u2018\u2019"
+_PUNCTUATION = ".,;:!?\"'"
+_BRACKETS = "()[]\u201c\u201d\u2018\u2019"
 _PYTHON = re.compile(r"[-+*/(). n0-9]*")
 
 
@@ -86,12 +87,14 @@ def named(text: str, answers: Sequence[str]) -> list[str]:
 
 def contains_words(text: str, part: str) -> bool:
     """Whether the words of `part` stand in the text one after the other, apart from case and punctuation."""
-    words, wanted = ([w.strip(_PUNCTUATION) or w for w in t.casefold().split()] for t in (text, part))
+    # The parentheses of an equation belong to it; those around other words do not.
+    marks = _PUNCTUATION if set(part) & set(_BRACKETS) else _PUNCTUATION + _BRACKETS
+    words, wanted = ([w.strip(marks) or w for w in t.casefold().split()] for t in (text, part))
     return bool(wanted) and any(words[i : i + len(wanted)] == wanted for i in range(len(words)))
 
 
 def contains_answer(text: str, answer: str) -> bool:
     """Whether a text states an answer: a number by its value, wherever it stands (`= $18`, `2+1=3`), any
     other answer word for word."""
-    value = lone_number(answer)
+    value = lone_number(answer.strip("() "))
     return contains_words(text, answer) or (value is not None and value in numbers(text))

@@ -60,6 +60,9 @@ def test_nearly_all_of_gsm8k_s_rationales_state_the_answer():
         ("n0 + n1", "n0 + n1", True),
         ("n0 + n1", "n1 + n0", False),
         ("He has eighteen", "18", False),
+        ("It is 18.", "(18)", True),
+        ("so ( 8 - 3 ) remain", "( 8 - 3 ).", True),
+        ("so 8 - 3 remain", "8 + 3", False),
     ],
 )
 def test_a_number_leaks_by_its_value(rationale, label, expected):
