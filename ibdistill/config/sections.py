@@ -100,6 +100,13 @@ class DataConfig:
     """Name of the label's field, for the task `jsonl` and for `unlabelled`."""
     rationale_field: str = "rationale"
     """Name of the rationale's field, for the task `jsonl`."""
+    answer_check: Literal["text", "value", "choice"] = "text"
+    """When an answer to the task `jsonl` is right. text: it is the label's text, or both are numbers of one
+    value; value: both have one exact value, expressions included; choice: it is the option, by text or
+    letter, of those that the question lists as `(a) ...` lines."""
+    missing_rationales: Literal["refuse", "predict_only"] = "refuse"
+    """Training records without a rationale, where the method trains on rationales. predict_only: they train
+    the predict stream alone."""
     subsample: ShareOrCount = 1.0
     """Training records to keep: a share up to 1, or a number above 1. Drawn with `subsample_seed`."""
     subsample_seed: Seed = 0
