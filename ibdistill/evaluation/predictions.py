@@ -164,8 +164,8 @@ def _as_row(p: Prediction) -> dict[str, Any]:
 def read_predictions(path: Path, records: Sequence[Record]) -> list[Prediction]:
     """The predictions of a file, scored anew against `records` of one task.
 
-    Raises ValueError if the file is missing, does not hold predictions, holds those of other records, or has a
-    record twice; the message begins with `FILE:LINE`.
+    Raises ValueError if the file is missing, does not hold predictions, holds those of other records, or
+    has a record twice; the message begins with `FILE:LINE`.
     """
     by_id = {record.id: record for record in records}
     task = records[0].task
