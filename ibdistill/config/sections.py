@@ -193,7 +193,7 @@ class TeacherConfig:
     rationales: Literal["none", "missing", "all"] = "none"
     """Training records that the teacher explains and answers; missing: those without a rationale or label."""
     keep: Literal["all", "agree"] = "all"
-    """Of the records that the teacher answers, train on all, or only on those with the right label (agree)."""
+    """Train on all records that the teacher answers, or only on those with the right label (agree)."""
     template: str = ""
     """How the teacher is asked: a text with `{question}` in it, or a file that holds such a text; it then
     gives rationale and label in one answer. Empty: by the task's two prefixes, as a student is asked, which
