@@ -1,4 +1,4 @@
-"""A step without its data: the modules, kernels and shapes of a forward and backward pass, and no storage.
+"""A training step without data: the modules and shapes of a forward and backward pass, and no storage.
 
 Models are built on fake tensors (shapes, dtypes and devices without storage) and run for real otherwise. So
 two things are counted for every supported family without a formula for each: the bytes of the tensors that
@@ -164,12 +164,12 @@ def _published(name: str) -> PreTrainedConfig | None:
 
 @dataclass(frozen=True)
 class Living:
-    """Bytes of the tensors that live during a pass, without the model states."""
+    """Bytes of the tensors that exist during a pass, without the model states."""
 
     peak: int
     """The most at any time, without what custom operators hold inside."""
     at_head: int = 0
-    """What lives when the head loss starts."""
+    """Bytes of the tensors that exist when the head loss starts."""
 
 
 def student_step(
@@ -258,7 +258,7 @@ def _tensors(batch: batches.Batch) -> list[Tensor]:
 
 
 class _Tracker(TorchDispatchMode):
-    """Sums the bytes of the storages that operators make, for as long as they live."""
+    """Sums the bytes of the storages that operators make, for as long as they exist."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()

@@ -226,13 +226,14 @@ class TeacherAnswers:
                 return answer
             packed = answer_tensors.pack(answer, self._config, self._wanted.temperature)
         if self._reads:
-            # a record keeps its first answer: another batch's padding would change its last bits
+            # a record keeps its first answer, because another batch's padding would change the last bits
             entries = [old or new for old, new in zip(known, self._pieces(indices, packed), strict=True)]
             triples = zip(indices, known, entries, strict=True)
             new = [(index, entry) for index, old, entry in triples if old is None]
             self._put(new if self._writes else [])
             if any(known):
                 packed = self._join(entries)
+        # a new answer goes through the kept form too, so that asking and reading give the same step
         return self._unpack(packed, (answer.weight, answer.bias))
 
     def _known(self, indices: Sequence[int]) -> list[Entry | None]:

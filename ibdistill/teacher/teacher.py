@@ -213,6 +213,7 @@ class Teacher:
             offload=self.config.placement == "cpu_offload",
             world_size=self._world.size,
         )
+        # only one rank of each group reads the weights; the others build the same modules without storage
         leads = dist.get_rank(self.group) == 0
         model = self._load(tokenizer) if leads else self._skeleton(tokenizer)
         if self._wanted.targets or self._wanted.text:
@@ -221,6 +222,7 @@ class Teacher:
             self._bias = (
                 None if head.bias is None else sharding.broadcast(head.bias, self.group, self._world.device)
             )
+        # the engine would gather the head in every forward pass, also where no distributions are wanted
         model.set_output_embeddings(nn.Identity())
         model = sharding.partition(model, self.group, config)
         self._scorer = sharding.engine(Scorer(model, targets=self._wanted.targets), config)
