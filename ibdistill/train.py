@@ -15,13 +15,12 @@ startup.hold_requeue_signal()  # the imports below last seconds, in which the si
 startup.pause_garbage_collection()
 
 from ibdistill.config import fields
-from ibdistill.config.load import load_settings, recipes, to_yaml
+from ibdistill.config.load import load_settings, recipes
 from ibdistill.config.sections import Config
 
 if __name__ == "__main__":  # help needs none of the heavy imports
     startup.answer_help(lambda: f"{__doc__}\nRecipes: {', '.join(recipes())}\n{fields.describe(Config)}")
 
-import json
 import logging
 import sys
 import time
@@ -175,9 +174,9 @@ def close(job: Job) -> None:
     evaluate(job, "test", config.run.test_limit)
     if config.run.export:
         with job.whole() as model:
-            scores = json.dumps(job.results.get("test"), indent=2)
-            card = export.card(config.objective, to_yaml(config), scores)
-            export.write(model, job.tokenizer, job.folder / "student", card)
+            export.write(model, job.tokenizer, job.folder / "student", config, job.results.get("test"))
+            usage = export.lines(model, job.tokenizer, config, job.folder / "student")
+        logger.info("the student answers with\n\n%s\n", usage)
     if job.world.rank == 0:
         result = {
             "method": config.objective.method,

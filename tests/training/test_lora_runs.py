@@ -1,4 +1,4 @@
-"""LoRA through whole runs: every family at its defaults, every ZeRO stage, resume, the planner, the export."""
+"""LoRA through whole runs: every family at its defaults, every ZeRO stage, resume, planner, export."""
 
 from __future__ import annotations
 
