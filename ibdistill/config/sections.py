@@ -100,6 +100,13 @@ class DataConfig:
     """Name of the label's field, for the task `jsonl` and for `unlabelled`."""
     rationale_field: str = "rationale"
     """Name of the rationale's field, for the task `jsonl`."""
+    answer_check: Literal["text", "value", "choice"] = "text"
+    """When an answer to the task `jsonl` is right. text: it is the label's text, or both are numbers of one
+    value; value: both have one exact value, expressions included; choice: it is the option, by text or
+    letter, of those that the question lists as `(a) ...` lines."""
+    missing_rationales: Literal["refuse", "predict_only"] = "refuse"
+    """Training records without a rationale, where the method trains on rationales. predict_only: they train
+    the predict stream alone."""
     subsample: ShareOrCount = 1.0
     """Training records to keep: a share up to 1, or a number above 1. Drawn with `subsample_seed`."""
     subsample_seed: Seed = 0
@@ -192,8 +199,8 @@ class TeacherConfig:
     """Folder where the teacher's answers are kept, so that it scores every question once; empty: nowhere."""
     cache_form: Literal["auto", "states", "topk"] = "auto"
     """What is kept per target position: the last hidden state, or the most probable tokens. auto: topk, but
-    states for `objective.mi_pair` teacher, which pools over every token. `teacher/answers.py` has the bytes
-    that each takes."""
+    states for `objective.mi_pair` teacher, which pools over every token. `teacher/README.md` has the bytes
+    that each form takes."""
     cache_top_k: AtLeastOne = 64
     """Tokens per position that `cache_form` topk keeps; the probability of all others is one number."""
     rationales: Literal["none", "missing", "all"] = "none"

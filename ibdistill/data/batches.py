@@ -7,14 +7,14 @@ An encoder-decoder model reads the question, end token included. A decoder-only 
 `[BOS] question separator target` in one row:
 
 - BOS is there if the tokenizer by itself puts one in front of a text, as the model was then
-  pretrained with it.
-- The separator stands where the question's end token stands in the other family, so the
+  pretrained with it. An encoder-decoder model's question has one on the same condition.
+- The separator stands where an end token stands in the other family, so the
   question tokens of both families pair up one to one. It is the newline token where the
   vocabulary has one, else the end token. Something has to tell the model that the question is
   over; the end token is what pretrained decoder-only models have seen *between unrelated
   texts*, after which they forget, while a line break before an answer is ordinary text.
-- Prompts are built by `_prompt` alone, in training and in decoding, from ids: tokenizing the
-  joined text would merge `?` and newline into one token in many vocabularies (Qwen's).
+- Prompts are built by `_prompt` alone, in training and in decoding, from the ids that `token_ids`
+  gives: tokenizing the joined text would merge `?` and newline into one token in many vocabularies (Qwen's).
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ibdistill.data import token_ids
 from ibdistill.data.features import Features
 
 logger = logging.getLogger("ibdistill")
@@ -101,6 +102,7 @@ def collate(
     *,
     pad: int,
     start: int | None,
+    bos: int | None = None,
     separator: int | None = None,
 ) -> Batch:
     """The micro-batch of the records `rows`. `models.families.layout` gives a model's keyword arguments.
@@ -108,13 +110,15 @@ def collate(
     Args:
         pad: the padding token.
         start: the decoder's start token; for a decoder-only model its BOS, or None.
+        bos: what an encoder-decoder model's questions begin with; None for most, and for a decoder-only
+            model.
         separator: what stands between question and target for a decoder-only model; None for
             an encoder-decoder model.
     """
     questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
     targets = {stream: [features.targets[stream][row] for row in rows] for stream in streams}
     if separator is None:
-        inputs = _encoder_decoder(questions, targets, pad, start)
+        inputs = _encoder_decoder(questions, targets, pad, start, bos)
     else:
         inputs = _decoder_only(questions, targets, pad, start, separator)
     return Batch(
@@ -128,9 +132,9 @@ def collate(
     )
 
 
-def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int) -> dict[str, Any]:
-    input_ids, attention_mask = _pad([row for rows in questions.values() for row in rows], pad)
-    num_rows = len(questions["predict"])
+def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int, bos: int | None) -> dict[str, Any]:
+    input_ids, attention_mask = _pad([_led(row, bos) for rows in questions.values() for row in rows], pad)
+    lead = int(bos is not None)
     decoder_input_ids, positions = {}, {}
     for stream, rows in targets.items():
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
@@ -139,7 +143,7 @@ def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int) -> di
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": attention_mask[:num_rows].flatten().nonzero().squeeze(1),
+        "question_positions": _places([(lead, len(row)) for row in questions["predict"]], input_ids.shape[1]),
         "decoder_input_ids": decoder_input_ids,
         "positions": positions,
     }
@@ -149,7 +153,7 @@ def _decoder_only(
     questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
-    prompts = {s: [_prompt(question[:-1], bos, separator) for question in questions[s]] for s in questions}
+    prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
     pairs = {stream: list(zip(prompts[stream], targets[stream], strict=True)) for stream in prompts}
     rows = [np.concatenate([prompt, target[:-1]]) for rows in pairs.values() for prompt, target in rows]
     input_ids, attention_mask = _pad(rows, pad)
@@ -174,26 +178,52 @@ def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
 
 
 def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:
-    """[tokens] int64: what a decoder-only model reads before the target; `question` has no end token."""
-    return np.array([*([] if bos is None else [bos]), *question, separator], dtype=np.int64)
+    """[tokens] int64: what a decoder-only model reads before the target.
+
+    The separator takes the place of the question's end token, and of those between its parts.
+    """
+    question = np.asarray(question)
+    return _led(np.where(question == question[-1], separator, question), bos)
+
+
+def _led(ids: Sequence[int], bos: int | None) -> np.ndarray:
+    """[tokens] int64: the ids with BOS in front, if there is one."""
+    return np.array([*([] if bos is None else [bos]), *ids], dtype=np.int64)
 
 
 def prompts(
-    texts: list[str],
+    texts: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     limit: int,
     *,
     pad: int,
     start: int | None,
-    separator: int,
+    bos: int | None = None,
+    separator: int | None = None,
+    as_written: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """The rows of questions that a decoder-only model answers, with the same ids as in its training rows.
+    """The rows that a model of either family answers, with the same ids as in its training rows.
 
-    `limit` counts a question's tokens and the separator, not BOS; longer ones lose their end.
-    Returns ids and mask, [texts, longest] int64, padded on the left.
+    `limit` counts a question's tokens with the end token or separator, not BOS; longer ones lose their end.
+    The other arguments are those of `collate`.
+
+    Args:
+        as_written: the texts are whole prompts made from `teacher.template`; a decoder-only model goes on
+            where they end, without a separator.
+
+    Returns ids and mask, [texts, longest] int64, padded on the left for a decoder-only model.
     """
-    questions = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    return _pad([_prompt(ids[: limit - 1], start, separator) for ids in questions], pad, left=True)
+    lead = bos if separator is None else start
+    if as_written:
+        encoded = token_ids.written_ids(texts, tokenizer, bos=lead)
+    else:
+        encoded = token_ids.question_ids(texts, tokenizer)
+    questions = [token_ids.cut(ids, limit) for ids in encoded]
+    if separator is None:
+        return _pad([_led(ids, lead) for ids in questions], pad)
+    if as_written:
+        return _pad([_led(ids[:-1], lead) for ids in questions], pad, left=True)
+    return _pad([_prompt(ids, lead, separator) for ids in questions], pad, left=True)
 
 
 def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
+from ibdistill.data import token_ids
 from ibdistill.data.records import STREAMS, Record
 
 logger = logging.getLogger("ibdistill")
+
+Encode = Callable[[Sequence[str], PreTrainedTokenizerBase], list[list[int]]]
 
 
 class Ragged:
@@ -56,6 +59,8 @@ class Features:
     """Stream -> prefix and question."""
     targets: dict[str, Ragged]
     """Stream -> label or rationale; the explain target of a record without a rationale is empty."""
+    cut: dict[str, int] = field(default_factory=dict)
+    """How many of the `predict questions`, `explain questions`, `labels` and `rationales` were too long."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,6 +72,7 @@ class Features:
             groups=np.concatenate([self.groups, other.groups]),
             questions={stream: self.questions[stream] + other.questions[stream] for stream in STREAMS},
             targets={stream: self.targets[stream] + other.targets[stream] for stream in STREAMS},
+            cut={what: self.cut.get(what, 0) + other.cut.get(what, 0) for what in self.cut | other.cut},
         )
 
 
@@ -75,37 +81,58 @@ def tokenize(
     prefixes: dict[str, dict[str, str]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
+    split: str = "train",
 ) -> Features:
-    """Token ids of both streams; `prefixes` maps task -> stream -> prefix.
+    """Token ids of both streams, as `token_ids` makes them; `prefixes` maps task -> stream -> prefix.
 
-    Text beyond the limits of `config` is cut, counted and reported.
+    Text beyond the limits of `config` is cut. How many texts were, and how many hold characters that the
+    tokenizer does not know, is reported under the name `split`.
     """
     tasks = list(dict.fromkeys(record.task for record in records))  # in the order of data.task
-    questions = {}
-    for stream in STREAMS:
+    cut: dict[str, int] = {}
+
+    def table(texts: list[str], encode: Encode, limit: int, what: str) -> Ragged:
+        encoded = encode(texts, tokenizer)
+        cut[what] = sum(len(ids) > limit for ids in encoded)
+        if cut[what]:
+            message = "%s: %d of %d %s are longer than %d tokens and were cut"
+            logger.warning(message, split, cut[what], len(texts), what, limit)
+        _report_unknown(texts, encoded, tokenizer, f"{split}: %d of %d {what}")
+        return Ragged(token_ids.cut(ids, limit) for ids in encoded)
+
+    def questions(stream: str) -> Ragged:
         texts = [prefixes[record.task][stream] + record.question for record in records]
-        questions[stream] = _encode(texts, tokenizer, config.max_question_tokens, f"{stream} questions")
-    labels = [record.label for record in records]
-    rationales = [record.rationale for record in records]
+        return table(texts, token_ids.question_ids, config.max_question_tokens, f"{stream} questions")
+
+    def targets(name: str, limit: int) -> Ragged:
+        return table([getattr(record, name) for record in records], token_ids.target_ids, limit, f"{name}s")
+
     return Features(
         ids=[record.id for record in records],
         groups=np.array([tasks.index(record.task) for record in records]),
-        questions=questions,
+        questions={stream: questions(stream) for stream in STREAMS},
         targets={
-            "predict": _encode(labels, tokenizer, config.max_label_tokens, "labels"),
-            "explain": _encode(rationales, tokenizer, config.max_rationale_tokens, "rationales"),
+            "predict": targets("label", config.max_label_tokens),
+            "explain": targets("rationale", config.max_rationale_tokens),
         },
+        cut=cut,
     )
 
 
-def _encode(texts: list[str], tokenizer: PreTrainedTokenizerBase, limit: int, what: str) -> Ragged:
-    """Ids with the end token; a text that is too long loses its end but keeps the end token."""
-    eos = tokenizer.eos_token_id
-    sequences, cut = [], 0
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    for text, ids in zip(texts, encoded, strict=True):
-        cut += len(ids) >= limit
-        sequences.append([*ids[: limit - 1], eos] if text else [])
-    if cut:
-        logger.warning("%d of %d %s are longer than %d tokens and were cut", cut, len(texts), what, limit)
-    return Ragged(sequences)
+def _report_unknown(
+    texts: list[str], encoded: list[list[int]], tokenizer: PreTrainedTokenizerBase, these: str
+) -> None:
+    """Warn of texts with characters that have no token. `these` takes their number and that of all texts."""
+    unknown = tokenizer.unk_token_id
+    if unknown in (None, tokenizer.eos_token_id):  # GPT-2's tokens spell any text
+        return
+    found = [text for text, ids in zip(texts, encoded, strict=True) if unknown in ids]
+    if found:
+        logger.warning(
+            f"{these} have characters that the tokenizer does not know; the model sees %s in their place "
+            "and cannot write them. The first is %.200r",
+            len(found),
+            len(texts),
+            tokenizer.unk_token,
+            found[0],
+        )

@@ -41,7 +41,8 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     """A tokenizer by hub name or folder. `setting` is named in the ValueError if there is none.
 
     A tokenizer without a padding token (GPT-2, Llama) pads with its end token. Masks and positions here
-    come from lengths, never from ids, so a padding token is nowhere mistaken for an end.
+    come from lengths, never from ids, so a padding token is nowhere mistaken for an end. Reading back does
+    not "clean up": that takes the spaces out of `a , b`, in a trained student's answers and in its export.
     """
     # From a folder that holds only a model's config, transformers makes an empty tokenizer.
     folder = Path(name)
@@ -57,6 +58,7 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
         raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
 
 
@@ -186,9 +188,19 @@ def check_vocabularies(
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer by itself puts in front of a text, or None."""
-    first = tokenizer("a").input_ids[0]
-    return first if first == tokenizer.bos_token_id else None
+    """The special token that the tokenizer by itself puts in front of a text, or None.
+
+    Raises ValueError if it puts several there, which no supported type of model does.
+    """
+    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    starts = range(len(whole) - len(bare) + 1)
+    lead = next((whole[:i] for i in starts if whole[i : i + len(bare)] == bare), [])
+    if len(lead) > 1:
+        raise ValueError(
+            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(lead)} in front of a text, and only one "
+            "token is supported; take a tokenizer that puts one or none there"
+        )
+    return lead[0] if lead else None
 
 
 def separator_of(tokenizer: PreTrainedTokenizerBase) -> int:

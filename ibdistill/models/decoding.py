@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from ibdistill.data import batches
+from ibdistill.data import batches, token_ids
 from ibdistill.models import families
 
 
@@ -84,7 +84,8 @@ def decode(
     Questions of similar length are decoded together.
 
     Args:
-        as_written: give a decoder-only model the text alone, without the separator that our students expect.
+        as_written: the questions are whole prompts, made from `teacher.template`. A decoder-only model gets
+            the text alone, without the separator that our students expect.
         sampling: draw the tokens instead; the probabilities in the answers remain those of greedy tokens.
         synced: go on until all ranks have finished, as a sharded model needs. Each rank must then have the
             same number of batches.
@@ -96,18 +97,9 @@ def decode(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         texts = [questions[i] for i in indices]
-        if decoder_only and not as_written:
-            input_ids, mask = batches.prompts(texts, tokenizer, max_question_tokens, **layout)
-        else:
-            inputs = tokenizer(
-                texts,
-                padding=True,
-                padding_side="left" if decoder_only else "right",
-                truncation=True,
-                max_length=max_question_tokens,
-                return_tensors="pt",
-            )
-            input_ids, mask = inputs.input_ids, inputs.attention_mask
+        input_ids, mask = batches.prompts(
+            texts, tokenizer, max_question_tokens, **layout, as_written=as_written
+        )
         confidence = _Confidence()
         draw = [_Draw(sampling.temperature, sampling.draws[indices].to(device))] if sampling else []
         output = model.generate(
@@ -121,7 +113,7 @@ def decode(
         )
         if decoder_only:
             output = output[:, input_ids.shape[1] :]
-        texts = tokenizer.batch_decode(output, skip_special_tokens=True)
+        texts = token_ids.read_back(output, tokenizer)
         probabilities = confidence.of(output[:, -len(confidence.log_probs) :], tokenizer.eos_token_id)
         answers |= {i: Answer(*parts) for i, *parts in zip(indices, texts, *probabilities, strict=True)}
     return [answers[i] for i in range(len(questions))]

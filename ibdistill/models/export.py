@@ -15,9 +15,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import Config
+from ibdistill.data import batches
+from ibdistill.data.token_ids import JOINT
 from ibdistill.models import model_card
-from ibdistill.models.families import greedy
-from ibdistill.models.prompt import JOINT, Prompt
+from ibdistill.models.families import greedy, layout
+from ibdistill.models.prompt import Prompt
 
 _PROBES = (
     "how many ?",
@@ -47,7 +49,7 @@ def write(
     model.save_pretrained(folder, safe_serialization=True)
     greedy(model.config, tokenizer, max(prompt.limits.values())).save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = chat_template(tokenizer, prompt)
+    tokenizer.chat_template = chat_template(model, tokenizer, prompt)
     tokenizer.save_pretrained(folder)
     text = model_card.card(config, prompt, scores, has_template=tokenizer.chat_template is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -63,7 +65,7 @@ def merged(model: nn.Module) -> PreTrainedModel:
     return copy.deepcopy(model).merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | None:
+def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | None:
     """A Jinja template that renders the last user message as the student's prompt for a label, or for a
     rationale where the caller sets `explain`; None if no text has the prompt's ids.
 
@@ -82,12 +84,14 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | N
     )
     for stream, before in prompt.prefixes.items():
         for probe in _PROBES:
+            limit, around = prompt.question_limit, layout(model, tokenizer)
+            expected, _ = batches.prompts([before + probe], tokenizer, limit, **around)
             ids = tokenizer.apply_chat_template(
                 [{"role": "user", "content": probe}],
                 chat_template=template,
                 explain=stream == "explain",
                 return_dict=False,
             )
-            if list(ids) != prompt.ids(before + probe, tokenizer):
+            if list(ids) != expected[0].tolist():
                 return None
     return template

@@ -66,7 +66,8 @@ def layout(
     """The keyword arguments of `batches.collate` for a model or its configuration."""
     if family(model) == ENCODER_DECODER:
         config = getattr(model, "config", model)
-        return {"pad": tokenizer.pad_token_id, "start": config.decoder_start_token_id}
+        bos = tokenizers.bos_of(tokenizer)
+        return {"pad": tokenizer.pad_token_id, "start": config.decoder_start_token_id, "bos": bos}
     return {
         "pad": tokenizer.pad_token_id,
         "start": tokenizers.bos_of(tokenizer),

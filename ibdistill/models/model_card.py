@@ -11,8 +11,9 @@ from huggingface_hub import try_to_load_from_cache
 
 from ibdistill.config.fields import to_flat
 from ibdistill.config.sections import Config, ObjectiveConfig
+from ibdistill.data.token_ids import JOINT
 from ibdistill.models import presets
-from ibdistill.models.prompt import JOINT, Prompt, tasks_of
+from ibdistill.models.prompt import Prompt, tasks_of
 
 _RATIONALES = (
     'learning labels and rationales as two tasks: Hsieh et al., "Distilling Step-by-Step!", Findings of ACL '
@@ -119,8 +120,9 @@ model = {auto}.from_pretrained({json.dumps(folder)}).eval()
 
 
 def answer(text, max_new_tokens):
-    parts = [tokenizer(part, add_special_tokens=False).input_ids for part in text.split({json.dumps(JOINT)})]
-    ids = [token for part in parts for token in [*part, {end}]]  # {end} stands behind the question
+    parts = text.split({json.dumps(JOINT)})  # as premise and hypothesis are in NLI; most questions are one
+    parts = tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = [token for part in parts for token in [*part, {end}]]  # {end}: the answer follows
     ids = ids if len(ids) <= {limit} else [*ids[:{limit - 1}], {end}]
     inputs = torch.tensor([{ids}])
     mask = torch.ones_like(inputs)

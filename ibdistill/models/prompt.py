@@ -13,9 +13,6 @@ from ibdistill.data import tokenizers
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models.families import DECODER_ONLY, family
 
-JOINT = "</s>"
-"""What stands between premise and hypothesis in the questions of NLI; in ids it is the prompt's end."""
-
 
 @dataclass(frozen=True)
 class Prompt:
@@ -48,13 +45,6 @@ class Prompt:
             limits={stream: limits[stream] for stream in streams},
             question_limit=config.data.max_question_tokens,
         )
-
-    def ids(self, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-        """The ids that the student reads for a prefix and question."""
-        parts = [tokenizer(part, add_special_tokens=False).input_ids for part in text.split(JOINT)]
-        ids = [index for part in parts for index in [*part, self.end]]
-        ids = ids if len(ids) <= self.question_limit else [*ids[: self.question_limit - 1], self.end]
-        return ids if self.start is None else [self.start, *ids]
 
 
 def tasks_of(config: Config) -> list[str]:

@@ -101,7 +101,8 @@ class Skeleton:
     def _build(self, name, setting, tokenizer, student) -> nn.Module:
         dropout = student.dropout if student else None
         if name in presets.PRESETS:
-            model = families.load_preset(name, tokenizer, seed=0, dropout=dropout)
+            dtype = torch.get_default_dtype()
+            model = families.load_preset(name, tokenizer, seed=0, dropout=dropout, dtype=dtype)
         else:
             try:
                 config = _published(name) or families.load_config(name, setting)

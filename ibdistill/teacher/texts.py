@@ -20,7 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from ibdistill.config.sections import Config
+from ibdistill.data import token_ids
 from ibdistill.data.records import STREAMS, Record, map_numbers
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.runtime.files import digest, write_json
@@ -61,6 +64,18 @@ def prompts_of(record: Record, template: str) -> Texts:
     if template:
         return {"answer": template.replace(QUESTION, _unmapped(record).question)}
     return {stream: TASKS[record.task].prefixes[stream] + record.question for stream in STREAMS}
+
+
+def template_prompt(
+    record: Record, template: str, tokenizer: PreTrainedTokenizerBase, max_question_tokens: int
+) -> str:
+    """The prompt of `prompts_of` as the teacher's tokenizer gets it.
+
+    Special tokens of the template are obeyed, and what the question spells is text. A question that is too
+    long is cut, so that the template stays whole.
+    """
+    question = _unmapped(record).question
+    return template.replace(QUESTION, token_ids.in_template(question, tokenizer, max_question_tokens))
 
 
 def key_of(prompts: Texts) -> str:

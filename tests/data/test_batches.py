@@ -147,12 +147,12 @@ def test_a_batch_without_any_rationale_still_collates():
 
 
 class WordTokenizer:
-    """One id a word; as much of a tokenizer as `tokenize` uses."""
+    """One id per word; as much of a tokenizer as `tokenize` uses."""
 
-    eos_token_id = 1
+    eos_token_id, unk_token_id, added_tokens_decoder = 1, None, {}
 
-    def __call__(self, texts, add_special_tokens):
-        assert not add_special_tokens
+    def __call__(self, texts, add_special_tokens, split_special_tokens):
+        assert not add_special_tokens and split_special_tokens
         return {"input_ids": [[len(word) + 10 for word in text.split()] for text in texts]}
 
 
@@ -169,6 +169,6 @@ def test_tokenize_cuts_counts_and_reports(caplog):
     assert features.targets["explain"][0].tolist() == [11, 11, 11, 1]
     assert features.targets["explain"][1].tolist() == []
     messages = [record.getMessage() for record in caplog.records]
-    assert "1 of 2 predict questions are longer than 4 tokens and were cut" in messages
-    assert "1 of 2 rationales are longer than 4 tokens and were cut" in messages
+    assert "train: 1 of 2 predict questions are longer than 4 tokens and were cut" in messages
+    assert "train: 1 of 2 rationales are longer than 4 tokens and were cut" in messages
     assert not any("labels" in message for message in messages)

@@ -64,6 +64,13 @@ def test_every_estimator_and_divergence_has_a_credit():
 QUESTIONS = ["how many are there in all?", 'she said "yes."', "( 3 + 4 )", "wait...", "a", "7", "two\nlines"]
 
 
+def padded(**kwargs) -> PreTrainedTokenizerFast:
+    """The byte tokenizer as `load_tokenizer` gives it."""
+    tokenizer = byte_tokenizer(**kwargs)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
 def joining_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE that splits text as Qwen's does, with one token for `?` and the newline behind it."""
     core = Tokenizer(bpe.BPE())
@@ -86,7 +93,7 @@ def joining_tokenizer() -> PreTrainedTokenizerFast:
     ],
 )
 def test_the_chat_template_gives_the_ids_of_training(tmp_path, model_type, bos, demo):
-    tokenizer = tokenizers.demo_tokenizer() if demo else byte_tokenizer(bos=bos)
+    tokenizer = tokenizers.demo_tokenizer() if demo else padded(bos=bos)
     tokenizer.chat_template = "{{ 'You are a helpful assistant.' }}"
     config = Config(data=DataConfig(task="svamp"))
     ends = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
@@ -97,8 +104,7 @@ def test_the_chat_template_gives_the_ids_of_training(tmp_path, model_type, bos, 
     records = [Record(f"r{i}", "svamp", text, "1", "so", gold="1") for i, text in enumerate(QUESTIONS)]
     features = tokenize(records, {"svamp": TASKS["svamp"].prefixes}, tokenizer, config.data)
     streams = ("predict", "explain")
-    layout = families.layout(model, tokenizer) | {"pad": 0}
-    batch = batches.collate(features, range(len(records)), streams, **layout)
+    batch = batches.collate(features, range(len(records)), streams, **families.layout(model, tokenizer))
     for row, (stream, i) in enumerate((stream, i) for stream in streams for i in range(len(records))):
         length = int(batch.attention_mask[row].sum())
         if model_type == "llama":  # the row holds the target too, but for its last token
@@ -183,7 +189,7 @@ def test_the_card_tells_its_origin_and_no_path(tmp_path):
     data = DataConfig(task=["svamp", "demo"], path=str(tmp_path / "secret"))
     config = Config(student=StudentConfig(model=name, lora_rank=4), data=data)
     config.run.dir, config.run.seed = str(tmp_path / "run"), 3
-    export.write(tiny("llama"), byte_tokenizer(), tmp_path / "out", config)
+    export.write(tiny("llama"), padded(), tmp_path / "out", config)
     card = (tmp_path / "out/README.md").read_text()
     assert str(tmp_path) not in card and "/" + "tmp" not in card
     head = yaml.safe_load(card.split("---")[1])

@@ -1,0 +1,93 @@
+"""Which labels a model can never give, because its tokenizer cannot say them; counted before training.
+
+A tokenizer may not know a character (`{`, `<` for T5), normalise it away (`m²` to `m2`) or drop it, and a
+limit cuts. Such a label is a wrong answer even if the model gives its target word for word.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from transformers import PreTrainedTokenizerBase
+
+from ibdistill.config.sections import DataConfig
+from ibdistill.data import token_ids
+from ibdistill.data.features import Features, Ragged, tokenize
+from ibdistill.data.loading import Loaded
+from ibdistill.data.records import Record
+from ibdistill.data.tasks.registry import TASKS
+
+logger = logging.getLogger("ibdistill")
+
+MAX_UNSAYABLE = 0.5
+"""The share of a split's labels above which a run is refused: its accuracy would then say more about the
+tokenizer than about the student. Below it some tasks still make sense, which the user can judge."""
+
+
+def check_texts(
+    records: Loaded, train: Features, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> dict[str, int]:
+    """Tokenize the validation and test records too, and give every label's target back to the task's rule.
+
+    Warnings report what is cut or unknown in these records, as `tokenize` does for the training records,
+    whose `train` are the ids, and the labels of all splits that can never be right, with the first example.
+
+    Returns:
+        `TASK/SPLIT/WHAT` -> how many, where there are any. WHAT is unsayable (labels that can never be
+        right), and for validation and test cut_questions and cut_labels.
+
+    Raises:
+        ValueError: more than `MAX_UNSAYABLE` of a task's labels in a split can never be right.
+    """
+    counts: dict[str, int] = {}
+    for task in records.test:
+        mine = [i for i, record in enumerate(records.train) if record.task == task]
+        targets = Ragged(train.targets["predict"][i] for i in mine)
+        part = [records.train[i] for i in mine]
+        counts[f"{task}/train/unsayable"] = _unsayable(f"{task}/train", part, targets, tokenizer)
+        for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
+            name = f"{task}/{split}"
+            said = [_as_said(record, config) for record in part]
+            features = tokenize(said, {task: TASKS[task].prefixes}, tokenizer, config, split=name)
+            targets = features.targets["predict"]
+            counts[f"{name}/cut_questions"] = features.cut["predict questions"]
+            counts[f"{name}/cut_labels"] = features.cut["labels"]
+            counts[f"{name}/unsayable"] = _unsayable(name, said, targets, tokenizer)
+    return {name: count for name, count in counts.items() if count}
+
+
+def _as_said(record: Record, config: DataConfig) -> Record:
+    """The record with the label that a student who learned from `config` would have to give."""
+    letter_of = TASKS[record.task].letter_of
+    if config.choice_labels != "letter" or not letter_of:
+        return record
+    return replace(record, label=letter_of(record.label, record))
+
+
+def _unsayable(
+    split: str, records: Sequence[Record], targets: Ragged, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """How many labels are right as text, but wrong once they are read back from their target."""
+    unique = list({ids.tobytes(): ids for ids in map(targets.__getitem__, range(len(targets)))}.items())
+    texts = token_ids.read_back([ids.tolist() for _, ids in unique], tokenizer)
+    by_ids: Mapping[bytes, str] = dict(zip((key for key, _ in unique), texts, strict=True))
+    wrong = []
+    for i, record in enumerate(records):
+        text, is_correct = by_ids[targets[i].tobytes()], TASKS[record.task].is_correct
+        if text != record.label and is_correct(record.label, record) and not is_correct(text, record):
+            wrong.append((record, text))
+    if wrong:
+        record, text = wrong[0]
+        message = (
+            f"{split}: {len(wrong)} of {len(records)} labels ({len(wrong) / len(records):.1%}) can never be "
+            "right, as the tokenizer reads their own target back as something else. The first is "
+            f"{record.label[:200]!r} ({record.id[:100]}), which becomes {text[:200]!r}. Take a tokenizer "
+            "that has the characters (student.tokenizer train makes one), write the labels in others, or "
+            "raise data.max_label_tokens if they are cut"
+        )
+        if len(wrong) > MAX_UNSAYABLE * len(records):
+            raise ValueError(message)
+        logger.warning(message)
+    return len(wrong)
