@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from card_lines import answers_by_card
 from tiny_models import TEXTS, byte_tokenizer, save, tiny
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe
@@ -127,22 +128,11 @@ def test_there_is_no_chat_template_where_no_text_has_the_prompts_ids(tmp_path):
     assert "There is no chat template" in (tmp_path / "README.md").read_text()
 
 
-def ask(folder: Path, question: str) -> tuple[str, str]:
-    """Label and rationale by the lines on the folder's card, run as they stand."""
-    code = re.search(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.DOTALL)[1]
-    before, after = code.split('question = "..."\n')
-    names = {}
-    exec(before, names)
-    names["question"] = question
-    exec(after, names)
-    return names["label"], names["rationale"]
-
-
 @pytest.mark.parametrize(
     ("model_type", "bos"),
     [("t5", False), ("llama", False), ("llama", True), ("qwen2", False), ("gpt2", True)],
 )
-def test_the_lines_on_the_card_give_the_answers_of_the_evaluation(tmp_path, monkeypatch, model_type, bos):
+def test_the_lines_on_the_card_give_the_answers_of_the_evaluation(tmp_path, model_type, bos):
     name = save(tmp_path / "pretrained", model_type, bos=bos)
     settings = {"min_length": 9, "repetition_penalty": 5.0, "num_beams": 3, "do_sample": True}
     Path(f"{name}/generation_config.json").write_text(json.dumps(settings))
@@ -171,8 +161,7 @@ def test_the_lines_on_the_card_give_the_answers_of_the_evaluation(tmp_path, monk
         for stream, limit in (("predict", 5), ("explain", 12))
     ]
     assert all(len(set(texts)) > 2 for texts in expected)
-    monkeypatch.chdir(tmp_path / "out")
-    said = [ask(tmp_path / "out", question) for question in TEXTS[:3] + QUESTIONS]
+    said = answers_by_card(tmp_path / "out", TEXTS[:3] + QUESTIONS)
     assert said == list(zip(*expected, strict=True))
 
     generation = GenerationConfig.from_pretrained(tmp_path / "out").to_diff_dict()
