@@ -18,13 +18,12 @@ launcher.end_with_launcher()  # its thread must not take that signal, so it come
 startup.pause_garbage_collection()
 
 from ibdistill.config import fields
-from ibdistill.config.load import load_settings, recipes, to_yaml
+from ibdistill.config.load import load_settings, recipes
 from ibdistill.config.sections import Config
 
 if __name__ == "__main__":  # help needs none of the heavy imports
     startup.answer_help(lambda: f"{__doc__}\nRecipes: {', '.join(recipes())}\n{fields.describe(Config)}")
 
-import json
 import logging
 import sys
 import time
@@ -226,11 +225,11 @@ def export_student(job: Job) -> None:
     with job.whole() as model:
         if job.world.rank != 0:
             return
-        scores = json.dumps(job.results.get("test"), indent=2)
-        card = export.card(job.config.objective, to_yaml(job.config), scores)
         try:
             with files.folder_replaced(target) as folder:
-                export.write(model, job.tokenizer, folder, card)
+                export.write(model, job.tokenizer, folder, job.config, job.results.get("test"))
+            usage = export.lines(model, job.tokenizer, job.config, target)
+            logger.info("the student answers with\n\n%s\n", usage)
         except Exception as error:  # the libraries that write have errors of their own for a full disk
             job.unwritten.append(f"{target} ({type(error).__name__}: {error})")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ibdistill.config.methods import METHODS
+from ibdistill.config.zero_file import zero_stage
 
 if TYPE_CHECKING:
     from ibdistill.config.sections import Config, ObjectiveConfig
@@ -35,8 +36,30 @@ def check(config: Config) -> None:
             f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps}); "
             "give fewer steps, or a share of them below 1"
         )
+    _check_4bit(config)
     _check_teacher(config)
     _check_unlabelled(config)
+
+
+def _check_4bit(config: Config) -> None:
+    """Raise ValueError where the settings of a student in 4 bits contradict."""
+    student, file = config.student, config.deepspeed.config
+    if not student.load_in_4bit:
+        return
+    if not student.lora_rank:
+        raise ValueError(
+            "student.load_in_4bit freezes the weights, and student.lora_rank is 0, so nothing would be "
+            "trained; set student.lora_rank, 16 say"
+        )
+    if student.init == "random":
+        raise ValueError(
+            "student.load_in_4bit freezes the weights, and student.init is 'random'; take pretrained"
+        )
+    if file != "auto" and zero_stage(config) == 3:
+        raise ValueError(
+            f"student.load_in_4bit goes with ZeRO up to stage 2, and deepspeed.config is {file!r}, of stage "
+            "3: 4-bit weights are not sharded; take zero2"
+        )
 
 
 def _needs_teacher(objective: ObjectiveConfig) -> list[str]:

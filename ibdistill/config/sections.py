@@ -169,7 +169,11 @@ class StudentConfig:
     lora_alpha: Positive = 16.0
     """LoRA's scale is `lora_alpha / lora_rank`."""
     lora_targets: list[str] = field(default_factory=list)
-    """Names of the linear layers that get adapters; empty: those that peft has for the model's type."""
+    """Names of the linear layers that get adapters, or `all-linear`; empty: those that peft has for the
+    model's type, and all linear layers where it has none."""
+    load_in_4bit: bool = False
+    """Frozen weights in 4 bits through bitsandbytes below the adapters (QLoRA, Dettmers et al., arXiv
+    2305.14314); with `lora_rank`, a GPU, pretrained weights and ZeRO up to stage 2 only."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     compile: bool = False

@@ -1,98 +1,114 @@
-"""The trained student as a folder that transformers loads."""
+"""The trained student as a folder that transformers loads and that answers as it was evaluated.
+
+Besides the weights it holds `generation_config.json` (greedy, with a length), a chat template that gives the
+prompts of training, and a model card (`model_card`).
+"""
 
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
+from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ibdistill.config.sections import ObjectiveConfig
+from ibdistill.config.sections import Config
+from ibdistill.data import batches
+from ibdistill.data.token_ids import JOINT
+from ibdistill.models import model_card
+from ibdistill.models.families import base_of, greedy, layout
+from ibdistill.models.prompt import Prompt
 
-_RATIONALES = (
-    'learning labels and rationales as two tasks: Hsieh et al., "Distilling Step-by-Step!", Findings of ACL '
-    "2023, arXiv 2305.02301"
+_PROBES = (
+    "how many ?",
+    "How many are there in all?",
+    "Is it (a) or (b)",
+    'She said "yes."',
+    "3 + 4 =",
+    "7",
+    "x",
+    "\N{KATAKANA LETTER A}",
+    "wait...",
+    "a\nb",
 )
-_MUTUAL_INFORMATION = (
-    'Chen et al., "Learning to Maximize Mutual Information for Chain-of-Thought Distillation", Findings of '
-    "ACL 2024, arXiv 2403.03348"
-)
-_ESTIMATORS = {
-    "paper": f"the mutual-information term between the two tasks: {_MUTUAL_INFORMATION}",
-    "normalized": f"the mutual-information term between the two tasks, after {_MUTUAL_INFORMATION}, with "
-    "pooled distributions that are normalised",
-    "infonce": f"maximising mutual information between the two tasks: {_MUTUAL_INFORMATION}; its estimator "
-    'InfoNCE: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018, arXiv '
-    "1807.03748",
-    "vid": 'the term between teacher and student states: Ahn et al., "Variational Information Distillation '
-    'for Knowledge Transfer", CVPR 2019, arXiv 1904.05835',
-    "vib": "the bottleneck between question and decoder: Alemi et al., "
-    '"Deep Variational Information Bottleneck", ICLR 2017, arXiv 1612.00410',
-}
-_DIVERGENCES = {
-    "forward": 'Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531',
-    "reverse": 'Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024, arXiv '
-    "2306.08543",
-    "jsd": 'Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv 2306.13649',
-}
+"""Questions with the endings on which tokenizers join what follows to the last character."""
 
 
-def write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write the student for `from_pretrained`: safetensors, tokenizer, and a model card.
+def write(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, config: Config, scores: Any = None
+) -> None:
+    """Write the student for `from_pretrained`: safetensors, tokenizer, and a model card with its `scores`.
 
-    LoRA adapters are merged into a copy of the weights.
+    LoRA adapters are merged into a copy of the weights. The tokenizer's own chat template, which the student
+    never saw, gives way to one that makes its prompts, or to none.
     """
-    if hasattr(model, "merge_and_unload"):
-        model = copy.deepcopy(model).merge_and_unload()
+    model = merged(model)
+    prompt = Prompt.of(model, tokenizer, config)
     model.save_pretrained(folder, safe_serialization=True)
+    greedy(model.config, tokenizer, max(prompt.limits.values())).save_pretrained(folder)
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = chat_template(model, tokenizer, prompt)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(card)
+    text = model_card.card(config, prompt, scores, has_template=tokenizer.chat_template is not None)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def papers(objective: ObjectiveConfig) -> list[str]:
-    """What the objective is made of, with the paper that each part comes from; empty for plain fine-tuning.
+def lines(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path) -> str:
+    """The lines of plain transformers that ask the student in `folder` as it was evaluated."""
+    return model_card.usage(Prompt.of(model, tokenizer, config), str(folder))
 
-    `objective.estimator` is settled, so not auto.
+
+def merged(model: nn.Module) -> PreTrainedModel:
+    """The model itself, or a copy of it with its adapters added to the weights."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    in_4bit = getattr(base_of(model), "is_loaded_in_4bit", False)
+    return (dequantized(model) if in_4bit else copy.deepcopy(model)).merge_and_unload()
+
+
+def dequantized(model: nn.Module) -> nn.Module:
+    """A copy whose weights below the adapters are no longer in 4 bits, so that adding an adapter is exact.
+
+    Merged as they are, the sums would be rounded to 4 bits again, and the student would answer differently.
     """
-    found = [] if objective.method == "finetune" else [_RATIONALES]
-    if "ib" in objective.method and objective.beta != 0:
-        found.append(_ESTIMATORS.get(objective.estimator, f"the estimator {objective.estimator}"))
-    if "kd" in objective.method and objective.gamma != 0:
-        divergence = _DIVERGENCES.get(objective.divergence, objective.divergence)
-        found.append(f"distilling the teacher's distributions: {divergence}")
-    return found
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapters = get_peft_model_state_dict(model)
+    base = copy.deepcopy(model).unload().dequantize()
+    whole = get_peft_model(base, copy.deepcopy(model.peft_config["default"]), autocast_adapter_dtype=False)
+    set_peft_model_state_dict(whole, adapters)
+    return whole
 
 
-def card(objective: ObjectiveConfig, config: str, scores: str) -> str:
-    """The exported student's model card. `config` is YAML, and `scores` JSON."""
-    explains = objective.method != "finetune"
-    parts = [f"- {part}." for part in papers(objective)] or ["- fine-tuning on labels alone."]
-    tasks = "`predict: QUESTION` gives the label" + (
-        ", `explain: QUESTION` the rationale" if explains else ""
+def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | None:
+    """A Jinja template that renders the last user message as the student's prompt for a label, or for a
+    rationale where the caller sets `explain`; None if no text has the prompt's ids.
+
+    A template makes text, and some vocabularies (Qwen's) join `?` and the separator, a newline, to one
+    token, which was never in a training prompt.
+    """
+    literal = {name: json.dumps(text) for name, text in prompt.prefixes.items()}
+    prefix = literal["predict"]
+    if "explain" in literal:
+        prefix = f"({literal['explain']} if explain else {prefix})"
+    start, end = ("" if i is None else tokenizer.decode([i]) for i in (prompt.start, prompt.end))
+    question = f"question.replace({json.dumps(JOINT)}, {json.dumps(end)})"
+    template = (
+        "{%- set question = (messages | selectattr('role', 'equalto', 'user') | list | last)['content'] -%}"
+        f"{{{{- {json.dumps(start)} ~ {prefix} ~ {question} ~ {json.dumps(end)} -}}}}"
     )
-    return f"""---
-library_name: transformers
-tags: [ibdistill, chain-of-thought, distillation]
----
-
-A student distilled with ibdistill. {tasks}. Its objective is made of
-
-{chr(10).join(parts)}
-
-Scores on the test split:
-
-```json
-{scores}
-```
-
-Greedy decoding is its default. If it is decoder-only, the prompt is made of ids: those of the
-text, without special tokens, then one token that stands for "now answer", which is the newline
-token where the vocabulary has one and else the end token; in front BOS, if the tokenizer puts
-one there. (Tokenizing the text with a newline appended is not the same in every vocabulary.)
-
-Configuration:
-
-```yaml
-{config}```
-"""
+    for stream, before in prompt.prefixes.items():
+        for probe in _PROBES:
+            limit, around = prompt.question_limit, layout(model, tokenizer)
+            expected, _ = batches.prompts([before + probe], tokenizer, limit, **around)
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": probe}],
+                chat_template=template,
+                explain=stream == "explain",
+                return_dict=False,
+            )
+            if list(ids) != expected[0].tolist():
+                return None
+    return template

@@ -5,13 +5,18 @@
 
 from __future__ import annotations
 
+import importlib.util
+from typing import Any
+
+import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.models import presets
 from ibdistill.models.families import ENCODER_DECODER, family, load_model, load_preset
 
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALL_LINEAR = "all-linear"
 """peft's name for all linear layers but the head."""
 
@@ -19,9 +24,15 @@ ALL_LINEAR = "all-linear"
 def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The student as `config` describes it, whole and in fp32, on the CPU.
 
+    With `config.load_in_4bit` its linear layers are in 4 bits and on the GPU instead.
+
     Raises ValueError if there is no such model, if its family is not supported, or if the
     tokenizer does not fit it.
     """
+    in_4bit = {}
+    if config.load_in_4bit:
+        check_4bit(config)
+        in_4bit = {"quantization_config": quantization(config), "dtype": COMPUTE_DTYPES[config.precision]}
     if config.model in presets.PRESETS:
         model = load_preset(config.model, tokenizer, seed, config.dropout)
     else:
@@ -31,17 +42,65 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
             setting="student.model",
             dropout=config.dropout,
             random_seed=seed if config.init == "random" else None,
+            **in_4bit,
         )
     check_fit(model, tokenizer)
     if config.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if config.lora_rank:
         model = with_lora(model, config)
+    if config.load_in_4bit:
+        save_adapters_alone(model)
     if config.compile:
         if family(model) == ENCODER_DECODER:
             model.get_encoder().compile(dynamic=True)
         model.get_decoder().compile(dynamic=True)
     return model.train()  # from_pretrained leaves it in evaluation mode, without dropout
+
+
+def check_4bit(config: StudentConfig) -> None:
+    """Raise ValueError where a student in 4 bits cannot work."""
+    if config.model in presets.PRESETS:
+        raise ValueError(
+            "student.load_in_4bit is for pretrained weights, and student.model is the preset "
+            f"{config.model!r}; name a model of the hub or a folder"
+        )
+    has_gpu, has_package = torch.cuda.is_available(), importlib.util.find_spec("bitsandbytes") is not None
+    if not (has_gpu and has_package):
+        raise ValueError(
+            "student.load_in_4bit needs a CUDA device and the package bitsandbytes "
+            f"(GPU: {'yes' if has_gpu else 'no'}, bitsandbytes: "
+            f"{'installed' if has_package else 'not installed'}); set student.load_in_4bit false"
+        )
+
+
+def quantization(config: StudentConfig) -> BitsAndBytesConfig:
+    """NF4 with quantised scales, as QLoRA (arXiv 2305.14314, section 3) has it. The head stays as it is."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=COMPUTE_DTYPES[config.precision],
+    )
+
+
+def save_adapters_alone(model: nn.Module) -> None:
+    """Leave frozen weights out of the state that checkpoints hold; a resumed run loads them from the model.
+
+    Weights in 4 bits come with further tensors (their scales), which `load_state_dict` does not take.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = tuple(name for name, _ in model.named_parameters() if name not in trained)
+
+    def drop(module: nn.Module, state: dict, prefix: str, _: dict) -> None:
+        for name in [n for n in state if n.startswith(prefix) and n.removeprefix(prefix) not in trained]:
+            del state[name]
+
+    def expect_less(module: nn.Module, found: Any) -> None:
+        found.missing_keys[:] = [name for name in found.missing_keys if not name.endswith(frozen)]
+
+    model.register_state_dict_post_hook(drop)
+    model.register_load_state_dict_post_hook(expect_less)
 
 
 def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
@@ -139,6 +140,13 @@ class Skeleton:
     def sizes(self) -> list[tuple[int, bool]]:
         """(elements, trained) of each parameter."""
         return [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+
+    @property
+    def frozen_linear(self) -> int:
+        """Elements of the frozen weights of linear layers without the head, which `load_in_4bit` takes."""
+        head = base_of(self.model).get_output_embeddings().weight
+        weights = [m.weight for m in self.model.modules() if isinstance(m, (nn.Linear, Conv1D))]
+        return sum(w.numel() for w in weights if not w.requires_grad and w is not head)
 
     @property
     def head(self) -> tuple[int, int]:

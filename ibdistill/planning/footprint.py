@@ -39,6 +39,8 @@ from ibdistill.teacher.teacher import SHARDED
 PLACED = ("replica", *SHARDED)
 """Placements in which there is a teacher in the job."""
 WIDTH = {"fp32": 4, "bf16": 2}
+NF4 = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+"""Bytes per weight: 4 bits, an 8-bit scale for 64 weights and an fp32 one for 256 of these scales."""
 Sizes = Sequence[tuple[int, bool]]
 """(elements, trained) of each parameter."""
 
@@ -149,16 +151,18 @@ def teacher_gathers(teacher: Skeleton, lengths: Lengths, streams: Sequence[str])
 
 
 def student_states(
-    sizes: Sizes, precision: str, zero: Zero, ranks: int, *, gathered: int = 0
+    sizes: Sizes, precision: str, zero: Zero, ranks: int, *, gathered: int = 0, in_4bit: int = 0
 ) -> tuple[dict[str, int], int]:
     """Bytes of one rank on its device by part, and in the host's memory (offload).
 
-    `gathered`: elements that stage 3 has whole at once (`Gathers.peak`).
+    `gathered`: elements that stage 3 has whole at once (`Gathers.peak`); `in_4bit`: those of frozen weights
+    that `student.load_in_4bit` keeps in NF4.
     """
     width, total, trained = WIDTH[precision], sum(n for n, _ in sizes), sum(n for n, t in sizes if t)
     share = -(-trained // ranks)
     master = 4 if precision == "bf16" or zero.stage else 0
-    parts = {"parameters": width * total, "gradients": width * trained, "optimizer": (8 + master) * trained}
+    parameters = width * (total - in_4bit) + round(NF4 * in_4bit)
+    parts = {"parameters": parameters, "gradients": width * trained, "optimizer": (8 + master) * trained}
     parts["buckets"] = 0
     host = 0
     if zero.stage:

@@ -30,7 +30,8 @@ def certain_bytes(
         if device == "cpu":  # there the part of a bucket that is never written takes no memory
             bucket = min(zero.reduce_bucket, sum(n for n, t in sizes if t))
             zero = dataclasses.replace(zero, reduce_bucket=bucket)
-        parts, host = footprint.student_states(sizes, config.student.precision, zero, ranks)
+        in_4bit = student.frozen_linear if config.student.load_in_4bit else 0
+        parts, host = footprint.student_states(sizes, config.student.precision, zero, ranks, in_4bit=in_4bit)
     if teacher is not None:
         wanted = weights.wanted(config.objective) or Wanted(False, False, text=True)
         needs = wanted.targets or wanted.text

@@ -1,14 +1,30 @@
-"""The model card credits the papers whose methods the student was trained with, and no others."""
+"""The export: a card that credits and can be run, generation settings with a length, the prompt as a chat
+template."""
 
 from __future__ import annotations
 
+import json
 import re
+from pathlib import Path
 
 import pytest
+import torch
+import yaml
+from card_lines import answers_by_card
+from tiny_models import TEXTS, byte_tokenizer, save, tiny
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as bpe
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from ibdistill.config.methods import DIVERGENCES, HEAD_ESTIMATORS, QUESTION_ESTIMATORS
-from ibdistill.config.sections import ObjectiveConfig
-from ibdistill.models import export
+from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
+from ibdistill.data import batches, tokenizers
+from ibdistill.data.features import tokenize
+from ibdistill.data.records import Record
+from ibdistill.data.tasks.registry import TASKS
+from ibdistill.models import decoding, export, families, model_card
+from ibdistill.models.prompt import Prompt
+from ibdistill.models.student import load_student
 
 DSS, MI, VID, VIB, INFONCE = "2305.02301", "2403.03348", "1904.05835", "1612.00410", "1807.03748"
 HINTON, MINILLM, GKD = "1503.02531", "2306.08543", "2306.13649"
@@ -33,12 +49,153 @@ HINTON, MINILLM, GKD = "1503.02531", "2306.08543", "2306.13649"
     ],
 )
 def test_the_card_credits_each_method_with_its_own_papers(settings, papers):
-    card = export.card(ObjectiveConfig(**{"beta": 0.1} | settings), "objective: {}\n", '{"demo": 1}')
+    config = Config(objective=ObjectiveConfig(**{"beta": 0.1} | settings))
+    prompt = Prompt.of(tiny("t5"), byte_tokenizer(), config)
+    card = model_card.card(config, prompt, {"demo": 1}, has_template=True)
     assert re.findall(r"arXiv\s+([\d.]+\d)", card) == papers
-    assert ("explain: QUESTION" in card) == (settings["method"] != "finetune")
-    assert '{"demo": 1}' in card and "```yaml\nobjective: {}\n```" in card
+    assert ("rationale = answer(" in card) == (settings["method"] != "finetune")
+    assert '"demo": 1' in card
 
 
 def test_every_estimator_and_divergence_has_a_credit():
-    assert {*HEAD_ESTIMATORS, *QUESTION_ESTIMATORS} == export._ESTIMATORS.keys()
-    assert set(DIVERGENCES) == export._DIVERGENCES.keys()
+    assert {*HEAD_ESTIMATORS, *QUESTION_ESTIMATORS} == model_card._ESTIMATORS.keys()
+    assert set(DIVERGENCES) == model_card._DIVERGENCES.keys()
+
+
+QUESTIONS = ["how many are there in all?", 'she said "yes."', "( 3 + 4 )", "wait...", "a", "7", "two\nlines"]
+
+
+def padded(**kwargs) -> PreTrainedTokenizerFast:
+    """The byte tokenizer as `load_tokenizer` gives it."""
+    tokenizer = byte_tokenizer(**kwargs)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def joining_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that splits text as Qwen's does, with one token for `?` and the newline behind it."""
+    core = Tokenizer(bpe.BPE())
+    split = pre_tokenizers.Split(Regex(r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{L}+|\p{N}| |\n"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
+    special = {"special_tokens": ["<|end|>"], "initial_alphabet": alphabet, "vocab_size": 300}
+    core.train_from_iterator(["all?\n how?\n"] * 9, trainers.BpeTrainer(**special))
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bos", "demo"),
+    [
+        ("llama", False, False),
+        ("llama", True, False),
+        ("llama", False, True),
+        ("t5", False, False),
+        ("t5", False, True),
+    ],
+)
+def test_the_chat_template_gives_the_ids_of_training(tmp_path, model_type, bos, demo):
+    tokenizer = tokenizers.demo_tokenizer() if demo else padded(bos=bos)
+    tokenizer.chat_template = "{{ 'You are a helpful assistant.' }}"
+    config = Config(data=DataConfig(task="svamp"))
+    ends = {"pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id}
+    model = tiny(model_type, **ends if model_type == "t5" else {})
+    export.write(model, tokenizer, tmp_path, config)
+    assert "helpful" in tokenizer.chat_template  # the run's own tokenizer is as it was
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    records = [Record(f"r{i}", "svamp", text, "1", "so", gold="1") for i, text in enumerate(QUESTIONS)]
+    features = tokenize(records, {"svamp": TASKS["svamp"].prefixes}, tokenizer, config.data)
+    streams = ("predict", "explain")
+    batch = batches.collate(features, range(len(records)), streams, **families.layout(model, tokenizer))
+    for row, (stream, i) in enumerate((stream, i) for stream in streams for i in range(len(records))):
+        length = int(batch.attention_mask[row].sum())
+        if model_type == "llama":  # the row holds the target too, but for its last token
+            length -= len(features.targets[stream][i]) - 1
+        chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": QUESTIONS[i]}]
+        asked = {"explain": True} if stream == "explain" else {}
+        ids = loaded.apply_chat_template(chat, add_generation_prompt=True, return_dict=False, **asked)
+        assert ids == batch.input_ids[row, :length].tolist()
+
+
+def test_there_is_no_chat_template_where_no_text_has_the_prompts_ids(tmp_path):
+    tokenizer = joining_tokenizer()
+    assert (
+        tokenizer.convert_ids_to_tokens(tokenizer("all?\n").input_ids)[-1]
+        == "?\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}"
+    )
+    tokenizer.chat_template = "{{ messages }}"
+    export.write(tiny("llama"), tokenizer, tmp_path, Config())
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
+    assert "There is no chat template" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "bos"),
+    [("t5", False), ("llama", False), ("llama", True), ("qwen2", False), ("gpt2", True)],
+)
+def test_the_lines_on_the_card_give_the_answers_of_the_evaluation(tmp_path, model_type, bos):
+    name = save(tmp_path / "pretrained", model_type, bos=bos)
+    settings = {"min_length": 9, "repetition_penalty": 5.0, "num_beams": 3, "do_sample": True}
+    Path(f"{name}/generation_config.json").write_text(json.dumps(settings))
+    tokenizer = tokenizers.load_tokenizer(name, "student.tokenizer")
+    limits = {"max_question_tokens": 24, "max_label_tokens": 5, "max_rationale_tokens": 12}
+    config = Config(data=DataConfig(task="svamp", **limits), student=StudentConfig(model=name, lora_rank=2))
+    student = load_student(config.student, tokenizer, 0).eval()
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    export.write(student, tokenizer, tmp_path / "out", config, {"svamp": {"accuracy": 0.5}})
+    expected = [
+        [
+            answer.text
+            for answer in decoding.decode(
+                student,
+                tokenizer,
+                [f"{stream}: {question}" for question in TEXTS[:3] + QUESTIONS],
+                max_question_tokens=24,
+                max_new_tokens=limit,
+                device=torch.device("cpu"),
+            )
+        ]
+        for stream, limit in (("predict", 5), ("explain", 12))
+    ]
+    assert all(len(set(texts)) > 2 for texts in expected)
+    said = answers_by_card(tmp_path / "out", TEXTS[:3] + QUESTIONS)
+    assert said == list(zip(*expected, strict=True))
+
+    generation = GenerationConfig.from_pretrained(tmp_path / "out").to_diff_dict()
+    generation.pop("transformers_version")
+    ids = {f"{t}_token_id": getattr(tokenizer, f"{t}_token_id") for t in ("bos", "eos", "pad")}
+    ids |= {"decoder_start_token_id": 0} if model_type == "t5" else {}
+    expected = {"do_sample": False, "num_beams": 1, "max_new_tokens": 12} | ids
+    assert generation == {key: value for key, value in expected.items() if value is not None}
+
+
+def test_the_card_tells_its_origin_and_no_path(tmp_path):
+    name = save(tmp_path / "secret" / "tiny", "llama")
+    Path(f"{name}/README.md").write_text("---\nlicense: mit\nbase_model: org/origin\n---\nHello --- there\n")
+    data = DataConfig(task=["svamp", "demo"], path=str(tmp_path / "secret"))
+    config = Config(student=StudentConfig(model=name, lora_rank=4), data=data)
+    config.run.dir, config.run.seed = str(tmp_path / "run"), 3
+    export.write(tiny("llama"), padded(), tmp_path / "out", config)
+    card = (tmp_path / "out/README.md").read_text()
+    assert str(tmp_path) not in card and "/" + "tmp" not in card
+    head = yaml.safe_load(card.split("---")[1])
+    assert (head["base_model"], head["license"], head["library_name"]) == (
+        "org/origin",
+        "mit",
+        "transformers",
+    )
+    settings = yaml.safe_load(re.search(r"```yaml\n(.*?)```", card, re.DOTALL)[1])
+    assert settings == {
+        "run": {"seed": 3},
+        "data": {"task": ["svamp", "demo"], "path": "secret"},
+        "student": {"model": "tiny", "lora_rank": 4},
+    }
+    assert "on the task svamp, demo" in card
+    config.student = StudentConfig(model="org/name")
+    assert model_card._front_matter(config)["base_model"] == "org/name"
+    config.student = StudentConfig(model="org/name", init="random")
+    assert "base_model" not in model_card._front_matter(config)
+    assert "base_model" not in model_card._front_matter(Config())

@@ -17,7 +17,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ibdistill.config.sections import DataConfig, ObjectiveConfig, StudentConfig
+from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
 from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
@@ -254,7 +254,7 @@ def test_lora_trains_adapters_and_the_export_says_the_same(folder, tmp_path, mod
                 parameter.normal_()
     after = answers(student, tokenizer, TEXTS, **limits)
     assert after != before
-    export.write(student, tokenizer, tmp_path / "out", "card")
+    export.write(student, tokenizer, tmp_path / "out", Config())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert answers(loaded, again, TEXTS, **limits) == after

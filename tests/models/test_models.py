@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from ibdistill.config.sections import ObjectiveConfig, StudentConfig
+from ibdistill.config.sections import Config, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
 from ibdistill.models import export, forward, whole_model
 from ibdistill.models import fused as models_fused
@@ -202,7 +202,7 @@ def test_lora_trains_adapters_only_and_exports_merged_weights(tmp_path):
                 parameter.normal_()
     after = forward.states(student, batch).targets["predict"]
     assert (after - before).abs().max() > 1e-3
-    export.write(student, tokenizer, tmp_path / "out", "card")
+    export.write(student, tokenizer, tmp_path / "out", Config())
     loaded = T5ForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
     torch.testing.assert_close(forward.states(loaded, batch).targets["predict"], after, rtol=1e-4, atol=1e-4)
 

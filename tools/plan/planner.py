@@ -170,7 +170,12 @@ class Planner:
             self._gathers[zero] = footprint.student_gathers(*args)
         gathered = self._gathers[zero]
         states, host = footprint.student_states(
-            self.sizes, precision, zero, self.ranks, gathered=gathered.peak if gathered else 0
+            self.sizes,
+            precision,
+            zero,
+            self.ranks,
+            gathered=gathered.peak if gathered else 0,
+            in_4bit=self.student.frozen_linear if config.student.load_in_4bit else 0,
         )
         activations = {
             "student": self._living(checkpointing, micro),

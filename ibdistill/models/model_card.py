@@ -1,0 +1,174 @@
+"""The model card of an exported student: what it is made of, how to ask it, and how it was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import try_to_load_from_cache
+
+from ibdistill.config.fields import to_flat
+from ibdistill.config.sections import Config, ObjectiveConfig
+from ibdistill.data.token_ids import JOINT
+from ibdistill.models import presets
+from ibdistill.models.prompt import Prompt, tasks_of
+
+_RATIONALES = (
+    'learning labels and rationales as two tasks: Hsieh et al., "Distilling Step-by-Step!", Findings of ACL '
+    "2023, arXiv 2305.02301"
+)
+_MUTUAL_INFORMATION = (
+    'Chen et al., "Learning to Maximize Mutual Information for Chain-of-Thought Distillation", Findings of '
+    "ACL 2024, arXiv 2403.03348"
+)
+_ESTIMATORS = {
+    "paper": f"the mutual-information term between the two tasks: {_MUTUAL_INFORMATION}",
+    "normalized": f"the mutual-information term between the two tasks, after {_MUTUAL_INFORMATION}, with "
+    "pooled distributions that are normalised",
+    "infonce": f"maximising mutual information between the two tasks: {_MUTUAL_INFORMATION}; its estimator "
+    'InfoNCE: van den Oord et al., "Representation Learning with Contrastive Predictive Coding", 2018, arXiv '
+    "1807.03748",
+    "vid": 'the term between teacher and student states: Ahn et al., "Variational Information Distillation '
+    'for Knowledge Transfer", CVPR 2019, arXiv 1904.05835',
+    "vib": "the bottleneck between question and decoder: Alemi et al., "
+    '"Deep Variational Information Bottleneck", ICLR 2017, arXiv 1612.00410',
+}
+_DIVERGENCES = {
+    "forward": 'Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531',
+    "reverse": 'Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024, arXiv '
+    "2306.08543",
+    "jsd": 'Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv 2306.13649',
+}
+
+
+def papers(objective: ObjectiveConfig) -> list[str]:
+    """What the objective is made of, with the paper that each part comes from; empty for plain fine-tuning.
+
+    `objective.estimator` is settled, so not auto.
+    """
+    found = [] if objective.method == "finetune" else [_RATIONALES]
+    if "ib" in objective.method and objective.beta != 0:
+        found.append(_ESTIMATORS.get(objective.estimator, f"the estimator {objective.estimator}"))
+    if "kd" in objective.method and objective.gamma != 0:
+        divergence = _DIVERGENCES.get(objective.divergence, objective.divergence)
+        found.append(f"distilling the teacher's distributions: {divergence}")
+    return found
+
+
+def card(config: Config, prompt: Prompt, scores: Any, *, has_template: bool) -> str:
+    """The card in Markdown. It names no path of the machine that trained the student.
+
+    `scores` go into it as JSON; `has_template`: the folder has a chat template of the student's prompts.
+    """
+    parts = [f"- {part}." for part in papers(config.objective)] or ["- fine-tuning on labels alone."]
+    chat = (
+        "The chat template makes the same prompt from the last user message"
+        + (" (for a rationale with `explain=True`)" if "explain" in prompt.prefixes else "")
+        + "."
+        if has_template
+        else "There is no chat template, because in this vocabulary no text has the prompt's tokens: the "
+        "tokenizer joins the last character of a question and the newline behind it."
+    )
+    return f"""---
+{yaml.safe_dump(_front_matter(config), sort_keys=False)}---
+
+A student distilled with ibdistill on the task {", ".join(tasks_of(config))}. Its objective is made of
+
+{chr(10).join(parts)}
+
+## Use
+
+These lines give the answers that were evaluated:
+
+```python
+{usage(prompt, ".")}
+```
+
+{chat}
+
+## Scores on the test split
+
+```json
+{json.dumps(scores, indent=2)}
+```
+
+## Settings that differ from ibdistill's defaults
+
+```yaml
+{yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True)}```
+"""
+
+
+def usage(prompt: Prompt, folder: str) -> str:
+    """Lines of Python that ask the student in `folder` with transformers alone, as it was evaluated."""
+    auto = "AutoModelForCausalLM" if prompt.decoder_only else "AutoModelForSeq2SeqLM"
+    said = "output[0, inputs.shape[1] :]" if prompt.decoder_only else "output[0]"
+    end, limit = prompt.end, prompt.question_limit
+    ids = "ids" if prompt.start is None else f"[{prompt.start}, *ids]"  # the token in front
+    asked = {"predict": "label", "explain": "rationale"}
+    asking = [
+        f"{asked[stream]} = answer({json.dumps(before)} + question, {prompt.limits[stream]})"
+        for stream, before in prompt.prefixes.items()
+    ]
+    return f"""import torch
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})
+model = {auto}.from_pretrained({json.dumps(folder)}).eval()
+
+
+def answer(text, max_new_tokens):
+    parts = text.split({json.dumps(JOINT)})  # as premise and hypothesis are in NLI; most questions are one
+    parts = tokenizer(parts, add_special_tokens=False, split_special_tokens=True).input_ids
+    ids = [token for part in parts for token in [*part, {end}]]  # {end}: the answer follows
+    ids = ids if len(ids) <= {limit} else [*ids[:{limit - 1}], {end}]
+    inputs = torch.tensor([{ids}])
+    mask = torch.ones_like(inputs)
+    output = model.generate(inputs, attention_mask=mask, max_new_tokens=max_new_tokens)
+    return tokenizer.decode({said}, skip_special_tokens=True)
+
+
+question = "..."
+{chr(10).join(asking)}"""
+
+
+def _front_matter(config: Config) -> dict[str, Any]:
+    """What the hub reads of a card. Base model and license stand there as far as they are known."""
+    found: dict[str, Any] = {"library_name": "transformers"}
+    name = config.student.model
+    if name not in presets.PRESETS and config.student.init == "pretrained":
+        is_folder = Path(name).is_dir()
+        theirs = _card_of(name)
+        base = theirs.get("base_model") if is_folder else name
+        found |= {"base_model": base} if base else {}
+        found |= {key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs}
+    return found | {"tags": ["ibdistill", "chain-of-thought", "distillation"]}
+
+
+def _card_of(name: str) -> dict[str, Any]:
+    """The front matter of a model's own card, from its folder or the local cache of the hub; else empty."""
+    path = Path(name) / "README.md" if Path(name).is_dir() else try_to_load_from_cache(name, "README.md")
+    try:
+        _, head, _ = Path(path).read_text(encoding="utf-8").split("---", 2)
+        content = yaml.safe_load(head)
+    except (OSError, ValueError, TypeError, yaml.YAMLError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _settings(config: Config) -> dict[str, dict[str, Any]]:
+    """Section -> field -> value, of the settings that describe the training and are not the defaults.
+
+    Of a path only the last part remains, and of the section `run` the seed.
+    """
+    defaults, found = to_flat(Config()), {}
+    for name, value in to_flat(config).items():
+        section, key = name.split(".", 1)
+        if value == defaults[name] or (section == "run" and key != "seed"):
+            continue
+        if isinstance(value, str) and (Path(value).exists() or Path(value).is_absolute()):
+            value = Path(value).name
+        found.setdefault(section, {})[key] = value
+    return found
