@@ -26,7 +26,7 @@ from ibdistill.runtime import files, launcher, processes
 _IDENTITY = "ibdistill/run"
 _ANSWER_SECONDS = 30
 """How long a store may take to name its run: rank 0 writes the name as soon as it serves the store."""
-_YIELD_SECONDS = 5
+_YIELD_SECONDS = 10
 """How long a rank that met another run waits before it says so: its own rank 0 has lost the port, says so
 first, and the launcher then ends the other ranks, so that one message is seen."""
 

@@ -100,7 +100,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def _data(records: Loaded, unlabelled: Sequence[Record], features: Features) -> dict[str, str]:
     """What a run learns from and is measured on, by name, as texts that change with the content."""
-    found = {"training records": _numbered(len(features), _content(features))}
+    found = {"training records": _described(records.train, token_ids=_token_ids(features))}
     for split in ("valid", "test"):
         found |= {
             f"{split} records of {task}": _described(part) for task, part in getattr(records, split).items()
@@ -111,8 +111,12 @@ def _data(records: Loaded, unlabelled: Sequence[Record], features: Features) -> 
 def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Module) -> dict[str, str]:
     """The models of a run, likewise. The teacher is there if the run uses one."""
     shapes = repr([(name, tuple(p.shape)) for name, p in student.named_parameters()])
-    vocabulary = repr(sorted(tokenizer.get_vocab().items()))
-    found = {"tokenizer": _digest(vocabulary), "student": _digest(shapes)}
+    special = (
+        sorted(tokenizer.special_tokens_map.items()),
+        tokenizer("a").input_ids,
+    )  # which it adds by itself
+    words = repr([sorted(tokenizer.get_vocab().items()), special])
+    found = {"tokenizer": _digest(words), "student": _digest(shapes)}
     if config.student.model not in presets.PRESETS and Path(config.student.model).is_dir():
         found["folder of the student"] = families.identity(config.student.model)
     if weights.wanted(config.objective) or config.teacher.rationales != "none":
@@ -122,23 +126,19 @@ def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Modu
     return found
 
 
-def _content(features: Features) -> str:
-    """All that the batches are made of: names, tasks and token ids, as digests."""
-    parts = ["\0".join(features.ids).encode(errors="surrogatepass"), features.groups.astype("<i8").tobytes()]
+def _token_ids(features: Features) -> str:
+    """All that the batches are made of, tasks and token ids, as digests."""
+    parts = [features.groups.astype("<i8").tobytes()]
     for stream in STREAMS:
         for ragged in (features.questions[stream], features.targets[stream]):
             parts += [ragged.offsets.astype("<i8").tobytes(), ragged.flat.astype("<i4").tobytes()]
     return " ".join(files.digest(part).hex() for part in parts)
 
 
-def _described(records: Sequence[Record]) -> str:
-    """Records that are decoded and scored: their names, texts and true labels."""
-    rows = [[r.id, r.question, r.gold, r.rationale] for r in records]
-    return _numbered(len(rows), json.dumps(rows))
-
-
-def _numbered(count: int, content: str) -> str:
-    return f"{count} records, {_digest(content)}"
+def _described(records: Sequence[Record], token_ids: str = "") -> str:
+    """The number of records, and a digest of their names and texts (and of what they were tokenized to)."""
+    rows = [[r.id, r.question, r.label, r.gold, r.rationale] for r in records]
+    return f"{len(rows)} records, {_digest(json.dumps(rows) + token_ids)}"
 
 
 def _digest(text: str) -> str:

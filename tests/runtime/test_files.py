@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 
 import pytest
 from harness import full_disk
@@ -45,3 +46,33 @@ def test_the_content_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatc
 def test_a_digest_has_the_size_asked_for_and_never_changes():
     assert files.digest(b"abc").hex() == "d8bb14d833d59559"
     assert len(files.digest(b"abc", 16)) == 16 and files.digest(b"abd") != files.digest(b"abc")
+
+
+def test_a_checksum_is_that_of_the_whole_content(tmp_path):
+    content = bytes(range(256)) * 40_000  # more than is read at a time
+    (tmp_path / "a").write_bytes(content)
+    assert files.checksum(tmp_path / "a") == zlib.crc32(content)
+    (tmp_path / "b").write_bytes(b"")
+    assert files.checksum(tmp_path / "b") == 0
+
+
+def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path):
+    target = tmp_path / "there" / "a"
+    with files.folder_replaced(target) as folder:
+        (folder / "one").write_text("1")
+    assert (target / "one").read_text() == "1"
+    with pytest.raises(RuntimeError), files.folder_replaced(target) as folder:
+        (folder / "two").write_text("2")
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["one"]
+    with files.folder_replaced(target) as folder:
+        (folder / "three").write_text("3")
+    assert [path.name for path in target.iterdir()] == ["three"]
+    (tmp_path / "link").symlink_to(target)
+    with files.folder_replaced(tmp_path / "link") as folder:
+        (folder / "four").write_text("4")
+    assert (tmp_path / "link").is_symlink() and [path.name for path in target.iterdir()] == ["four"]
+    assert list((tmp_path / "there").iterdir()) == [target]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file is a file"), files.folder_replaced(tmp_path / "file"):
+        raise AssertionError("the block must not run")

@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
-import shutil
+import zlib
+from pathlib import Path
 
 import pytest
 from harness import full_disk, same, steps, weights
 
-from ibdistill.config.load import load_settings, to_yaml
-from ibdistill.runtime import version
-from ibdistill.training import checkpoint, run_folder
+from ibdistill import train
+from ibdistill.training import checkpoint
+
+
+def zeroed(path: Path) -> None:
+    """As some file systems leave a file after a power failure: its size is right, its content is gone."""
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def with_one_bit_flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
 def test_a_restored_job_continues_as_if_nothing_had_happened(make_job):
@@ -35,6 +46,21 @@ def test_a_restored_job_continues_as_if_nothing_had_happened(make_job):
         (lambda f: (f / checkpoint.MARKER).unlink(), "it has no complete.json"),
         (lambda f: (f / checkpoint.MARKER).write_text("{"), "its complete.json is damaged"),
         (lambda f: (f / checkpoint.MARKER).write_text('{"step": 2, "files": {}}'), "is that of step 2"),
+        (lambda f: (f / checkpoint.MARKER).write_bytes(b"\xff\x00"), "its complete.json is damaged"),
+        (lambda f: (f / checkpoint.MARKER).write_text("[4]"), "its complete.json is damaged"),
+        (
+            lambda f: (f / checkpoint.MARKER).write_text('{"step": 4, "files": [1]}'),
+            "its complete.json is damaged",
+        ),
+        (lambda f: zeroed(f / "mp_rank_00_model_states.pt"), "the content of mp_rank_00_model_states.pt has"),
+        (
+            lambda f: zeroed(next(f.glob("*optim_states.pt"))),
+            "optim_states.pt has changed since it was written",
+        ),
+        (
+            lambda f: with_one_bit_flipped(f / "mp_rank_00_model_states.pt"),
+            "has changed since it was written",
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_job, caplog, damage, message):
@@ -47,6 +73,47 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_job, capl
     assert make_job(**sharded).state.step == 2
     refused = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
     assert len(refused) == 1 and "step-00000004" in refused[0] and message in refused[0]
+
+
+def test_a_marker_holds_every_files_size_and_checksum(make_job):
+    job = make_job()
+    steps(job, 1)
+    job.checkpoints.save(job.engine, job.state)
+    folder = job.checkpoints.folder / "step-00000001"
+    contents = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != checkpoint.MARKER}
+    assert json.loads((folder / checkpoint.MARKER).read_text()) == {
+        "step": 1,
+        "world_size": 1,
+        "files": {name: {"bytes": len(c), "crc32": zlib.crc32(c)} for name, c in contents.items()},
+    }
+    assert len(contents) >= 1
+
+
+def test_a_marker_from_before_there_were_checksums_still_counts(make_job):
+    job = make_job()
+    steps(job, 1)
+    job.checkpoints.save(job.engine, job.state)
+    marker = job.checkpoints.folder / "step-00000001" / checkpoint.MARKER
+    content = json.loads(marker.read_text())
+    content["files"] = {name: file["bytes"] for name, file in content["files"].items()}
+    marker.write_text(json.dumps(content))
+    assert make_job().state.step == 1
+
+
+def test_the_best_checkpoint_is_not_replaced_by_another_if_it_is_damaged(make_job, capsys):
+    job = make_job(**{"run.final": "best", "run.keep_last": 1, "run.test_limit": 3})
+    for step in range(1, 3):
+        steps(job, 1)
+        if step == 1:
+            job.state.best_step, job.state.best_score = 1, 0.5
+        job.checkpoints.save(job.engine, job.state)
+    zeroed(job.checkpoints.folder / "step-00000001" / "mp_rank_00_model_states.pt")
+    with pytest.raises(SystemExit) as ended:
+        train.close(job)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err
+    assert "step-00000001, the best one, cannot be used: the content of mp_rank_00" in message
+    assert "--run.final last" in message and not (job.folder / "result.json").exists()
 
 
 def test_a_foreign_folder_is_refused(make_job, caplog):
@@ -108,39 +175,3 @@ def test_a_failed_write_loses_neither_the_run_nor_the_checkpoint_before(make_job
     assert same(weights(job), weights(undisturbed))
     assert job.checkpoints.save(job.engine, job.state)
     assert make_job().state.step == 4
-
-
-def test_a_run_folder_of_another_configuration_is_refused(make_job):
-    make_job()
-    with pytest.raises(
-        ValueError, match=r"another configuration: optim.lr was 0.002 and is 0.1. Choose another"
-    ):
-        make_job(**{"optim.lr": 0.1})
-    make_job(**{"run.log_every": 7})
-    assert make_job(**{"optim.lr": 0.1, "run.allow_config_change": True}).config.optim.lr == 0.1
-
-
-def test_other_code_may_continue_a_run_and_config_yaml_names_each(make_job, monkeypatch):
-    """The lines are comments: no settings that could differ, and the file stays a recipe."""
-    first = make_job()
-    path = first.folder / "config.yaml"
-    ours = "# ibdistill {version}, commit {commit}".format_map(version.version())
-    assert path.read_text() == f"{ours}\n" + to_yaml(first.config)
-    again = make_job()
-    assert path.read_text() == f"{ours}\n" + to_yaml(again.config)
-    monkeypatch.setattr(run_folder, "version", lambda: {"version": "9.9", "commit": "abc-dirty"})
-    make_job()
-    heads = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert heads == [ours, "# ibdistill 9.9, commit abc-dirty"]
-    assert load_settings(str(path), {}) == first.config
-
-
-def test_an_unwritable_run_folder_is_refused(make_job, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"run.dir is '.*file/run', which cannot be written"):
-        make_job(tmp_path / "file" / "run")
-    shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("just text")
-    with pytest.raises(ValueError, match=r"config.yaml is damaged"):
-        make_job()

@@ -1,0 +1,125 @@
+"""Ranks of DeepSpeed's real launcher: they end with it, and they meet no other run's ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import ROOT, alone, kill_session
+
+from ibdistill.runtime import launcher, processes
+
+RANK = """
+import os, sys, time
+from ibdistill.runtime import launcher, startup
+startup.hold_requeue_signal()
+launcher.end_with_launcher()
+print("started", flush=True)
+if sys.argv[-1] == "importing":
+    time.sleep(60)
+from ibdistill.runtime import distributed
+try:
+    world = distributed.init()
+except SystemExit as end:
+    distributed.exit_at_once(end.code)  # as the entry points do
+print("met at", os.environ["MASTER_PORT"], distributed.gather_objects(sys.argv[-2]), flush=True)
+time.sleep(float(sys.argv[-1]))
+"""
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """Starts RANK on two ranks of a launcher, which is killed at the end with all its ranks."""
+    script, running = tmp_path / "rank.py", []
+    script.write_text(RANK)
+
+    def start(name: str, what: str, *options: str) -> tuple[subprocess.Popen, Path]:
+        log = tmp_path / f"{name}.log"
+        command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2", *options]
+        with log.open("w") as output:
+            running.append(
+                subprocess.Popen(
+                    [*command, str(script), name, what],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=alone() | {"OMP_NUM_THREADS": "1"},
+                    start_new_session=True,
+                    cwd=ROOT,
+                )
+            )
+        return running[-1], log
+
+    yield start
+    for process in running:
+        try:
+            kill_session(process)
+        except ProcessLookupError:
+            process.wait()
+
+
+def wait_for(log: Path, text: str, count: int = 2, seconds: float = 120) -> str:
+    deadline = time.monotonic() + seconds
+    while log.read_text().count(text) < count:
+        assert time.monotonic() < deadline, log.read_text()[-3000:]
+        time.sleep(0.02)
+    return log.read_text()
+
+
+@pytest.mark.parametrize("when", ["importing", "60"])
+@pytest.mark.parametrize("victim", ["deepspeed", "deepspeed.launcher.launch"])
+def test_ranks_are_gone_within_two_seconds_of_their_launcher(launched, victim, when):
+    """kill -9 of the command itself, or of the process that it starts: while the ranks import, or train."""
+    process, log = launched("a", when)
+    wait_for(log, "started" if when == "importing" else "met at")
+    (launch,) = psutil.Process(process.pid).children()
+    ranks = launch.children()
+    assert len(ranks) == 2
+    os.kill(process.pid if victim == "deepspeed" else launch.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs(ranks, timeout=2)
+    assert not [p for p in alive if processes.start_time(p.pid)]  # one that nobody waits for has ended too
+
+
+def test_two_jobs_of_one_machine_meet_at_ports_of_their_own(launched):
+    """Nobody has chosen a port; another program listens on the launcher's default one."""
+    with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(("127.0.0.1", int(launcher.DEFAULT_PORT)))
+        taken.listen()
+        (_, first), (_, second) = launched("a", "3"), launched("b", "3")
+        met = [re.findall(r"met at (\d+) (.*)", wait_for(log, "met at")) for log in (first, second)]
+    for name, found in zip("ab", met, strict=True):
+        assert len(set(found)) == 1 and found[0][1] == str([name, name])
+    assert len({found[0][0] for found in met} | {launcher.DEFAULT_PORT}) == 3
+
+
+def test_a_chosen_port_that_another_job_has_is_one_clear_line(launched):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    _, log = launched("a", "40", "--master_port", port)
+    assert f"met at {port} ['a', 'a']" in wait_for(log, "met at")
+    process, log = launched("b", "0", "--master_port", port)
+    assert process.wait(120) == 2
+    said = log.read_text()
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert (
+        f"error: rank 0 cannot serve port {port}, at which the ranks would meet: Address already in use"
+        in said
+    )
+    assert "choose a free one with `deepspeed --master_port N`" in said
+
+
+def test_only_deepspeeds_launcher_is_watched():
+    assert launcher.pid() is None  # of this process, which pytest's caller started
+    python = "/usr/bin/python3"
+    runs = [[python, "/venv/bin/deepspeed", "a.py"], [python, "-m", "deepspeed.launcher.runner", "a.py"]]
+    others = [["bash", "-c", "deepspeed a.py"], ["sshd: user"], [python, "-m", "pytest", "deepspeed"][:3], []]
+    assert all(map(launcher._is_runner, runs)) and not any(map(launcher._is_runner, others))
