@@ -76,8 +76,8 @@ def test_a_question_in_a_template_is_text_and_within_its_limit(tmp_path):
 
 
 def test_reading_back_keeps_the_spaces_that_the_model_wrote(tmp_path):
-    """Llama 3's files ask for a clean-up, which makes `a, b.` of `a , b .`; an export does not inherit it."""
-    tokenizer = tokenizer_variants.llama(tmp_path, clean_up_tokenization_spaces=True)
+    """A flag in a tokenizer's files makes `a, b.` of `a , b .`; an export does not inherit it."""
+    tokenizer = tokenizer_variants.t5(tmp_path, clean_up_tokenization_spaces=True)
     ids = token_ids.text_ids(["a , b ."], tokenizer)
     assert AutoTokenizer.from_pretrained(tmp_path).decode(ids[0]) == "a, b."
     assert token_ids.read_back(ids, tokenizer) == ["a , b ."]
