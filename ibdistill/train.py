@@ -2,16 +2,19 @@
 
     deepspeed --num_gpus 2 ibdistill/train.py RECIPE --section.field value ...
 
-The same command continues an interrupted run. Exit codes: 0 done, 2 bad input, 3 diverged,
-85 saved after SIGUSR1 (start it again), 143 saved after SIGTERM.
+The same command continues an interrupted run. `deepspeed --quiet` leaves the launcher's own lines out.
+Exit codes: 0 done, 2 bad input or a run folder that another job works on, 3 diverged, 5 trained but
+not all could be written (start it again once there is space), 85 saved after SIGUSR1 (start it
+again), 143 saved after SIGTERM.
 """
 
 # ruff: noqa: E402
 from __future__ import annotations
 
-from ibdistill.runtime import startup
+from ibdistill.runtime import launcher, startup
 
 startup.hold_requeue_signal()  # the imports below last seconds, in which the signal would kill
+launcher.end_with_launcher()  # its thread must not take that signal, so it comes second
 startup.pause_garbage_collection()
 
 from ibdistill.config import fields
@@ -25,7 +28,9 @@ import json
 import logging
 import sys
 import time
+from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 from statistics import mean
 
 import torch.distributed as dist
@@ -36,9 +41,10 @@ from ibdistill.monitor import board
 from ibdistill.monitor import log as monitor_log
 from ibdistill.objectives.weights import step_weights
 from ibdistill.runtime import distributed, files
-from ibdistill.runtime.distributed import EXIT_DIVERGED
+from ibdistill.runtime.distributed import EXIT_DIVERGED, EXIT_UNWRITTEN
+from ibdistill.runtime.folder_lock import FolderLock
 from ibdistill.runtime.version import version
-from ibdistill.training import pseudo_labels
+from ibdistill.training import pseudo_labels, run_folder
 from ibdistill.training.evaluation import answers, evaluate
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
@@ -51,16 +57,27 @@ logger = logging.getLogger("ibdistill")
 def main() -> None:
     """Run the recipe of the command line."""
     world = distributed.init()
-    with distributed.user_errors():
-        given = command_line.parse(sys.argv[1:])
-        job = prepare(load_settings(given.first, given.settings), world)
-    if (job.folder / "result.json").is_file() and job.state.step >= job.config.optim.max_steps:
-        logger.info("%s is finished already; its result is in result.json", job.folder)
-    else:
-        train(job)
-        close(job)
-    job.board.close()
+    with ExitStack() as at_the_end:
+        with distributed.user_errors():
+            given = command_line.parse(sys.argv[1:])
+            config = load_settings(given.first, given.settings)
+            lock = FolderLock(Path(config.run.dir))  # rank 0's process holds it
+            at_the_end.callback(lock.release)
+            distributed.run_on_rank_0(lock.acquire)
+            job = prepare(config, world)
+        if is_finished(job):
+            logger.info("%s is finished already; its result is in %s", job.folder, run_folder.RESULT)
+        else:
+            train(job)
+            close(job)
+        job.board.close()
     dist.destroy_process_group()
+
+
+def is_finished(job: Job) -> bool:
+    """Whether all steps are taken and all of the end is written. Collective."""
+    result = distributed.run_on_rank_0(lambda: run_folder.result(job.folder))
+    return bool(result) and not result.get("unwritten") and job.state.step >= job.config.optim.max_steps
 
 
 def train(job: Job) -> None:
@@ -92,6 +109,8 @@ def train(job: Job) -> None:
             saved = job.checkpoints.save(job.engine, state)
             if stop_code:
                 leave(job, stop_code if saved else 1)
+            if last and not saved and job.world.rank == 0:
+                job.unwritten.append(f"the checkpoint of step {state.step}")
 
 
 def train_step(job: Job) -> None:
@@ -168,29 +187,20 @@ def log(job: Job) -> None:
 
 
 def close(job: Job) -> None:
-    """Test and export the final student, and write the result."""
+    """Test and export the final student, and write the result.
+
+    What cannot be written costs nothing else: it is named at the end, in `result.json` too, and the exit code
+    is EXIT_UNWRITTEN.
+    """
     state, config = job.state, job.config
     if config.run.final == "best" and state.best_step not in (-1, state.step):
-        job.checkpoints.restore(job.engine, state.best_step)
+        with distributed.user_errors():
+            job.checkpoints.restore(job.engine, state.best_step)
     evaluate(job, "test", config.run.test_limit)
     if config.run.export:
-        with job.whole() as model:
-            scores = json.dumps(job.results.get("test"), indent=2)
-            card = export.card(config.objective, to_yaml(config), scores)
-            export.write(model, job.tokenizer, job.folder / "student", card)
+        export_student(job)
     if job.world.rank == 0:
-        result = {
-            "method": config.objective.method,
-            "steps": state.step,
-            "tokens": state.tokens,
-            "seconds": round(state.seconds, 1),
-            "ranks": job.world.size,
-            **version(),
-            "skipped_steps": state.skipped,
-            "best_step": state.best_step if state.best_step >= 0 else None,
-            **{split: scores for split, scores in job.results.items()},
-        }
-        files.write_json(job.folder / "result.json", result)
+        write_result(job)
     final = {
         f"eval/{split}_{task}_{name}": value
         for split in ("valid", "test")
@@ -199,7 +209,55 @@ def close(job: Job) -> None:
     }
     flat, defaults = fields.to_flat(config), fields.to_flat(Config())
     job.board.hparams(board.hyperparameters(flat, defaults), final)
-    logger.info("done: %s", job.folder / "result.json")
+    unwritten = distributed.run_on_rank_0(lambda: job.unwritten)
+    if unwritten:
+        logger.error(
+            "the run is trained and tested, but could not write: %s. All else stands; see to the space "
+            "and the permissions, and start the same command again to write the rest",
+            "; ".join(unwritten),
+        )
+        leave(job, EXIT_UNWRITTEN)
+    logger.info("done: %s", job.folder / run_folder.RESULT)
+
+
+def export_student(job: Job) -> None:
+    """Write the student for `from_pretrained`, on rank 0. Collective."""
+    target = job.folder / "student"
+    with job.whole() as model:
+        if job.world.rank != 0:
+            return
+        scores = json.dumps(job.results.get("test"), indent=2)
+        card = export.card(job.config.objective, to_yaml(job.config), scores)
+        try:
+            with files.folder_replaced(target) as folder:
+                export.write(model, job.tokenizer, folder, card)
+        except Exception as error:  # the libraries that write have errors of their own for a full disk
+            job.unwritten.append(f"{target} ({type(error).__name__}: {error})")
+
+
+def write_result(job: Job) -> None:
+    """Write `result.json`, on rank 0. Scores that an earlier start of the same run has left there stay."""
+    state, path = job.state, job.folder / run_folder.RESULT
+    before = run_folder.result(job.folder)
+    earlier = before if before.get("steps") == state.step else {}
+    result = {
+        "method": job.config.objective.method,
+        "steps": state.step,
+        "tokens": state.tokens,
+        "seconds": round(state.seconds, 1),
+        "ranks": job.world.size,
+        **version(),
+        "skipped_steps": state.skipped,
+        "best_step": state.best_step if state.best_step >= 0 else None,
+        **{split: earlier[split] for split in ("valid", "valid_seconds") if split in earlier},
+        **job.results,
+    }
+    if job.unwritten:
+        result["unwritten"] = job.unwritten
+    try:
+        files.write_json(path, result)
+    except OSError as error:
+        job.unwritten.append(f"{path} ({error})")
 
 
 def give_up(job: Job) -> None:
@@ -219,7 +277,7 @@ def give_up(job: Job) -> None:
 
 def leave(job: Job, code: int) -> None:
     """End all ranks together with an exit code, since a launcher that sees one end kills the others."""
-    if code != EXIT_DIVERGED:
+    if code not in (EXIT_DIVERGED, EXIT_UNWRITTEN):
         logger.warning("stopped by a signal after step %d, exit code %d", job.state.step, code)
     job.board.close()
     dist.barrier()

@@ -17,11 +17,11 @@ sys.path.append(str(ROOT / "tools"))  # the planner's modules, and the scripts b
 
 LONGEST = (
     "slurm test_distributed test_interpreted test_study test_rationale_writing test_teacher test_train "
-    "test_footprint test_bench_teacher test_kernel_report test_decoder_only_runs test_evaluate_student "
-    "test_zero test_meter test_pseudo_labels test_teacher_answers test_browser"
+    "test_footprint test_bench_teacher test_teacher_families test_kernel_report test_decoder_only_runs "
+    "test_evaluate_student test_zero test_meter test_pseudo_labels test_teacher_answers test_browser"
 ).split()
-"""Folders and files that take longest: where several workers share the tests they come first, so that no
-worker ends alone with one."""
+"""Folders and files that take longest. Where several workers share the tests these come first, so that no
+worker is left alone with one at the end. `pytest_configure` checks that each of them exists."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -80,7 +80,7 @@ def world() -> Iterator:
 
 @pytest.fixture
 def make_job(world, tmp_path):
-    """A one-rank job in a folder; asked again, it resumes."""
+    """A function that makes a one-rank job in a folder; called again for the same folder, it resumes."""
     import torch
 
     from ibdistill.config.load import load_settings
@@ -96,4 +96,6 @@ def make_job(world, tmp_path):
     for job in jobs:
         job.board.close()
         job.engine.destroy()
-    torch.nn.functional.linear = linear  # ZeRO-3 replaces it for good, and by one that costs other operations
+    torch.nn.functional.linear = (
+        linear  # ZeRO-3 replaces it for the whole process, by a function that costs other operations
+    )

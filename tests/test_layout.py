@@ -1,4 +1,4 @@
-"""The package's shape: names that hide nobody's module, imports that go one way."""
+"""The layout: no name hides the module of another package, and imports go one way."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ORDER = (
     "runtime ops config data models objectives evaluation teacher monitor planning training entries"
 ).split()
 """A package imports only those before it, and `ops` imports no other."""
-SCRIPT_FOLDERS = [PACKAGE, ROOT / "tools", ROOT / "tools/bench", ROOT / "slurm"]
+SCRIPT_FOLDERS = [PACKAGE, ROOT / "tools", ROOT / "tools/bench", ROOT / "tools/study", ROOT / "slurm"]
 """Folders with files that are run as scripts: Python puts the folder of a script first on its path."""
 
 
@@ -48,7 +48,7 @@ def importable(folder: Path) -> set[str]:
 
 
 def test_every_script_folder_is_known():
-    """Files of the package's inner folders and of tools/plan and tools/study are never run as scripts."""
+    """Files of the package's inner folders and of tools/plan are never run as scripts."""
     scripts = {
         path.parent
         for folder in (PACKAGE, ROOT / "tools", ROOT / "slurm")
@@ -59,7 +59,7 @@ def test_every_script_folder_is_known():
 
 
 @pytest.mark.parametrize("folder", SCRIPT_FOLDERS, ids=lambda folder: folder.name)
-def test_no_name_hides_a_module_of_somebody_else(folder):
+def test_no_name_hides_a_module_of_another_package(folder):
     """`deepspeed ibdistill/train.py` puts ibdistill/ first on the path: each name is a bare one too."""
     taken = sys.stdlib_module_names | set(importlib.metadata.packages_distributions())
     taken |= {"kernels", "datasets", "tokenizers", "evaluate"}  # what is installed differs by machine

@@ -1,4 +1,4 @@
-"""The READMEs: short at the front door, and right about paths, settings, commands and recorded figures."""
+"""The READMEs: the first one is short, and all are right about paths, settings, commands and figures."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 SECTIONS = {f.name: f.default_factory for f in fields(Config)} | {"eval": EvaluationConfig}
 SETTINGS = {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)}
 OTHER_SETTINGS = {"section.field", "rates.FIELD", "tokens.question", "tokens.label", "tokens.rationale"}
-"""Not of a run: a placeholder, and what `tools/plan.py` takes besides."""
+"""Settings that no run has: a placeholder, and those that `tools/plan.py` takes besides."""
 TOP = "ibdistill|tools|slurm|tests|ds_configs"
+EXAMPLES = {"ibdistill/data/tasks/NAME.py", "ibdistill/data/tasks/yes_or_no.py"}
+"""Files that CONTRIBUTING.md tells the reader to write."""
 STUDY = ROOT / "tools/study"
 
 
@@ -71,7 +73,7 @@ def test_paths_exist(page):
     text = page.read_text()
     paths = re.findall(rf"(?<![\w/.-])((?:{TOP})/[\w./*-]*\w)", code(text))
     paths += re.findall(r"(?<!\S)((?:\.ci|tests|ds_configs)/?[\w./-]*\w)(?!\S)", code(text))
-    missing = [path for path in paths if not list(ROOT.glob(path))]
+    missing = [path for path in paths if path not in EXAMPLES and not list(ROOT.glob(path))]
     targets = re.findall(r"\]\(([^)#]+)[^)]*\)", text)
     missing += [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
     assert not missing
@@ -103,7 +105,7 @@ def test_commands_have_settings_that_go_together(page, what, arguments):
 
 
 def test_commands_were_found():
-    """So that no check above is empty."""
+    """No check of commands above is empty."""
     pages = [page for page, *_ in runs()]
     assert pages.count("README.md") == 3 and pages.count("slurm/README.md") >= 4
 
@@ -125,7 +127,7 @@ def test_the_layout_lists_every_file():
 
 
 def test_the_demo_table_is_what_compare_runs_prints():
-    """The columns, at least: the figures are one machine's."""
+    """Its columns and layout are; its figures are those of one machine."""
     sys.path.append(str(ROOT / "tools"))
     import compare_runs
 
@@ -191,7 +193,8 @@ def test_one_version_of_ruff():
 
 
 DISTRIBUTIONS = {"yaml": "pyyaml", "xdist": "pytest-xdist", "sentence_transformers": "sentence-transformers"}
-INDIRECT = {"huggingface_hub": "transformers", "tokenizers": "transformers"}
+INDIRECT = {"huggingface_hub": "transformers", "tokenizers": "transformers", "pydantic": "deepspeed"}
+"""What is imported -> the declared distribution that brings it along."""
 
 
 def third_party(folders: list[str]) -> set[str]:
@@ -216,7 +219,7 @@ def declared(name: str) -> set[str]:
 
 
 def test_what_is_imported_is_declared():
-    """So `pip install -e .[dev]` is enough. Triton comes with torch, bitsandbytes is asked for by name."""
+    """`pip install -e .[dev]` is enough. Triton comes with torch, and bitsandbytes is asked for by name."""
     plain, optional = declared("dependencies"), {"triton", "bitsandbytes"} | declared("embedding")
     assert third_party(["ibdistill", "slurm"]) <= plain | optional
     assert third_party(["tests", "tools"]) <= plain | optional | declared("dev")

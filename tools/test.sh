@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up .venv and run every check: format, lint, tests.
-# Arguments go to pytest: bash tools/test.sh tests/test_data.py -k padded
+# Arguments go to pytest: bash tools/test.sh tests/data/test_batches.py -k padded
+# Where there is a GPU, the tests that need one come last, in a process that sees it.
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" dev
 export OMP_NUM_THREADS=1
@@ -12,3 +13,7 @@ if [ $# -gt 0 ]; then
 fi
 # Three workers for two cores: some tests wait for Slurm, for a launcher or for a browser.
 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  # 5: no test is marked `gpu`
+  python -m pytest -m gpu || [ $? -eq 5 ]
+fi

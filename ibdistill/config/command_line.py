@@ -16,15 +16,15 @@ from ibdistill.config.fields import shown
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What was typed."""
+    """The parts of a command line."""
 
     positions: list[str]
     """The arguments without a name, such as the recipe."""
     settings: dict[str, str | bool]
     """`section.field` -> its text, or True where it was given without a value. Names without a point are
-    here too, so that whoever reads the settings refuses them."""
+    here too, so that the reader of the settings refuses them."""
     options: dict[str, str | bool]
-    """The same for the program's own options."""
+    """Name -> text or True of the program's own options."""
     help: bool
     """Whether `--help` or `-h` is among the arguments."""
 

@@ -1,6 +1,6 @@
-"""What one setting decides about another: defaults that depend on others, and settings that contradict.
+"""Settings that follow from other settings, and settings that contradict each other.
 
-Everything here is about a whole `sections.Config` whose single values have passed their own rules.
+Everything here looks at a whole `sections.Config` whose single values have passed their own rules.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def settle(config: Config) -> None:
-    """Replace the settings that stand for "by the others" (auto, none, a share) by what they come to."""
+    """Replace the settings whose value follows from others (auto, none, a share) by that value."""
     teacher, objective, optim = config.teacher, config.objective, config.optim
     share_or_steps = optim.warmup_steps
     optim.warmup_steps = round(share_or_steps * optim.max_steps if share_or_steps < 1 else share_or_steps)
@@ -28,7 +28,7 @@ def settle(config: Config) -> None:
 
 
 def check(config: Config) -> None:
-    """Raise ValueError where settings contradict; the message has the settings, their values, the way out."""
+    """Raise ValueError where settings contradict; it names the settings, their values and the way out."""
     optim = config.optim
     if optim.warmup_steps > optim.max_steps:
         raise ValueError(
@@ -36,11 +36,11 @@ def check(config: Config) -> None:
             "give fewer steps, or a share of them below 1"
         )
     _check_teacher(config)
-    _check_agreement(config)
+    _check_unlabelled(config)
 
 
 def _needs_teacher(objective: ObjectiveConfig) -> list[str]:
-    """The settings that ask for an online teacher, as a message names them; empty if none does."""
+    """The settings that need an online teacher, as a message names them; empty if none does."""
     method = METHODS[objective.method]
     asking = {
         f"objective.method {objective.method}": method.kd,
@@ -93,7 +93,7 @@ def _check_teacher(config: Config) -> None:
         )
 
 
-def _check_agreement(config: Config) -> None:
+def _check_unlabelled(config: Config) -> None:
     """Raise ValueError where the settings of `data.unlabelled` contradict others."""
     data, batch_size = config.data, config.optim.batch_size
     if data.unlabelled is None:

@@ -46,7 +46,7 @@ _RESOLVED = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 
 
 class _TextLoader(yaml.SafeLoader):
-    """Reads every plain scalar as the text that stands there, null apart; refuses keys that come twice."""
+    """Reads every plain scalar but null as the text that stands there, and refuses keys that come twice."""
 
     yaml_implicit_resolvers: ClassVar = {
         first: [resolver for resolver in resolvers if resolver[0] in _RESOLVED]

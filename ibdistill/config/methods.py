@@ -6,12 +6,14 @@ before torch is imported, and a package imports only those before it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from ibdistill.config.fields import Rule
 
 PREDICT, BOTH = ("predict",), ("predict", "explain")
 
 HEAD_ESTIMATORS, QUESTION_ESTIMATORS = ("paper", "normalized", "infonce"), ("vid", "vib")
-"""Estimators of the mutual-information term between the streams, and between question states and others."""
+"""Estimators of the mutual-information term: between the two streams, and on the question's states."""
 
 DIVERGENCES = ("forward", "reverse", "jsd")
 
@@ -34,7 +36,7 @@ METHODS = {
     "kd": Method(BOTH, kd=True),
     "ib+kd": Method(BOTH, mi=True, kd=True),
 }
-"""Adding a method is one line here."""
+"""Name -> method. A new method is one more line."""
 
 
 def is_estimator(name: str) -> bool:
@@ -48,9 +50,15 @@ def is_estimator(name: str) -> bool:
 
 
 def is_divergence(name: str) -> bool:
-    """Whether `objective.divergence` may be this, by the same rule."""
+    """Whether `objective.divergence` may be this: one of ours, or one that somebody added to the registry."""
     if name in DIVERGENCES:
         return True
     from ibdistill.ops.head_loss.divergences import DIVERGENCES as registry
 
     return name in registry
+
+
+EstimatorName = Annotated[
+    str, Rule(is_estimator, "auto, paper, normalized, infonce, vid, vib or a name added to ESTIMATORS")
+]
+DivergenceName = Annotated[str, Rule(is_divergence, "forward, reverse, jsd or a name added to DIVERGENCES")]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from ibdistill.config.fields import (
     AtLeast32,
@@ -23,23 +23,17 @@ from ibdistill.config.fields import (
     NotNegativeInt,
     OpenShare,
     Positive,
-    Rule,
     Seed,
     Share,
     ShareOrCount,
     ShareOrSteps,
 )
-from ibdistill.config.methods import METHODS, is_divergence, is_estimator
-
-EstimatorName = Annotated[
-    str, Rule(is_estimator, "auto, paper, normalized, infonce, vid, vib or a name added to ESTIMATORS")
-]
-DivergenceName = Annotated[str, Rule(is_divergence, "forward, reverse, jsd or a name added to DIVERGENCES")]
+from ibdistill.config.methods import METHODS, DivergenceName, EstimatorName
 
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Where a run lives and what it does once in a while."""
+    """The run's folder and seed, and what it does at intervals and at its end."""
 
     dir: str = ""
     """Run folder: configuration, checkpoints, events, result. Empty: `runs/RECIPE`."""
@@ -74,7 +68,7 @@ class RunConfig:
     max_skipped_steps: AtLeastOne = 5
     """End the run after this many steps in a row with a non-finite loss or gradient; fewer are skipped."""
     check_memory: bool = True
-    """Refuse what cannot fit into memory before anything is loaded: see `planning/memory_check.py`."""
+    """Refuse a run that cannot fit into memory before it loads anything: see `planning/memory_check.py`."""
     allow_config_change: bool = False
     """Resume although settings differ from those that the run folder was started with."""
 
@@ -92,14 +86,21 @@ class DataConfig:
     (`teacher.rationales`), from the teacher; `jsonl` training records may then lack one. Scores always
     use the ground truth."""
     llm: Literal["palm", "gpt-neox"] = "palm"
-    """Whose rationales (and labels) to read from the data release of Distilling Step-by-Step, which holds
-    those of two LLMs for some tasks."""
+    """The LLM whose rationales (and labels) are read from the data release of Distilling Step-by-Step, which
+    holds those of two LLMs for some tasks."""
     question_field: str = "question"
     """Name of the question's field, for the task `jsonl` and for `unlabelled`."""
     label_field: str = "label"
     """Name of the label's field, for the task `jsonl` and for `unlabelled`."""
     rationale_field: str = "rationale"
     """Name of the rationale's field, for the task `jsonl`."""
+    answer_check: Literal["text", "value", "choice"] = "text"
+    """When an answer to the task `jsonl` is right. text: it is the label's text, or both are numbers of one
+    value; value: both have one exact value, expressions included; choice: it is the option, by text or
+    letter, of those that the question lists as `(a) ...` lines."""
+    missing_rationales: Literal["refuse", "predict_only"] = "refuse"
+    """Training records without a rationale, where the method trains on rationales. predict_only: they train
+    the predict stream alone."""
     subsample: ShareOrCount = 1.0
     """Training records to keep: a share up to 1, or a number above 1. Drawn with `subsample_seed`."""
     subsample_seed: Seed = 0
@@ -192,23 +193,23 @@ class TeacherConfig:
     """Folder where the teacher's answers are kept, so that it scores every question once; empty: nowhere."""
     cache_form: Literal["auto", "states", "topk"] = "auto"
     """What is kept per target position: the last hidden state, or the most probable tokens. auto: topk, but
-    states for `objective.mi_pair` teacher, which pools over every token. `teacher/answers.py` has the bytes
-    that each takes."""
+    states for `objective.mi_pair` teacher, which pools over every token. `teacher/README.md` has the bytes
+    that each form takes."""
     cache_top_k: AtLeastOne = 64
     """Tokens per position that `cache_form` topk keeps; the probability of all others is one number."""
     rationales: Literal["none", "missing", "all"] = "none"
     """Training records that the teacher explains and answers; missing: those without a rationale or label."""
     keep: Literal["all", "agree"] = "all"
-    """agree: of the records that the teacher answers, train only on those with the right answer."""
+    """Train on all records that the teacher answers, or only on those with the right label (agree)."""
     template: str = ""
-    """How the teacher is asked: a text with `{question}` in it, or a file of one, to which it gives rationale
-    and label in one answer. Empty: by the task's two prefixes, as a student is asked, which an instructed
-    language model does not understand."""
+    """How the teacher is asked: a text with `{question}` in it, or a file that holds such a text; it then
+    gives rationale and label in one answer. Empty: by the task's two prefixes, as a student is asked, which
+    an instructed language model does not understand."""
     temperature: NotNegative = 0.0
     """Temperature at which the teacher's text is drawn, with `run.seed`; 0: greedy decoding."""
     max_unparsed: ClosedShare = 0.5
     """Stop if more than this share of the teacher's answers has no rationale and label: then its template is
-    wrong, and the run would train on what is left without a word."""
+    wrong, and the run would silently train on what is left."""
     write_batch_size: AtLeastOne = 32
     """Records that one rank asks the teacher about together."""
     rationale_cache: str = ""
@@ -236,7 +237,7 @@ class ObjectiveConfig:
     mi_pair: Literal["student", "teacher"] = "student"
     """Whose explain distribution paper and normalized pair with the student's predict stream."""
     infonce_temperature: Positive = 0.1
-    """Temperature that InfoNCE's cosine similarities are divided by; the best one depends on the student."""
+    """InfoNCE's cosine similarities are divided by this; the best value depends on the student."""
     gamma: NotNegative = 1.0
     """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain."""
     divergence: DivergenceName = "forward"
@@ -255,7 +256,7 @@ class OptimConfig:
     lr: Positive = 5e-5
     """Peak learning rate."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls after the warm-up: to 0 in a line or half a cosine, or not at all."""
+    """How the learning rate falls after the warm-up: to 0 linearly or along half a cosine, or not at all."""
     warmup_steps: ShareOrSteps = 0
     """Steps of linear warm-up; below 1: the share of `max_steps`, rounded to the nearest whole step."""
     max_steps: AtLeastOne = 10_000

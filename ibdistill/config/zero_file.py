@@ -1,6 +1,6 @@
-"""The DeepSpeed file of a run: ZeRO and offload, and what only observes; nothing that the run's settings own.
+"""The DeepSpeed file of a run: ZeRO, offload and monitoring, but nothing that a setting of the run decides.
 
-DeepSpeed itself passes over keys that it does not know, so a misspelt `zero_optimization` would
+DeepSpeed itself ignores keys that it does not know, so a misspelt `zero_optimization` would
 train without ZeRO. Here every key must be one that DeepSpeed reads: on the first level one of
 `_OTHER`, and inside `zero_optimization` a field of DeepSpeed's own configuration class.
 """
@@ -57,7 +57,7 @@ _OTHER: dict[str, tuple[type | tuple[type, ...], str]] = {
     **dict.fromkeys(_TEXTS, (str, "a string")),
     **dict.fromkeys(_NUMBERS, ((int, float), "a number")),
 }
-"""Further key that DeepSpeed reads on the first level -> the type of its value, and that in words."""
+"""Each further first-level key that DeepSpeed reads -> the type of its value, and that type in words."""
 
 
 def split_batch(optim: OptimConfig, world_size: int) -> tuple[int, int]:

@@ -1,15 +1,26 @@
 """Rules that tasks share: when a prediction is right, and which answers a text names.
 
-The `same_*` functions compare a prediction with a record's ground truth. (The "Distilling
-Step-by-Step!" code compares strings, or the results of Python's `eval`.) None of them ever raises.
+The `same_*` functions compare a prediction with a record's ground truth; none of them ever raises. A task
+has up to three rules (`tasks.base.Task`):
+
+- `is_correct`, by which `accuracy` is measured, labels of an LLM are judged and streams are compared;
+- `is_strict`, the rule of the data set's own scorer or of the code whose figures are compared with;
+- `is_lenient`, which takes an answer that any reader would: with its unit, its letter, `The answer is`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
+from ibdistill.data.amounts import amount, lone_number, numbers
 from ibdistill.data.arithmetic import evaluate, values_of
+from ibdistill.data.llm_text import stated
 from ibdistill.data.records import Record
+
+_PUNCTUATION = ".,;:!?\"'"
+_BRACKETS = "()[]\u201c\u201d\u2018\u2019"
+_PYTHON = re.compile(r"[-+*/(). n0-9]*")
 
 
 def same_value(prediction: str, record: Record) -> bool:
@@ -22,9 +33,41 @@ def same_value(prediction: str, record: Record) -> bool:
     return value is not None and (prediction == record.gold or value == evaluate(record.gold, names))
 
 
+def same_python_value(prediction: str, record: Record) -> bool:
+    """The rule of the "Distilling Step-by-Step!" code for equations: Python's `eval` of both gives one
+    number. Values are exact here. What is no Python (`$5`, `1,200`, `2 x 3`, `8 - 3 = 5`) is wrong."""
+    return bool(_PYTHON.fullmatch(prediction)) and same_value(prediction, record)
+
+
+def same_amount(prediction: str, record: Record) -> bool:
+    """Whether the prediction, perhaps behind `The answer is` or `####`, states one amount
+    (`amounts.amount`) and it is the gold label's value: `8 apples`, `#### 8`, `5 + 3 = 8`."""
+    text = stated(prediction)
+    value = None if text is None else amount(text)
+    return value is not None and value == evaluate(record.gold, values_of(record.quantities))
+
+
 def same_text(prediction: str, record: Record) -> bool:
     """Whether prediction and gold label are one text, apart from case, spacing, quotes, a closing `.`."""
     return plain(prediction) == plain(record.gold)
+
+
+def same_exact_text(prediction: str, record: Record) -> bool:
+    """The rule of the "Distilling Step-by-Step!" code for texts: both are one text, character by character
+    (spaces around them apart)."""
+    return prediction.strip() == record.gold.strip()
+
+
+def same_stated_text(prediction: str, record: Record) -> bool:
+    """`same_text` of what stands behind `The answer is`, `Answer:` or `####`."""
+    text = stated(prediction)
+    return text is not None and same_text(text, record)
+
+
+def same_text_or_number(prediction: str, record: Record) -> bool:
+    """`same_text`; two numbers are compared by value, so that `8`, `8.0` and `$8` are one label."""
+    value = lone_number(prediction)
+    return same_text(prediction, record) or (value is not None and value == lone_number(record.gold))
 
 
 def plain(text: str) -> str:
@@ -44,5 +87,14 @@ def named(text: str, answers: Sequence[str]) -> list[str]:
 
 def contains_words(text: str, part: str) -> bool:
     """Whether the words of `part` stand in the text one after the other, apart from case and punctuation."""
-    words, wanted = ([w.strip(".,;:!?\"'") or w for w in t.casefold().split()] for t in (text, part))
+    # The parentheses of an equation belong to it; those around other words do not.
+    marks = _PUNCTUATION if set(part) & set(_BRACKETS) else _PUNCTUATION + _BRACKETS
+    words, wanted = ([w.strip(marks) or w for w in t.casefold().split()] for t in (text, part))
     return bool(wanted) and any(words[i : i + len(wanted)] == wanted for i in range(len(words)))
+
+
+def contains_answer(text: str, answer: str) -> bool:
+    """Whether a text states an answer: a number by its value, wherever it stands (`= $18`, `2+1=3`), any
+    other answer word for word."""
+    value = lone_number(answer.strip("() "))
+    return contains_words(text, answer) or (value is not None and value in numbers(text))

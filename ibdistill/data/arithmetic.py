@@ -13,7 +13,7 @@ length and nesting are bounded. Values are fractions, so `1 / 3 * 3` equals `1` 
 
 Spellings read as well: the multiplication sign, the middle dot, the asterisk operator and the
 letter x for `*`, the division sign for `/`, the en dash and the minus sign for `-`, thousands
-commas, and `$` in front of a number. An equation, `8 - 3 = 5`, has the value of its sides
+commas, and `$` in front of a number or of its sign. An equation, `8 - 3 = 5`, has the value of its sides
 if they agree, and none if they do not. `%` is refused: `20 %` is 20 in one data set and
 1/5 in another.
 """
@@ -28,7 +28,7 @@ from types import MappingProxyType
 MAX_LENGTH = 1000
 MAX_DEPTH = 50  # each level takes three Python frames: far from the interpreter's limit
 
-_SPELLINGS = str.maketrans(
+SPELLINGS = str.maketrans(
     {"\u00d7": "*", "\u00b7": "*", "\u2217": "*", "\u00f7": "/", "\u2013": "-", "\u2212": "-"}
 )
 _TOKEN = re.compile(
@@ -39,6 +39,7 @@ _TOKEN = re.compile(
     r"|(?P<sign>[-+*/()=])"
     r")"
 )
+_DOLLAR_SIGN = re.compile(r"(?:^|(?<=[-+*/(=]))(\s*)\$(?=[-+][0-9.])")
 _NO_NAMES: Mapping[str, Fraction] = MappingProxyType({})
 
 
@@ -56,7 +57,7 @@ def evaluate(text: str, names: Mapping[str, Fraction] = _NO_NAMES) -> Fraction |
     if len(text) > MAX_LENGTH:
         return None
     try:
-        parser = _Parser(_tokens(text.translate(_SPELLINGS)), names)
+        parser = _Parser(_tokens(_DOLLAR_SIGN.sub(r"\1", text.translate(SPELLINGS))), names)
         value = parser.sum(0)
         while parser.take("="):
             if parser.sum(0) != value:

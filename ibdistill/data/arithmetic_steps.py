@@ -45,7 +45,7 @@ def computations(text: str, names: Mapping[str, Fraction]) -> list[Computation]:
     """
     found = []
     for run, is_spaced in _runs(text):
-        sides = [_balanced(side) for side in run.split("=")]
+        sides = [balanced(side) for side in run.split("=")]
         if len(sides) == 1 and not is_spaced:
             continue
         values = [evaluate(side, names) for side in sides]
@@ -108,7 +108,7 @@ def _runs(text: str) -> Iterator[tuple[str, bool]]:
     yield from finished()
 
 
-def _balanced(side: str) -> str:
+def balanced(side: str) -> str:
     """The side without a parenthesis that its other half, on another side, would close: `(3 + 4 = 7)`."""
     side = side.strip()
     while side.startswith("(") and side.count("(") > side.count(")"):

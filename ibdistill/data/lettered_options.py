@@ -12,9 +12,14 @@ import re
 from collections.abc import Iterable
 
 from ibdistill.data.answer_rules import plain
+from ibdistill.data.llm_text import stated
 from ibdistill.data.records import Record
 
 _OPTION = re.compile(r"^\(([a-z])\) (.*)$", re.MULTILINE)
+_LETTERED = re.compile(
+    r"(?P<word>(?:option|choice|letter)\s+)?[(\[]?(?P<letter>[a-z])(?P<mark>[)\].:]*)(?:\s+(?P<rest>.+))?",
+    re.DOTALL,
+)
 
 
 def with_options(question: str, texts: Iterable[str]) -> str:
@@ -35,14 +40,43 @@ def letter_of(label: str, record: Record) -> str:
     return f"({found[0]})" if found else label
 
 
-def same_choice(prediction: str, record: Record) -> bool:
-    """Whether the prediction is the gold option, as `answer_rules.same_text` compares texts. An option may
-    also be given by its letter: `(b) bank`, `(b)`, `b`. An option whose text is a letter means itself."""
-    answer = plain(prediction)
+def option_of(answer: str, record: Record) -> str:
+    """The option that an answer is, as `answer_rules.plain` text, whether the answer has the option's text,
+    its letter or both: `bank`, `(b) bank`, `(b)`, `b`; other answers as plain text. An option whose text is
+    a letter means itself."""
+    answer = plain(answer)
     texts = {letter: plain(text) for letter, text in _OPTION.findall(record.question)}
     if answer not in texts.values():
         for letter, text in texts.items():
             if answer in (letter, f"({letter})", f"({letter}) {text}"):
-                answer = text
-                break
-    return answer == plain(record.gold)
+                return text
+    return answer
+
+
+def same_choice(prediction: str, record: Record) -> bool:
+    """Whether prediction and gold label are one option, see `option_of`."""
+    return option_of(prediction, record) == option_of(record.gold, record)
+
+
+def same_exact_choice(prediction: str, record: Record) -> bool:
+    """The rule of the "Distilling Step-by-Step!" code: the prediction is the gold option's text, character by
+    character. As CommonsenseQA's own scorer compares letters, the letter in parentheses counts too."""
+    return prediction.strip() in (record.gold, letter_of(record.gold, record))
+
+
+def same_stated_choice(prediction: str, record: Record) -> bool:
+    """Whether the prediction, perhaps behind `The answer is`, names the gold option as a reader would
+    understand it: `b)`, `[b] bank`, `option b`, `B: bank`. A letter with another option's text is wrong."""
+    text = stated(prediction)
+    if text is None:
+        return False
+    if same_choice(text := text.strip("* "), record):
+        return True
+    texts = {letter: plain(text) for letter, text in _OPTION.findall(record.question)}
+    match = _LETTERED.fullmatch(plain(text))
+    if match is None or match["letter"] not in texts:
+        return False
+    option, rest = texts[match["letter"]], match["rest"]
+    if rest and (plain(rest) != option or not (match["word"] or match["mark"])):
+        return False
+    return option == option_of(record.gold, record)

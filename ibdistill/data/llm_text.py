@@ -5,10 +5,13 @@ a next question of its own. A task's parser turns such a text into (rationale, l
 those of the "Distilling Step-by-Step!" data release. What parses in that release's code parses to the
 same here. Where that code yields a blank label or rationale, or stops with an error, a parser here
 returns None, so that the caller counts the text. None stands for: no marker, the marker twice, an empty
-rationale, an answer that cannot be one. PaLM's and GPT-NeoX's outputs are written alike. No parser raises.
+rationale, an answer that cannot be one, two answers. PaLM's and GPT-NeoX's outputs are written alike. No
+parser raises.
 """
 
 from __future__ import annotations
+
+import re
 
 
 def before(text: str, next_question: str) -> str:
@@ -16,11 +19,27 @@ def before(text: str, next_question: str) -> str:
     return text.partition(next_question)[0].strip()
 
 
+FINAL = "####"
+"""GSM8K's marker: a solution ends with the line that has it, so whatever follows is another text."""
+_STATED = re.compile(rf"{FINAL}|\b(?:answer|label)(?:\s+is\b|\s*:)[\s:]*", re.IGNORECASE)
+
+
 def split_at_marker(text: str, *markers: str) -> tuple[str, str] | None:
-    """The text before and after the first marker that occurs exactly once; None if either is empty, or if
-    no marker does."""
+    """The text before and after the first of the markers that occurs exactly once; None if either is
+    empty, or if no marker does. Where `FINAL` is among the markers, the text ends with the first line
+    that has it."""
+    if FINAL in markers and FINAL in text:
+        solution, _, rest = text.partition(FINAL)
+        text = solution + FINAL + rest.split("\n")[0]
     for marker in markers:
         parts = [part.strip() for part in text.split(marker)]
         if len(parts) == 2:
             return (parts[0], parts[1]) if all(parts) else None
     return None
+
+
+def stated(text: str) -> str | None:
+    """What stands behind `The answer is`, `Answer:` or `####` in an answer; an answer without such words as
+    it is; None where they stand there twice."""
+    parts = _STATED.split(text)
+    return parts[-1].strip() if len(parts) <= 2 else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -35,8 +35,10 @@ class Loaded:
     valid: dict[str, list[Record]]
     test: dict[str, list[Record]]
     report: dict[str, int]
-    """`TASK/SPLIT/WHAT` -> how many. WHAT is records, unparsable (LLM outputs), dropped, no_rationale,
-    llm_correct (LLM labels that equal the ground truth) or unscorable (ground truths that have no value)."""
+    """`TASK/SPLIT/WHAT` -> how many. WHAT is records, unparsable (LLM outputs), dropped, no_rationale
+    (left out, or with `data.missing_rationales` predict_only trained on their labels alone),
+    llm_correct (LLM labels that equal the ground truth) or unscorable (ground truths that no answer can
+    equal, as they have no value)."""
 
 
 def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
@@ -60,7 +62,7 @@ def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
         loaded.valid[task.name], loaded.test[task.name] = valid, test
         for split, part in (("train", train), ("valid", valid), ("test", test)):
             counts[f"{split}/records"] = len(part)
-            if task.arithmetic and split != "train":
+            if (task.arithmetic or task.answer_check) and split != "train":
                 counts[f"{split}/unscorable"] = sum(not task.is_correct(r.gold, r) for r in part)
         found = {f"{task.name}/{what}": n for what, n in counts.items() if n or what.endswith("/records")}
         loaded.report.update(found)
@@ -99,6 +101,11 @@ def _checked_tasks(data: DataConfig) -> list[Task]:
             f"data.choice_labels is 'letter', which is for tasks of options ({_those_with('letter_of')}), "
             f"not {', '.join(names)}; leave it at text"
         )
+    if data.answer_check != "text" and not any(task.answer_check for task in tasks):
+        raise ValueError(
+            f"data.answer_check is {data.answer_check!r}, which is for task {_those_with('answer_check')}; "
+            f"{', '.join(names)} has its own rule for answers: leave it at text"
+        )
     if data.path is not None and all(task.generated for task in tasks):
         raise ValueError(f"data.path {data.path!r}: {', '.join(names)} is generated; leave data.path empty")
     return tasks
@@ -134,7 +141,10 @@ def _load_task(
     resolved.setdefault("test", resolved["valid"])
     train = resolved["train"]
     order = np.random.RandomState(data.subsample_seed).permutation(len(train))
-    trainable = [_trainable(task, item, wants_llm, needs_rationale, counts) for item in train]
+    predict_only = data.missing_rationales == "predict_only"
+    if needs_rationale:
+        _refuse_missing_rationales(task, predict_only, train)
+    trainable = [_trainable(item, wants_llm, needs_rationale, predict_only, counts) for item in train]
     kept = [i for i in order if trainable[i]]
     _refuse_empty(task, {**resolved, "train": kept})
     kept = sorted(kept[: _sample_size(task, data.subsample, len(kept))])
@@ -179,22 +189,37 @@ def _resolve(
 
 
 def _trainable(
-    task: Task, item: _Resolved, wants_llm: bool, needs_rationale: bool, counts: Counter[str]
+    item: _Resolved, wants_llm: bool, needs_rationale: bool, predict_only: bool, counts: Counter[str]
 ) -> bool:
-    """Whether to train on the record. One without a target for a stream that is trained is counted."""
-    if not item.parsed and (wants_llm or needs_rationale):
+    """Whether to train on the record. One without a target for a stream that is trained is counted; with
+    `predict_only` it may train the predict stream alone."""
+    if not item.parsed and (wants_llm or (needs_rationale and not predict_only)):
         counts["train/dropped"] += 1
         return False
-    if needs_rationale and not item.record.rationale:
-        if not task.partial_rationales:
-            raise ValueError(
-                f"{item.where}: no rationale, and the method trains on rationales; use --objective.method "
-                f"finetune, or set data.path to data with rationales (for {task.name!r}: the DSS data "
-                "release, or your own with --data.task jsonl)"
-            )
-        counts["train/no_rationale"] += 1
-        return False
-    return True
+    if item.record.rationale or not needs_rationale:
+        return True
+    counts["train/no_rationale"] += 1
+    return predict_only
+
+
+def _refuse_missing_rationales(task: Task, predict_only: bool, train: Sequence[_Resolved]) -> None:
+    """Raise ValueError if records lack a rationale, unless task or user allows that for some of them."""
+    missing = [item for item in train if item.parsed and not item.record.rationale]
+    all_missing = len(missing) == len(train)
+    if not missing or (not all_missing and (predict_only or task.partial_rationales)):
+        return
+    ways = {
+        "--data.missing_rationales predict_only (they train on their labels alone)": not all_missing,
+        "--teacher.rationales missing (a teacher writes them)": True,
+        "--data.derive_rationales true (they are made from the equations)": task.derives_rationales,
+        "--objective.method finetune (no record needs one)": True,
+        "data.path with rationales (the DSS data release, or your own with --data.task jsonl)": True,
+    }
+    raise ValueError(
+        f"{missing[0].where}: no rationale, and the method trains on rationales; {len(missing)} of "
+        f"{len(train)} training records of task {task.name!r} lack one. Ways out: "
+        + "; ".join(way for way, is_open in ways.items() if is_open)
+    )
 
 
 def _refuse_empty(task: Task, splits: Mapping[str, list]) -> None:

@@ -28,6 +28,8 @@ class Record:
     """The ground-truth label. Predictions are scored against it, whatever `label` is."""
     quantities: tuple[str, ...] = ()
     """With mapped numbers: the i-th quantity of the question, written `n<i>` in every text."""
+    answer_check: str = "text"
+    """The rule for answers that `data.answer_check` names, for tasks that leave it to the user."""
 
 
 def map_numbers(record: Record) -> Record:

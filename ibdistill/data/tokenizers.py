@@ -14,6 +14,7 @@ text and end a question (`bos_of`, `separator_of`).
 from __future__ import annotations
 
 import io
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -44,7 +45,9 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     not "clean up": that takes the spaces out of `a , b`, in a trained student's answers and in its export.
     """
     # From a folder that holds only a model's config, transformers makes an empty tokenizer.
-    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in _TOKENIZER_FILES):
+    folder = Path(name)
+    has_words = any((folder / file).is_file() for file in _TOKENIZER_FILES)
+    if folder.is_dir() and not has_words and not _reads_bytes(folder):
         raise ValueError(
             f"{setting} is {name!r}, which holds no tokenizer: none of {', '.join(_TOKENIZER_FILES)}; "
             "save one there with tokenizer.save_pretrained"
@@ -57,6 +60,15 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
+
+
+def _reads_bytes(folder: Path) -> bool:
+    """Whether the folder's tokenizer is ByT5's, whose tokens are bytes, so that it has no vocabulary file."""
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return settings["tokenizer_class"] == "ByT5Tokenizer"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> T5Tokenizer:

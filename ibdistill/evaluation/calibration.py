@@ -14,6 +14,7 @@ records changes nothing.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +65,7 @@ def checked(confidence: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.n
 def equal_width(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> Bins:
     """Bins [i / bins, (i + 1) / bins), the last one closed."""
     confidence, correct = checked(confidence, correct)
-    limits = np.linspace(0, 1, bins + 1)
+    limits = np.arange(bins + 1) / bins  # rounded once; of linspace's ten bins the fourth begins above 0.3
     index = np.searchsorted(limits[1:-1], confidence, side="right")
     count = np.bincount(index, minlength=bins)
     used = np.flatnonzero(count)
@@ -83,16 +84,21 @@ def adaptive(confidence: ArrayLike, correct: ArrayLike) -> Bins:
 
     The monotonic sweep of Roelofs et al., "Mitigating Bias in Calibration Error Estimation",
     AISTATS 2022: add bins until an accuracy is below that of the bin before it. A fixed number
-    of bins overestimates the error where each holds few answers.
+    of bins overestimates the error where each holds few answers. Accuracies are compared as exact
+    fractions, since with ties many are equal, and rounding would make one of them the smaller.
     """
-    ordered = _ordered(*checked(confidence, correct))
-    best = _split(*ordered, 1)
-    for bins in range(2, len(ordered[0]) + 1):
-        finer = _split(*ordered, bins)
-        if (np.diff(finer.accuracy) < 0).any():
-            break
-        best = finer
-    return best
+    confidence, correct = checked(confidence, correct)
+    _, tie, count = np.unique(confidence, return_inverse=True, return_counts=True)
+    right = [round(k) for k in np.bincount(tie, correct)]
+    # In units of 1 / scale every tie's mean is a whole number, and so are the sums of a bin.
+    scale = math.lcm(*(n // math.gcd(k, n) for k, n in zip(right, count.tolist(), strict=True)))
+    means = [k * scale // n for k, n in zip(right, count.tolist(), strict=True)]
+    fits = scale * len(correct) ** 2 < 2**62  # else Python's own integers, which have no limit
+    sums = np.cumsum(np.repeat(np.array([0, *means], dtype=np.int64 if fits else object), [1, *count]))
+    bins = 1
+    while bins < len(correct) and _rises(sums, bins + 1):
+        bins += 1
+    return equal_mass(confidence, correct, bins)
 
 
 def brier(confidence: ArrayLike, correct: ArrayLike) -> float:
@@ -136,11 +142,24 @@ def _ordered(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, n
     return np.repeat(values, count), np.repeat(means, count)
 
 
+def _rises(sums: np.ndarray, bins: int) -> bool:
+    """Whether no bin's accuracy is below that of the bin before it. `sums` [n + 1] are whole numbers: those
+    of the correctness of the first 0 .. n answers, in any unit."""
+    count = _sizes(len(sums) - 1, bins)
+    ends = np.concatenate([[0], np.cumsum(count)])
+    total = np.diff(sums[ends])
+    return bool((total[1:] * count[:-1] >= total[:-1] * count[1:]).all())
+
+
+def _sizes(n: int, bins: int) -> np.ndarray:
+    """[bins] numbers of answers that differ by at most one, the larger bins first."""
+    size, larger = divmod(n, bins)
+    return np.where(np.arange(bins) < larger, size + 1, size)
+
+
 def _split(confidence: np.ndarray, correct: np.ndarray, bins: int) -> Bins:
-    """Ordered answers in bins whose sizes differ by at most one, the larger bins first."""
-    bins = min(bins, len(confidence))
-    size, larger = divmod(len(confidence), bins)
-    count = np.where(np.arange(bins) < larger, size + 1, size)
+    """Ordered answers in `bins` bins, or in as many as there are answers if these are fewer."""
+    count = _sizes(len(confidence), min(bins, len(confidence)))
     start = np.cumsum(count) - count
     means = [np.add.reduceat(values, start) / count for values in (confidence, correct)]
     return Bins(np.stack([confidence[start], confidence[start + count - 1]], axis=1), count, *means)

@@ -16,9 +16,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ibdistill.data.answer_rules import contains_words
+from ibdistill.data.answer_rules import contains_answer
 from ibdistill.data.arithmetic import values_of
 from ibdistill.data.arithmetic_steps import computations
+from ibdistill.data.lettered_options import option_of, options
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 
@@ -34,8 +35,10 @@ def faithfulness(
     - `rationale_accuracy`: it implies exactly one label, and that one is right;
     - `steps_right`: share of the checkable arithmetic steps that hold; `sound`: share of the
       rationales with such steps in which every one holds (both only where there are any);
-    - `leakage`: the predicted label stands in the rationale word for word; `reference_leakage`: the
-      ground truth stands in the reference rationale word for word, as a share of the records that have one.
+    - `leakage`: the predicted label stands in the rationale, so that whoever reads the rationale need not
+      infer it: a number by its value, wherever it stands (`= $18`, `2+1=3`), an option by its text though
+      the label be a letter, any other label word for word; `reference_leakage`: the same of the ground
+      truth and the reference rationale, as a share of the records that have one.
 
     The first four are there only for tasks with a rule for what a rationale implies.
     """
@@ -61,13 +64,16 @@ def faithfulness(
         checked = [own for own in steps if own]
         scores["steps_right"] = sum(map(sum, checked)) / sum(map(len, checked))
         scores["sound"] = sum(map(all, checked)) / len(checked)
-    scores["leakage"] = sum(map(contains_words, rationales, labels)) / n
-    explained = [r for r in records if r.rationale]
+    scores["leakage"] = sum(map(leaks, rationales, labels, records)) / n
+    explained = [leaks(r.rationale, r.gold, r) for r in records if r.rationale]
     if explained:
-        scores["reference_leakage"] = sum(contains_words(r.rationale, r.gold) for r in explained) / len(
-            explained
-        )
+        scores["reference_leakage"] = sum(explained) / len(explained)
     return scores
+
+
+def leaks(rationale: str, label: str, record: Record) -> bool:
+    """Whether the rationale states the label."""
+    return contains_answer(rationale, option_of(label, record) if options(record) else label)
 
 
 def agrees(label: str, implied: Sequence[str], record: Record) -> bool:

@@ -16,24 +16,43 @@ from numpy.typing import ArrayLike
 from ibdistill.evaluation import calibration
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Curve = tuple[str, Sequence[float], Sequence[float]]
 """Name, x, y."""
+LONGEST_LABEL, LONGEST_TITLE = 40, 100
+"""Characters of a label and of a title that are drawn."""
+
+
+def one_line(text: str, longest: int) -> str:
+    """The text cut to `longest` characters, with spaces for what cannot be shown, line ends among it."""
+    kept = text if len(text) <= longest else f"{text[: longest - 1]}…"
+    return "".join(c if c.isprintable() else " " for c in kept)
+
+
+def plain(text: str, longest: int = LONGEST_LABEL) -> str:
+    """The text as every figure shows it: on one line, cut to `longest` characters, and never typeset.
+
+    Texts come from data, models and folder names. matplotlib would read `$5 and $3` as mathematics and raise
+    at `$\\frac{$`, cannot draw a lone surrogate, needs minutes for 100,000 characters, and leaves names that
+    begin with an underscore out of legends.
+    """
+    kept = one_line(text, longest).replace("$", r"\$")
+    return f" {kept}" if kept.startswith("_") else kept
 
 
 def reliability(confidence: ArrayLike, correct: ArrayLike, title: str) -> Figure:
     """Accuracy against confidence in `calibration.BINS` bins of equal width; the dots' area is the count."""
     bins = calibration.equal_width(confidence, correct)
-    figure, axes = _axes(title, "confidence", "accuracy")
+    n = int(bins.count.sum())
+    figures = f"ECE {bins.error:.3f}, {calibration.BINS} bins, n = {n}"
+    figure, axes = _axes(title, "confidence", "accuracy", figures)
     axes.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="calibrated")
     low, high = bins.edges.T
     axes.bar(low, bins.accuracy, width=high - low, align="edge", alpha=0.35, edgecolor="C0")
-    axes.scatter(bins.confidence, bins.accuracy, s=4 + 200 * bins.count / bins.count.sum(), color="C0")
-    n = int(bins.count.sum())
-    axes.set(
-        xlim=(0, 1), ylim=(0, 1), title=f"{title}\nECE {bins.error:.3f}, {calibration.BINS} bins, n = {n}"
-    )
+    axes.scatter(bins.confidence, bins.accuracy, s=4 + 200 * bins.count / n, color="C0")
+    axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.legend(loc="upper left")
     return figure
 
@@ -41,7 +60,7 @@ def reliability(confidence: ArrayLike, correct: ArrayLike, title: str) -> Figure
 def risk_coverage(confidence: ArrayLike, correct: ArrayLike, title: str) -> Figure:
     """Share of wrong answers among the most confident ones, against how many are answered."""
     coverage, risk = calibration.risk_coverage(confidence, correct)
-    figure, axes = _axes(f"{title}\nAURC {risk.mean():.3f}", "coverage", "risk")
+    figure, axes = _axes(title, "coverage", "risk", f"AURC {risk.mean():.3f}")
     axes.plot(coverage, risk)
     axes.set(xlim=(0, 1), ylim=(0, None))
     return figure
@@ -60,8 +79,8 @@ def confusion(gold: Sequence[str], predicted: Sequence[str], title: str) -> Figu
     for (row, column), count in np.ndenumerate(counts):
         dark = count > counts[row].sum() / 2
         axes.text(column, row, str(count), ha="center", va="center", color="w" if dark else "k")
-    axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+    axes.set_xticks(range(len(columns)), [*map(plain, columns)], rotation=30, ha="right")
+    axes.set_yticks(range(len(labels)), [*map(plain, labels)])
     axes.grid(False)
     return figure
 
@@ -94,15 +113,15 @@ def lines(panels: Mapping[str, Sequence[Curve]], title: str, xlabel: str = "step
     ):
         labelled = set()
         for name, x, y in curves:
-            label = name if name not in labelled else None
+            label = plain(name) if name not in labelled else None
             axes.plot(
                 x, y, color=f"C{names.index(name) % 10}", label=label, marker="." if len(x) < 20 else ""
             )
             labelled.add(name)
-        axes.set(xlabel=xlabel, title=ylabel)
+        axes.set(xlabel=plain(xlabel), title=plain(ylabel))
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
-    figure.suptitle(title)
+    figure.suptitle(plain(title, LONGEST_TITLE))
     return figure
 
 
@@ -116,10 +135,10 @@ def intervals(panels: Mapping[str, Mapping[str, tuple[float, float]]], title: st
             axes.errorbar(
                 x, mean, yerr=None if math.isnan(half) else half, fmt="o", color=f"C{x % 10}", capsize=4
             )
-        axes.set_xticks(range(len(rows)), rows, rotation=20, ha="right", fontsize=8)
-        axes.set(title=metric, xlim=(-0.5, len(rows) - 0.5))
+        axes.set_xticks(range(len(rows)), [*map(plain, rows)], rotation=20, ha="right", fontsize=8)
+        axes.set(title=plain(metric), xlim=(-0.5, len(rows) - 0.5))
         axes.grid(alpha=0.3, axis="y")
-    figure.suptitle(title)
+    figure.suptitle(plain(title, LONGEST_TITLE))
     return figure
 
 
@@ -138,9 +157,10 @@ def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def _axes(title: str, xlabel: str, ylabel: str):
+def _axes(title: str, xlabel: str, ylabel: str, second_line: str = "") -> tuple[Figure, Axes]:
     figure = _figure(4.8, 4.2)
     axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    lines = [plain(title, LONGEST_TITLE), *[second_line] * bool(second_line)]
+    axes.set(title="\n".join(lines), xlabel=plain(xlabel, LONGEST_TITLE), ylabel=plain(ylabel))
     axes.grid(alpha=0.3)
     return figure, axes

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.json_rows import read_rows
+from ibdistill.data.json_rows import read_rows, shown
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.evaluation import calibration, faithfulness, text_scores
@@ -98,7 +98,14 @@ def prediction(record: Record, label: Answer, rationale: Answer | None) -> Predi
 def scores(predictions: Sequence[Prediction], encoder: text_scores.Encoder = None) -> dict[str, float]:
     """All scores of one task's predictions, by name.
 
-    - `accuracy`, a share;
+    - `accuracy`, a share, by the task's rule `is_correct`. All figures of this project are measured by it, so
+      it stays as it is, and calibration, the choice of the best checkpoint and the study use it;
+    - `accuracy_strict`, by the official rule of the data set, for comparison with published figures: the
+      task's `is_strict` names it;
+    - `accuracy_lenient`, the share of answers that any of the task's rules accepts, `is_lenient` included,
+      which takes what any reader would take (`8 apples`, `The answer is (b)`). The distance to `accuracy` is
+      what the form of the answers costs. Some official rules accept what `is_correct` refuses, so that
+      `accuracy` need not lie between the two;
     - `confidence`, `ece`, `ece_mass`, `ece_adaptive`, `brier`, `aurc`: `calibration.summary` of the whole
       label, and the same of its first token under `first_token_...`;
     - if rationales were decoded: `rationale_bleu`, `rationale_chrf`, `rationale_rouge_l` and
@@ -106,7 +113,14 @@ def scores(predictions: Sequence[Prediction], encoder: text_scores.Encoder = Non
       records that have a reference rationale; and the scores of `faithfulness.faithfulness` over all.
     """
     correct = [p.correct for p in predictions]
-    result = {"accuracy": sum(correct) / len(predictions)}
+    task = TASKS[predictions[0].record.task]
+    strict = [(task.is_strict or task.is_correct)(p.label, p.record) for p in predictions]
+    lenient = [
+        one or other or bool(task.is_lenient and task.is_lenient(p.label, p.record))
+        for one, other, p in zip(correct, strict, predictions, strict=True)
+    ]
+    counts = {"accuracy": correct, "accuracy_strict": strict, "accuracy_lenient": lenient}
+    result = {name: sum(accepted) / len(predictions) for name, accepted in counts.items()}
     result |= calibration.summary([p.confidence for p in predictions], correct)
     first = calibration.summary([p.first_confidence for p in predictions], correct)
     result |= {f"first_token_{name}": value for name, value in first.items()}
@@ -150,22 +164,21 @@ def _as_row(p: Prediction) -> dict[str, Any]:
 def read_predictions(path: Path, records: Sequence[Record]) -> list[Prediction]:
     """The predictions of a file, scored anew against `records` of one task.
 
-    Raises ValueError if the file is missing, does not hold predictions, or holds those of other records.
+    Raises ValueError if the file is missing, does not hold predictions, holds those of other records, or
+    has a record twice; the message begins with `FILE:LINE`.
     """
     by_id = {record.id: record for record in records}
     task = records[0].task
     if not path.is_file():
         raise ValueError(f"{path} does not exist; predictions of a run are in RUN/predictions/step-*/")
-    predictions = []
+    predictions, places = [], {}
     for where, row in read_rows(path):
-        try:
-            name, label, rationale = row["id"], row["label"], row["rationale"]
-            confidences = float(row["confidence"]), float(row["first_confidence"])
-        except (KeyError, TypeError, ValueError) as error:
+        name, label, rationale = _checked_row(row, where)
+        if name in places:
             raise ValueError(
-                f"{where}: not a prediction ({type(error).__name__}: {error}); each line needs id, label, "
-                "rationale, confidence and first_confidence"
-            ) from None
+                f"{where}: {name!r} stands at {places[name]} already; each record counts once: keep one line"
+            )
+        places[name] = where
         if name not in by_id:
             raise ValueError(
                 f"{where}: {name!r} is none of the {len(records)} records of task {task!r} that are "
@@ -173,8 +186,30 @@ def read_predictions(path: Path, records: Sequence[Record]) -> list[Prediction]:
             )
         if row.get("question") != by_id[name].question:
             raise ValueError(f"{where}: {name!r} has another question in the data that is loaded now")
-        explained = None if rationale is None else Answer(rationale, 1.0, 1.0)
-        predictions.append(prediction(by_id[name], Answer(label, *confidences), explained))
+        predictions.append(prediction(by_id[name], label, rationale))
     if not predictions:
         raise ValueError(f"{path} is empty: there are no predictions to evaluate")
     return predictions
+
+
+def _checked_row(row: Any, where: str) -> tuple[str, Answer, Answer | None]:
+    """Id, label and rationale of a row of a predictions file. Raises ValueError if it is none."""
+    needs = "each line needs id, label, rationale, confidence and first_confidence"
+    try:
+        name, label, rationale = row["id"], row["label"], row["rationale"]
+        confidences = row["confidence"], row["first_confidence"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{where}: not a prediction ({type(error).__name__}: {error}); {needs}") from None
+    if not isinstance(name, str) or not isinstance(label, str):
+        key, value = ("label", label) if isinstance(name, str) else ("id", name)
+        raise ValueError(f"{where}: the {key} is {shown(value)}; it must be text, as the student wrote it")
+    if not isinstance(rationale, str | None):
+        raise ValueError(f"{where}: the rationale is {shown(rationale)}; it must be text, or null for none")
+    for value in confidences:
+        if type(value) not in (int, float) or not 0 <= value <= 1.001:  # more is no rounding
+            raise ValueError(f"{where}: a confidence is {shown(value)}; it must be a number from 0 to 1")
+    return (
+        name,
+        Answer(label, *map(float, confidences)),
+        None if rationale is None else Answer(rationale, 1.0, 1.0),
+    )

@@ -7,10 +7,12 @@ to that, on its own logits.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -26,6 +28,8 @@ from ibdistill.data import tokenizers
 from ibdistill.models import presets
 from ibdistill.models.fused import fused
 from ibdistill.runtime.files import digest
+
+logger = logging.getLogger("ibdistill")
 
 ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
 FAMILIES = dict.fromkeys(("t5", "mt5"), ENCODER_DECODER) | dict.fromkeys(
@@ -74,8 +78,9 @@ def layout(
 def load_config(name: str, setting: str) -> PreTrainedConfig:
     """A model's configuration by hub name or folder.
 
-    Raises ValueError, naming `setting`, if there is none, if the type is not supported, or if
-    the model changes its logits after the head, which our loss on the head's weights would miss.
+    Raises ValueError, naming `setting`, if there is none, if the type is not supported, if the
+    model changes its logits after the head, which our loss on the head's weights would miss, or if
+    an encoder-decoder model does not say with which token its decoder starts.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -91,6 +96,12 @@ def load_config(name: str, setting: str) -> PreTrainedConfig:
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"{setting} is {name!r}, a {config.model_type!r} model; supported are {', '.join(FAMILIES)}"
+        )
+    if family(config) == ENCODER_DECODER and getattr(config, "decoder_start_token_id", None) is None:
+        raise ValueError(
+            f"{setting} is {name!r}, whose config.json has no decoder_start_token_id, the token with which "
+            "the decoder starts; add it there (in T5 models it is pad_token_id, which here is "
+            f"{config.pad_token_id})"
         )
     return config
 
@@ -150,17 +161,62 @@ def load_model(
         kwargs: further arguments of `from_pretrained`, such as `quantization_config`.
 
     Raises:
-        ValueError: as `load_config` does.
+        ValueError: as `load_config` does; or the files lack a weight of the model, or have it in another
+            shape. Weights in the files for which the model has no place are a warning.
     """
     config = _with_dropout(load_config(name, setting), dropout)
     if random_seed is None:
-        model = _auto_class(config).from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=False, **kwargs
-        )
+        model = _pretrained(name, config, setting, dtype=dtype, **kwargs)
     else:
         torch.manual_seed(random_seed)
         model = _from_config(config, dtype)
     return fused(decodes_greedily(model, tokenizer))
+
+
+def _pretrained(name: str, config: PreTrainedConfig, setting: str, **kwargs: Any) -> PreTrainedModel:
+    """The model with all its weights from a checkpoint, as `load_model` says."""
+    try:
+        # mismatched shapes are listed below, where they can be named
+        model, report = _auto_class(config).from_pretrained(
+            name,
+            config=config,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **kwargs,
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{setting} is {name!r}, whose weights cannot be loaded: {error}") from error
+    saved_as = f"It was saved as {', '.join(config.architectures or ['an unknown class'])}"
+    way_out = f"choose a folder or hub name of a whole {type(model).__name__}"
+    if setting == "student.model":
+        way_out += ", or set student.init random to take the shape alone"
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"{setting} is {name!r}, whose files lack {_listed(missing)}: these weights would be random. "
+            f"{saved_as}; {way_out}"
+        )
+    if mismatched := sorted(report["mismatched_keys"]):
+        shapes = [f"{key} {tuple(theirs)} instead of {tuple(ours)}" for key, theirs, ours in mismatched]
+        raise ValueError(
+            f"{setting} is {name!r}, whose files have weights of other shapes than its config.json: "
+            f"{_listed(shapes)}. {saved_as}; {way_out}"
+        )
+    if unexpected := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%s is %r, whose files have weights that the model does not use: %s. %s",
+            setting,
+            name,
+            _listed(unexpected),
+            saved_as,
+        )
+    return model
+
+
+def _listed(names: list[str]) -> str:
+    """At most three of the names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def from_config(config: PreTrainedConfig, dropout: float | None) -> PreTrainedModel:
@@ -183,16 +239,28 @@ def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrained
 def decodes_greedily(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The same model, whose `generate` is greedy and ends with the tokenizer's end token.
 
-    Published decoder-only models come with sampling temperatures and repetition penalties, and a
-    repetition penalty changes greedy decoding too.
+    Published models come with sampling temperatures, beams, least lengths and repetition penalties, most of
+    which change greedy decoding too, and with a start token that may be another than config.json's, with
+    which the model is trained.
     """
-    if family(model) == DECODER_ONLY:
-        model.generation_config = GenerationConfig(
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    model.generation_config = greedy(model.config, tokenizer)
     return model
+
+
+def greedy(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int | None = None
+) -> GenerationConfig:
+    """Greedy decoding that starts as the model is trained and ends with the tokenizer's end token."""
+    starts = family(config) == ENCODER_DECODER
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=config.decoder_start_token_id if starts else None,
+    )
 
 
 def _auto_class(config: PreTrainedConfig) -> type:

@@ -2,30 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 
 from ibdistill.models.families import ENCODER_DECODER, base_of, family
+
+_ON_QUESTION = (".EncDecAttention.k", ".EncDecAttention.v")
+"""In these names of T5's decoder are the keys and values of cross-attention."""
 
 
 def operations_per_token(model: nn.Module) -> tuple[int, int]:
     """Floating point operations of one training step per token of a question and per token of a target.
 
-    Each weight that the token meets counts 6: 2 in the forward pass, 4 in the backward pass (Kaplan et al.,
-    arXiv 2001.08361, section 2.1). The products of attention itself are left out, and so is what is computed
-    twice under `student.gradient_checkpointing`. In an encoder-decoder model a question's tokens meet the
-    encoder, and a target's tokens the decoder and the head; in a decoder-only model they meet all blocks.
+    Each weight of a matrix that the token is multiplied with counts 6: 2 in the forward pass, and in the
+    backward pass 2 for the gradient of the token's state and 2 for that of the weight (Kaplan et al.,
+    arXiv 2001.08361, section 2.1), of which a frozen weight, as beside LoRA's adapters, saves the last.
+    Embeddings, relative position biases among them, are looked up and cost nothing. The products of attention
+    itself are left out, and so is what is computed twice under `student.gradient_checkpointing`.
+
+    In an encoder-decoder model a question's tokens meet the encoder and the keys and values of the decoder's
+    cross-attention, which read the encoder's states; a target's tokens meet the rest of the decoder and the
+    head. In a decoder-only model both meet all blocks.
     """
     base = base_of(model)
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    head = base.get_output_embeddings()
+    matrices = dict(_matrices(base, without=head))
     if family(base) == ENCODER_DECODER:
-        question = _weights(base.get_encoder()) - _weights(embedding)
-        target = _weights(base.get_decoder()) - _weights(embedding)
+        of_decoder = {
+            name
+            for name in matrices
+            if name.startswith("decoder.") and not any(part in name for part in _ON_QUESTION)
+        }
+        target = sum(matrices[name] for name in of_decoder)
+        question = sum(matrices.values()) - target
     else:
-        tied = embedding.weight is head.weight
-        question = target = _weights(base) - _weights(embedding) - (0 if tied else _weights(head))
-    return 6 * question, 6 * (target + _weights(head))
+        question = target = sum(matrices.values())
+    return question, target + sum(cost for _, cost in _matrices(head))
 
 
-def _weights(module: nn.Module) -> int:
-    """Number of weights, also where ZeRO-3 has partitioned them."""
-    return sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+def _matrices(module: nn.Module, without: nn.Module | None = None) -> Iterable[tuple[str, int]]:
+    """(name, operations per token) of the matrices in a module, also where ZeRO-3 has partitioned them."""
+    left_out = set() if without is None else set(without.modules())
+    for name, part in module.named_modules():
+        if isinstance(part, nn.Embedding) or part in left_out:
+            continue
+        for key, p in part.named_parameters(recurse=False):
+            if len(getattr(p, "ds_shape", p.shape)) > 1:
+                yield f"{name}.{key}", (6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel())

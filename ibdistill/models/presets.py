@@ -125,10 +125,12 @@ def initialise(model: PreTrainedModel, seed: int) -> None:
     """Draw every weight of a preset anew, as the module docstring says.
 
     T5's matrices keep T5's scales. Whether the head is tied stays as it is. Independent of
-    torch's global generator.
+    torch's global generator. Weights on the meta device have no values, so nothing is drawn for them.
     """
     import torch
 
+    if model.device.type == "meta":
+        return
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in model.named_parameters():

@@ -12,6 +12,9 @@ from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.models import presets
 from ibdistill.models.families import ENCODER_DECODER, family, load_model, load_preset
 
+ALL_LINEAR = "all-linear"
+"""peft's name for all linear layers but the head."""
+
 
 def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed: int) -> PreTrainedModel:
     """The student as `config` describes it, whole and in fp32, on the CPU.
@@ -81,17 +84,33 @@ def check_context(model: PreTrainedModel, config: DataConfig) -> None:
 
 
 def with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
-    """The model with adapters as `config` describes them. Raises ValueError if it has no such layers."""
-    from peft import LoraConfig, get_peft_model
+    """The model with adapters as `config` describes them; everything else of it is frozen.
 
+    Raises ValueError if the model has no such layers, or if one of them is the head or an embedding.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as DEFAULTS
+
+    targets = config.lora_targets or DEFAULTS.get(model.config.model_type, ALL_LINEAR)
     settings = LoraConfig(
         task_type="SEQ_2_SEQ_LM" if family(model) == ENCODER_DECODER else "CAUSAL_LM",
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=config.lora_targets or None,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         lora_dropout=0.0,
+        fan_in_fan_out=model.config.model_type == "gpt2",  # its layers keep their weights transposed
     )
+    vocabulary = {id(model.get_input_embeddings().weight), id(model.get_output_embeddings().weight)}
     try:
-        return get_peft_model(model, settings)
+        adapted = get_peft_model(model, settings, autocast_adapter_dtype=False)
     except ValueError as error:
         raise ValueError(f"student.lora_targets is {config.lora_targets}: {error}") from error
+    for name, module in adapted.base_model.model.named_modules():
+        if isinstance(module, BaseTunerLayer) and id(module.get_base_layer().weight) in vocabulary:
+            raise ValueError(
+                f"student.lora_targets is {config.lora_targets}, and {name} is the model's head or embedding "
+                "table. The loss reads the head's weight itself, so an adapter there would not be trained; "
+                "leave it out, or train all weights with student.lora_rank 0"
+            )
+    return adapted

@@ -37,14 +37,13 @@ class WholeModel:
 
     def _collect(self) -> nn.Module:
         model = copy.deepcopy(self._skeleton)
-        state = {}
+        state, whole = {}, {}
         for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            with deepspeed.zero.GatheredParameters([parameter]):
-                state[name] = parameter.detach().clone()
-        # a tied weight is one tensor under several names
-        first: dict[int, str] = {}
-        for name, parameter in self._model.named_parameters(remove_duplicate=False):
-            state[name] = state[first.setdefault(id(parameter), name)]
+            if id(parameter) not in whole:  # a tied weight is one parameter under several names
+                with deepspeed.zero.GatheredParameters([parameter]):
+                    copied = parameter.detach().clone()
+                whole[id(parameter)] = nn.Parameter(copied, parameter.requires_grad)
+            state[name] = whole[id(parameter)]
         model.load_state_dict(state, strict=False, assign=True)
         # the skeleton's buffers, such as rotary frequencies, are still on the CPU, where the model was made
         return model.to(state[name].device)

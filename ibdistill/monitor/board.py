@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache, partial, wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from ibdistill.config.methods import METHODS
 from ibdistill.runtime.distributed import World
 
 if TYPE_CHECKING:
@@ -20,14 +26,14 @@ logger = logging.getLogger("ibdistill")
 _LAYOUT = {
     "training": {
         "losses": ["Multiline", ["loss/.*"]],
-        "mutual information": ["Multiline", ["mi/(bound|entropy|constant)$"]],
+        "mutual information": ["Multiline", ["mi/(bound|kl|entropy|constant)$", "loss/(mi|vid|vib)$"]],
         "share of the gradient": ["Multiline", ["grad/share_.*"]],
         "token accuracy": ["Multiline", ["accuracy/.*"]],
     },
     "evaluation": {
         "accuracy": ["Multiline", ["eval/.*_accuracy$"]],
         "calibration error": ["Multiline", ["eval/.*_ece.*"]],
-        "faithfulness": ["Multiline", ["eval/.*_(faithful|implies|agreement)$"]],
+        "faithfulness": ["Multiline", ["eval/.*_(faithful|implies|agreement|leakage)$"]],
         "rationale text": ["Multiline", ["eval/.*_rationale_(bleu|chrf|rouge_l)$"]],
     },
     "machine": {
@@ -36,12 +42,38 @@ _LAYOUT = {
         "memory": ["Multiline", ["memory/.*"]],
     },
 }
+"""The CUSTOM SCALARS tab: chart -> patterns of the tags in it. `mi` is there for every estimator, and
+`leakage` for every task with rationales."""
+_ACCURACY = re.compile(r"(?<!rationale)_accuracy$")
+_HEADLINE = re.compile(r"_(accuracy|(?<!first_token_)ece|faithful|rationale_bleu|rationale_rouge_l)$")
+"""Tags of the scores that the HPARAMS tab shows."""
+
+
+def _never_raises(method: Callable[..., None]) -> Callable[..., None]:
+    """Let a method of `Board` that writes events never end a run.
+
+    After an error of the file system (a full disk) no more events are written until the run is started again.
+    Any other error costs what was to be written by this call.
+    """
+
+    @wraps(method)
+    def guarded(self: Board, *args: Any, **kwargs: Any) -> None:
+        try:
+            method(self, *args, **kwargs)
+        except OSError as error:
+            logger.warning("no more TensorBoard events until the next start, since %s", error)
+            self._drop_writer()
+        except Exception as error:
+            logger.warning("a TensorBoard event is left out: %r", error)
+
+    return guarded
 
 
 class Board:
     """The TensorBoard events of a run and its progress bar, on rank 0.
 
-    On other ranks, and without events if `off`, every call does nothing.
+    On other ranks, and without events if `off`, every call does nothing. Nothing here raises: events that
+    cannot be written are left out with a warning.
     """
 
     def __init__(
@@ -53,19 +85,32 @@ class Board:
         """
         self._writer = self._bar = None
         if world.rank == 0 and not off:
-            self._writer = SummaryWriter(str(folder), purge_step=step + 1)
-            self._writer.add_custom_scalars(_LAYOUT)
+            self._open(folder, step)
         if world.rank == 0 and last_step and sys.stderr.isatty():
             self._bar = tqdm(total=last_step, initial=step, unit="step", dynamic_ncols=True)
             for handler in logger.handlers:
                 handler.setStream(_AboveBar())
 
+    @_never_raises
+    def _open(self, folder: Path, step: int) -> None:
+        _silence_writing_threads()
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer.add_custom_scalars(_LAYOUT)
+
+    def _drop_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(Exception):
+                writer.close()
+
+    @_never_raises
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Write scalars by tag."""
         if self._writer is not None:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
 
+    @_never_raises
     def text(self, tag: str, text: str, step: int, *, markdown: bool = False) -> None:
         """Write a text; it is shown verbatim unless it is Markdown."""
         if self._writer is not None:
@@ -74,15 +119,26 @@ class Board:
 
     def figures(self, figures: dict[str, Figure], step: int) -> None:
         """Write figures by tag, as images."""
-        if self._writer is not None:
-            for tag, figure in figures.items():
-                self._writer.add_figure(tag, figure, step, close=False)
+        for tag, figure in figures.items():
+            self._figure(tag, figure, step)
 
+    @_never_raises
+    def _figure(self, tag: str, figure: Figure, step: int) -> None:
+        if self._writer is not None:
+            self._writer.add_figure(tag, figure, step, close=False)
+
+    @_never_raises
     def hparams(self, settings: dict[str, Any], scores: dict[str, float]) -> None:
-        """Write a row of the HPARAMS tab: settings, and final scores under the tags of their scalars."""
+        """Write a row of the HPARAMS tab: settings, and the main scores under the tags of their scalars.
+
+        The tab puts settings before scores, which a few settings push off the screen. So the accuracies stand
+        among the settings too, as the first columns.
+        """
         if self._writer is not None:
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-            for summary in hparams(plain, scores):
+            first = {tag.removeprefix("eval/"): v for tag, v in scores.items() if _ACCURACY.search(tag)}
+            shown = {tag: v for tag, v in scores.items() if _HEADLINE.search(tag)}
+            for summary in hparams(dict(sorted(first.items())) | plain, shown):
                 self._writer.file_writer.add_summary(summary)
 
     def advance(self, step: int) -> None:
@@ -96,8 +152,25 @@ class Board:
             self._bar.close()
             for handler in logger.handlers:
                 handler.setStream(sys.stderr)
+        self._close_writer()
+
+    @_never_raises
+    def _close_writer(self) -> None:
         if self._writer is not None:
             self._writer.close()
+            self._writer = None
+
+
+@cache
+def _silence_writing_threads() -> None:
+    """Print no traceback where TensorBoard's own thread cannot write: the next call raises its error
+    again."""
+    threading.excepthook = partial(_except_hook, threading.excepthook)
+
+
+def _except_hook(inner: Callable[[Any], Any], given: threading.ExceptHookArgs) -> None:
+    if not type(given.thread).__module__.startswith("tensorboard."):
+        inner(given)
 
 
 class _AboveBar:
@@ -111,12 +184,15 @@ class _AboveBar:
 
 
 def hyperparameters(settings: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings that tell a sweep's runs apart: the objective, the seed, and all that are not at their
-    defaults. Both arguments map `section.field` to a value."""
-    return {
+    """The settings that tell a sweep's runs apart: method, seed, and all that are not at their defaults.
+
+    Both arguments map `section.field` to a value. Left out are those that change no result (`run.`), and the
+    weight and form of a mutual-information term, which have values for every run, where the method has none.
+    """
+    first = {name: settings[name] for name in ("objective.method", "run.seed")}
+    unused = () if METHODS[settings["objective.method"]].mi else ("objective.beta", "objective.estimator")
+    return first | {
         name: value
         for name, value in settings.items()
-        if name.startswith("objective.")
-        or name == "run.seed"
-        or (value != defaults[name] and not name.startswith("run."))
+        if value != defaults[name] and not name.startswith("run.") and name not in (*first, *unused)
     }

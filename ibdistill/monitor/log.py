@@ -12,6 +12,7 @@ from ibdistill.config.sections import Config
 from ibdistill.models.operations import operations_per_token
 from ibdistill.monitor.meter import Interval
 from ibdistill.objectives.weights import means, total
+from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 
@@ -53,11 +54,20 @@ def line(values: Mapping[str, float], step: int, last_step: int) -> str:
 
 
 def losses(interval: Interval, config: Config) -> dict[str, float]:
-    """The objective, its terms (means by `objectives.weights.means`), and how often the teacher is right."""
+    """The objective, its terms (means by `objectives.weights.means`), and how often the teacher is right.
+
+    For an estimator that is a cross entropy between distributions, `mi/kl` stands in place of the bound: how
+    far it lies above its floor, the entropy. Both are means over questions, the same however ranks and
+    micro-batches split a step, whereas the bound's H(V) is estimated from the questions of one micro-batch,
+    and grows with their number up to its logarithm.
+    """
     sums = dict(interval.terms)
     asked, right = (sums.pop(f"teacher_{name}", 0.0) for name in ("asked", "right"))
     terms = means(sums, interval.counts)
     result = {"loss/total": total(config.objective, terms)}
+    estimator = ESTIMATORS.get(config.objective.estimator)
+    if estimator and estimator.is_cross_entropy and terms.pop("mi_bound", None) is not None:
+        result["mi/kl"] = terms["mi"] - terms["mi_entropy"]
     result |= {tag(name): value for name, value in terms.items()}
     if terms.get("mi"):
         result["mi/constant_share"] = constant_share(terms["mi"], terms.get("mi_constant", 0.0))
@@ -68,15 +78,13 @@ def losses(interval: Interval, config: Config) -> dict[str, float]:
 
 def tag(term: str) -> str:
     """The TensorBoard tag of a term: `ce_predict` -> `loss/predict`, `kd_predict` -> `loss/kd_predict`,
-    `mi` -> `loss/mi`, `mi_bound` -> `mi/bound`, `vid` -> `loss/vid`, `vid_bound` -> `mi/vid_bound`,
+    `mi` -> `loss/mi`, `mi_bound` -> `mi/bound`, `vid` -> `loss/vid`,
     `correct_predict` -> `accuracy/predict_tokens`."""
     kind, _, rest = term.partition("_")
     if kind == "correct":
         return f"accuracy/{rest}_tokens"
     if kind == "mi" and rest:
         return f"mi/{rest}"
-    if kind == "vid" and rest:
-        return f"mi/{term}"
     return f"loss/{rest if kind == 'ce' else term}"
 
 

@@ -8,6 +8,7 @@ from ibdistill.config.methods import METHODS, QUESTION_ESTIMATORS
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.ops.head_loss.api import MISettings, Weights
+from ibdistill.ops.head_loss.estimators import ESTIMATORS
 
 GRADIENT = "gradient_"
 """Prefix of a term that is the squared norm of another term's gradient (`distillation.term_gradients`)."""
@@ -42,6 +43,22 @@ def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
         temperature=objective.infonce_temperature,
         pair=objective.mi_pair,
     )
+
+
+def check_split(objective: ObjectiveConfig, batch_size: int, micro_batches: int) -> None:
+    """Raise ValueError for an estimator that compares questions, where a rank has them in several parts.
+
+    `batch_size`: questions of a step, over all ranks; `micro_batches`: of one rank per step.
+    """
+    mi = mi_settings(objective)
+    if mi and ESTIMATORS[mi.estimator].space == "state" and micro_batches > 1:
+        raise ValueError(
+            f"objective.estimator is {mi.estimator}, which compares a step's questions with each other, and "
+            f"optim.micro_batch_size splits the {batch_size} of optim.batch_size into {micro_batches} "
+            "micro-batches per rank, each of which would only see its own: another loss. Leave "
+            "optim.micro_batch_size out, with more ranks, a smaller optim.batch_size or "
+            "student.gradient_checkpointing where memory is short, or choose another objective.estimator"
+        )
 
 
 def uses_vid(objective: ObjectiveConfig) -> bool:

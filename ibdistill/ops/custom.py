@@ -1,4 +1,4 @@
-"""What the custom ops of this package share: gradients that are made in the forward pass.
+"""Custom operations whose gradients are made in the forward pass.
 
 A custom op is opaque to torch.compile: the compiler sees its fake implementation's shapes and never looks
 inside. By convention an op here takes the tensors that it differentiates for first and `needs` (one flag for
@@ -45,13 +45,14 @@ def _backward(ctx, upstream: list[Tensor | None]):
 
 
 def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
-    # nobody reads it again unless the graph is kept, and a head's gradient is as large as the head
+    # Only a graph that is kept reads the saved gradient again. Otherwise it is scaled in place, because the
+    # gradient of a head is as large as the head.
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return gradient * upstream
-    # detached: as an output of the op it would hold on to the op's inputs for as long as somebody keeps it
+    # The gradient is an output of the op: without detach it would keep the op's inputs alive.
     gradient = gradient.detach()
-    # A pass over it less for the usual upstream gradient. To look at a GPU's would be to wait for it, and a
-    # traced or fake one has no value.
+    # The usual upstream gradient is 1, which saves a pass over the memory. On a GPU the host would have to
+    # wait for its value, and a traced or fake tensor has none.
     if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream == 1:
         return gradient
     return gradient.mul_(upstream)

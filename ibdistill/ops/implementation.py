@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: Triton on a GPU, else lean torch."""
+"""Which implementation of an operation runs: Triton on a GPU, else torch with bounded memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def choose(op: str, impl: str, example: Tensor, missing: str | None = None) -> s
     """The name of the implementation that runs: "triton" or "torch".
 
     Args:
-        op: its name in the log.
+        op: the operation's name in the log.
         impl: what the caller asks for, one of IMPLEMENTATIONS.
         example: a tensor of the call, for its device and dtype.
         missing: what this call needs and the Triton implementation does not have; None: it has everything.
@@ -43,7 +43,7 @@ def choose(op: str, impl: str, example: Tensor, missing: str | None = None) -> s
 
 
 def _why_not_triton(example: Tensor) -> str | None:
-    """None if Triton can run on this tensor's device in its dtype, else why not. ROCm is cuda to torch."""
+    """Why Triton cannot run on this tensor's device in its dtype; None if it can. ROCm is cuda to torch."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if example.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -63,5 +63,5 @@ def _log_choice(op: str, reason: str | None) -> None:
 
 @cache
 def log_plain_form(op: str, kind: str, name: str) -> None:
-    """Say once per process that, for instance, an estimator has no fused form."""
+    """Log once per process that an estimator, for instance, has no fused form."""
     logger.info("%s: the %s %r has no fused form; torch.func differentiates its plain form", op, kind, name)

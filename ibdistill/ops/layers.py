@@ -1,9 +1,10 @@
 """Elementwise parts of transformer layers that keep little for the backward pass.
 
-Written as single operations, autograd keeps every factor of every product: T5's norm three tensors of its
-input's size, its gated feed-forward four of the wide one. Here a norm keeps its input and one number per
-row, a gate its two inputs, a dropout mask one byte per element; the rest is computed again in the backward
-pass, by operations that cost next to nothing beside the matrix products.
+Where a layer is written as single operations, autograd keeps every factor of every product: three tensors of
+the input's size for T5's norm, and four of the wide size for its gated feed-forward. Here a norm keeps its
+input and one number per row, a gate keeps its two inputs, and a dropout mask takes one byte per element. The
+rest is computed again in the backward pass, by operations that cost next to nothing beside the matrix
+products.
 
 On a GPU dropout is torch's own kernel. A CPU has other masks and an attention of its own: see `ops.cpu`.
 """
@@ -44,7 +45,7 @@ def gated_gelu(gate: Tensor, up: Tensor, rate: float) -> Tensor:
 
 
 class Dropout(nn.Dropout):
-    """`nn.Dropout` by `dropout`."""
+    """`nn.Dropout` that calls `dropout`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of any shape, with dropout at the module's rate in training mode."""

@@ -1,4 +1,4 @@
-"""A linear map applied chunk by chunk, and its gradients: the dense products of the torch paths."""
+"""A linear map that is applied chunk by chunk, and its gradients. The losses make their products with it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
 
 
 class ChunkedLinear:
-    """y = hidden W^T + b for one chunk of rows after another, and the gradients that come back for them.
+    """y = hidden W^T + b for one chunk of rows after another, and the gradients of hidden, W and b.
 
-    hidden [N, D], weight [K, D], bias [K]. Products are made in the dtype that suits the device,
+    hidden is [N, D], weight [K, D] and bias [K]. Products are made in the dtype that suits the device, and
     accumulated in `accumulator`: float64 for float64 weights, else float32.
 
     Where products are made in a narrower dtype than they are added in, and all N rows of dy take no more
     memory in it than the weight's gradient in the wider one, these rows are kept for a single product at the
-    end: less memory, one rounding of the sum, and no passes over a gradient as large as the head.
+    end. That takes less memory, rounds the sum once, and saves passes over a gradient as large as the head.
     """
 
     def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs=(False, False, False)):

@@ -1,18 +1,19 @@
 """The variational information bottleneck: noise on the question's states, and what they may say of it.
 
-Alemi et al., ICLR 2017, arXiv 1612.00410. The decoder is to see of a question X a Z that tells much about
-the target Y and little else of X: maximise I(Z; Y) - beta I(Z; X). Both have bounds that can be trained on,
+Alemi et al., ICLR 2017, arXiv 1612.00410. The decoder sees a random Z in place of a question X, and Z
+should tell much about the target Y and little else about X: maximise I(Z; Y) - beta I(Z; X). Both terms have
+bounds that can be trained on,
 
     I(Z; Y) >= H(Y) + E[log q(Y | Z)]       q: decoder and head, so the cross entropies are this bound
     I(Z; X) <= E[KL(p(Z | X) || r(Z))]      for any r; here the standard normal distribution
 
-With Z = mu(X) + sigma * eps, eps ~ N(0, I) and sigma = exp(g / 2), the second is in closed form,
+With Z = mu(X) + sigma * eps, eps ~ N(0, I) and sigma = exp(g / 2), the second bound is in closed form,
 
     KL = sum_d (mu_d^2 + exp(g_d) - 1 - g_d) / 2    nats per token.
 
-mu is the encoder's last state itself, not a map of it. g, one number per dimension, is all that is learned
-besides the model. So nothing has to be kept: without noise the decoder reads mu, which is what the model by
-itself computes. (The paper has mu and sigma as functions of X.)
+mu is the encoder's last state itself, not a map of it, and g, one number per dimension, is all that is
+learned besides the model. So nothing has to be kept after training: without noise the decoder reads mu, which
+is what the model computes by itself. (In the paper mu and sigma are functions of X.)
 """
 
 from __future__ import annotations

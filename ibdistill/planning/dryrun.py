@@ -1,4 +1,4 @@
-"""A step without its data: the modules, kernels and shapes of a forward and backward pass, and no storage.
+"""A training step without data: the modules and shapes of a forward and backward pass, and no storage.
 
 Models are built on fake tensors (shapes, dtypes and devices without storage) and run for real otherwise. So
 two things are counted for every supported family without a formula for each: the bytes of the tensors that
@@ -91,15 +91,18 @@ class Skeleton:
         default = torch.get_default_dtype()
         torch.set_default_dtype(DTYPES[precision])
         try:
-            with self.mode:
-                self.model = self._build(name, setting, tokenizer, student)
+            # on the meta device first: peft moves new adapters to their layer, which fake tensors refuse
+            with torch.device("meta"):
+                model = self._build(name, setting, tokenizer, student)
+            self.model = self._faked(model)
         finally:
             torch.set_default_dtype(default)
 
     def _build(self, name, setting, tokenizer, student) -> nn.Module:
         dropout = student.dropout if student else None
         if name in presets.PRESETS:
-            model = families.load_preset(name, tokenizer, seed=0, dropout=dropout)
+            dtype = torch.get_default_dtype()
+            model = families.load_preset(name, tokenizer, seed=0, dropout=dropout, dtype=dtype)
         else:
             try:
                 config = _published(name) or families.load_config(name, setting)
@@ -118,6 +121,20 @@ class Skeleton:
         if student.lora_rank:
             model = with_lora(model, student)
         return model.train()
+
+    def _faked(self, model: nn.Module) -> nn.Module:
+        """The model with fake tensors in the place of those on the meta device; what is tied stays tied."""
+        made: dict[int, Tensor] = {}
+        with self.mode:
+            for module in model.modules():
+                for key, p in module._parameters.items():
+                    if p is not None:
+                        fake = nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad)
+                        module._parameters[key] = made.setdefault(id(p), fake)
+                for key, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
+        return model
 
     def sizes(self) -> list[tuple[int, bool]]:
         """(elements, trained) of each parameter."""
@@ -147,12 +164,12 @@ def _published(name: str) -> PreTrainedConfig | None:
 
 @dataclass(frozen=True)
 class Living:
-    """Bytes of the tensors that live during a pass, without the model states."""
+    """Bytes of the tensors that exist during a pass, without the model states."""
 
     peak: int
     """The most at any time, without what custom operators hold inside."""
     at_head: int = 0
-    """What lives when the head loss starts."""
+    """Bytes of the tensors that exist when the head loss starts."""
 
 
 def student_step(
@@ -241,7 +258,7 @@ def _tensors(batch: batches.Batch) -> list[Tensor]:
 
 
 class _Tracker(TorchDispatchMode):
-    """Sums the bytes of the storages that operators make, for as long as they live."""
+    """Sums the bytes of the storages that operators make, for as long as they exist."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()

@@ -11,8 +11,8 @@ really allocates it (measured by `tests/planning/test_footprint.py`):
 The optimizer column holds AdamW's two moments and a master copy in fp32, which ZeRO keeps even where the
 parameters are fp32.
 
-* With several ranks, small parameters stay whole on each rank (w bytes each, beside the rank's share), and
-whole copies of the others live while modules need them (`gathers`).
+* With several ranks, small parameters stay whole on each rank (w bytes per element, beside the rank's share),
+and whole copies of the others exist while modules need them (`gathers`).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Zero:
 
     @classmethod
     def of(cls, ds_config: dict[str, Any]) -> Zero:
-        """From the content of a DeepSpeed file; what it leaves out has DeepSpeed's defaults."""
+        """The settings in the content of a DeepSpeed file; what it leaves out has DeepSpeed's defaults."""
         zero = ds_config.get("zero_optimization", {})
         stage = zero.get("stage", 0)
 
@@ -79,7 +79,8 @@ class Zero:
 
     @classmethod
     def read(cls, name: str) -> Zero:
-        """From the file that `deepspeed.config` names. Raises ValueError as `zero_file.read_ds_config`."""
+        """The settings in the file that `deepspeed.config` names; ValueError as
+        `zero_file.read_ds_config`."""
         return cls.of(zero_file.read_ds_config(name))
 
     def persistent(self, sizes: Sizes) -> int:
@@ -92,9 +93,9 @@ class Gathers:
     """How much stage 3 gathers over one micro-batch, in elements."""
 
     moved: int
-    """All that is gathered; what is gathered twice counts twice."""
+    """Elements that are gathered; those that are gathered twice count twice."""
     peak: int
-    """The most that is whole at once, without the parameters that always are."""
+    """The most elements that are whole at once, without the parameters that always are."""
 
 
 def gathers(zero: Zero, uses: Sequence[Use], *, backward: bool) -> Gathers:

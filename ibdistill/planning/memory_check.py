@@ -1,4 +1,4 @@
-"""The check before a run loads anything: it refuses what cannot fit, and names what would."""
+"""The check before a run loads anything: it refuses a run that cannot fit, and names settings that would."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check(config: Config, world: World) -> None:
     """Raise ValueError if the model states alone, without any activation, exceed the memory. Collective.
 
     Reads configurations only. The message names the combinations of `deepspeed.config` and
-    `teacher.placement` that would fit. A teacher that only writes is gone before the student comes.
+    `teacher.placement` that would fit. A teacher that only writes is closed before the student is loaded.
     """
     together = weights.wanted(config.objective) is not None
     check_models(config, world, with_student=True, with_teacher=together)

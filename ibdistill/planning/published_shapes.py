@@ -1,9 +1,10 @@
 """Shapes of published models, so that planning for them needs neither their files nor the network.
 
-From the `config.json` of each model's page at huggingface.co, as keyword arguments of its configuration
-class; what a class has as its default is left out. Papers with the same figures: T5, arXiv 1910.10683,
-section 3.7; Qwen2.5, arXiv 2412.15115, table 1; Qwen3, arXiv 2505.09388, table 1; Llama 3, arXiv 2407.21783,
-table 3; SmolLM2, arXiv 2502.02737. Vocabularies count the rows of the embeddings, padding included.
+The shapes are those of the `config.json` on each model's page at huggingface.co, as keyword arguments of its
+configuration class; what a class has as its default is left out. Papers with the same figures: T5, arXiv
+1910.10683, section 3.7; Qwen2.5, arXiv 2412.15115, table 1; Qwen3, arXiv 2505.09388, table 1; Llama 3, arXiv
+2407.21783, table 3; SmolLM2, arXiv 2502.02737. Vocabularies count the rows of the embeddings, padding
+included.
 """
 
 from __future__ import annotations
@@ -65,4 +66,5 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "HuggingFaceTB/SmolLM2-1.7B": _decoder(_SMOLLM2, 2048, 8192, (32, 32), 24, tied=True),
 }
 SEPARATE_HEAD = ("google/t5-v1_1-small", "google/t5-v1_1-base", "google/t5-v1_1-xxl")
-"""T5 models whose checkpoints keep the head apart from the embeddings; their configuration doesn't tell."""
+"""T5 models whose checkpoints keep the head apart from the embeddings; their configuration does not say
+so."""

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ibdistill.runtime import deepspeed_fixes
+from ibdistill.runtime import deepspeed_fixes, launcher, rendezvous
 
 logger = logging.getLogger("ibdistill")
 T = TypeVar("T")
@@ -37,6 +37,8 @@ EXIT_BAD_INPUT = 2
 """A setting, file or record is wrong; the message says which."""
 EXIT_DIVERGED = 3
 """Too many steps in a row with a non-finite loss or gradient; the last checkpoint stands."""
+EXIT_UNWRITTEN = 5
+"""Trained and tested, but something of the end could not be written: the same command writes it."""
 EXIT_REQUEUE = 85
 """Saved after SIGUSR1: start the same command again."""
 EXIT_TERMINATED = 143
@@ -57,19 +59,17 @@ class World:
 def init(timeout_minutes: int = 30) -> World:
     """Join the process group and set up this rank's device and logging.
 
-    Raises ValueError if the launcher's environment is incomplete.
+    Ends this process with exit code 2 and a message if the launcher's environment is incomplete, or if the
+    ranks cannot meet.
     """
-    _environment_from_slurm()
-    given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
-    if not given:
-        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    elif len(given) < 3 or "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"of RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR only {', '.join(given)} are set; start with "
-            "`deepspeed ibdistill/train.py ...`, through slurm/, or as one process with plain `python`"
-        )
-    rank, size, local_rank = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    launcher.end_with_launcher()
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        rank, size, local_rank = _place()
+        store = rendezvous.meet(rank, size, timeout)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
     device = torch.device("cpu")
     backend = "gloo"
     if torch.cuda.is_available():
@@ -77,12 +77,32 @@ def init(timeout_minutes: int = 30) -> World:
         device = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timedelta(minutes=timeout_minutes))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    sum_over_ranks(torch.zeros(1))  # all ranks are here
+    rendezvous.clear_up(rank)
     deepspeed_fixes.leave_shared_memory_operator_out()
     deepspeed_fixes.import_muon_uncompiled()
     _share_cores()
     _start_logging(rank)
     return World(rank, size, local_rank, device)
+
+
+def _place() -> tuple[int, int, int]:
+    """This rank, the number of ranks and the rank on this node, from the environment, which is completed.
+
+    Raises ValueError if the launcher has set only a part of it.
+    """
+    _environment_from_slurm()
+    given = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in os.environ]
+    if not given:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}  # any free one
+    elif len(given) < 3 or "MASTER_ADDR" not in os.environ:
+        raise ValueError(
+            f"of RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR only {', '.join(given)} are set; start with "
+            "`deepspeed ibdistill/train.py ...`, through slurm/, or as one process with plain `python`"
+        )
+    return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
 def _share_cores() -> None:
@@ -236,5 +256,17 @@ def _start_logging(rank: int) -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    _hide_loading_bars()
     # DeepSpeed still calls deprecated names of torch, about which a user can do nothing
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
+
+
+def _hide_loading_bars() -> None:
+    """Keep transformers' bars for loading weights out of the console; the hub's bars for downloads stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    hub = not are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # it switches the hub's off too
+    if hub:
+        enable_progress_bars()

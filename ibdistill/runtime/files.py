@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import uuid
-from contextlib import suppress
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +50,31 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def digest(content: bytes, size: int = 8) -> bytes:
     """`size` bytes that stand for the content (BLAKE2b); `.hex()` makes a name of them."""
     return hashlib.blake2b(content, digest_size=size).digest()
+
+
+def checksum(path: Path) -> int:
+    """The CRC-32 of a file's content. Raises OSError."""
+    value = 0
+    with path.open("rb", buffering=0) as file:
+        while piece := file.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return value
+
+
+@contextmanager
+def folder_replaced(path: Path) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of the folder `path` if the block ends well.
+
+    Otherwise it is removed, and `path` stays as it was. Raises OSError.
+    """
+    path = path.resolve()  # a link stays
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file, and a folder belongs there")
+    temporary = path.with_name(f"{TEMPORARY}{uuid.uuid4().hex}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

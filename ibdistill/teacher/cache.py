@@ -1,21 +1,20 @@
-"""A teacher's answers on disk: ragged tensors by key, many writers, many readers.
+"""A teacher's answers on disk: ragged tensors by key, with many writers and many readers.
 
     FOLDER/fingerprint.json                       what made the answers
-           shard-RANK-RANDOM.safetensors          keys [n, 16], and per tensor its rows and offsets [n + 1]
+           shard-RANK-RANDOM.safetensors          some entries: see `cache_shard`
+           head.tensors                           the teacher's head: see `answer_tensors`
            .tmp-RANDOM                            a file being written, or left by a crash
 
-A shard is written beside its final name, synced and renamed, and never changes again, so a crash
-costs the unfinished shard only, and ranks need no locks: their names differ. The same key in two
-shards is harmless, since the same fingerprint gives the same answer.
+A shard is written beside its final name, synced and renamed, and never changes afterwards. A crash therefore
+costs the unfinished shard only, and ranks need no locks, because the names of their shards differ. The same
+key in two shards is harmless, since the same fingerprint gives the same answer.
 
-A shard carries a checksum of its keys, rows and offsets. Opening a cache reads all of every new shard to
-verify it (CRC-32: 6 GiB/s of one core, so the disk's speed counts). The number of missing records decides
+Opening a cache reads every new shard as a whole to verify its checksum. The number of missing records decides
 whether a teacher is loaded at all, so damage has to be known by then.
 
-Shards are memory-mapped and entries are views of them, so a rank holds keys and not answers.
-(`safe_open.get_slice` reads only the rows asked for, too, but took 135 us a slice where a view
-takes 2.) Keys are in a dict: it costs 190 bytes a key, 0.6 GB at 3 million, where sorted arrays
-need 24, but those must be merged with every new shard, which took 0.3 s at that size.
+A rank holds the keys in memory and not the answers, which are memory-mapped. The keys are in a dict, which
+takes 190 bytes per key or 0.6 GB at 3 million. Sorted arrays take 24 bytes per key, but must be merged with
+every new shard, which took 0.3 s at that size.
 """
 
 from __future__ import annotations
@@ -25,19 +24,16 @@ import json
 import logging
 import math
 import uuid
-import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors import SafetensorError
 
 from ibdistill.runtime.files import TEMPORARY, digest, write_atomically, write_json
+from ibdistill.teacher.cache_shard import KEY_BYTES, Entry, Rows, read_shard, write_shard
 
 logger = logging.getLogger("ibdistill")
 
@@ -45,28 +41,10 @@ FORMAT = "ibdistill-answers-2"
 """Format 1 had no checksums. Its caches are refused as those of another fingerprint are: to read them
 unverified would keep the fault that format 2 is there to catch, and answers can be computed again."""
 FINGERPRINT = "fingerprint.json"
-_CHECKSUM = "checksum"
-KEY_BYTES = 16
 ABANDONED_SECONDS = 3600
 """A temporary file of this age has no writer any more; writing a shard takes seconds."""
-Entry = dict[str, Tensor]
 Schema = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 """Tensor name -> dtype and shape of one row."""
-Shard = dict[str, tuple[Tensor, np.ndarray]]
-"""Tensor name -> the rows of all its entries, memory-mapped, and offsets [entries + 1] int64."""
-
-
-def key_of(*arrays: np.ndarray) -> bytes:
-    """16 bytes that stand for some token sequences, each an integer array [n] of any width.
-
-    The hashed text can be read back in one way only: each sequence is its length and its ids, all
-    int64. So ([1, 2], [3]) and ([1], [2, 3]) differ.
-    """
-    parts = []
-    for array in arrays:
-        assert array.ndim == 1
-        parts += [len(array).to_bytes(8, "little"), array.astype("<i8", casting="same_kind").tobytes()]
-    return digest(b"".join(parts), KEY_BYTES)
 
 
 class AnswerCache:
@@ -99,7 +77,7 @@ class AnswerCache:
         self._shard_bytes = shard_bytes
         self._read_only = read_only
         self._schema: Schema | None = None
-        self._shards: list[Shard] = []
+        self._shards: list[Rows] = []
         self._seen: set[str] = set()
         # key -> number of its shard << 32 | its place there: one int is smaller than a pair
         self._index: dict[bytes, int] = {}
@@ -173,14 +151,9 @@ class AnswerCache:
         """
         if not self._buffer:
             return
-        content = {"keys": torch.frombuffer(bytearray(b"".join(self._buffer)), dtype=torch.uint8)}
-        for name in next(iter(self._buffer.values())):
-            parts = [entry[name] for entry in self._buffer.values()]
-            content[f"rows/{name}"] = torch.cat(parts)
-            content[f"offsets/{name}"] = torch.tensor([0, *map(len, parts)]).cumsum(0)
         path = self.folder / f"shard-{self._rank:05d}-{uuid.uuid4().hex}.safetensors"
         try:
-            write_atomically(path, save(content, self._metadata | {_CHECKSUM: checksum(content)}))
+            write_shard(path, self._buffer, self._metadata)
         except OSError as error:
             raise OSError(
                 error.errno,
@@ -256,24 +229,13 @@ class AnswerCache:
         """Take a shard's entries into the index, or warn."""
         self._seen.add(path.name)
         try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                found = metadata.pop(_CHECKSUM, None)
-                if metadata != self._metadata:
-                    raise ValueError(f"its metadata is {metadata} instead of {self._metadata}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-            if found != checksum(tensors):
-                raise ValueError("its content does not match its checksum; its records are asked for again")
-            keys = tensors["keys"].numpy().tobytes()
-            rows = {name[5:]: tensor for name, tensor in tensors.items() if name.startswith("rows/")}
-            shard = {name: (tensor, tensors[f"offsets/{name}"].numpy()) for name, tensor in rows.items()}
-            self._check_schema(rows)
+            keys, shard = read_shard(path, self._metadata)
+            self._check_schema({name: rows for name, (rows, _) in shard.items()})
             self.nbytes += path.stat().st_size
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             logger.warning("shard %s is ignored: %s", path, error)
             return
-        split = (keys[at : at + KEY_BYTES] for at in range(0, len(keys), KEY_BYTES))
-        self._index.update(zip(split, itertools.count(len(self._shards) << 32)))
+        self._index.update(zip(keys, itertools.count(len(self._shards) << 32)))
         self._shards.append(shard)
 
     def _check_schema(self, entry: Entry) -> None:
@@ -283,18 +245,8 @@ class AnswerCache:
         if schema != self._schema:
             raise ValueError(
                 f"its tensors (dtype, shape of a row) are {schema} and {self.folder} has {self._schema}; "
-                "what makes them differ belongs into the fingerprint"
+                "what makes them differ belongs in the fingerprint"
             )
-
-
-def checksum(tensors: Entry) -> str:
-    """8 hexadecimal digits (CRC-32) of contiguous CPU tensors: their names, dtypes, shapes and bytes."""
-    found = 0
-    for name, tensor in sorted(tensors.items()):
-        found = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
-        if tensor.numel():
-            found = zlib.crc32(tensor.flatten().view(torch.uint8).numpy(), found)
-    return f"{found:08x}"
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -1,18 +1,18 @@
 """A frozen model in shares: ZeRO-3 for forward passes only, beside a student that trains.
 
-Nothing global is touched. transformers' own way (`HfDeepSpeedConfig`) is one process-wide weak
-reference, under which whichever model is loaded next gets partitioned too; so the model is
-partitioned here, parameter by parameter, within a process group of its own:
+Nothing global is changed. What transformers offers for this (`HfDeepSpeedConfig`) is one process-wide weak
+reference, under which whichever model is loaded next is partitioned too. Therefore the model is partitioned
+here, parameter by parameter, within a process group of its own:
 
 - the first rank of the group loads the model in CPU memory (safetensors are memory-mapped, so
   most of it stays on disk until it is sent); the other ranks build the same modules without
   storage;
 - one parameter at a time gets storage on the other ranks, is broadcast, and is cut into shares.
 
-So a rank holds its share and one parameter at most, the first rank of each group apart.
+So no rank but the first of each group holds more than its share and one whole parameter.
 
-The engine gets no optimizer, and a config that is written here: a student's config would bring
-an optimizer, gradient buckets and clipping with it.
+The engine gets no optimizer, and a configuration that is written here, because a student's would bring an
+optimizer, gradient buckets and clipping with it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from ibdistill.runtime import distributed
 
 PERSISTENT_SHARE = 0.02
-"""Of the parameters, at most this much is kept whole on every rank, smallest first (norms, biases):
-gathering them one by one would cost more time than their memory is worth."""
+"""At most this share of all parameter elements is kept whole on every rank, the smallest parameters (norms,
+biases) first, because gathering them one by one would cost more time than their memory is worth."""
 
 
 def partition(model: nn.Module, group: dist.ProcessGroup, config: dict[str, Any]) -> nn.Module:
@@ -86,14 +86,14 @@ def _tensors_of(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def engine(module: nn.Module, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
-    """The engine that gathers a partitioned module's parameters around each submodule's forward."""
+    """The engine that gathers a partitioned module's parameters around each submodule's forward pass."""
     built, *_ = deepspeed.initialize(model=module, config=config, dist_init_required=False)
     built.eval()  # returns None
     return built
 
 
 def inference_config(parameters: list[int], *, bf16: bool, offload: bool, world_size: int) -> dict[str, Any]:
-    """A ZeRO-3 config for forward passes. `parameters`: the sizes of all parameters, in elements."""
+    """A ZeRO-3 configuration for forward passes. `parameters`: the sizes of all parameters, in elements."""
     zero: dict[str, Any] = {
         "stage": 3,
         "stage3_param_persistence_threshold": persistence_threshold(parameters),
@@ -144,7 +144,7 @@ def held(parameter: nn.Parameter) -> list[Tensor]:
 
 
 def broadcast(tensor: Tensor, group: dist.ProcessGroup, device: torch.device) -> Tensor:
-    """The first rank's tensor on every rank's device. Elsewhere it may be on the meta device. Collective."""
+    """The first rank's tensor on every rank's device. Other ranks may give a meta tensor. Collective."""
     real = (
         torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.detach().to(device).contiguous()
     )
@@ -174,7 +174,7 @@ class RowShard:
         return whole[: self._rows]
 
     def bytes(self) -> int:
-        """Held by this rank."""
+        """The bytes that this rank holds."""
         return self._share.numel() * self._share.element_size()
 
 

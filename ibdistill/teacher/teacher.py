@@ -1,25 +1,25 @@
-"""The online teacher: a frozen model that says, in the same job, what it thinks of the student's targets.
+"""The online teacher: a frozen model in the training job that scores the student's own targets.
 
-It is asked for last hidden states only: those of the question's tokens (for the estimator `vid`)
-and those at the target positions of both streams, from which the head loss recomputes the
-teacher's logits chunk by chunk. Its [N, V] logits never exist at once.
+The teacher is asked for last hidden states only: those of the question's tokens (for the estimator `vid`) and
+those at the target positions of both streams. From the latter the head loss recomputes the teacher's logits
+chunk by chunk, so that its [N, V] logits never exist at once.
 
 Placements:
 
-- `replica`      every rank holds all of it: no communication, the first choice where it fits
+- `replica`      every rank holds the whole teacher: no communication, and the first choice where it fits
                  (a frozen model gains nothing from ZeRO but memory); 8-bit weights optionally
 - `zero3`        cut into shares over all ranks, gathered layer by layer
 - `zero3_node`   the same within each node, so that gathering never leaves it
-- `cpu_offload`  zero3 with the shares in CPU memory
-- `cache`        not loaded at all; answers come from `teacher.cache` (`answers`)
+- `cpu_offload`  the same as zero3, with the shares in CPU memory
+- `cache`        the teacher is not loaded at all; its answers come from `teacher.cache` (see `answers`)
 
-The sharded ones use `sharding`: an engine without an optimizer, on the model without its head,
-in a process group of its own. The head is a plain tensor, cut by rows and gathered for a
-micro-batch: outside the engine's hooks a partitioned head would be an empty tensor.
+The sharded placements use `sharding`: an engine without an optimizer, on the model without its head, in a
+process group of its own. The head is a plain tensor, cut by rows and gathered for a micro-batch, because
+outside the engine's hooks a partitioned head would be an empty tensor.
 
-The teacher reads the student's own token sequences, prefixes included, so both share a
-vocabulary and their states pair up position by position. Only for the text that it writes
-(`rationales`) it may have a tokenizer of its own.
+The teacher reads the student's own token sequences, prefixes included. So both must share a vocabulary, and
+their states pair up position by position. A teacher that only writes text (`teacher.rationales`) may have a
+tokenizer of its own.
 """
 
 from __future__ import annotations
@@ -61,18 +61,21 @@ class Teacher:
         config: TeacherConfig,
         wanted: Wanted,
         tokenizer: PreTrainedTokenizerBase,
-        rows: int | None,
+        head_rows: int | None,
         world: World,
     ) -> None:
-        """Load it. Collective.
+        """Load the teacher. Collective.
 
         Args:
-            tokenizer: the student's; the teacher's must be the same. Without a student: the teacher's.
-            rows: of the student's head; None: `pair` it with a student before it is asked for answers.
+            config: which model, where its weights are, and their precision.
+            wanted: what the teacher will be asked for.
+            tokenizer: the student's, which must be the teacher's too; without a student the teacher's own.
+            head_rows: number of rows of the student's head; None: `pair` the teacher with a student before it
+                is asked for answers.
 
         Raises:
-            ValueError: no such model, another vocabulary, does not fit into memory, 8 bits without
-                bitsandbytes or a GPU.
+            ValueError: the model does not exist, has another vocabulary or does not fit into memory, or 8
+                bits are asked for without bitsandbytes or a GPU.
         """
         self.config = config
         self._world = world
@@ -82,8 +85,8 @@ class Teacher:
         self.width = skeleton.get_input_embeddings().embedding_dim
         self._model_config = skeleton.config
         self._own_rows = skeleton.get_output_embeddings().weight.shape[0]
-        if rows is not None:
-            self.pair(tokenizer, rows)
+        if head_rows is not None:
+            self.pair(tokenizer, head_rows)
         self._head: Tensor | sharding.RowShard | None = None
         self._bias: Tensor | None = None
         if config.load_in_8bit:
@@ -95,7 +98,7 @@ class Teacher:
         else:
             self._load_replica(tokenizer)
         logger.info(
-            "teacher %s: %.1f M parameters, %s, %s, %.1f MiB a rank",
+            "teacher %s: %.1f M parameters, %s, %s, %.1f MiB per rank",
             config.model,
             sum(sizes) / 1e6,
             config.placement,
@@ -103,11 +106,11 @@ class Teacher:
             self.bytes() / 2**20,
         )
 
-    def pair(self, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-        """Let it answer a student's token sequences. Raises ValueError if their vocabularies differ."""
-        own = check_vocabulary(self.config.model, tokenizer, rows, self._own_rows)
+    def pair(self, tokenizer: PreTrainedTokenizerBase, head_rows: int) -> None:
+        """Let the teacher answer a student's token sequences; ValueError if the vocabularies differ."""
+        own = check_vocabulary(self.config.model, tokenizer, head_rows, self._own_rows)
         self.layout = families.layout(self._model_config, own)  # its own BOS, as where it writes
-        self._rows = rows
+        self._head_rows = head_rows
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherAnswer:
@@ -122,15 +125,15 @@ class Teacher:
     def head(self) -> tuple[Tensor, Tensor | None]:
         """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
         weight = self._head.gather() if isinstance(self._head, sharding.RowShard) else self._head
-        return fit_rows(weight, self._bias, self._rows)
+        return fit_rows(weight, self._bias, self._head_rows)
 
     @contextmanager
     def text_model(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[nn.Module]:
         """The model with its head, to generate text with; `tokenizer` is the teacher's own.
 
-        A sharded one's layers, and its head, are gathered for each token on all ranks: all must
-        call `generate` equally often, with `synced_gpus`. It bypasses the engine's forward, so
-        nothing is prefetched, and the trace starts anew with the next answers.
+        The layers and the head of a sharded teacher are gathered for each token on all ranks, so all ranks
+        must call `generate` equally often, with `synced_gpus`. Generation bypasses the engine's forward pass:
+        nothing is prefetched, and the prefetch trace starts anew with the next answers.
         """
         model = getattr(self._scorer, "module", self._scorer).model
         # a rank that built the modules without the checkpoint has not read its settings
@@ -149,7 +152,7 @@ class Teacher:
             model.set_output_embeddings(head)
 
     def close(self) -> None:
-        """Give its memory back. Collective if sharded."""
+        """Give the teacher's memory back. Collective if sharded."""
         if self.config.placement in SHARDED:
             self._scorer.destroy()
         del self._scorer, self._head
@@ -180,7 +183,7 @@ class Teacher:
         return families.empty_model(self.config.model, tokenizer, "teacher.model", self._dtype)
 
     def _load(self, tokenizer: PreTrainedTokenizerBase) -> nn.Module:
-        """The teacher whole, on the CPU (8 bits: on the GPU)."""
+        """The whole teacher, on the CPU, or with 8-bit weights on the GPU."""
         if self.config.model in presets.PRESETS:
             model = families.load_preset(self.config.model, tokenizer, seed=0, dtype=self._dtype)
         else:
@@ -210,6 +213,7 @@ class Teacher:
             offload=self.config.placement == "cpu_offload",
             world_size=self._world.size,
         )
+        # only one rank of each group reads the weights; the others build the same modules without storage
         leads = dist.get_rank(self.group) == 0
         model = self._load(tokenizer) if leads else self._skeleton(tokenizer)
         if self._wanted.targets or self._wanted.text:
@@ -218,13 +222,14 @@ class Teacher:
             self._bias = (
                 None if head.bias is None else sharding.broadcast(head.bias, self.group, self._world.device)
             )
+        # the engine would gather the head in every forward pass, also where no distributions are wanted
         model.set_output_embeddings(nn.Identity())
         model = sharding.partition(model, self.group, config)
         self._scorer = sharding.engine(Scorer(model, targets=self._wanted.targets), config)
 
 
 class Scorer(nn.Module):
-    """A model's states as one forward, so that an engine's hooks and prefetch trace see it whole."""
+    """A model's states as one forward pass, so that an engine's hooks and prefetch trace see all of it."""
 
     def __init__(self, model: nn.Module, *, targets: bool) -> None:
         super().__init__()
@@ -232,7 +237,11 @@ class Scorer(nn.Module):
         self.targets = targets
 
     def forward(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
-        """`models.States` as plain containers: DeepSpeed's hooks do not look into others."""
+        """The states of a batch in plain containers, because DeepSpeed's hooks do not look into others.
+
+        Stream -> last hidden states [N, D] at its targets; and the states [N_question, D] of the predict
+        stream's question tokens.
+        """
         states = models_forward.states(self.model, batch, targets=self.targets)
         return states.targets, states.questions
 
@@ -249,21 +258,24 @@ def own_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def check_vocabulary(
-    name: str, tokenizer: PreTrainedTokenizerBase, rows: int, own_rows: int
+    name: str, tokenizer: PreTrainedTokenizerBase, head_rows: int, own_rows: int
 ) -> PreTrainedTokenizerBase:
-    """The teacher's tokenizer, for a preset the student's. Raises ValueError unless the teacher reads the
-    student's token ids."""
+    """The teacher's tokenizer, for a preset the student's.
+
+    `head_rows` and `own_rows` are the numbers of rows of the student's head and of the teacher's. Raises
+    ValueError unless the teacher reads the student's token ids.
+    """
     if name in presets.PRESETS:
         return tokenizer
     theirs = tokenizers.load_tokenizer(name, "teacher.model")
-    tokenizers.check_vocabularies(tokenizer, theirs, rows, own_rows)
+    tokenizers.check_vocabularies(tokenizer, theirs, head_rows, own_rows)
     return theirs
 
 
 def fit_rows(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
-    """A head [V_teacher, D] on the student's `rows`: padding rows are cut, or added as never predicted.
+    """A head [V_teacher, D] with as many rows as the student's: rows are cut, or added as never predicted.
 
-    The tokenizers are the same, so rows that only one of the two has are padding.
+    The tokenizers are the same, so rows that only one of the two heads has are padding.
     """
     have = weight.shape[0]
     if have == rows:

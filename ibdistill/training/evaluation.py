@@ -26,7 +26,8 @@ def evaluate(job: Job, split: str, limit: int = 0) -> dict[str, float]:
     with job.whole() as model:
         for task, records in getattr(job.records, split).items():
             predictions = answers(job, model, records[: limit or None])
-            scores[task] = distributed.run_on_rank_0(partial(show, job, f"{split}_{task}", predictions))
+            shown = partial(show, job, f"{split}_{task}", predictions, final=split == "test")
+            scores[task] = distributed.run_on_rank_0(shown)
     seconds = time.perf_counter() - start
     job.meter.exclude(seconds)
     job.results |= {split: scores, f"{split}_seconds": round(seconds, 1)}
@@ -41,18 +42,37 @@ def answers(job: Job, model: PreTrainedModel, records: Sequence[Record]) -> list
     )
 
 
-def show(job: Job, name: str, predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Score one task's predictions, and show them: file, scalars, figures, samples, console. On rank 0."""
-    step, folder = job.state.step, job.folder / "predictions"
+def show(job: Job, name: str, predictions: Sequence[Prediction], *, final: bool = False) -> dict[str, float]:
+    """Score one task's predictions, and show them: file, scalars, figures, samples, console. On rank 0.
+
+    What cannot be written or drawn is reported, and never ends a run. If it is the file of the `final` test,
+    the end of the run says so once more.
+    """
+    step = job.state.step
     scores = evaluation_predictions.scores(predictions)
-    evaluation_predictions.write_predictions(folder / f"step-{step:08d}" / f"{name}.jsonl", predictions)
-    job.board.scalars({f"eval/{name}_{key}": value for key, value in scores.items()}, step)
+    path = job.folder / "predictions" / f"step-{step:08d}" / f"{name}.jsonl"
+    try:
+        evaluation_predictions.write_predictions(path, predictions)
+    except OSError as error:
+        logger.error("the predictions %s cannot be written: %s", path, error)
+        if final:
+            job.unwritten.append(f"{path} ({error})")
+    job.board.scalars({f"eval/{name}_{key}": value for key, value in report.curves(scores).items()}, step)
     if job.config.run.tensorboard:
-        figures = report.figures(predictions, f"{name}, step {step}")
-        curve = report.learning_curve(folder, f"{name}.jsonl", step)
-        figures |= {"accuracy_by_length": curve} if curve else {}
-        job.board.figures({f"{name}/{key}": figure for key, figure in figures.items()}, step)
-        job.board.text(f"{name}/samples", report.samples(predictions), step, markdown=True)
+        try:
+            _picture(job, name, predictions)
+        except Exception as error:  # whatever a drawing library makes of somebody's texts
+            logger.warning("the figures of %s at step %d are left out: %r", name, step, error)
     brief = ("accuracy", "ece", "rationale_bleu", "rationale_rouge_l", "faithful")
     logger.info("%s  %s", name, "  ".join(f"{key} {scores[key]:.4g}" for key in brief if key in scores))
     return scores
+
+
+def _picture(job: Job, name: str, predictions: Sequence[Prediction]) -> None:
+    """Figures and samples of one task's predictions, to TensorBoard."""
+    step = job.state.step
+    job.board.text(f"{name}/samples", report.samples(predictions), step, markdown=True)
+    figures = report.figures(predictions, f"{name}, step {step}")
+    curve = report.learning_curve(job.folder / "predictions", f"{name}.jsonl", step)
+    figures |= {"accuracy_by_length": curve} if curve else {}
+    job.board.figures({f"{name}/{key}": figure for key, figure in figures.items()}, step)

@@ -52,6 +52,9 @@ class Job:
     meter: Meter
     results: dict[str, Any] = field(default_factory=dict)
     """`SPLIT`: the latest scores by task; `SPLIT_seconds`: how long that took."""
+    unwritten: list[str] = field(default_factory=list)
+    """On rank 0: what of the end of the run could not be written, with the reason. The same command writes
+    it."""
     alarms: Alarms = field(default_factory=Alarms)
     unlabelled: Sequence[Record] = ()
     """The questions that the student gives labels to itself (`pseudo_labels`)."""

@@ -52,8 +52,9 @@ def prepare(config: Config, world: World) -> Job:
        run, and models that cannot fit into memory.
     2. Load the records: text, no weights.
     3. Build the student, which is the tokenizer and then the model.
-    4. Build the teacher. Its answers belong to the student's token ids, so they need the tokenized records.
-    5. Assemble the job. The engine comes last because it needs the most memory, and because the weights of
+    4. Refuse to go on with other data or models than the folder's run had.
+    5. Build the teacher. Its answers belong to the student's token ids, so they need the tokenized records.
+    6. Assemble the job. The engine comes last because it needs the most memory, and because the weights of
        an interrupted run are restored into it.
 
     A teacher that writes text does so after the student is there: it may write for hours, so it is checked
@@ -79,6 +80,8 @@ def prepare(config: Config, world: World) -> Job:
     features = tokenize(records.train, prefixes, tokenizer, config.data)
     records.report.update(check_texts(records, features, tokenizer, config.data))
     sampler = Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    made = (records, unlabelled, features, tokenizer, student)
+    distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
     teacher_answers = build_teacher(
         config.teacher,
         config.objective,
@@ -110,7 +113,8 @@ def open_run(config: Config, world: World) -> Path:
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
     `deepspeed.config` auto there.
     """
-    split_batch(config.optim, world.size)  # raises where it does not divide, before anything is read
+    _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
+    weights.check_split(config.objective, config.optim.batch_size, micro_batches)
     settle_ds_config(config, world.size)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
@@ -277,11 +281,10 @@ def _tokenizer(config: StudentConfig, records: loading.Loaded, folder: Path) -> 
     if name == "train":
         target = folder / "tokenizer"
 
-        def make() -> (
-            None
-        ):  # only rank 0 looks whether it is there, since a late rank may find what rank 0 has just written
-            if target.is_dir():
-                return
+        # only rank 0 looks whether it is there, since a late rank may find what rank 0 has just written
+        def make() -> None:
+            if target.is_dir() and run_folder.has_begun(folder):
+                return  # before that it may be of other settings, or half written
             texts = [text for r in records.train for text in (r.question, r.label, r.rationale) if text]
             prefixes = [prefix for task in records.test for prefix in loading.TASKS[task].prefixes.values()]
             tokenizers.train_tokenizer(texts + prefixes, config.vocab_size, target)

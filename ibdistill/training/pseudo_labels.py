@@ -88,7 +88,8 @@ def _from_file(path: Path, task: str, data: DataConfig, name: str) -> list[Recor
             ) from None
         if not question.strip():
             raise ValueError(f"{where}: the question is empty")
-        records.append(Record(f"{task}/unlabelled/{i}", task, question, "", "", gold=gold.strip()))
+        name_, check = f"{task}/unlabelled/{i}", data.answer_check
+        records.append(Record(name_, task, question, "", "", gold=gold.strip(), answer_check=check))
     if not records:
         raise ValueError(f"{name} {str(path)!r} holds no questions")
     return records

@@ -1,20 +1,47 @@
-"""The run folder: whether it belongs to a configuration, and its `config.yaml`."""
+"""The run folder: which settings and inputs its run belongs to, and its result.
+
+    RUN/config.yaml     the settings, as a recipe; comments at its top name the code
+    RUN/inputs.json     what the settings lead to: digests of records, tokenizer, student and teacher
+    RUN/result.json     the scores, once the run is finished
+
+A folder without a checkpoint and without a result holds no run yet, so it takes whatever settings and inputs
+come.
+"""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.fields import to_flat
 from ibdistill.config.load import to_yaml
 from ibdistill.config.sections import Config, RunConfig
+from ibdistill.data.features import Features
+from ibdistill.data.loading import Loaded
+from ibdistill.data.records import STREAMS, Record
+from ibdistill.models import families, presets
+from ibdistill.objectives import weights
 from ibdistill.runtime import files
 from ibdistill.runtime.version import version
+from ibdistill.training.checkpoint import MARKER
 
+RESULT = "result.json"
+_CONFIG, _INPUTS = "config.yaml", "inputs.json"
 _MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"}
 """Settings that an interrupted run may change without becoming another run."""
+_WAY_OUT = "Choose another --run.dir, or continue it all the same with --run.allow_config_change"
+
+
+def has_begun(folder: Path) -> bool:
+    """Whether the folder holds something of a run that other settings would contradict."""
+    return (folder / RESULT).exists() or any(folder.glob(f"checkpoints/step-*/{MARKER}"))
 
 
 def open_folder(folder: Path, config: Config) -> None:
@@ -22,14 +49,111 @@ def open_folder(folder: Path, config: Config) -> None:
 
     Raises ValueError if it cannot be written, or holds a run of another configuration.
     """
-    path = folder / "config.yaml"
+    path = folder / _CONFIG
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if path.is_file():
-            _check_same(path, config)
+            _check_settings(path, config)
         files.write_atomically(path, _header(path) + to_yaml(config))
     except OSError as error:
         raise ValueError(f"run.dir is {str(folder)!r}, which cannot be written: {error}") from error
+
+
+def check_inputs(
+    folder: Path,
+    config: Config,
+    records: Loaded,
+    unlabelled: Sequence[Record],
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase,
+    student: nn.Module,
+) -> None:
+    """Check that the folder's run learns from the same data and models as it did before; write `inputs.json`.
+
+    `features`: the tokenized training records. `student`: the whole model. Raises ValueError if something
+    differs and `run.allow_config_change` is off, or if the file cannot be written.
+    """
+    path, now = folder / _INPUTS, _data(records, unlabelled, features) | _models(config, tokenizer, student)
+    try:
+        before = _read_json(path) if has_begun(folder) and path.is_file() else now
+        changed = [
+            f"{name} was {before.get(name, 'nothing')!r} and is {now.get(name, 'nothing')!r}"
+            for name in before | now
+            if before.get(name) != now.get(name)
+        ]
+        if changed and not config.run.allow_config_change:
+            raise ValueError(
+                f"{folder} holds a run of other data or models: {'; '.join(changed)}. {_WAY_OUT}"
+            )
+        files.write_json(path, now)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read or written: {error}") from error
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What `result.json` says; empty if it is missing or damaged: the end of the run then writes it again."""
+    try:
+        return _read_json(folder / RESULT)
+    except (OSError, ValueError):
+        return {}
+
+
+def _data(records: Loaded, unlabelled: Sequence[Record], features: Features) -> dict[str, str]:
+    """What a run learns from and is measured on, by name, as texts that change with the content."""
+    found = {"training records": _numbered(len(features), _content(features))}
+    for split in ("valid", "test"):
+        found |= {
+            f"{split} records of {task}": _described(part) for task, part in getattr(records, split).items()
+        }
+    return found | ({"unlabelled questions": _described(unlabelled)} if unlabelled else {})
+
+
+def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Module) -> dict[str, str]:
+    """The models of a run, likewise. The teacher is there if the run uses one."""
+    shapes = repr([(name, tuple(p.shape)) for name, p in student.named_parameters()])
+    vocabulary = repr(sorted(tokenizer.get_vocab().items()))
+    found = {"tokenizer": _digest(vocabulary), "student": _digest(shapes)}
+    if config.student.model not in presets.PRESETS and Path(config.student.model).is_dir():
+        found["folder of the student"] = families.identity(config.student.model)
+    if weights.wanted(config.objective) or config.teacher.rationales != "none":
+        if config.teacher.model not in presets.PRESETS:
+            families.load_config(config.teacher.model, "teacher.model")  # says it if there is no such model
+        found["teacher"] = families.identity(config.teacher.model)
+    return found
+
+
+def _content(features: Features) -> str:
+    """All that the batches are made of: names, tasks and token ids, as digests."""
+    parts = ["\0".join(features.ids).encode(errors="surrogatepass"), features.groups.astype("<i8").tobytes()]
+    for stream in STREAMS:
+        for ragged in (features.questions[stream], features.targets[stream]):
+            parts += [ragged.offsets.astype("<i8").tobytes(), ragged.flat.astype("<i4").tobytes()]
+    return " ".join(files.digest(part).hex() for part in parts)
+
+
+def _described(records: Sequence[Record]) -> str:
+    """Records that are decoded and scored: their names, texts and true labels."""
+    rows = [[r.id, r.question, r.gold, r.rationale] for r in records]
+    return _numbered(len(rows), json.dumps(rows))
+
+
+def _numbered(count: int, content: str) -> str:
+    return f"{count} records, {_digest(content)}"
+
+
+def _digest(text: str) -> str:
+    return f"digest {files.digest(text.encode(errors='surrogatepass')).hex()}"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Raises OSError, and ValueError with the path if the file is not a JSON object."""
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} is damaged: {error}; remove it, or choose another --run.dir") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no object; remove it, or choose another --run.dir")
+    return content
 
 
 def _header(path: Path) -> str:
@@ -43,12 +167,12 @@ def _header(path: Path) -> str:
     return "".join(f"{line}\n" for line in (lines if lines[-1:] == [now] else [*lines, now]))
 
 
-def _check_same(path: Path, config: Config) -> None:
-    """Raise ValueError unless the folder's run has the same settings."""
+def _check_settings(path: Path, config: Config) -> None:
+    """Raise ValueError unless the folder's run, if there is one, has the same settings."""
     try:
         old = yaml.safe_load(path.read_text())
         old = {f"{section}.{key}": value for section, values in old.items() for key, value in values.items()}
-    except (yaml.YAMLError, AttributeError) as error:
+    except (yaml.YAMLError, AttributeError, ValueError) as error:  # ValueError: it is not UTF-8
         raise ValueError(f"{path} is damaged: {error}; choose another --run.dir") from error
     new = to_flat(config)
     changed = [
@@ -56,8 +180,7 @@ def _check_same(path: Path, config: Config) -> None:
         for name in new
         if name in old and old[name] != new[name] and name not in _MAY_CHANGE
     ]
-    if changed and not config.run.allow_config_change:
+    if changed and has_begun(path.parent) and not config.run.allow_config_change:
         raise ValueError(
-            f"{path.parent} holds a run of another configuration: {'; '.join(changed)}. "
-            "Choose another --run.dir, or continue it all the same with --run.allow_config_change"
+            f"{path.parent} holds a run of another configuration: {'; '.join(changed)}. {_WAY_OUT}"
         )

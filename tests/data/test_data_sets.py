@@ -58,12 +58,85 @@ def test_bad_rows_of_other_tasks(tmp_path):
     )
     bad("anli3", {"premise": "p", "hypothesis": "h", "label": True}, "the label is True")
     bad("gsm8k", {"question": "q", "answer": "72"}, "the answer has no '####'")
+    bad("gsm8k", {"question": "q", "answer": "So.\n#### 4\n#### 5"}, "the answer has '####' 2 times; which")
     bad(
         "cqa",
         {"question": "q", "choices": ["a", "b"], "answer": "c"},
         "the answer 'c' is none of the choices",
     )
-    bad("cqa", {"question": "q", "choices": None, "answer": "c"}, "")
+    bad(
+        "cqa", {"question": "q", "choices": None, "answer": "c"}, "field 'choices' is None; it must be a list"
+    )
+    bad(
+        "cqa", {"question": "q", "choices": [None], "answer": "c"}, "field 'text' is None; it must be text or"
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "label", "value"),
+    [("9 (apples)", "9", 9), ("1 1/2 (hours)", "1 + 1/2", 1.5), ("3/4 (cup)", "3/4", 0.75), (2.5, "2.5", 2.5),
+     ("10:45", "10:45", None)],
+)  # fmt: skip
+def test_the_number_of_an_asdiv_answer(tmp_path, answer, label, value):
+    release(tmp_path, "asdiv", [{"Body": "b", "Question": "q", "Answer": answer}])
+    record = read("asdiv", tmp_path)["train"][0].record
+    assert record.label == label and evaluate(label) == value
+    release(tmp_path, "asdiv", [{"Body": "b", "Question": "q", "Answer": " (apples)"}])
+    read_refused("asdiv_train.json:1: the label is empty", "asdiv", tmp_path)
+
+
+def test_numbers_of_relations_may_be_floats(tmp_path):
+    row = {"premise": "p", "hypothesis": "h", "label": 2.0}
+    assert read("esnli", release(tmp_path, "esnli", [row]))["train"][0].record.label == "contradiction"
+    release(tmp_path, "esnli", [row | {"label": 0.5}])
+    read_refused("esnli_train.json:1: the label is 0.5; it must be 0, 1, 2", "esnli", tmp_path)
+
+
+CHOICES = {"label": ["A", "B"], "text": ["safe", "bank"]}
+PAIRS = [{"label": "A", "text": "safe"}, {"label": "B", "text": "bank"}]
+
+
+def test_commonsense_qa_as_the_hub_has_it(tmp_path):
+    row = {"id": "x", "question": "Where?", "question_concept": "money", "choices": CHOICES, "answerKey": "B"}
+    record = read("cqa", release(tmp_path, "cqa", [row]))["train"][0].record
+    assert (record.question, record.label) == ("Where?\nAnswer Choices:\n(a) safe\n(b) bank", "bank")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"choices": None}, "field 'choices' is None; beside 'answerKey' it must be {\"label\": [...]"),
+        ({"choices": ["safe", "bank"]}, "field 'choices' is ['safe', 'bank']; beside 'answerKey'"),
+        ({"choices": {"label": ["A"], "text": ["safe", "bank"]}}, "the choices have 1 labels and 2 texts"),
+        ({"choices": {"label": None, "text": []}}, "field 'label' is None; it must be a list"),
+        ({"choices": {"label": ["A", "A"], "text": ["x", "y"]}}, "two choices have one label: ['A', 'A']"),
+        ({"choices": {"label": ["A", "B"], "text": ["x", None]}}, "field 'text' is None; it must be text or"),
+        ({"choices": {"label": ["A", "B"], "text": ["x", " "]}}, "field 'text' is ' '; it must not be blank"),
+        ({"answerKey": None}, "field 'answerKey' is None"),
+        (
+            {"answerKey": ""},
+            "field 'answerKey' is ''; it must be one of the choices' labels A, B (the labels",
+        ),
+        ({"answerKey": ["B"]}, "field 'answerKey' is ['B']; it must be text"),
+        ({"question": {"stem": "Where?", "choices": None}}, "field 'choices' is None; it must be a list"),
+        ({"question": {"stem": None, "choices": PAIRS}}, "field 'stem' is None; it must be text"),
+        ({"question": {"stem": "Where?", "choices": [None]}}, "a choice is None; it must be an object with"),
+        ({"question": {"stem": "Where?", "choices": [{"label": "A"}]}}, "no 'text' for task 'cqa'"),
+        ({"question": None}, "field 'question' is None; it must be text"),
+    ],
+)
+def test_a_bad_choice_is_named_with_its_place(tmp_path, row, message):
+    good = {"question": "Where?", "choices": CHOICES, "answerKey": "B"}
+    release(tmp_path, "cqa", [good, good | row])
+    read_refused(f"cqa_train.json:2: {message}", "cqa", tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["", "-", " ", "Common-", "?", "3"])
+def test_a_kind_of_problem_that_names_no_operation(tmp_path, kind):
+    row = {"Body": "b", "Question": "q", "Equation": "( 1.0 + 2.0 )", "Type": kind}
+    array(tmp_path / "SVAMP.json", [row] * 10)
+    read_refused(f"item 2: field 'Type' is {kind!r}; a rationale", "svamp", tmp_path, derive_rationales=True)
+    assert read("svamp", tmp_path)["train"][0].record.label == "( 1.0 + 2.0 )"
 
 
 def test_original_svamp_is_split_as_the_release_splits_it(tmp_path):
@@ -151,6 +224,10 @@ def test_original_cose_problems(tmp_path):
     cose(tmp_path)
     lines(tmp_path / "cose_dev_v1.0.jsonl", [{"id": "x"}])
     read_refused("cose_dev_v1.0.jsonl:1: no fields 'id' and 'explanation'", "cqa", tmp_path)
+    lines(tmp_path / "cose_dev_v1.0.jsonl", [{"id": "x", "explanation": {"open-ended": ["no", "text"]}}])
+    read_refused("cose_dev_v1.0.jsonl:1: 'open-ended' is ['no', 'text']; it must be", "cqa", tmp_path)
+    lines(tmp_path / "cose_dev_v1.0.jsonl", [{"id": "x", "explanation": {"open-ended": None}}])
+    assert [e.record.rationale for e in read("cqa", tmp_path)["test"]] == ["", ""]
     lines(tmp_path / "train_rand_split.jsonl", [{"id": "x", "answerKey": "B", "question": {}}])
     lines(tmp_path / "cose_dev_v1.0.jsonl", [])
     read_refused("train_rand_split.jsonl:1: no 'choices' for task 'cqa'", "cqa", tmp_path)

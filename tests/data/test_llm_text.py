@@ -16,6 +16,11 @@ REASON = "He had 8 and gave 3 away."
         ("svamp", f"{REASON}\nThe answer is ((8 - 3) * 2) = 10 dollars.", (REASON, "((8 - 3) * 2)")),
         ("svamp", f"{REASON} The answer is (8 - 3) * (2).", (REASON, "(8 - 3) * (2)")),
         ("svamp", "\u00e9 \U0001f600 The answer is (8 \u2212 3).", ("\u00e9 \U0001f600", "(8 \u2212 3)")),
+        ("svamp", f"{REASON} The answer is -(8 - 3).", None),  # a part of it is another answer
+        ("svamp", f"{REASON} The answer is 2 * (8 - 3).", None),
+        ("svamp", f"{REASON} The answer is (8 - 3) / 2.", None),
+        ("svamp", f"{REASON} The answer is (8 - 3) \u2212 1.", None),
+        ("svamp", f"{REASON} The answer is (8 - 3) - as he ate them.", (REASON, "(8 - 3)")),
         ("asdiv", f"{REASON} The answer is (8 - 3).", (REASON, "(8 - 3)")),
         ("svamp", REASON, None),  # no marker
         ("svamp", f"{REASON} The answer is 5.", None),  # no equation
@@ -54,6 +59,24 @@ REASON = "He had 8 and gave 3 away."
         ("gsm8k", "24 + 48 = 72.\n#### 72", ("24 + 48 = 72.", "72")),
         ("gsm8k", "Cold. So the answer is -3.5 degrees.", ("Cold.", "-3.5")),
         ("gsm8k", "Cold. The answer is nothing.", None),
+        ("gsm8k", "Cold. The answer is \u22123.", ("Cold.", "-3")),
+        ("gsm8k", "Debt. The answer is -$3.", ("Debt.", "-3")),
+        ("gsm8k", "Half. The answer is .5", ("Half.", "0.5")),
+        ("gsm8k", "Part. The answer is 3/4 of a cup.", ("Part.", "0.75")),
+        ("gsm8k", "He ate. The answer is 10 - 4 = 6.", ("He ate.", "6")),
+        ("gsm8k", "Rich. So the answer is $1.5 million.", ("Rich.", "1500000")),
+        ("gsm8k", "Days. The answer is 3-4 days.", None),
+        ("gsm8k", "Late. The answer is 5:30.", None),
+        ("gsm8k", "Wrong. The answer is 10 - 4 = 7.", None),
+        ("gsm8k", "2+2=4\n#### 4\n\n3+4=7\n#### 7", ("2+2=4", "4")),
+        ("gsm8k", "2+2=4\n#### 4\nThe answer is 7.", ("2+2=4", "4")),
+        ("gsm8k", "2+2=4 #### 4 #### 5", None),
+        ("gsm8k", "2+2=4. The answer is 4.\n#### 4", ("2+2=4.", "4")),
+        ("gsm8k", "2+2=4. The answer is 4. #### 4.0", ("2+2=4.", "4")),
+        ("gsm8k", "2+2=4. The answer is 7.\n#### 4", None),
+        ("jsonl", "It rains. #### umbrella\nIt shines. The answer is hat.", ("It rains.", "umbrella")),
+        ("jsonl", "It rains. #### umbrella #### hat", None),
+        ("jsonl", "It rains. Answer: umbrella.\nAnswer: hat", None),
     ],
 )  # fmt: skip
 def test_parse_llm(task, text, expected):

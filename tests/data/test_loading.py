@@ -7,11 +7,15 @@ import re
 
 import numpy as np
 import pytest
+from feature_tables import features_of
 from miniatures import DATA, array, ids, lines, load_refused, loaded, real_data, said, svamp
 
+from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data.records import STREAMS, Record
+from ibdistill.data.sampler import Sampler
 from ibdistill.data.tasks import demo
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.objectives.weights import step_weights
 
 
 def jsonl(root, n=40, rationale="because", **splits):
@@ -82,14 +86,60 @@ def test_subsample_that_the_data_cannot_give(tmp_path):
 def test_missing_rationales(tmp_path):
     jsonl(tmp_path, rationale="")
     load_refused(f"{tmp_path / 'train.jsonl'}:1: no rationale, and the method trains on", "jsonl", tmp_path)
-    load_refused("use --objective.method finetune, or set data.path to data with", "jsonl", tmp_path)
+    load_refused("36 of 36 training records of task 'jsonl' lack one. Ways out: --tea", "jsonl", tmp_path)
+    load_refused("--teacher.rationales missing (a teacher", "jsonl", tmp_path)
+    load_refused("--objective.method finetune (no record needs one); data.path with", "jsonl", tmp_path)
+    load_refused("36 of 36 training records", "jsonl", tmp_path, missing_rationales="predict_only")
     assert len(loaded("jsonl", tmp_path, needs_rationale=False).train) == 36
     array(
         tmp_path / "SVAMP.json",
         [{"Body": "B", "Question": "Q", "Equation": "( 1.0 + 1.0 )", "Answer": 2}] * 20,
     )
     load_refused(f"{tmp_path / 'SVAMP.json'}: item", "svamp", tmp_path)
+    load_refused("14 of 14 training records of task 'svamp' lack one", "svamp", tmp_path)
+    load_refused("--data.derive_rationales true (they are made", "svamp", tmp_path)
     load_refused("the DSS data release", "svamp", tmp_path)
+
+
+def test_records_without_a_rationale_may_train_on_their_labels(tmp_path):
+    rows = [{"question": f"q{i}", "label": "x", "rationale": "r" if i % 3 else None} for i in range(30)]
+    lines(tmp_path / "train.jsonl", rows)
+    lines(tmp_path / "test.jsonl", rows[:2])
+    message = "train.jsonl:1: no rationale, and the method trains on rationales; 10 of 27 training records"
+    load_refused(message, "jsonl", tmp_path)
+    load_refused("Ways out: --data.missing_rationales predict_only (they train on", "jsonl", tmp_path)
+    result = loaded("jsonl", tmp_path, missing_rationales="predict_only")
+    assert [record.rationale for record in result.train].count("") == 10 and len(result.train) == 27
+    assert result.report["jsonl/train/no_rationale"] == 10
+    assert "jsonl/train/no_rationale" not in loaded("jsonl", tmp_path, needs_rationale=False).report
+
+
+def test_a_step_counts_the_tokens_of_records_without_a_rationale_in_the_predict_stream_alone():
+    """The weights of a step divide each stream by its own tokens, and the term between them by the records
+    that have both."""
+    lengths = [(5, 2, 0), (6, 3, 7), (4, 2, 0), (7, 2, 4)]
+    sampler = Sampler(features_of(lengths), DataConfig(), batch_size=4, seed=0)
+    counts = sampler.counts(0)
+    assert counts == {"predict": 9, "explain": 11, "questions": 4, "explained": 2, "question_tokens": 22}
+    weights = step_weights(ObjectiveConfig(method="ib", alpha=0.5, beta=0.1, estimator="paper"), counts)
+    assert (weights.ce_predict, weights.ce_explain, weights.mi) == (0.5 / 9, 0.5 / 11, 0.1 / 2)
+    nobody = Sampler(features_of([(5, 2, 0)] * 4), DataConfig(), batch_size=4, seed=0).counts(0)
+    assert (nobody["explain"], nobody["explained"]) == (0, 0)
+    assert step_weights(ObjectiveConfig(method="dss"), nobody).ce_explain == 0.5  # of a sum that is 0
+
+
+def test_unparsable_outputs_may_leave_their_records_to_the_predict_stream(tmp_path):
+    svamp(tmp_path, ["?" if i % 4 == 0 else said(i) for i in range(20)])
+    refused, allowed = (
+        loaded("svamp", tmp_path, missing_rationales=value) for value in ("refuse", "predict_only")
+    )
+    unexplained = [record for record in allowed.train if not record.rationale]
+    assert len(allowed.train) == 18 and [r for r in allowed.train if r.rationale] == refused.train
+    assert allowed.report["svamp/train/no_rationale"] == len(unexplained) == 18 - len(refused.train) > 0
+    assert all(record.label == record.gold for record in unexplained)
+    # Where the label too would be the LLM's, nothing is left to train on.
+    labelled = loaded("svamp", tmp_path, missing_rationales="predict_only", label_source="llm")
+    assert ids(labelled.train) == ids(refused.train)
 
 
 def test_anli_explains_only_some_records(monkeypatch):
@@ -104,6 +154,7 @@ def test_anli_explains_only_some_records(monkeypatch):
     assert [record.question for record in result.train] == [f"P</s>H{i}" for i in (1, 3, 5, 7, 9)]
     assert result.report["anli1/train/no_rationale"] == 5
     assert len(loaded("anli1", needs_rationale=False).train) == 10
+    assert len(loaded("anli1", missing_rationales="predict_only").train) == 10
 
 
 def test_mixture(tmp_path):
@@ -134,6 +185,7 @@ def test_mixture(tmp_path):
         ("svamp", {"path": "nowhere"}, "data.path 'nowhere' does not exist"),
         ("jsonl", {}, "data.path is not set: the task 'jsonl' needs a file"),
         ("cqa", {"derive_rationales": True}, "data.derive_rationales is for task svamp, not cqa"),
+        ("gsm8k", {"answer_check": "choice"}, "data.answer_check is 'choice', which is for task jsonl;"),
         (["cqa", "esnli"], {"choice_labels": "letter"}, "for tasks of options (cqa), not cqa, esnli"),
     ],
 )  # fmt: skip
@@ -176,6 +228,19 @@ def test_ground_truths_that_have_no_value_are_reported(tmp_path):
         tmp_path / "svamp/svamp_test.json", [{"input": "q", "label": "10:45"}, {"input": "q", "label": "9"}]
     )
     assert loaded("svamp", tmp_path).report["svamp/test/unscorable"] == 1
+
+
+def test_ground_truths_that_the_chosen_check_cannot_accept_are_reported(tmp_path):
+    rows = [{"question": "q\n(a) yes\n(b) no", "label": label} for label in ("5", "3/4", "many", "b")]
+    for split, times in (("train", 5), ("test", 1)):
+        lines(tmp_path / f"{split}.jsonl", rows * times)
+
+    def unscorable(**settings):
+        report = loaded("jsonl", tmp_path, needs_rationale=False, **settings).report
+        return report.get("jsonl/test/unscorable", 0)
+
+    checks = ("text", "value", "choice")
+    assert [unscorable(answer_check=check) for check in checks] == [0, 2, 3]
 
 
 def test_letters_for_labels_are_of_the_training_records_only(tmp_path):

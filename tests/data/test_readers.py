@@ -1,7 +1,10 @@
 """Readers: every layout in miniature, and every refusal's text."""
 
+import gzip
 import json
 
+import pyarrow
+import pyarrow.parquet as pyarrow_parquet
 import pytest
 from miniatures import array, lines, read, read_refused
 
@@ -93,6 +96,22 @@ def test_release_problems(tmp_path):
         ('{"input": "", "label": "1"}', "svamp_train.json:1: the question is empty"),
         ('{"input": "q", "label": null}', "svamp_train.json:1: field 'label' is None; it must be text or"),
         ('{"input": "q", "label": true}', "svamp_train.json:1: field 'label' is True"),
+        ('{"input": "q", "label": NaN}', "svamp_train.json:1: field 'label' is nan, which is no number"),
+        ('{"input": "q", "label": -Infinity}', "svamp_train.json:1: field 'label' is -inf, which is no"),
+        ('{"input": "q", "label": 1e999}', "svamp_train.json:1: field 'label' is inf, which is no number"),
+        ('[{"input": NaN, "label": "1"}]', "svamp_train.json: item 0: field 'input' is nan"),
+        (
+            "input,label\nq,1\n",
+            "svamp_train.json:1: not valid JSON (Expecting value, column 1); expected one",
+        ),
+        (
+            '{"input": "q", "label": "1"}\n{"input": "q \\ud83d", "label": "1"}',
+            "svamp_train.json:2: the text 'q \\ud83d' has half of a surrogate pair ('\\ud83d')",
+        ),
+        ('[{"input": "q", "label": "\\uDE00"}]', "svamp_train.json: item 0: the text '\\ude00' has half"),
+        ('{"input": "q", "label": "1", "\\ud800": 1}', "svamp_train.json:1: the text '\\ud800' has half"),
+        ('{"input": "q", "label": "1", "x": [{"y": "\\ud83d\\ud83d"}]}', "svamp_train.json:1: the text"),
+        ('{"data": [1]}', "svamp_train.json:1: no 'Body' for task 'svamp'; the record has the fields data"),
         ("\n", "the train split of task 'svamp' is empty"),
         ("[]", "the train split of task 'svamp' is empty"),
     ],
@@ -107,6 +126,87 @@ def test_text_that_is_not_utf8(tmp_path):
     release(tmp_path)
     (tmp_path / "svamp/svamp_train.json").write_bytes(b'{"input": "caf\xe9"}')
     read_refused("svamp_train.json: byte 14 is not UTF-8", "svamp", tmp_path)
+
+
+def test_an_llm_s_text_with_half_a_character(tmp_path):
+    release(tmp_path)
+    array(tmp_path / "svamp/llm/train_CoT_0.json", [*said("train", 3), "\ud83d. The answer is (1)."])
+    read_refused("train_CoT_0.json: item 3: the text '\\ud83d. The answer", "svamp", tmp_path)
+
+
+def test_an_escaped_pair_is_one_character(tmp_path):
+    release(tmp_path)
+    (tmp_path / "svamp/svamp_train.json").write_text('{"input": "\\ud83d\\ude00", "label": "1"}')
+    assert read("svamp", tmp_path)["train"][0].record.question == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [("0", "0"), ("0.0", "0"), ("-0.0", "0"), ("8.50", "8.5"), ("1e22", "1" + "0" * 22), ("100", "100"),
+     ("1e-7", "0.0000001"), ("12345678901234567890", "12345678901234567890"), ('"0.0"', "0.0")],
+)  # fmt: skip
+def test_a_number_is_read_as_its_value(tmp_path, number, text):
+    (tmp_path / "all.jsonl").write_text(f'{{"question": "q", "label": {number}}}\n' * 20)
+    assert read("jsonl", tmp_path / "all.jsonl")["train"][0].record.label == text
+
+
+ROWS = [{"question": f"q{i}", "label": i / 2} for i in range(20)]
+
+
+def write_plain(path):
+    lines(path, ROWS)
+
+
+def write_data(path):
+    path.write_text(json.dumps({"version": 1, "data": ROWS}, indent=1))
+
+
+def write_gzip(path):
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+
+
+def write_parquet(path):
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist(ROWS), path)
+
+
+@pytest.mark.parametrize(
+    ("write", "name"),
+    [
+        (write_plain, "all.jsonl"),
+        (write_data, "all.json"),
+        (write_gzip, "all.jsonl.gz"),
+        (write_gzip, "all.jsonl"),
+        (write_parquet, "all.parquet"),
+        (write_parquet, "all.jsonl"),
+    ],
+)
+def test_forms_of_a_file(tmp_path, write, name):
+    write(tmp_path / name)
+    lines(tmp_path / "same", ROWS)
+    found = {split: [e.record for e in part] for split, part in read("jsonl", tmp_path / name).items()}
+    wanted = {split: [e.record for e in part] for split, part in read("jsonl", tmp_path / "same").items()}
+    assert found == wanted and len(found["train"]) == 18
+
+
+def test_a_folder_may_hold_other_forms(tmp_path):
+    write_parquet(tmp_path / "train.parquet")
+    write_gzip(tmp_path / "test.jsonl.gz")
+    assert [len(part) for part in read("jsonl", tmp_path).values()] == [20, 20]
+    write_plain(tmp_path / "train.jsonl")
+    read_refused("holds the train split several times (train.jsonl, train.parquet)", "jsonl", tmp_path)
+
+
+def test_damaged_files_are_named(tmp_path):
+    path = tmp_path / "all.jsonl"
+    write_gzip(path)
+    path.write_bytes(path.read_bytes()[:-9])
+    read_refused(f"{path}: the gzip file is damaged", "jsonl", path)
+    path.write_bytes(b"\x1f\x8b" + b"\x08" * 40)
+    read_refused(f"{path}: the gzip file is damaged", "jsonl", path)
+    path.write_bytes(b"PAR1 and nothing")
+    read_refused(f"{path}: the Parquet file is damaged", "jsonl", path)
+    pyarrow_parquet.write_table(pyarrow.Table.from_pylist([*ROWS, {"question": "q"}]), path)
+    read_refused(f"{path}: row 20: field 'label' is None", "jsonl", path)
 
 
 def test_unicode_survives(tmp_path):

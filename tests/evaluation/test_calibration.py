@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from fractions import Fraction
+from itertools import pairwise
 from statistics import mean
 
 import numpy as np
@@ -71,6 +73,56 @@ def test_the_adaptive_error_takes_the_most_bins_whose_accuracies_rise():
     # falling accuracies: one bin is left, and the error is the gap of the means
     falling = calibration.adaptive([0.1, 0.2, 0.8, 0.9], [1, 1, 0, 0])
     assert len(falling.count) == 1 and falling.error == pytest.approx(0.0)
+
+
+def _exact_sweep(confidence: list[float], correct: list[int]) -> tuple[int, Fraction]:
+    """Number of bins and error of the monotonic sweep, answer by answer in fractions."""
+    n = len(confidence)
+    tied = {c: [y for other, y in zip(confidence, correct, strict=True) if other == c] for c in confidence}
+    ordered = [(Fraction(c), Fraction(sum(tied[c]), len(tied[c]))) for c in sorted(confidence)]
+    best = None
+    for bins in range(1, n + 1):
+        parts, start = [], 0
+        for i in range(bins):
+            size = n // bins + (i < n % bins)
+            parts.append(ordered[start : start + size])
+            start += size
+        accuracies = [sum(y for _, y in part) / len(part) for part in parts]
+        if any(after < before for before, after in pairwise(accuracies)):
+            break
+        best = bins, sum(abs(sum(c - y for c, y in part)) for part in parts) / n
+    return best
+
+
+def test_the_adaptive_error_of_ties_is_that_of_exact_fractions():
+    """Equal accuracies, of which rounding makes one the smaller, do not end the sweep."""
+    confidence = [0.2, 0.7, 0.1, 0.1, 0.7, 0.7, 0.1, 0.1, 0.7, 0.7, 0.1]
+    correct = [0, 1, 0, 0, 0, 1, 0, 0, 1, 1, 0]
+    assert len(calibration.adaptive(confidence, correct).count) == 11
+    rng = random.Random(0)
+    for _ in range(2000):
+        n, levels = rng.randint(1, 24), rng.randint(1, 9)
+        confidence = [rng.randint(0, levels) / levels for _ in range(n)]
+        correct = [int(rng.random() < 0.2 + 0.7 * c) for c in confidence]
+        bins, error = _exact_sweep(confidence, correct)
+        chosen = calibration.adaptive(confidence, correct)
+        assert len(chosen.count) == bins and chosen.error == pytest.approx(float(error), abs=1e-12)
+
+
+def test_the_adaptive_error_of_ties_of_many_sizes_has_no_overflow():
+    """Ties of 1 .. 60 answers, half of which are right, share a denominator beyond 64 bits."""
+    sizes = range(1, 61)
+    confidence = [size / 60 for size in sizes for _ in range(size)]
+    correct = [int(i < size / 2) for size in sizes for i in range(size)]
+    bins, error = _exact_sweep(confidence, correct)
+    chosen = calibration.adaptive(confidence, correct)
+    assert len(chosen.count) == bins and chosen.error == pytest.approx(float(error), abs=1e-12)
+
+
+@pytest.mark.parametrize("bins", [3, 7, 10, 15])
+def test_a_confidence_on_a_limit_lies_in_the_bin_that_begins_there(bins):
+    for i in range(bins):
+        assert calibration.equal_width([i / bins], [1], bins).edges.tolist() == [[i / bins, (i + 1) / bins]]
 
 
 def test_it_is_near_zero_for_a_calibrated_student_and_the_adaptive_one_is_less_biased():

@@ -13,6 +13,7 @@ import torch
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data import tokenizers
 from ibdistill.data.loading import load
+from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.evaluation import calibration, text_scores
 from ibdistill.evaluation import predictions as evaluation_predictions
@@ -55,7 +56,7 @@ def test_the_confidence_ends_with_the_end_token():
 def test_scores_join_calibration_texts_and_faithfulness(predictions):
     scores = evaluation_predictions.scores(predictions)
     correct = [i % 4 != 0 for i in range(40)]
-    assert scores["accuracy"] == 0.75
+    assert scores["accuracy"] == scores["accuracy_strict"] == scores["accuracy_lenient"] == 0.75
     expected = calibration.summary([i / 40 for i in range(40)], correct)
     assert {name: scores[name] for name in expected} == expected
     assert scores["first_token_ece"] == pytest.approx(0.15) and scores["first_token_confidence"] == 0.9
@@ -69,14 +70,28 @@ def test_scores_join_calibration_texts_and_faithfulness(predictions):
 
 def test_without_rationales_only_labels_are_scored(predictions):
     unexplained = [dataclasses.replace(p, rationale=None) for p in predictions]
-    assert evaluation_predictions.scores(unexplained).keys() == {"accuracy"} | {
-        prefix + name for prefix in ("", "first_token_") for name in calibration.summary([0.5], [1])
-    }
+    assert evaluation_predictions.scores(unexplained).keys() == {
+        "accuracy",
+        "accuracy_strict",
+        "accuracy_lenient",
+    } | {prefix + name for prefix in ("", "first_token_") for name in calibration.summary([0.5], [1])}
     # reference rationales may be missing: then texts are not compared, faithfulness is still told
     lonely = [dataclasses.replace(p, record=dataclasses.replace(p.record, rationale="")) for p in predictions]
     scores = evaluation_predictions.scores(lonely)
     assert "rationale_bleu" not in scores and "reference_leakage" not in scores
     assert scores["faithful"] == pytest.approx(24 / 40)
+
+
+def test_answers_are_scored_by_three_rules():
+    """The first is today's accuracy; lenient counts what any rule accepts."""
+    record = Record("gsm8k/test/0", "gsm8k", "q", "1200", "", gold="1200")
+    labels = ["1200", "2 * 600", "1200 dollars", "The answer is 1200", "1200 or so, or 12", "12"]
+    made = [evaluation_predictions.prediction(record, decoding.Answer(x, 1.0, 1.0), None) for x in labels]
+    scores = evaluation_predictions.scores(made)
+    assert [p.correct for p in made] == [True, True, False, False, False, False]
+    assert scores["accuracy"] == pytest.approx(2 / 6)
+    assert scores["accuracy_strict"] == pytest.approx(3 / 6)
+    assert scores["accuracy_lenient"] == pytest.approx(5 / 6)
 
 
 def test_predictions_survive_their_file(predictions, records, tmp_path):
@@ -104,8 +119,35 @@ def test_files_that_are_no_predictions_of_this_task_are_refused(predictions, rec
     refused("not a prediction (TypeError", path, records)
     evaluation_predictions.write_predictions(path, predictions)
     refused("p.jsonl:6: 'demo/test/5' is none of the 5 records of task 'demo'", path, records[:5])
+    evaluation_predictions.write_predictions(path, [predictions[0]] * 9)
+    refused(f"p.jsonl:2: 'demo/test/0' stands at {path}:1 already; each record counts once", path, records)
+    evaluation_predictions.write_predictions(path, predictions)
     others = [dataclasses.replace(r, question="another") for r in records]
     refused("p.jsonl:1: 'demo/test/0' has another question", path, others)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 5}, "the label is 5; it must be text"),
+        ({"label": None}, "the label is None; it must be text"),
+        ({"id": ["x"]}, "the id is ['x']; it must be text"),
+        ({"rationale": 5}, "the rationale is 5; it must be text, or null"),
+        ({"confidence": None}, "a confidence is None; it must be a number from 0 to 1"),
+        ({"confidence": float("nan")}, "a confidence is nan; it must be"),
+        ({"first_confidence": True}, "a confidence is True; it must be"),
+        ({"first_confidence": 7}, "a confidence is 7; it must be"),
+        ({"confidence": "0.5"}, "a confidence is '0.5'; it must be"),
+        ({"label": "\ud83d"}, "the text '\\ud83d' has half of a surrogate pair"),
+        ({"rationale": "x \udc00"}, "the text 'x \\udc00' has half of a surrogate pair"),
+    ],
+)
+def test_a_bad_prediction_is_named_with_its_line(predictions, records, tmp_path, change, message):
+    path = tmp_path / "p.jsonl"
+    evaluation_predictions.write_predictions(path, predictions[:3])
+    rows = [json.loads(line) for line in path.open()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows[:2], rows[2] | change]))
+    refused(f"p.jsonl:3: {message}", path, records)
 
 
 def test_an_empty_split_is_refused(world):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import re
+import time
 
 import numpy as np
 import pytest
@@ -59,6 +62,92 @@ def predictions_of(records: list[Record], right: list[bool]) -> list[predictions
     ]
 
 
+HOSTILE = [
+    "$\\frac{$",
+    "5_{ or $ and $",
+    "$5 and $3",
+    "\\$5 and \\$3",
+    "x" * 100_000,
+    "$" * 100_000,
+    "\ud83d",
+    "a\nb\x1b[31m\x00",
+    "_hidden",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
+def test_every_text_of_a_figure_is_drawn_as_it_is_and_cut(text):
+    curves = {text: [(text, [1, 2], [1.0, 2.0])]}
+    figures = [
+        plots.reliability([0.5], [1], text),
+        plots.risk_coverage([0.5], [1], text),
+        plots.confusion([text, "b"], ["b", text + "x"], text),
+        plots.accuracy_by([1, 2], [0, 1], text, text),
+        plots.lines(curves, text, text),
+        plots.intervals({text: {text: (0.5, 0.1)}}, text),
+    ]
+    start = time.perf_counter()
+    for figure in figures:
+        assert drawn(figure).startswith(b"\x89PNG")
+    assert time.perf_counter() - start < 20
+    shown = figures[2].axes[0].get_yticklabels()
+    label = next(label for label in shown if label.get_text() != "b")
+    expected = text if len(text) <= 40 else text[:39] + "…"
+    expected = "".join(c if c.isprintable() else " " for c in expected)
+    typeset, is_math = label._preprocess_math(label.get_text())
+    assert not is_math and typeset.lstrip(" ") == expected.lstrip(" ")
+    assert len(figures[4].axes[0].get_legend().get_texts()) == 1
+
+
+def test_a_figure_that_fails_is_a_warning(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(logging.getLogger("ibdistill"), "propagate", True)
+    made = predictions_of(load(DataConfig(), needs_rationale=True).valid["demo"][:4], [True] * 4)
+
+    def typeset(*_):
+        figure, axes = plots._axes("t", "x", "y")
+        axes.set_title("$\\frac{$")  # raises only when it is drawn
+        return figure
+
+    monkeypatch.setattr(plots, "risk_coverage", typeset)
+    monkeypatch.setattr(plots, "accuracy_by", lambda *_: 1 / 0)
+    assert report.figures(made, "t").keys() == {"reliability", "first_token_reliability"}
+    for step in (1, 2):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}/p.jsonl").write_text("not JSON\n")
+    assert report.learning_curve(tmp_path, "p.jsonl", last_step=2) is None
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.split(" is left out: ")[0] for line in said] == [
+        "the figure risk_coverage",
+        "the figure accuracy_by_steps",
+        "the figure accuracy_by_length",
+    ]
+    assert "ParseFatalException" in said[0] or "ValueError" in said[0]
+    assert "ZeroDivisionError" in said[1] and "JSONDecodeError" in said[2]
+
+
+@pytest.mark.parametrize(
+    "text", [*HOSTILE, "", "a | b", "`x`", "<b>bold</b> [a](b) *c*", "ends in \\", "a\\|b"]
+)
+def test_samples_show_any_text_in_one_row_of_a_table(text):
+    """As TensorBoard shows them: it renders Markdown with the extension for tables."""
+    from markdown import markdown
+
+    record = Record("jsonl/test/0", "jsonl", text or "?", text, text, text)
+    prediction = predictions.prediction(record, decoding.Answer(text, 0.5, 0.5), decoding.Answer(text, 1, 1))
+    shown = report.samples([prediction])
+    assert len(shown) < 5 * 2100 and shown.count("\n") == 9
+    html = markdown(shown, extensions=["markdown.extensions.tables", "markdown.extensions.fenced_code"])
+    rows = re.findall(r"<tr>\n<td>(.*)</td>\n<td>(.*)</td>\n</tr>", html)
+    assert [name for name, _ in rows] == [
+        "question",
+        "gold label",
+        "predicted label",
+        "gold rationale",
+        "generated rationale",
+    ]
+    assert all(re.fullmatch(r"(<code>[^<]*</code>|\(empty\))", cell) for _, cell in rows), rows
+
+
 def test_figures_samples_and_learning_curve_of_a_run(tmp_path):
     records = load(DataConfig(), needs_rationale=True).valid["demo"][:30]
     for step in (10, 20, 30):
@@ -73,6 +162,7 @@ def test_figures_samples_and_learning_curve_of_a_run(tmp_path):
     shown = report.samples(predictions_of(records, [False] * 30), count=3)
     assert shown.count("**demo/valid/") == 3 and "demo/valid/20: wrong**" in shown and "\\| 'x'" in shown
 
+    assert report.learning_curve(tmp_path, "valid_demo.jsonl", last_step=10) is None  # one point is no curve
     figure = report.learning_curve(tmp_path, "valid_demo.jsonl", last_step=20)
     lines = {line.get_label(): line.get_xydata() for line in figure.axes[0].lines}
     assert lines.keys() == {"short rationales", "middle rationales", "long rationales"}
@@ -91,6 +181,7 @@ def test_figures_samples_and_learning_curve_of_a_run(tmp_path):
 
 def test_without_rationales_there_is_no_learning_curve(tmp_path):
     row = {"gold_rationale": "", "correct": True}
-    (tmp_path / "step-00000001").mkdir()
-    (tmp_path / "step-00000001/p.jsonl").write_text(json.dumps(row) + "\n")
-    assert report.learning_curve(tmp_path, "p.jsonl", last_step=1) is None
+    for step in (1, 2):
+        (tmp_path / f"step-{step}").mkdir()
+        (tmp_path / f"step-{step}/p.jsonl").write_text(json.dumps(row) + "\n")
+    assert report.learning_curve(tmp_path, "p.jsonl", last_step=2) is None

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from feature_tables import features_of
+from tiny_models import ENCODER_DECODER_SHAPES, SHAPES, save, tiny
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -16,9 +18,10 @@ from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
 from ibdistill.models import export, forward, whole_model
 from ibdistill.models import fused as models_fused
-from ibdistill.models.student import check_fit, load_student
+from ibdistill.models.student import check_fit, load_student, with_lora
 from ibdistill.objectives.distillation import Distillation
 from ibdistill.ops.cpu import attention as cpu_attention
+from ibdistill.planning.dryrun import DTYPES, Lengths, Skeleton, student_step
 
 SHAPE = dict(vocab_size=400, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0)
 
@@ -208,6 +211,48 @@ def test_lora_on_layers_that_do_not_exist(tmp_path):
     config = StudentConfig(model="demo-student", lora_rank=4, lora_targets=["nothing_like_this"])
     with pytest.raises(ValueError, match=r"student.lora_targets is \['nothing_like_this'\]"):
         load_student(config, tokenizers.demo_tokenizer(), 0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "targets", "name"),
+    [
+        ("llama", ["q_proj", "lm_head"], "lm_head"),
+        ("qwen2", ["lm_head"], "lm_head"),
+        ("t5", ["q", "shared"], "shared"),
+        ("gpt2", ["wte"], "transformer.wte"),
+        ("opt", ["embed_tokens"], "model.decoder.embed_tokens"),
+    ],
+)
+def test_adapters_on_the_head_or_the_embeddings_would_not_be_trained(model_type, targets, name):
+    config = StudentConfig(lora_rank=4, lora_targets=targets)
+    with pytest.raises(
+        ValueError, match=f"student.lora_targets is .*, and {name} is the model's head or emb"
+    ):
+        with_lora(tiny(model_type), config)
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "llama"])
+def test_all_linear_layers_get_adapters_where_asked_and_where_peft_names_none(model_type):
+    targets = ["all-linear"] if model_type == "llama" else []
+    adapted = with_lora(tiny(model_type), StudentConfig(lora_rank=4, lora_targets=targets))
+    with_adapter = {name.split(".")[-4] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert with_adapter == {f"{m}_proj" for m in ("q", "k", "v", "o", "gate", "up", "down")}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("model_type", [*ENCODER_DECODER_SHAPES, *SHAPES])
+def test_the_planner_builds_the_adapters_that_the_student_has(tmp_path, model_type, precision):
+    """Without storage; the head and the embeddings stay tied or apart as they are."""
+    name = save(tmp_path / model_type, model_type)
+    tokenizer = tokenizers.load_tokenizer(name, "student.tokenizer")
+    config = StudentConfig(model=name, lora_rank=4, precision=precision)
+    student = load_student(config, tokenizer, 0)
+    skeleton = Skeleton(name, "student.model", tokenizer, precision, config)
+    assert skeleton.sizes() == [(p.numel(), p.requires_grad) for p in student.parameters()]
+    assert {p.dtype for p in skeleton.model.parameters()} == {DTYPES[precision]}
+    assert all(isinstance(p, FakeTensor) for p in skeleton.model.parameters())
+    living = student_step(skeleton, Lengths(4, 20, 5, 12), ObjectiveConfig())
+    assert 0 < living.at_head < living.peak
 
 
 @pytest.mark.parametrize("make", [tied, untied])

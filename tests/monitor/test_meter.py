@@ -1,40 +1,23 @@
-"""What a run shows: an interval's sums, gradients of terms, events, the progress bar, the hardware."""
+"""What a run measures between two logging steps: sums, gradients of terms, rates, the hardware."""
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import re
-import struct
-import subprocess
-import sys
-import termios
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
-from harness import TRAIN, alone, as_arguments, steps, tiny
+from harness import steps
 
-from ibdistill import train
+from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig
-from ibdistill.models.operations import operations_per_token
 from ibdistill.monitor import log
-from ibdistill.monitor.board import Board, hyperparameters
 from ibdistill.monitor.meter import Interval, Meter
 from ibdistill.objectives import distillation, question_terms
-from ibdistill.ops.head_loss.api import MISettings, Stream, Weights
+from ibdistill.ops.head_loss.api import MISettings, Stream, Weights, head_loss
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.runtime import hardware
 from ibdistill.training import prepare
-
-
-def events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    found = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 0})
-    found.Reload()
-    return found
 
 
 @pytest.mark.parametrize(
@@ -45,7 +28,7 @@ def events(folder):
         ("mi", "loss/mi"),
         ("mi_bound", "mi/bound"),
         ("vid", "loss/vid"),
-        ("vid_bound", "mi/vid_bound"),
+        ("mi_constant", "mi/constant"),
         ("correct_explain", "accuracy/explain_tokens"),
     ],
 )
@@ -85,6 +68,40 @@ def test_gradients_of_terms_are_those_of_autograd_and_add_up_over_micro_batches(
             expected[name] = expected.get(name, 0.0) + truth
             total[name] = total.get(name, 0.0) + float(square)
     assert total == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("estimator", ["paper", "normalized"])
+def test_the_logged_terms_of_a_step_do_not_depend_on_its_split(estimator):
+    """Of 4 questions, one of which has no rationale, in one part or several; a bound would depend on it."""
+    config = load_settings(None, {"objective.method": "ib", "objective.estimator": estimator})
+    (predict, explain), head = random_streams(0, ((2, 3, 1, 2), (4, 0, 2, 3)))
+    counts = {"predict": 8, "explain": 9, "questions": 4, "explained": 3}
+    mi = MISettings(estimator=estimator)
+    logged = []
+    for bounds in ((0, 4), (0, 2, 4), (0, 1, 2, 3, 4)):
+        sums: dict[str, float] = {}
+        for first, last in pairwise(bounds):
+            parts = []
+            for hidden, labels, cu in (predict, explain):
+                rows = slice(int(cu[first]), int(cu[last]))
+                parts.append(Stream(hidden[rows], labels[rows], cu[first : last + 1] - cu[first]))
+            _, terms = head_loss(*parts, head, weights=Weights(1.0, 1.0, 1.0), mi=mi)
+            for name, value in terms.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        logged.append(log.losses(Interval(sums, counts, 1, 1, 1, 1, 1.0, {}, []), config))
+    assert logged[1] == pytest.approx(logged[0], rel=1e-9) and logged[2] == pytest.approx(logged[0], rel=1e-9)
+    assert "mi/bound" not in logged[0] and ("mi/kl" in logged[0]) == (estimator == "normalized")
+    if estimator == "normalized":
+        pooled = [torch.softmax(states @ head.T, -1) for states, _, _ in (predict, explain)]
+        kl = 0.0
+        for q in (0, 2, 3):
+            p, e = (
+                rows[cu[q] : cu[q + 1]].amax(0)
+                for rows, cu in zip(pooled, (predict.cu, explain.cu), strict=True)
+            )
+            p, e = p / p.sum(), e / e.sum()
+            kl += float((p * (p / e).log()).sum()) / 3
+        assert logged[0]["mi/kl"] == pytest.approx(kl, rel=1e-9)
 
 
 def test_the_gradient_of_vid_is_that_of_its_formula():
@@ -183,88 +200,6 @@ def test_shares_of_the_gradient():
     assert log.constant_share(9.0, 10.0) == pytest.approx(0.9) and log.constant_share(2.0, 0.0) == 0.0
 
 
-def test_a_board_that_continues_leaves_no_gap_and_no_double(world, tmp_path):
-    for first in (0, 4):  # the first start was killed at step 7, after its checkpoint of step 4
-        board = Board(tmp_path, world, first)
-        for step in range(first + 1, 8 if first == 0 else 11):
-            board.scalars({"loss/total": 10.0 * first + step}, step)
-        board.close()
-    found = [(event.step, event.value) for event in events(tmp_path).Scalars("loss/total")]
-    assert found == [(s, s) for s in range(1, 5)] + [(s, 40 + s) for s in range(5, 11)]
-
-
-def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path):
-    from tensorboard.plugins.hparams import plugin_data_pb2
-
-    from ibdistill.evaluation import plots
-
-    board = Board(tmp_path / "on", world, 0)
-    board.text("config", "a: 1\n  b: 2", 0)
-    board.figures({"reliability": plots.reliability([0.5], [1], "t")}, 3)
-    flat = {"run.dir": "x", "run.seed": 3, "optim.lr": 0.1, "data.path": None, "student.lora_targets": ["q"]}
-    flat |= {"objective.beta": 0.1}
-    defaults = flat | {"run.dir": "", "optim.lr": 0.2, "data.path": "y", "run.seed": 0}
-    board.hparams(hyperparameters(flat, defaults), {"eval/test_demo_accuracy": 0.5})
-    board.close()
-    found = events(tmp_path / "on")
-    assert {"config/text_summary", "custom_scalars__config__"} <= set(found.Tags()["tensors"])
-    assert found.Images("reliability")[0].step == 3
-    content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
-    written = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
-    assert set(written) == {"run.seed", "optim.lr", "data.path", "objective.beta"}
-    assert written["data.path"].string_value == "None" and written["optim.lr"].number_value == 0.1
-
-    board = Board(tmp_path / "off", world, 0, off=True)
-    board.scalars({"loss": 1.0}, 1)
-    board.text("t", "t", 1)
-    board.figures({}, 1)
-    board.hparams({}, {})
-    board.close()
-    assert not (tmp_path / "off").exists()
-
-
-def test_a_run_s_events_hold_every_group(make_job):
-    overrides = {"run.eval_every": 6, "run.eval_limit": 9, "run.test_limit": 9, "objective.method": "ib"}
-    made = make_job(**overrides, **{"run.term_gradients_every": 4})
-    train.train(made)
-    train.close(made)
-    made.board.close()
-    found = events(made.folder / "tensorboard")
-    scalars = found.Tags()["scalars"]
-    expected = """loss/total loss/predict loss/explain loss/mi mi/constant mi/constant_share mi/entropy
-        grad/norm grad/clipped_share grad/share_mi grad/norm_predict optim/lr optim/skipped_steps speed/mfu
-        speed/step_s speed/data_wait_s speed/student_s speed/tokens_per_s memory/peak_gib
-        memory/model_states_gib data/epoch data/padded_share data/truncated_share_labels
-        eval/valid_demo_ece eval/test_demo_faithful accuracy/predict_tokens""".split()
-    assert set(expected) <= set(scalars)
-    assert [e.step for e in found.Scalars("loss/total")] == list(range(1, 13))
-    assert [e.step for e in found.Scalars("grad/share_mi")] == [1, 5, 9]
-    assert 0 < found.Scalars("speed/mfu")[-1].value < 1.5
-    assert {"valid_demo/accuracy_by_length", "test_demo/reliability"} <= set(found.Tags()["images"])
-    text = found.Tensors("test_demo/samples/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert made.records.test["demo"][0].question in text and "predicted label" in text
-
-
-def test_without_tensorboard_nothing_is_written_or_measured(make_job):
-    made = make_job(**{"run.tensorboard": False, "optim.max_steps": 2, "run.term_gradients_every": 1})
-    train.train(made)
-    assert not (made.folder / "tensorboard").exists() and not made.measures_gradients()
-
-
-def test_operations_of_a_token_are_those_that_torch_counts(make_job):
-    """Short rows, so that attention's own products, which are left out, are few."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = make_job(**{"student.dropout": 0.0}).engine.module.model
-    question, target = operations_per_token(model)
-    ids = torch.full((4, 3), 5)
-    counter = FlopCounterMode(display=False)
-    with counter:
-        model(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
-    ours = question * ids.numel() + target * ids.numel()
-    assert ours == pytest.approx(counter.get_total_flops(), rel=0.05)
-
-
 @pytest.mark.parametrize(
     ("config", "precision", "bytes_"), [("zero0", "fp32", 4 + 8), ("zero2", "bf16", 2 + 4 + 8)]
 )
@@ -287,30 +222,3 @@ def test_truncated_shares(make_job):
     scalars = prepare.data_scalars(features, DataConfig(max_rationale_tokens=int(limit)))
     assert scalars["data/truncated_share_rationales"] == pytest.approx((lengths >= limit).mean())
     assert scalars["data/truncated_share_questions"] == 0.0
-
-
-def test_a_terminal_gets_a_progress_bar_and_a_file_plain_lines(tmp_path):
-    env = alone()
-    command = [sys.executable, TRAIN, *as_arguments(tiny(tmp_path / "run", **{"run.test_limit": 2}))]
-    controller, terminal = pty.openpty()
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=env)
-    os.close(terminal)
-    shown = b""
-    while True:
-        try:
-            chunk = os.read(controller, 65536)
-        except OSError:  # the other end is closed
-            break
-        shown += chunk
-    assert process.wait(60) == 0, shown[-3000:]
-    text = shown.decode()
-    assert re.search(r"12/12 \[\d\d:\d\d<\d\d:\d\d", text) and re.search(r"step 12/12 .* eta 0:00:00", text)
-    again = subprocess.run(
-        [*command[:2], *as_arguments(tiny(tmp_path / "run2", **{"run.test_limit": 2}))],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=120,
-    )
-    assert "step 12/12" in again.stderr and "12/12 [" not in again.stderr and "\r" not in again.stderr

@@ -12,7 +12,8 @@ from ibdistill.config.sections import DataConfig, ObjectiveConfig
 from ibdistill.data import batches
 from ibdistill.data.sampler import Sampler
 from ibdistill.objectives import distillation
-from ibdistill.objectives.weights import means, mi_settings, step_weights, streams_of, total
+from ibdistill.objectives.weights import check_split, means, mi_settings, step_weights, streams_of, total
+from ibdistill.ops.head_loss.estimators import ESTIMATORS, Estimator, infonce
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -50,6 +51,28 @@ def test_streams_and_terms_of_each_method():
     assert mi_settings(ObjectiveConfig(method="ib", beta=0.0)) is None
     mi = mi_settings(ObjectiveConfig(method="ib", estimator="infonce", mi_gradient="both", pool="mean"))
     assert (mi.estimator, mi.gradient, mi.pool, mi.temperature) == ("infonce", "both", "mean", 0.1)
+
+
+def test_infonce_is_refused_where_a_step_is_split(make_job, tmp_path):
+    """It compares questions: 8 of them in one, two or four micro-batches would be three losses."""
+    settings = {"objective.method": "ib", "objective.estimator": "infonce", "optim.micro_batch_size": 2}
+    words = "infonce, which compares .* splits the 8 of optim.batch_size into 4 micro-batches per rank"
+    with pytest.raises(ValueError, match=words):
+        make_job(tmp_path / "run", **settings)
+    assert not (tmp_path / "run").exists()
+    check_split(ObjectiveConfig(method="ib", estimator="infonce"), 8, 1)
+    for own in ({"method": "ib", "estimator": "normalized"}, {"method": "dss", "estimator": "infonce"}):
+        check_split(ObjectiveConfig(beta=0.1, **own), 8, 4)
+    check_split(ObjectiveConfig(method="ib", estimator="infonce", beta=0.0), 8, 4)
+
+
+def test_any_estimator_on_states_is_refused_so(monkeypatch):
+    """Of somebody's own registry too; one on distributions sees one question at a time."""
+    monkeypatch.setitem(ESTIMATORS, "own_states", Estimator(infonce, "state"))
+    monkeypatch.setitem(ESTIMATORS, "own_distributions", Estimator(infonce, "distribution"))
+    with pytest.raises(ValueError, match="own_states"):
+        check_split(ObjectiveConfig(method="ib", estimator="own_states", beta=0.1), 8, 2)
+    check_split(ObjectiveConfig(method="ib", estimator="own_distributions", beta=0.1), 8, 2)
 
 
 def test_weights_divide_by_global_counts():

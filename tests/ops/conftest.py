@@ -25,8 +25,10 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_patches_once():
-    """Triton's interpreter replaces the language's functions anew for every launch and every call from one
-    kernel to another: much of the time of small ones. Once is enough, since all is interpreted.
+    """Let Triton's interpreter replace the functions of its language once.
+
+    It would replace them anew for every launch and for every call from one kernel to another, which takes
+    much of the time of small kernels. Once is enough, since everything is interpreted here.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield

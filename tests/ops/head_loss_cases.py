@@ -63,7 +63,7 @@ def evaluate(function, predict, explain, weight, bias, upstream=1.0, needs=(True
 
 
 def assert_same(got, want, rtol=1e-9, atol=1e-11):
-    """Totals, terms and gradients of two evaluations agree."""
+    """Assert that totals, terms and gradients of two evaluations are close."""
     torch.testing.assert_close(got[0], want[0], rtol=rtol, atol=atol)
     assert got[1].keys() == want[1].keys()
     for name in want[1]:

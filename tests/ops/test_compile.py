@@ -140,7 +140,7 @@ def test_token_counts_compile_nothing_new(generator):
 
 
 def test_a_float_weight_compiles_anew(generator):
-    """What `Weights` says of floats: the reason to pass tensors."""
+    """A float is a constant of the graph, which is the reason to pass tensors in `Weights`."""
     case, _ = make(generator)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(head_loss, backend=counter)

@@ -1,4 +1,4 @@
-"""Distillation from a teacher: divergences, and the lean path against the plain twin."""
+"""Distillation from a teacher: divergences, and the torch implementation against the reference."""
 
 import itertools
 import math
@@ -80,7 +80,7 @@ def test_divergences_are_torchs(generator):
 @pytest.mark.parametrize("make", [white_box, top_k])
 @pytest.mark.parametrize("chunk_rows", [1, 10, 48, 1000])
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_equals_the_twin(case, generator, make, chunk_rows, kind):
+def test_equals_the_reference(case, generator, make, chunk_rows, kind):
     teacher = make(case, generator, divergence=kind[0], temperature=kind[1], beta=0.3)
     for mi in (None, MISettings(), MISettings("normalized", "mean", "both")):
         arguments = {"weights": ALL, "mi": mi, "teacher": teacher, "upstream": -1.7}
@@ -125,7 +125,8 @@ def test_no_grad_has_the_same_terms(case, generator):
 
 @pytest.mark.parametrize(("native", "tolerance"), [(False, 1e-4), (True, 0.05)])
 def test_low_precision_teacher_beside_a_student_in_float32(case, generator, monkeypatch, native, tolerance):
-    """The twin widens the teacher first; where its products are native its logits are rounded to bf16."""
+    """The reference widens the teacher first; where bf16 products are native the teacher's logits are
+    rounded."""
     monkeypatch.setattr(products, "multiplies_natively", lambda *_: native)
     teacher = white_box(case, generator)
     low = TeacherDistributions(
@@ -142,7 +143,7 @@ def test_low_precision_teacher_beside_a_student_in_float32(case, generator, monk
 @pytest.mark.parametrize("make", [white_box, top_k])
 @pytest.mark.parametrize("chunk_rows", [1, 10, 48, 1000])
 @pytest.mark.parametrize("mi", PAIRED, ids=name_of)
-def test_paired_with_the_teacher_equals_the_twin(case, generator, make, chunk_rows, mi):
+def test_paired_with_the_teacher_equals_the_reference(case, generator, make, chunk_rows, mi):
     both = make(case, generator)
     only_explain = TeacherDistributions(None, both.explain, both.weight, both.bias)
     for teacher in (both, only_explain):

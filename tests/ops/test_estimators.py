@@ -6,7 +6,7 @@ import pytest
 import torch
 from head_loss_cases import make_stream
 
-from ibdistill.ops.head_loss import estimators
+from ibdistill.ops.head_loss import infonce as infonce_module
 from ibdistill.ops.head_loss.api import Stream, head_loss
 from ibdistill.ops.head_loss.arguments import MISettings, Weights
 from ibdistill.ops.head_loss.estimators import barber_agakov, infonce, normalized, paper
@@ -44,7 +44,8 @@ def test_pooled_forms_are_their_formulas_on_ragged_lengths(function, pool, gener
 
 
 def test_paper_term_hardly_leaves_its_constant():
-    """T5's vocabulary, 4 positions, logits with a standard deviation of 3: 39.7, a perfect match 0.1 less."""
+    """With T5's vocabulary, 4 positions and logits of deviation 3 it is 39.7, and a perfect match 0.1
+    less."""
     g = torch.Generator().manual_seed(0)
     P, E = (torch.log_softmax(3 * torch.randn(8, 4, 32128, generator=g), -1).amax(1) for _ in range(2))
     random, match = paper(P, E), paper(P, P)
@@ -92,7 +93,7 @@ def test_normalized_bound_is_the_information_with_the_true_conditional(counts):
 
 @pytest.mark.parametrize("counts", JOINTS[:2])
 def test_normalized_bound_through_the_head_loss(counts):
-    """W = 1: hidden states are logits. predict says y for sure, explain knows p(y | z)."""
+    """With W = 1 hidden states are logits; predict is certain of y, and explain knows p(y | z)."""
     counts_ = torch.tensor(counts)
     pairs = [(z, y) for z in range(3) for y in range(3) for _ in range(counts_[z, y])]
     z, y = torch.tensor(pairs).T
@@ -170,7 +171,7 @@ def test_infonce_never_exceeds_the_logarithm_of_the_batch(n, generator):
     assert bound <= information
 
 
-def test_infonce_tiles_agree_with_the_whole_matrix(generator, monkeypatch):
+def test_infonce_tiles_equal_the_whole_matrix(generator, monkeypatch):
     n, d, temperature = 13, 6, 0.2
     target, estimate = (torch.randn(n, d, generator=generator, dtype=torch.float64) for _ in range(2))
     estimate.requires_grad_()
@@ -181,7 +182,7 @@ def test_infonce_tiles_agree_with_the_whole_matrix(generator, monkeypatch):
     )
     (want_gradient,) = torch.autograd.grad(want @ upstream, estimate)
     for tile_bytes in (1, 8 * n * 4, 1 << 20):
-        monkeypatch.setattr(estimators, "TILE_BYTES", tile_bytes)
+        monkeypatch.setattr(infonce_module, "TILE_BYTES", tile_bytes)
         got = infonce(target, estimate, temperature=temperature)["mi"]
         (gradient,) = torch.autograd.grad(got @ upstream, estimate)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
@@ -193,5 +194,5 @@ def test_tiled_infonce_gradcheck(generator):
         torch.randn(n, 3, generator=generator, dtype=torch.float64, requires_grad=True) for n in (3, 5)
     )
     assert torch.autograd.gradcheck(
-        lambda a, c: estimators._TiledInfoNCE.apply(a, c, 1, 0.5), (anchors, candidates)
+        lambda a, c: infonce_module._TiledInfoNCE.apply(a, c, 1, 0.5), (anchors, candidates)
     )

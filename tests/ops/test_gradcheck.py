@@ -1,4 +1,4 @@
-"""The head loss and its twin against finite differences, in float64."""
+"""The head loss and its reference against finite differences, in float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The lean path against autograd through the plain twin in float64: total, every term, every gradient."""
+"""The torch implementation against autograd through the reference in float64: total, terms, gradients."""
 
 import math
 import resource
@@ -33,7 +33,7 @@ from ibdistill.ops.head_loss.torch import ChunkedLinear
     ("chunk_rows", "cached_bytes"), [(0, 1), (5, 1), (24, 1), (1000, 1), (1000, 1 << 20)]
 )
 @pytest.mark.parametrize("mi", MIS, ids=name_of)
-def test_equals_the_twin(case, mi, chunk_rows, cached_bytes, monkeypatch):
+def test_equals_the_reference(case, mi, chunk_rows, cached_bytes, monkeypatch):
     monkeypatch.setattr(cache_blocks, "CACHED_BYTES", cached_bytes)
     arguments = {"weights": WEIGHTS, "mi": mi, "upstream": -1.7}
     got = evaluate(head_loss, *case, **arguments, chunk_bytes=max(1, chunk_rows * ROW))
@@ -100,7 +100,7 @@ def test_ties_go_to_the_first_position(mi, chunk_rows, generator):
 
 @pytest.mark.parametrize("chunk_rows", [5, 100])
 def test_ties_between_positions_far_apart(chunk_rows, generator, monkeypatch):
-    """Longer than what is worked on at once; the second half repeats the first, so every entry ties."""
+    """The sequence is longer than a block; its second half repeats the first, so every entry ties."""
     monkeypatch.setattr(cache_blocks, "CACHED_BYTES", 1)
     predict, explain = (make_stream([2 * n], D, V, ignored=0, generator=generator) for n in (9, 13))
     head = make_head(D, V, generator=generator)
@@ -114,7 +114,7 @@ def test_ties_between_positions_far_apart(chunk_rows, generator, monkeypatch):
 
 
 def test_a_question_walked_twice_finds_every_maximum_again(generator):
-    """In float32, where another product of the same rows could round otherwise."""
+    """This is in float32, where another product of the same rows could round otherwise."""
     vocabulary, width = 5003, 48
     predict, explain = (make_stream([n], width, vocabulary, ignored=0, generator=generator) for n in (7, 61))
     weight, _ = make_head(width, vocabulary, generator=generator)
@@ -241,15 +241,15 @@ def test_no_worse_than_eager_in_its_own_dtype(mi, more, dtype, native, generator
     monkeypatch.setattr(
         linear.ChunkedLinear, "_add_product", lambda *given: sums.append(1) or add_product(*given)
     )
-    lean = evaluate(head_loss, *case, **arguments, chunk_bytes=20 * V * 4)
+    ours = evaluate(head_loss, *case, **arguments, chunk_bytes=20 * V * 4)
     assert bool(sums) == (bool(more) or dtype == torch.float32 or not native)
     slack = {torch.bfloat16: 1e-3, torch.float16: 1e-4, torch.float32: 1e-6}[dtype]
-    assert rms(lean[0], truth[0]) <= rms(eager[0], truth[0]) + slack
+    assert rms(ours[0], truth[0]) <= rms(eager[0], truth[0]) + slack
     for name in truth[1]:
         if not name.startswith("correct"):
-            assert rms(lean[1][name], truth[1][name]) <= rms(eager[1][name], truth[1][name]) + slack, name
+            assert rms(ours[1][name], truth[1][name]) <= rms(eager[1][name], truth[1][name]) + slack, name
     for name, a, b, t in zip(
-        ("predict", "explain", "weight", "bias"), lean[2], eager[2], truth[2], strict=True
+        ("predict", "explain", "weight", "bias"), ours[2], eager[2], truth[2], strict=True
     ):
         assert a.dtype == dtype
         assert rms(a, t) <= rms(b, t) + slack, name
@@ -326,7 +326,7 @@ def test_bad_settings(case):
 
 
 def test_offsets_and_labels_without_int32_cpu_assumptions(case):
-    """int64 offsets are as good."""
+    """Offsets may be int64 as well."""
     predict, explain, weight, bias = case
     wide = [Stream(s.hidden, s.labels, s.cu.long()) for s in (predict, explain)]
     a = evaluate(head_loss, *wide, weight, bias, weights=WEIGHTS, mi=MISettings())

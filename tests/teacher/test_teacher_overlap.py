@@ -34,7 +34,7 @@ class Streams:
         self.on_teachers = False
 
     def wait_stream(self, other: Streams | Teachers) -> None:
-        """Of the student's stream: the teacher's work is done from here on."""
+        """What the student's stream does: from here on the teacher's work is done."""
         assert all(batch() is not None for batch in self.unread), "a batch died before the wait"
         self.unread.clear()
         self.waits += 1
@@ -118,7 +118,7 @@ def test_an_answer_that_nobody_asks_for_is_waited_for_too(job, streams, instead)
 
 
 def test_steps_with_overlap_are_those_without(job, streams, make_job, tmp_path):
-    """And every micro-batch but the first was begun ahead."""
+    """Every micro-batch but the first was begun ahead, too."""
     steps(job, 3)
     assert streams.waits == 2
     plain = make_job(tmp_path / "plain", **ONLINE)

@@ -48,7 +48,7 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
-from ibdistill.teacher.answers import top_k
+from ibdistill.teacher.answer_tensors import top_k
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
 

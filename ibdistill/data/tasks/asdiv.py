@@ -6,9 +6,10 @@ as for SVAMP.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from ibdistill.data.answer_rules import same_value
+from ibdistill.data.answer_rules import same_amount, same_python_value, same_value
 from ibdistill.data.arithmetic_steps import last_value
 from ibdistill.data.json_rows import field_text
 from ibdistill.data.tasks.base import Task
@@ -17,13 +18,10 @@ from ibdistill.data.tasks.svamp import parse_equation
 
 
 def fields(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Question, the answer's number (`9 (apples)` -> `9`) and no rationale."""
+    """Question, the answer's number (`9 (apples)` -> `9`, `1 1/2 (hours)` -> `1 + 1/2`) and no rationale."""
     row = {key.lower(): value for key, value in row.items()}
-    return (
-        f"{field_text(row, 'body')}\n{field_text(row, 'question')}",
-        field_text(row, "answer").split(" ")[0],
-        "",
-    )
+    number = re.match(r"\S*(?: [0-9]+/[0-9]+)?", field_text(row, "answer"))[0].replace(" ", " + ")
+    return f"{field_text(row, 'body')}\n{field_text(row, 'question')}", number, ""
 
 
 ASDIV = Task(
@@ -34,6 +32,8 @@ ASDIV = Task(
         hub_splits={"train": "validation"},  # its only split; a tenth of it becomes the test split
     ).read,
     is_correct=same_value,
+    is_strict=same_python_value,
+    is_lenient=same_amount,
     parse_llm=parse_equation,
     implied=last_value,
     arithmetic=True,

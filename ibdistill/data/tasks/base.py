@@ -48,6 +48,11 @@ class Task:
     own files, `published.Published` the places where public data sets are found. Raises ValueError."""
     is_correct: Callable[[str, Record], bool]
     """(prediction, record) -> whether it answers the record."""
+    is_strict: Callable[[str, Record], bool] | None = None
+    """The official rule of the data set, for `accuracy_strict`. None: `is_correct`."""
+    is_lenient: Callable[[str, Record], bool] | None = None
+    """A rule that accepts more than the other two, for `accuracy_lenient`, which counts what any of them
+    accepts. None: there is no such rule."""
     parse_llm: Callable[[str], tuple[str, str] | None] | None = None
     """LLM text -> (rationale, label), or None if it has no such parts. None: no LLM text for this task."""
     implied: Callable[[str, Record], list[str]] | None = None
@@ -66,6 +71,8 @@ class Task:
     """Labels are numbers or equations, so that numbers may be mapped (`data.map_numbers`)."""
     generated: bool = False
     """The records are made here: the task takes no `data.path`."""
+    answer_check: bool = False
+    """`data.answer_check` chooses the rule for answers."""
     partial_rationales: bool = False
     """The source explains some records only; the others are left out where rationales are needed."""
     derives_rationales: bool = False

@@ -5,21 +5,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.answer_rules import same_text
-from ibdistill.data.json_rows import field_text, read_rows
-from ibdistill.data.llm_text import before, split_at_marker
+from ibdistill.data.amounts import lone_number
+from ibdistill.data.answer_rules import plain, same_amount, same_exact_text, same_text_or_number, same_value
+from ibdistill.data.json_rows import SUFFIXES, field_text, read_rows
+from ibdistill.data.lettered_options import option_of, options, same_choice, same_stated_choice
+from ibdistill.data.llm_text import FINAL, before, split_at_marker, stated
+from ibdistill.data.records import Record
 from ibdistill.data.tasks.base import Example, Task, check_exists, examples
 
 
 def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
     """A folder with train, test and perhaps valid.jsonl, or one file, with the fields that `data` names.
 
-    One file is split: a tenth of it is the test split, always the same. Records of a train.jsonl may
-    lack a label where the teacher gives it. `task` names the records and stands in messages.
+    The files may have the other forms of `json_rows` too, under the names that go with them
+    (train.parquet). One file is split: a tenth of it is the test split, always the same. Records of a
+    train.jsonl may lack a label where the teacher gives it. `task` names the records and stands in messages.
 
     Raises:
         ValueError: no `data.path`, missing files, or a bad line.
@@ -32,13 +37,13 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
     check_exists(path)
     files = {"train": path}
     if path.is_dir():
-        files = {split: path / f"{split}.jsonl" for split in ("train", "valid", "test")}
-        if not files["valid"].exists():
-            del files["valid"]
-        if missing := [file.name for file in files.values() if not file.exists()]:
+        found = {split: _file_of(path, split) for split in ("train", "valid", "test")}
+        files = {split: file for split, file in found.items() if file}
+        if missing := [f"{split}.jsonl" for split in ("train", "test") if split not in files]:
             raise ValueError(
                 f"data.path {data.path!r} lacks {' and '.join(missing)}: a folder for the task {task!r} has "
-                "train.jsonl, test.jsonl and perhaps valid.jsonl; or name one file, which is then split"
+                "train.jsonl, test.jsonl and perhaps valid.jsonl (or such files ending in "
+                f"{', '.join(SUFFIXES[1:])}); or name one file, which is then split"
             )
 
     def optional(row: dict[str, Any], key: str) -> str:
@@ -55,14 +60,66 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
         )
 
     rows = {split: read_rows(file) for split, file in files.items()}
-    return examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
+    splits = examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
+    return {
+        split: [
+            replace(example, record=replace(example.record, answer_check=data.answer_check))
+            for example in part
+        ]
+        for split, part in splits.items()
+    }
+
+
+def _file_of(folder: Path, split: str) -> Path | None:
+    """The file of a split; None if there is none. Raises ValueError if there are several."""
+    found = [folder / f"{split}{suffix}" for suffix in SUFFIXES if (folder / f"{split}{suffix}").is_file()]
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found)
+        raise ValueError(f"{folder} holds the {split} split several times ({names}); keep one of them")
+    return found[0] if found else None
 
 
 def parse_text(text: str) -> tuple[str, str] | None:
     """`It rains. The answer is an umbrella.` -> the reason, `an umbrella`, which is the rest of the line."""
-    parts = split_at_marker(before(text, "Q:"), "So the answer is", "The answer is", "####", "Answer:")
-    label = parts[1].split("\n")[0].strip().removesuffix(".").strip() if parts else ""
+    parts = split_at_marker(before(text, "Q:"), "So the answer is", "The answer is", FINAL, "Answer:")
+    label = parts[1].split("\n")[0].partition(FINAL)[0].strip().removesuffix(".").strip() if parts else ""
     return (parts[0], label) if parts and label else None
 
 
-JSONL = Task(name="jsonl", read=read_jsonl, is_correct=same_text, parse_llm=parse_text)
+def is_correct(prediction: str, record: Record) -> bool:
+    """The rule that `data.answer_check` names. text: one text, or two numbers of one value; value: one
+    exact value, of expressions too; choice: one of the options that the question lists."""
+    return _can_be_met(record) and _RULES[record.answer_check][0](prediction, record)
+
+
+def is_lenient(prediction: str, record: Record) -> bool:
+    """What a reader would accept: the unit of a number, the form of a letter, `The answer is`."""
+    return _can_be_met(record) and _RULES[record.answer_check][1](prediction, record)
+
+
+def _can_be_met(record: Record) -> bool:
+    """False for a choice whose label is none of the question's options."""
+    return record.answer_check != "choice" or option_of(record.gold, record) in map(plain, options(record))
+
+
+def _same_stated(prediction: str, record: Record) -> bool:
+    text = stated(prediction)
+    if text is not None and same_text_or_number(text, record):
+        return True
+    return lone_number(record.gold) is not None and same_amount(prediction, record)
+
+
+_RULES = {
+    "text": (same_text_or_number, _same_stated),
+    "value": (same_value, same_amount),
+    "choice": (same_choice, same_stated_choice),
+}
+JSONL = Task(
+    name="jsonl",
+    read=read_jsonl,
+    is_correct=is_correct,
+    is_strict=same_exact_text,  # the user's own questions have no official rule
+    is_lenient=is_lenient,
+    parse_llm=parse_text,
+    answer_check=True,
+)

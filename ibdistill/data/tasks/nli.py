@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ibdistill.data.answer_rules import named, same_text
-from ibdistill.data.json_rows import field_text
+from ibdistill.data.answer_rules import named, same_exact_text, same_stated_text, same_text
+from ibdistill.data.json_rows import field_text, shown
 from ibdistill.data.llm_text import before, split_at_marker
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.base import Task
@@ -24,10 +24,10 @@ _RELATION = re.compile(r"\W*(entailment|neutral|contradiction)\b", re.IGNORECASE
 def fields(row: dict[str, Any]) -> tuple[str, str, str]:
     """Premise and hypothesis, joined by T5's end-of-sequence token, written out; relation; explanation."""
     label = row["label"]
-    if type(label) is int and 0 <= label < len(RELATIONS):
-        label = RELATIONS[label]
+    if type(label) in (int, float) and label in range(len(RELATIONS)):  # a bool is no label
+        label = RELATIONS[int(label)]
     if label not in RELATIONS:
-        raise ValueError(f"the label is {label!r}; it must be 0, 1, 2 or one of {', '.join(RELATIONS)}")
+        raise ValueError(f"the label is {shown(label)}; it must be 0, 1, 2 or one of {', '.join(RELATIONS)}")
     rationale = next((field_text(row, key) for key in ("explanation_1", "reason") if row.get(key)), "")
     return f"{field_text(row, 'premise')}</s>{field_text(row, 'hypothesis')}", label, rationale
 
@@ -68,6 +68,8 @@ ESNLI = Task(
         hub_splits={"train": "train", "valid": "validation", "test": "test"},
     ).read,
     is_correct=same_text,
+    is_strict=same_exact_text,
+    is_lenient=same_stated_text,
     parse_llm=parse_esnli,
     implied=named_relations,
     choices=relations,
@@ -82,6 +84,8 @@ ANLI1, ANLI2, ANLI3 = (
             hub_splits={"train": f"train_r{n}", "valid": f"dev_r{n}", "test": f"test_r{n}"},
         ).read,
         is_correct=same_text,
+        is_strict=same_exact_text,
+        is_lenient=same_stated_text,
         parse_llm=parse_anli,
         implied=named_relations,
         choices=relations,

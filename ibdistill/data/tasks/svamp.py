@@ -11,13 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ibdistill.data.answer_rules import same_value
+from ibdistill.data.answer_rules import same_amount, same_python_value, same_value
 from ibdistill.data.arithmetic import evaluate
 from ibdistill.data.arithmetic_steps import last_value
-from ibdistill.data.json_rows import Row, field_text, read_rows
+from ibdistill.data.json_rows import Row, field_text, read_rows, shown
 from ibdistill.data.llm_text import before, split_at_marker
 from ibdistill.data.tasks.base import Task
 from ibdistill.data.tasks.published import Published
+
+_OPERATOR_BEFORE = re.compile(r"[-+*/\u2212\u00d7\u00f7]\s*$")
+_OPERATOR_AFTER = re.compile(r"\s*[-+*/\u2212\u00d7\u00f7]\s*[0-9.$]")
 
 
 def fields(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -46,7 +49,12 @@ def derived_rationale(row: dict[str, Any]) -> str:
     the problem; results of operations are left out, since they are no words of the question
     (`data.map_numbers`). An equation of one number is that number. Raises ValueError for other forms.
     """
-    kind = field_text(row, "Type").rpartition("-")[2].lower().replace("divison", "division")
+    kind = field_text(row, "Type").rpartition("-")[2].strip().lower().replace("divison", "division")
+    if not kind.isalpha():
+        raise ValueError(
+            f"field 'Type' is {shown(row['Type'])}; a rationale is derived from the name of an operation, "
+            "such as 'Addition' or 'Common-Division'"
+        )
     equation, steps = field_text(row, "Equation"), []
     inner = re.compile(r"\(\s*([^\s()]+) ([-+*/]) ([^\s()]+)\s*\)")
     while found := inner.search(equation):
@@ -65,13 +73,18 @@ def derived_rationale(row: dict[str, Any]) -> str:
 def parse_equation(text: str) -> tuple[str, str] | None:
     """`He ate 3 of 8. The answer is (8 - 3).` -> the reason, `(8 - 3)`.
 
-    The answer is what the outermost parentheses of the line hold, and must be arithmetic.
+    The answer is what the outermost parentheses of the line hold, and must be arithmetic. Where an operator
+    stands outside them, as in `-(8 - 3)` or `(8 - 3) / 2`, they are not the whole answer, and there is none
+    (the "Distilling Step-by-Step!" code takes the part).
     """
     parts = split_at_marker(before(text, "Q:"), "The answer is")
     if parts is None:
         return None
     line = parts[1].split("\n")[0]
-    label = line[line.find("(") : line.rfind(")") + 1]
+    start, end = line.find("("), line.rfind(")") + 1
+    if _OPERATOR_BEFORE.search(line[: max(0, start)]) or _OPERATOR_AFTER.match(line[end:]):
+        return None
+    label = line[start:end]
     return (parts[0], label) if evaluate(label) is not None else None
 
 
@@ -86,6 +99,8 @@ SVAMP = Task(
         derive=derived_rationale,
     ).read,
     is_correct=same_value,
+    is_strict=same_python_value,
+    is_lenient=same_amount,
     parse_llm=parse_equation,
     implied=last_value,
     arithmetic=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 CACHED_BYTES = 1 << 20
-"""Bytes of logits that one operation after another works on: two such blocks stay in a core's cache."""
+"""Bytes of logits in a block that several operations work on in turn: two such blocks fit a core's cache."""
 
 
 def cached_rows(z: Tensor) -> int:

@@ -1,7 +1,7 @@
 """Dropout on a CPU: masks from 16 random bits per element, kept as one byte per element.
 
-One 64-bit random number decides about four elements. torch's own Bernoulli sampler took 5 times as long on a
-CPU that is not Intel's (6.7 against 1.4 ns per element), and its dropout keeps a mask of floats.
+One 64-bit random number decides about four elements. On a CPU that is not from Intel, torch's own Bernoulli
+sampler took 5 times as long (6.7 against 1.4 ns per element), and torch's dropout keeps a mask of floats.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """The head loss: cross entropies, mutual information and distillation, never [N, V] logits at once.
 
-Two doors: `head_loss` takes packed hidden states and the output head, `logits_loss` logits that
-somebody has already. Behind them stand two implementations of the same function, `head_loss.torch` and
-`head_loss.triton`; `head_loss.reference` is their plain twin, the truth for tests.
+There are two public functions: `head_loss` takes packed hidden states and the output head, and `logits_loss`
+takes logits that exist already. Two implementations compute the same function, `head_loss.torch` and
+`head_loss.triton`, and `head_loss.reference` computes it in plain torch, as the truth for tests.
 
-Both compute the gradients during the forward pass, because that's when the logits are there; the
-backward pass only multiplies them by the upstream gradient.
+Both implementations compute the gradients during the forward pass, because the logits exist only then. The
+backward pass multiplies these gradients by the upstream gradient.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ __all__ = [
 CHUNK_BYTES = {"cpu": 20 << 20, "gpu": 256 << 20}
 """Default bound of the buffers of logits.
 
-CPU: measured at V = 32128, D = 512, float32: from 160 rows (20 MiB) on the products' time per row no longer
-falls; with 80 rows it's a quarter more. GPU: every chunk reads and writes the head's gradient, which with R
-rows of bfloat16 logits is 12 V D bytes beside the 8 V R of the kernels' passes: a share of 1.5 D / R, so that
-R must be large against D. 256 MiB are 4177 rows at V = 32128, 883 at V = 151936. Counted, not measured.
+The CPU's bound was measured at V = 32128, D = 512, float32: from 160 rows (20 MiB) on, the products' time per
+row no longer falls, and with 80 rows it is a quarter more. The GPU's bound was counted and not measured:
+every chunk reads and writes the head's gradient, which with R rows of bfloat16 logits is 12 V D bytes beside
+the 8 V R bytes of the kernels' passes. That is a share of 1.5 D / R, so R must be large against D. 256 MiB
+hold 4177 rows at V = 32128 and 883 at V = 151936.
 """
 
 

@@ -1,4 +1,4 @@
-"""What the head loss takes, and the checks of it. Shared by `head_loss` and its plain twin."""
+"""The arguments of the head loss and their checks, shared by `head_loss` and its reference."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ STREAMS = ("predict", "explain")
 PAIRS = ("student", "teacher")
 
 LARGEST_K = {torch.bfloat16: 1 << 8, torch.float16: 1 << 11, torch.float32: 1 << 24}
-"""Triton notes a token's place in the top k in the logits' dtype, where it must be exact."""
+"""Dtype of the logits -> the largest k whose places 1 to k that dtype holds exactly, as Triton needs it."""
 
 BLOCK_ROWS = 16
-"""Rows that the mean pool and distillation work on at once, temporaries small beside the chunk, and rows of a
-program of the gradient kernel where there are no sequences to follow."""
+"""Number of rows that distillation works on at once, so that its temporaries are small beside the chunk. It
+is also the number of rows of a program of the gradient kernel where there are no sequences to follow."""
 
 IGNORED = -100
 """Label of a position that is left out."""
 
 SMALLEST_PROBABILITY = 1e-8
-"""Floor of a bucket's probability in a teacher's top k, or an empty tail would make reverse KL infinite."""
+"""Floor of a bucket's probability in a teacher's top k, so that reverse KL is finite for an empty tail."""
 
 
 class Stream(NamedTuple):
@@ -45,7 +45,7 @@ class Stream(NamedTuple):
 class Weights:
     """What each sum is multiplied with in the total.
 
-    Under torch.compile a float is a constant, and another one compiles anew; 0-d CPU tensors do as well.
+    Under torch.compile a float is a constant, and another value compiles anew. A 0-d CPU tensor avoids that.
     """
 
     ce_predict: float | Tensor
@@ -67,17 +67,17 @@ class MISettings:
     estimator: str = "paper"
     """A name in `estimators.ESTIMATORS`."""
     pool: str = "max"
-    """Over positions: max (the paper) or mean."""
+    """How distributions are pooled over positions: max (the paper) or mean."""
     gradient: str = "explain"
-    """The stream that gets the gradient; the other is the detached target. both: mean of the two ways."""
+    """The stream that gets the gradient, the other being the detached target; both: the mean of the two."""
     temperature: float = 0.1
-    """InfoNCE's."""
+    """The temperature of InfoNCE."""
     pair: str = "student"
     """Whose explain stream the student's predict stream is paired with: student (the paper), or teacher.
 
     The teacher's pooled distribution is always the detached target, so the gradient reaches the predict
-    stream and `gradient` has no say. Only for estimators on distributions;
-    needs `TeacherDistributions.explain`.
+    stream whatever `gradient` is. This works for estimators on distributions only, and needs
+    `TeacherDistributions.explain`.
     """
 
     def __post_init__(self):
@@ -107,8 +107,8 @@ class TeacherStream(NamedTuple):
     ids: Tensor | None = None
     """[N, k] int64: k different tokens of each position."""
     probabilities: Tensor | None = None
-    """[N, k]: their probabilities at `TeacherDistributions.temperature`. What they lack to 1 is the tail,
-    one bucket."""
+    """[N, k]: their probabilities at `TeacherDistributions.temperature`. The rest of the probability is the
+    tail, one bucket."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +131,7 @@ class TeacherDistributions:
     beta: float = 0.5
     """The teacher's share in the mixture of the generalised JSD, between 0 and 1."""
     temperature: float = 1.0
-    """T."""
+    """The temperature T of both distributions."""
 
     def __post_init__(self):
         check_choice("divergence", self.divergence, DIVERGENCES)
@@ -144,7 +144,7 @@ class TeacherDistributions:
 
     @property
     def is_top_k(self) -> bool:
-        """Whether it is known by its top k, not by hidden states."""
+        """Whether the teacher is given by its top k instead of its hidden states."""
         return any(s is not None and s.ids is not None for s in (self.predict, self.explain))
 
 
@@ -202,7 +202,7 @@ def check_arguments(
 
 
 def _check_pair(teacher: TeacherDistributions | None) -> None:
-    """Whether the teacher's explain distributions, at temperature 1, can be had."""
+    """Raise ValueError unless the teacher's explain distributions at temperature 1 are given."""
     if teacher is None or teacher.explain is None:
         raise ValueError(
             "mi.pair = 'teacher' needs the teacher's explain stream, and"
@@ -277,7 +277,10 @@ def _check_stream(name: str, stream: Stream, weight: Tensor) -> None:
 
 
 def check_values(name: str, stream: Stream | None, vocabulary: int) -> None:
-    """Raise ValueError if offsets or labels are out of bounds; a GPU's aren't looked at, that would wait."""
+    """Raise ValueError if offsets or labels are out of bounds.
+
+    Tensors on a GPU are not looked at, because the host would have to wait for them.
+    """
     if stream is None:
         return
     hidden, labels, cu = stream

@@ -1,4 +1,4 @@
-"""The Triton kernels of the head loss. `head_loss.triton` says what each is for."""
+"""The Triton kernels of the head loss. The docstring of `head_loss.triton` says what each of them is for."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TOP_K = tl.constexpr(TOP_K)
 
 @triton.jit
 def _online(top, total, x):
-    """Carry a log-sum-exp (maximum, sum of exponentials below it) on with a block of values."""
+    """Add a block of values to a running log-sum-exp: its maximum, and the sum of exponentials below that."""
     new = tl.maximum(top, tl.max(x, 0))
     return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
 
@@ -49,10 +49,10 @@ def pool_kernel(
     z, stride, labels, lse, table, lengths, pooled, winners, questions, a, b, V, V_padded,
     IS_MAX: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, one block of the vocabulary: log of the pooled distribution; for a max, who won.
+    """One sequence, one block of the vocabulary: log of the pooled distribution, and the winners of a max.
 
-    Goes on from what is there if the sequence began in an earlier chunk. `lengths` are positions that are
-    not ignored, `pooled` and `winners` [2, questions, V_padded].
+    If the sequence began in an earlier chunk, the kernel goes on from what that chunk stored. `lengths` are
+    positions that are not ignored, `pooled` and `winners` [2, questions, V_padded].
     """
     i_s, i_v = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(table + 4 * i_s), tl.load(table + 4 * i_s + 1)
@@ -178,7 +178,7 @@ def mean_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["a"])
-def teach_kernel(
+def divergence_kernel(
     z, teacher, stride, student_lse, teacher_lse, losses, means, a, V, V_padded, inverse_temperature, beta,
     DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Estimators on pooled hidden states: no logits in them, so plain autograd does."""
+"""Estimators on pooled hidden states. They need no logits, so plain autograd differentiates them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ibdistill.ops.head_loss.estimators import ESTIMATORS, pool_states
 from ibdistill.ops.head_loss.packing import pack
 
 
-# its collectives and loops over questions are nothing for a compiler: torch.compile breaks the graph here
+# a compiler can do nothing with collectives and loops over questions, so torch.compile breaks the graph here
 @torch.compiler.disable
 def state_terms(predict: Stream, explain: Stream, mi: MISettings, group: Any) -> dict[str, Tensor]:
-    """Terms of the estimator, sums over questions with positions in both streams; mi has gradients."""
+    """The estimator's terms, summed over questions with positions in both streams; mi has gradients."""
     rows = pack(predict, explain)
     dtype = torch.float64 if predict.hidden.dtype == torch.float64 else torch.float32
     states = torch.cat([predict.hidden, explain.hidden])[rows.order].to(dtype)
@@ -24,7 +24,7 @@ def state_terms(predict: Stream, explain: Stream, mi: MISettings, group: Any) ->
         "predict": [pool_states(states[p:e], mi.pool) for p, e, _ in questions],
         "explain": [pool_states(states[e:end], mi.pool) for _, e, end in questions],
     }
-    # also with no question of our own: the other ranks wait for our part of the collective
+    # A rank without a question goes on too, because the other ranks wait for its part of the collective.
     stacked = {name: torch.stack(parts) if parts else states[:0] for name, parts in pooled.items()}
     terms: dict[str, Tensor] = {}
     for target, estimate in mi.directions:

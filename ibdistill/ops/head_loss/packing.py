@@ -1,4 +1,4 @@
-"""The rows of both streams in the order that the lean torch path walks over them."""
+"""The rows of both streams in the order in which the torch implementation walks over them."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ class Rows(NamedTuple):
     """The rows of both streams that are not ignored, those of a question side by side: predict, explain."""
 
     order: Tensor
-    """[M] row of the concatenated streams."""
+    """[M] int64, the row in the concatenated streams."""
     labels: Tensor
-    """[M]"""
+    """[M] int64, the label of each row."""
     is_explain: Tensor
-    """[M] bool"""
+    """[M] bool, whether the row belongs to the explain stream."""
     bounds: list[tuple[int, int, int]]
     """Per question: first row of predict, first of explain, one past its last."""
 
 
 def pack(predict: Stream, explain: Stream | None) -> Rows:
-    """Drop ignored rows and bring those of a question together. Waits for the device."""
+    """Drop ignored rows and bring those of a question together. The host waits for the device."""
     streams = [s for s in (predict, explain) if s is not None]
     questions = predict.cu.shape[0] - 1
     orders, labels, owners, is_explain, offset = [], [], [], [], 0
@@ -58,7 +58,11 @@ def pack(predict: Stream, explain: Stream | None) -> Rows:
 
 
 def groups(rows: Rows, size: int, whole_questions: bool) -> Iterator[tuple[int, int, int, int]]:
-    """Groups of at most `size` rows, or one larger question: (rows from, to, questions from, to)."""
+    """Cut the rows into groups: (first row, last row + 1, first question, last question + 1).
+
+    A group has at most `size` rows, or is one larger question. Without `whole_questions` both numbers of
+    questions are 0.
+    """
     total = rows.order.shape[0]
     if not whole_questions:
         for start in range(0, total, size):

@@ -8,8 +8,8 @@ D hidden size, V vocabulary.
             + kd_predict * KD_predict + kd_explain * KD_explain
 
 with the factors of `Weights`. CE and KD are sums over a stream's target tokens, MI a sum over the
-questions that have targets in both streams. Everything is a sum, because only the
-caller knows what it is one part of: it puts 1 / (tokens of the whole step) into the weights.
+questions that have targets in both streams. Everything is a sum, because only the caller knows how many
+tokens and questions the whole step has: it puts the reciprocals of these numbers into the weights.
 
 Ignored positions (label -100) take no part in anything: no cross entropy, not pooled.
 """
@@ -60,8 +60,10 @@ def head_loss_reference(
     dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
     streams = {"predict": predict} | ({} if explain is None else {"explain": explain})
     space = "none" if mi is None else ESTIMATORS[mi.estimator].space
-    # per stream, for each question the pooled [width] or None without a position; and no question at all
-    pooled, empty = {}, {}
+    # stream -> for each question the pooled [width], or None if it has no position there
+    pooled: dict[str, list[Tensor | None]] = {}
+    # stream -> [0, width], for a batch in which no question has positions in both streams
+    empty: dict[str, Tensor] = {}
     terms: dict[str, Tensor] = {}
     for name, stream in streams.items():
         hidden = stream.hidden.to(dtype)
@@ -154,7 +156,7 @@ def _distil(
         logits = _teacher_logits(teacher, target, dtype)
         log_q, log_p = torch.log_softmax(logits / teacher.temperature, -1), student
     else:
-        # k + 1 buckets: the tokens, and what is left of each distribution
+        # k + 1 buckets: the k tokens, and the rest of each distribution
         rest = torch.logsumexp(student.scatter(1, target.ids, -torch.inf), -1, keepdim=True)
         rest = rest.clamp_min(math.log(torch.finfo(dtype).tiny))
         log_p = torch.cat([student.gather(1, target.ids), rest], -1)

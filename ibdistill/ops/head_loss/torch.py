@@ -1,8 +1,8 @@
-"""The head loss in plain torch with bounded memory: the CPU's path, and any device's without Triton.
+"""The head loss in plain torch with bounded memory, for CPUs and for any device without Triton.
 
-It computes the gradients during the forward pass, because that's when the logits are there. It
-walks over groups of whole questions, as many as fit `chunk_bytes`, both streams of a question
-together: the pooled mutual-information terms of a question depend on its own rows only. For a group:
+It computes the gradients during the forward pass, because the logits exist only then. It walks over groups of
+whole questions, as many as fit `chunk_bytes`, with both streams of a question together, because the pooled
+mutual-information terms of a question depend on its own rows only. For a group:
 
 1. log p = log_softmax(h W^T + b), in one buffer, in place; cross entropies; pool over positions;
 2. the estimator on the pooled [questions, V]: w = dL / d log(pooled);
@@ -11,14 +11,15 @@ together: the pooled mutual-information terms of a question depend on its own ro
 
        dL/dz[t, v] = p[t, v] (c - s[t]) + [t won v] w[v] - c [v = y_t],
 
-   c being the weight of the stream's cross entropy. A mean passes r[t, v] = w[v] p[t, v] / sum_t p[t, v]
-   to every position, and s[t] = sum_v r[t, v] takes its place above, r that of the winner's w;
+   where c is the weight of the stream's cross entropy. A mean passes r[t, v] = w[v] p[t, v] / sum_t p[t, v]
+   to every position. In the formula r[t, v] then replaces [t won v] w[v], and s[t] is sum_v r[t, v];
 4. dh = dz W, dW += dz^T h, db += sum dz.
 
-So each logit is computed once, by three products in all (eager autograd's number). A question whose
-rows don't fit is walked in chunks of rows twice, steps 1 and 3, and its logits are computed twice.
-The alternative, pooling all questions in a first walk and recomputing all logits in a second, costs a
-third more products for every batch; storing log p for all rows is what this file exists to avoid.
+So each logit is computed once, and there are three products in all, as many as with eager autograd. A
+question whose rows do not fit is walked in chunks of rows twice, in steps 1 and 3, and its logits are
+computed twice. One alternative is to pool all questions in a first walk and to recompute all logits in a
+second, which costs a third more products for every batch. The other, storing log p for all rows, is what this
+file exists to avoid.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
 
 class _GivenLogits:
-    """In the place of a head where the streams hold logits [N, V]: rows are copied, not multiplied."""
+    """Takes the place of a head where the streams hold logits [N, V]: rows are copied, not multiplied."""
 
     def __init__(self, call: Call, rows: Rows, need: bool):
         self.streams = [s.hidden.detach() for s in (call.predict, call.explain) if s is not None]

@@ -1,4 +1,4 @@
-"""The mutual-information term on pooled distributions, for the lean torch path."""
+"""The mutual-information term on pooled distributions in the torch implementation."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Pooler:
         ]
         shape = (len(self.spans), self.vocabulary)
         self.pooled = {n: self.new_zeros(*shape).fill_(-torch.inf) for n in ("predict", "explain")}
-        self.winners = self.new_zeros(self.vocabulary)  # of the sequence in work: 1 where it had its maximum
+        self.winners = self.new_zeros(self.vocabulary)  # 1 where the current sequence had its maximum
         self.gradients = {}
 
     def _segments(self, a: int, b: int, names) -> Iterator[tuple[int, str, int, int]]:
@@ -67,7 +67,7 @@ class Pooler:
                     torch.logaddexp(pooled, torch.logsumexp(block, 0), out=pooled)
 
     def estimate(self) -> None:
-        """Add the group's terms and, where somebody needs it, get dL / d log(pooled)."""
+        """Add the group's terms and, where it is needed, compute dL / d log(pooled)."""
         if not self.is_max:
             for name, pooled in self.pooled.items():
                 lengths = [float(stop - start) for start, stop in (span[name] for span in self.spans)]

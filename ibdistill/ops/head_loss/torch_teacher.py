@@ -1,4 +1,4 @@
-"""Distillation from a teacher, for the lean torch path."""
+"""Distillation from a teacher in the torch implementation."""
 
 from __future__ import annotations
 
@@ -42,7 +42,10 @@ class Distiller:
         return torch.cat(parts).detach()[rows.order]
 
     def log_probabilities(self, a: int, b: int) -> Tensor:
-        """The teacher's at temperature 1 for the rows a to b, [b - a, V]; a top k's tail in equal shares."""
+        """The teacher's log probabilities at temperature 1 for the rows a to b, [b - a, V].
+
+        The tail of a top k is shared equally among the tokens that it lacks.
+        """
         out = self._buffer(b - a)
         if self.hidden is not None:
             return log_softmax_(self.head.forward(a, b, out))
@@ -58,7 +61,7 @@ class Distiller:
         return self.buffer[:rows]
 
     def distil(self, log_p: Tensor, a: int, b: int) -> Tensor:
-        """Losses of the rows a to b from their log probabilities; their gradients for the logits."""
+        """Note the losses of the rows a to b, and return their gradients for the logits, [b - a, V]."""
         out = self._buffer(b - a)
         if self.hidden is not None:
             self.head.forward(a, b, out)

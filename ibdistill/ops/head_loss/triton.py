@@ -1,28 +1,30 @@
 """The head loss in Triton: dense products by the vendor's GEMM, every pass over the logits one kernel.
 
-The mathematics, and why gradients are computed in the forward pass, are in `head_loss.torch`. What differs
-is that the logits z stay in the GEMM's dtype in a buffer of whole questions, and how often they are moved:
+The docstring of `head_loss.torch` has the mathematics, and the reason why gradients are computed in the
+forward pass. Here the logits z stay in the GEMM's dtype in a buffer of whole questions, and are moved this
+often:
 
     row_stats     one read      log-sum-exp of each row, its cross entropy, whether its label is the largest
     pool          one read      log of the pooled distribution, and for a max the winning position
     pooled_sums   [B, V] only   nine sums per question, from which estimators and directions follow
     winner_sums   [B, V] only   s[t], the sum of the gradients w that position t won (max pool)
     mean_sums     one read      the same s[t] for the mean pool, which needs every p[t, v]
-    teach         one read      divergence from the teacher, of student and teacher logits
-    tail          one read      the same for a teacher's top k: the student's tail mass
+    divergence    one read      divergence from the teacher, from student and teacher logits
+    tail          one read      the student's mass in the tail of a teacher's top k
     gradient      read + write  dL/dz in the place of z
 
-For cross entropies and a max-pooled term that's two reads forward, a read and a write backward: 8 bytes per
-bfloat16 logit. With n positions a question, the [B, V] arrays add 24 / n bytes. A question whose rows
-exceed the chunk is walked in chunks twice, its logits computed twice, its pool carried on.
+For cross entropies and a max-pooled term that is two reads forward and a read and a write backward, or 8
+bytes per bfloat16 logit. With n positions per question, the [B, V] arrays add 24 / n bytes. A question whose
+rows exceed the chunk is walked in chunks twice: its logits are computed twice, and its pool is carried on
+from chunk to chunk.
 
 A row is a position; rows of a group of questions are predict's, then explain's. `table` has a line for each
 sequence: first row, last row + 1, question, stream (0 predict, 1 explain). A chunk is the rows a to b,
-whose logits start at z. Nothing here waits for the device, no sum is made with atomics, so results are
-reproducible to the bit, and no count of tokens is a constant of a kernel.
+whose logits start at z. The host never waits for the device. No sum is made with atomics, so results are
+reproducible to the bit. No count of tokens is a constant of a kernel, so no batch compiles anew.
 
-Block sizes are in `launch`. The buffer's rows are padded to a multiple of 16 elements, or a V like 50257
-would make loads 2 bytes wide.
+Block sizes are in `ops.launch`. The buffer's rows are padded to a multiple of 16 elements, because otherwise
+a V like 50257 would make loads 2 bytes wide.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class _Work:
         example = self.hidden[0]
         self.dtype = example.dtype
         V = example.shape[1] if weight is None else weight.shape[0]
-        # logits that are given keep their rows; ours are padded, or a V like 50257 makes loads 2 bytes wide
+        # rows of given logits stay as long as they are; rows of our own buffer are padded for wide loads
         padded = V if weight is None else triton.cdiv(V, 16) * 16
         self.differentiate = any(needs)
         self.plan = make_plan(call, V, padded, differentiate=self.differentiate)
@@ -114,7 +116,7 @@ class _Work:
         return torch.cat([tensors[i][a:b] for i, a, b in group.slices])
 
     def group(self, group: Group, table: Tensor) -> None:
-        """All work on one group of rows."""
+        """Do all work on one group of rows: statistics and pools, then terms, then gradients."""
         labels = self._cut(group, [s.labels for s in self.streams])
         rows = len(labels)
         hidden = None if self.weight is None else self._cut(group, self.hidden)
@@ -126,18 +128,18 @@ class _Work:
         state = GroupState(self.plan, group, table, labels)
         if self.teacher_fields is not None:
             cut = [None if x is None else self._cut(group, x) for x in self.teacher_fields]
-            state.start_teaching(TeacherStream(*cut), self.buffers[1])
+            state.start_distilling(TeacherStream(*cut), self.buffers[1])
         for i, (a, b) in enumerate(chunks):
             z = self._logits(group, hidden, a, b, i)
             state.statistics(z, a, b)
             if self.paired and a < b:
                 # even lines of the table are predict's sequences, odd ones explain's
                 state.pool(z, state.lse, a, b, slice(0, None, 2))
-                state.pool(*state.teaching.log_probabilities(a, b), a, b, slice(1, None, 2))
+                state.pool(*state.distiller.log_probabilities(a, b), a, b, slice(1, None, 2))
             elif self.plan.is_pooled:
                 state.pool(z, state.lse, a, b)
-            if state.teaching is not None:
-                state.teaching.teach(z, a, b)
+            if state.distiller is not None:
+                state.distiller.distil(z, a, b)
         state.add_to(self.sums)
         for i, (a, b) in enumerate(chunks if self.differentiate else ()):
             # the buffer holds the last chunk's logits only; those of a group in one chunk still stand there
@@ -197,6 +199,6 @@ class _Work:
         return terms | ({"mi_questions": sums.questions.clone()} if plan.is_pooled else {})
 
     def gradients(self) -> list[Tensor | None]:
-        """In the order and the dtype of the inputs."""
+        """The gradients in the order and the dtype of the inputs; None where none is needed."""
         parts = [*[*self.d_hidden, None][:2], self.d_weight, self.d_bias]
         return [None if g is None else g.to(self.dtype) for g in parts]

@@ -21,14 +21,14 @@ from ibdistill.ops.head_loss.kernels import (
     winner_sums_kernel,
 )
 from ibdistill.ops.head_loss.triton_plan import Group, Plan, Sums
-from ibdistill.ops.head_loss.triton_teacher import Teaching
+from ibdistill.ops.head_loss.triton_teacher import Distiller
 
 
 class GroupState:
     """Numbers per row and per question of one group, and the kernels' launches.
 
-    Call `start_teaching` if there is a teacher; then, for each chunk of rows, `statistics`, `pool` and
-    `teaching.teach`; then `add_to`; then `gradient` for each chunk.
+    Call `start_distilling` if there is a teacher; then, for each chunk of rows, `statistics`, `pool` and
+    `distiller.distil`; then `add_to`; then `gradient` for each chunk.
     """
 
     def __init__(self, plan: Plan, group: Group, table: Tensor, labels: Tensor):
@@ -40,7 +40,7 @@ class GroupState:
         self.kept = labels != IGNORED
         self.per_stream = [(stream, b - a) for stream, a, b in group.slices]
         self.scale = self._by_stream((plan.weights.ce_predict, plan.weights.ce_explain))
-        # a kernel takes all its pointers in any case; what it will not read is this
+        # a kernel needs a pointer for every argument, also for those that it will not read
         self.unused = self.lse
         self.pooled = self.winners = self.sums = self.won = self.lengths = self.unused
         if plan.is_pooled:
@@ -52,9 +52,9 @@ class GroupState:
             self.lengths = (seen[table[:, 1].long()] - seen[table[:, 0].long()]).int()
             # the table's lines go predict, explain, predict, ...: one question per pair
             self.both = (self.lengths.view(-1, 2) > 0).all(1)
-        self.teaching: Teaching | None = None
+        self.distiller: Distiller | None = None
 
-    def start_teaching(self, targets: TeacherStream, buffer: Tensor) -> None:
+    def start_distilling(self, targets: TeacherStream, buffer: Tensor) -> None:
         """Distil from `targets`, those of the group's rows; `buffer` is [rows of a chunk, padded]."""
         teacher, weights = self.plan.teacher, self.plan.weights
         # no weight for a stream about which the teacher says nothing
@@ -63,10 +63,10 @@ class GroupState:
             0.0 if teacher.explain is None else weights.kd_explain,
         )
         taught = self._by_stream(on) * teacher.temperature
-        self.teaching = Teaching(self.plan, targets, buffer, self.labels, taught)
+        self.distiller = Distiller(self.plan, targets, buffer, self.labels, taught)
 
     def _by_stream(self, values: tuple[float, float]) -> Tensor:
-        """A number for each row that is not ignored, 0 for the others."""
+        """The stream's value for each row that is not ignored, 0 for the others: [rows] float32."""
         parts = [torch.full((count,), values[i], device=self.labels.device) for i, count in self.per_stream]
         return torch.where(self.kept, torch.cat(parts), 0.0)
 
@@ -79,9 +79,9 @@ class GroupState:
             )  # fmt: skip
 
     def pool(self, z: Tensor, lse: Tensor, a: int, b: int, sequences: slice = slice(None)) -> None:
-        """Carry the pools of these lines of the table on with the rows a to b."""
+        """Go on with the pools of these lines of the table over the rows a to b."""
         plan = self.plan
-        # clones, because a view's first element may lie where loads can't be wide: another compilation
+        # Clones, because a view's first element may be aligned worse, for which Triton would compile anew.
         table, lengths = self.table[sequences].clone(), self.lengths[sequences].clone()
         grid = (len(table), plan.column_blocks)
         if a < b:
@@ -98,15 +98,15 @@ class GroupState:
             name, mine = STREAMS[stream], slice(offset, offset + count)
             sums.add(f"ce_{name}", self.ce[mine].sum())
             sums.add(f"correct_{name}", self.correct[mine].sum())
-            if self.teaching is not None and getattr(teacher, name) is not None:
-                losses = torch.where(self.kept[mine], self.teaching.losses[mine], 0.0)
+            if self.distiller is not None and getattr(teacher, name) is not None:
+                losses = torch.where(self.kept[mine], self.distiller.losses[mine], 0.0)
                 sums.add(f"kd_{name}", losses.sum() * teacher.temperature**2)
             offset += count
         if self.plan.is_pooled:
             self._estimate(sums)
 
     def _estimate(self, sums: Sums) -> None:
-        """Pooled sums, the terms they give, and s[t] of a max."""
+        """Compute the pooled sums, add their terms to the running sums, and compute s[t] of a max."""
         plan, questions = self.plan, self.group.questions
         grid = (questions, plan.column_blocks)
         parts = self.lse.new_empty(*grid, SUMS)
@@ -119,7 +119,7 @@ class GroupState:
         columns = self.sums.unbind(1)
         sums.questions = sums.questions + self.both.sum()
         for d, (target, estimate) in enumerate(plan.directions):
-            # `SUMS` names the nine columns: of those that come in twos, predict's first
+            # the docstring of `SUMS` names the nine columns; where two belong together, predict's comes first
             t, e = (STREAMS.index(name) for name in (target, estimate))
             total = columns[t]
             entropy = total.log() - columns[5 + t] / total
@@ -173,7 +173,7 @@ class GroupState:
             return
         if plan.needs_pool_gradient and not plan.is_max:
             self._mean_sums(z, a, b)
-        x = self.teaching
+        x = self.distiller
         taught, k = (self.unused,) * 6, 0
         if x is not None:
             taught = (x.load(a, b), x.student_lse, x.teacher_lse, x.means, x.taught, x.tops)

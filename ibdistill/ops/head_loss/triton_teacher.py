@@ -1,8 +1,9 @@
 """A teacher's part in one group of rows of the head loss in Triton.
 
-What the teacher says of a chunk stands in a buffer of the chunk's shape. From hidden states: its logits, by
-the vendor's GEMM. Of a top k: each entry's place 1 to k in it, 0 in the tail, so that the kernels that walk
-over the logits see what is tail; the k + 1 buckets themselves are small, and torch does them.
+What the teacher says about a chunk stands in a buffer of the chunk's shape. For a teacher that is given by
+hidden states it holds the teacher's logits, computed by the vendor's GEMM. For a top k it holds each entry's
+place 1 to k, and 0 in the tail, so that the kernels that walk over the logits see which entries are the tail.
+The k + 1 buckets themselves are small, and torch computes their divergence.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from ibdistill.ops.head_loss.kernels import (
     JSD,
     REVERSE,
     TOP_K,
+    divergence_kernel,
     row_stats_kernel,
     tail_kernel,
-    teach_kernel,
 )
 from ibdistill.ops.head_loss.triton_plan import Plan
 
 
-class Teaching:
+class Distiller:
     """The teacher's part in one group of rows: divergences, and what their gradients need, per row."""
 
     def __init__(self, plan: Plan, targets: TeacherStream, buffer: Tensor, labels: Tensor, taught: Tensor):
@@ -38,7 +39,8 @@ class Teaching:
             targets: what the teacher says about the group's rows.
             buffer: [chunk, padded], for one chunk of it after another.
             labels: [rows].
-            taught: [rows] float32, each row's distillation weight times the temperature; 0: not taught.
+            taught: [rows] float32, each row's distillation weight times the temperature; 0: no
+                distillation.
         """
         self.plan, self.teacher, self.targets, self.buffer = plan, plan.teacher, targets, buffer
         self.labels, self.taught = labels, taught
@@ -59,7 +61,7 @@ class Teaching:
         return {"forward": FORWARD, "reverse": REVERSE, "jsd": JSD}[self.teacher.divergence]
 
     def load(self, a: int, b: int) -> Tensor:
-        """What the teacher says of the rows a to b, unless it stands there already."""
+        """The buffer with what the teacher says about the rows a to b, which it may hold already."""
         out = self.buffer[: b - a]
         if self.loaded == (a, b):
             return out
@@ -73,7 +75,10 @@ class Teaching:
         )
 
     def log_probabilities(self, a: int, b: int) -> tuple[Tensor, Tensor]:
-        """Logits at temperature 1 of the rows a to b, their log-sum-exps; a top k's tail in equal shares."""
+        """Logits at temperature 1 of the rows a to b, and log-sum-exps [rows] that are right for these rows.
+
+        The tail of a top k is shared equally among the tokens that it lacks.
+        """
         lse = torch.zeros_like(self.student_lse)
         if self.teacher.is_top_k:
             self.loaded, out = None, self.buffer[: b - a]
@@ -90,19 +95,19 @@ class Teaching:
             )  # fmt: skip
         return out, lse
 
-    def teach(self, z: Tensor, a: int, b: int) -> None:
+    def distil(self, z: Tensor, a: int, b: int) -> None:
         """Divergences of the rows a to b, whose logits are z, and what their gradients need."""
-        told, plan, teacher = self.load(a, b), self.plan, self.teacher
+        teacher_logits, plan, teacher = self.load(a, b), self.plan, self.teacher
         if teacher.is_top_k:
-            self._teach_top_k(z, told, a, b)
+            self._distil_top_k(z, teacher_logits, a, b)
             return
-        teach_kernel[(b - a,)](
-            z, told, z.stride(0), self.student_lse, self.teacher_lse, self.losses, self.means, a,
+        divergence_kernel[(b - a,)](
+            z, teacher_logits, z.stride(0), self.student_lse, self.teacher_lse, self.losses, self.means, a,
             plan.V, plan.padded, 1 / teacher.temperature, teacher.beta,
             DIVERGENCE=self.divergence, BLOCK=plan.row_block, num_warps=launch.WARPS,
         )  # fmt: skip
 
-    def _teach_top_k(self, z: Tensor, marks: Tensor, a: int, b: int) -> None:
+    def _distil_top_k(self, z: Tensor, marks: Tensor, a: int, b: int) -> None:
         plan, teacher, mine = self.plan, self.teacher, slice(a, b)
         tail_kernel[(b - a,)](
             z, marks, z.stride(0), self.teacher_lse, a, plan.V, plan.padded, 1 / teacher.temperature,

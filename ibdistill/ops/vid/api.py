@@ -1,4 +1,4 @@
-"""Variational information distillation: how much of the teacher's states the student's can tell.
+"""Variational information distillation: how much the student's states tell about the teacher's.
 
 Ahn et al., CVPR 2019, arXiv 1904.05835, equations 2 to 5. With states t [D_t] of the teacher and s [D] of
 the student, and a Gaussian q(t | s) = N(W s + b, diag exp g),
@@ -15,8 +15,8 @@ The paper's variance is softplus(a) + epsilon; its logarithm needs no floor, and
 (1 - r^2 exp(-g)) / 2 whatever g is.
 
 With e = (W s + b - t) exp(-g) / D_t the gradients are dL/ds = e W, dL/dW = e^T s, dL/db = sum_t e and
-dL/dg = (N - sum_t r^2 exp(-g)) / (2 D_t). They are made during the forward pass, chunk by chunk, because
-that's when r is there: r exists only for as many tokens as fit `chunk_bytes`, and becomes e in place.
+dL/dg = (N - sum_t r^2 exp(-g)) / (2 D_t). They are computed during the forward pass, chunk by chunk, because
+r exists only then, for as many tokens as fit `chunk_bytes`; r becomes e in place.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _vid_loss(
     chunk_bytes: int,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """The sum and the gradients."""
+    """The sum and the gradients that are needed."""
     absorb = absorb_torch
     if choose("VID loss", impl, weight) == "triton":
         from ibdistill.ops.vid.triton import absorb
@@ -143,7 +143,7 @@ def compute(
 def absorb_torch(
     y: Tensor, bias: Tensor, teacher: Tensor, precision: Tensor, squares: Tensor, d_bias: Tensor | None
 ) -> None:
-    """See `compute`."""
+    """The `absorb` of `compute` in torch."""
     residual = y.add_(bias).sub_(teacher)
     # a norm needs no second buffer for the squares
     squares.add_(torch.linalg.vector_norm(residual, dim=0).square_())

@@ -1,13 +1,14 @@
 """The elementwise part of VID in Triton: one pass over a chunk of residuals, forward and backward at once.
 
-y = W s of a chunk is there, in the dtype of the GEMM. One kernel reads y and the teacher's states, and writes
-e = (y + b - t) exp(-g) / D_t in the place of y: 6 bytes per bfloat16 element, or 4 without gradients. Its two
-column sums, of squared residuals and of e, give the loss and the gradients of b and g. A program owns a
-block of columns and ROWS rows and writes partial sums; torch adds these in a fixed order, so that results
+The GEMM has written y = W s of a chunk in its own dtype. One kernel reads y and the teacher's states, and
+writes e = (y + b - t) exp(-g) / D_t in the place of y: 6 bytes per bfloat16 element, or 4 without gradients.
+Its two column sums, of squared residuals and of e, give the loss and the gradients of b and g. A program owns
+a block of columns and ROWS rows and writes partial sums; torch adds these in a fixed order, so that results
 are reproducible to the bit.
 
-Blocks of columns are in `launch`. ROWS is such that the partial sums add no more than 16 / ROWS = 1 byte per
-element, written and read, and 2048 tokens of 1024 dimensions still make 128 programs.
+`ops.launch` gives the size of a block of columns. ROWS is chosen such that the partial sums, written and
+read, add no more than 16 / ROWS = 1 byte per element, and 2048 tokens of 1024 dimensions still make 128
+programs.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def residual_kernel(
 def absorb(
     y: Tensor, bias: Tensor, teacher: Tensor, precision: Tensor, squares: Tensor, d_bias: Tensor | None
 ) -> None:
-    """See `vid.compute`."""
+    """The `absorb` of `vid.api.compute` in Triton."""
     rows, width = y.shape
     teacher = teacher if teacher.stride(1) == 1 else teacher.contiguous()
     block = launch.column_block(width, y.element_size())

@@ -1,0 +1,113 @@
+"""A teacher's answer as the tensors that `teacher.cache` keeps, and what those tensors depend on.
+
+    questions                states of the question's tokens [n, D_teacher]             for vid
+    STREAM                   last hidden states at the stream's targets [n, D_teacher]  `cache_form` states
+    STREAM.ids               [n, k] int32, the k most probable tokens at each target    `cache_form` topk
+    STREAM.probabilities     [n, k] float16, their probabilities                        `cache_form` topk
+
+Beside the entries a cache holds one more file: the teacher's head, which turns states into logits again,
+and the teacher's width, so that a run whose records are all in the cache need not load the teacher.
+
+The bytes and the loss of accuracy of the two forms are in teacher/README.md. `objective.mi_pair` teacher
+pools the teacher's distribution over the whole vocabulary, and therefore keeps states.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ibdistill.config.sections import TeacherConfig
+from ibdistill.data.records import STREAMS
+from ibdistill.models import families
+from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
+from ibdistill.ops.head_loss.arguments import TeacherStream
+from ibdistill.runtime import files
+
+Head = tuple[Tensor | None, Tensor | None]
+"""A head's weight [V, D_teacher] and bias [V]; (None, None) where no distributions are wanted."""
+
+_HEAD = "head.tensors"  # safetensors, under a name that the cache does not take for a shard
+
+
+def pack(answer: TeacherAnswer, config: TeacherConfig, temperature: float) -> dict[str, Tensor]:
+    """The tensors that are kept of an answer. `temperature` is that of the top k's probabilities."""
+    packed = {} if answer.questions is None else {"questions": answer.questions}
+    for stream, target in answer.targets.items():
+        if config.cache_form == "states":
+            packed[stream] = target.hidden
+        else:
+            ids, probabilities = top_k(
+                target.hidden, answer.weight, answer.bias, config.cache_top_k, temperature
+            )
+            packed |= {f"{stream}.ids": ids.int(), f"{stream}.probabilities": probabilities.half()}
+    return packed
+
+
+def unpack(packed: dict[str, Tensor], head: Head) -> TeacherAnswer:
+    """The answer that `pack` has packed. `head` is read only where the kept form is states."""
+    questions = packed.get("questions")
+    if "predict" in packed:
+        return TeacherAnswer(questions, {s: TeacherStream(hidden=packed[s]) for s in STREAMS}, *head)
+    if "predict.ids" not in packed:
+        return TeacherAnswer(questions)
+    targets = {
+        stream: TeacherStream(
+            ids=packed[f"{stream}.ids"].long(), probabilities=packed[f"{stream}.probabilities"].float()
+        )
+        for stream in STREAMS
+    }
+    return TeacherAnswer(questions, targets)
+
+
+def fingerprint(config: TeacherConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Everything that a record's entry depends on besides its tokens."""
+    holds = ["question states"] * wanted.questions + ["target states"] * wanted.targets
+    found = {
+        "teacher": families.identity(config.model),
+        "tokenizer": files.digest(repr(sorted(tokenizer.get_vocab().items())).encode()).hex(),
+        "precision": "8bit" if config.load_in_8bit else config.precision,
+        "holds": holds,
+    }
+    if wanted.targets and config.cache_form == "topk":
+        found |= {"top_k": config.cache_top_k, "temperature": wanted.temperature}
+    return found
+
+
+def write_head(folder: Path, width: int, weight: Tensor | None, bias: Tensor | None) -> None:
+    """Write the teacher's width and, where there is one, its head, unless the cache has them already."""
+    path = folder / _HEAD
+    if path.is_file():
+        return
+    tensors = {"weight": weight, "bias": bias}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
+    files.write_atomically(path, save(tensors, metadata={"width": str(width)}))
+
+
+def read_head(folder: Path, device: torch.device) -> tuple[int, Head]:
+    """What `write_head` wrote: the teacher's width, and its head on `device`."""
+    with safe_open(folder / _HEAD, framework="pt") as file:
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118, no mapping
+        return int(file.metadata()["width"]), (tensors.get("weight"), tensors.get("bias"))
+
+
+def top_k(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, temperature: float, chunk: int = 1024
+) -> tuple[Tensor, Tensor]:
+    """The k most probable tokens of each position and their probabilities: [N, k] int64 and fp32.
+
+    Logits exist for `chunk` positions at a time.
+    """
+    found = [
+        torch.softmax(torch.nn.functional.linear(part, weight, bias).float() / temperature, -1).topk(
+            min(k, len(weight))
+        )
+        for part in hidden.split(chunk)
+    ]
+    return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])
