@@ -8,7 +8,7 @@ from feature_tables import features_of, random_features
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data.batches import collate
-from ibdistill.data.features import tokenize
+from ibdistill.data.features import Features, Ragged, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
 
@@ -137,6 +137,28 @@ def test_collate_packs_targets_and_shifts_them():
     assert batch.positions["explain"].tolist() == [4, 5, 6, 7]
     assert batch.num_tokens == 8 + 8 + 3 + 4
     assert batch.num_positions == 20 + 4 + 8
+
+
+def test_an_encoder_decoder_question_begins_with_bos_where_the_tokenizer_has_one():
+    features = features_of([(3, 2, 0), (5, 1, 4)])
+    batch = collate(features, [0, 1], ("predict", "explain"), pad=0, start=7, bos=9)
+    plain = collate(features, [0, 1], ("predict", "explain"), pad=0, start=7)
+    assert batch.input_ids[:2].tolist() == [[9, 10, 11, 12, 0, 0], [9, 110, 111, 112, 113, 114]]
+    assert (
+        batch.input_ids[:, 1:].equal(plain.input_ids) and batch.attention_mask.sum(1).tolist() == [4, 6] * 2
+    )
+    assert batch.question_positions.tolist() == [1, 2, 3, 7, 8, 9, 10, 11]
+    assert batch.decoder_input_ids["explain"].equal(plain.decoder_input_ids["explain"])
+
+
+def test_a_decoder_only_prompt_has_the_separator_for_every_end_token():
+    parts = Ragged([[5, 6, 1, 7, 1], [8, 1]])  # the first question has two parts
+    targets = Ragged([[4, 1], [4, 1]])
+    features = Features(["a", "b"], np.zeros(2), {"predict": parts}, {"predict": targets})
+    batch = collate(features, [0, 1], ("predict",), pad=0, start=2, separator=3)
+    assert batch.input_ids.tolist() == [[2, 5, 6, 3, 7, 3, 4], [2, 8, 3, 4, 0, 0, 0]]
+    assert batch.question_positions.tolist() == [1, 2, 3, 4, 5, 8, 9]
+    assert batch.positions["predict"].tolist() == [5, 6, 9, 10]
 
 
 def test_a_batch_without_any_rationale_still_collates():

@@ -1,5 +1,6 @@
 """Tokenizers made here: one id per demo word, faithful unigram models, hostile text."""
 
+import ast
 import itertools
 import json
 import os
@@ -147,3 +148,16 @@ def test_each_demo_word_is_one_id(tmp_path):
     assert loaded(texts).input_ids == encoded
     assert [len(ids) - 1 for ids in encoded] == [len(text.split()) for text in texts]
     assert tokenizer.batch_decode(encoded, skip_special_tokens=True) == texts
+
+
+def test_nothing_is_loaded_with_a_folders_own_code():
+    """Every call that loads something of transformers says so, rather than ask on the terminal."""
+    root, calls = Path(__file__).parents[2], []
+    for path in [*root.glob("ibdistill/**/*.py"), *root.glob("tools/**/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            if name.endswith((".from_pretrained", ".from_config")) and not name.startswith("families."):
+                trusts = {k.arg: getattr(k.value, "value", None) for k in node.keywords}
+                calls.append((f"{path.name}:{node.lineno}", trusts.get("trust_remote_code")))
+    assert len(calls) >= 6
+    assert [place for place, trusted in calls if trusted is not False] == []
