@@ -114,7 +114,7 @@ def test_a_task_with_few_labels_gets_a_confusion_matrix(tmp_path, world):
 def said(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("ibdistill"), "propagate", True)
     caplog.set_level(logging.INFO, "ibdistill")
-    return lambda level: [r.getMessage() for r in caplog.records if r.levelno == level]
+    return lambda level: list(dict.fromkeys(r.getMessage() for r in caplog.records if r.levelno == level))
 
 
 def run_folder(folder: Path, **overrides) -> Path:
