@@ -4,8 +4,10 @@
     deepspeed --num_gpus 2 ibdistill/evaluate_student.py STUDENT ...
     python ibdistill/evaluate_student.py --eval.predictions FILE.jsonl --data.task svamp ...
 
-STUDENT: a folder that `train.py` exported, its run folder, or a model of the hub. Give the data
-settings that it was trained with (`data.map_numbers` above all). Writes `result.json`,
+STUDENT: a run folder, the student that `train.py` exported to it, or any other folder or model of
+the hub. From a run folder the data settings of the run are taken, where the command line gives no
+others. Otherwise give those that the student was trained with (`data.map_numbers` above all).
+`--eval.questions FILE.jsonl` answers questions that need no labels. Writes `result.json`,
 `predictions.jsonl` and PNG plots to `eval.dir`. Exit codes: 0 done, 2 bad input.
 """
 
@@ -19,10 +21,12 @@ from ibdistill.runtime import startup
 if __name__ == "__main__":
     startup.answer_help(lambda: f"{__doc__}{fields.describe(StudentEvaluation)}")
 
+import difflib
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +34,11 @@ from typing import Any
 import torch.distributed as dist
 
 from ibdistill.config import command_line
+from ibdistill.config.load import read_yaml
+from ibdistill.config.methods import METHODS
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.evaluation import calibration, report, text_scores
 from ibdistill.evaluation import predictions as evaluation_predictions
@@ -41,9 +48,19 @@ from ibdistill.models.student import load_student
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.version import version
+from ibdistill.training import pseudo_labels
 from ibdistill.training.checkpoint import MARKER
 
 logger = logging.getLogger("ibdistill")
+
+_OF_TRAINING = {
+    f"data.{name}"
+    for name in (
+        *("subsample", "subsample_seed", "mixture_weights", "mixture_temperature", "bucket_batches"),
+        *("unlabelled", "agree_at", "agree_share", "taught", "choice_labels"),
+    )
+}
+"""Settings of a run that say nothing of how a student is asked."""
 
 
 def main() -> None:
@@ -51,9 +68,66 @@ def main() -> None:
     world = distributed.init()
     with distributed.user_errors():
         given = command_line.parse(sys.argv[1:])
-        evaluate = prepare(given.first, fields.from_flat(StudentEvaluation, given.settings), world)
+        settings = with_run(given.first, given.settings)
+        evaluate = prepare(given.first, fields.from_flat(StudentEvaluation, settings), world)
     evaluate()
     dist.destroy_process_group()
+
+
+def with_run(student: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The given settings, and those of the run that the student or the file of predictions is of.
+
+    What is given wins, and a warning says where it differs. Without a run folder around them, the given
+    settings alone. Raises ValueError if the run's `config.yaml` cannot be read.
+    """
+    path = _run_settings(student or given.get("eval.predictions"))
+    if path is None:
+        return dict(given)
+    known = fields.to_flat(StudentEvaluation())
+    of_run = _read_run(path)
+    settings = {name: value for name, value in of_run.items() if name in known and name not in _OF_TRAINING}
+    method = METHODS.get(of_run.get("objective.method"))
+    if method and "explain" not in method.streams:
+        settings["eval.rationales"] = False
+    tasks = settings.get("data.task", [])
+    if given.get("data.task", tasks) not in (tasks, *([tasks] if isinstance(tasks, str) else tasks)):
+        settings.pop("data.path", None)  # it holds the data of the run's tasks
+    ours, theirs = (
+        fields.to_flat(fields.from_flat(StudentEvaluation, values)) for values in (given, settings)
+    )
+    taken = [name for name in settings if name not in given and theirs[name] != known[name]]
+    shown = [f"{name} {fields.shown(theirs[name])}" for name in taken]
+    logger.info("from %s: %s", path, ", ".join(shown) or "nothing but defaults")
+    for name in settings:
+        if name in given and ours[name] != theirs[name]:
+            values = fields.shown(ours[name]), fields.shown(theirs[name])
+            logger.warning("%s is %s as given, and was %s in %s", name, *values, path)
+    return settings | given
+
+
+def _run_settings(source: str | bool | None) -> Path | None:
+    """The `config.yaml` of the run that a student or a file of predictions is of; None if there is none."""
+    if not isinstance(source, str):
+        return None
+    path = Path(source)
+    folders = [path]
+    if path.name == "student":
+        folders.append(path.parent)
+    if path.parent.parent.name == "predictions":
+        folders.append(path.parent.parent.parent)
+    return next((file for folder in folders if (file := folder / "config.yaml").is_file()), None)
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    """`section.field` -> value of a run's `config.yaml`. Raises ValueError."""
+    try:
+        content = read_yaml(path.read_bytes()) or {}
+        return {f"{section}.{name}": value for section, own in content.items() for name, value in own.items()}
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{path} cannot be read as the settings of a run ({error}); mend it, or copy the student to "
+            "another folder and give the data settings"
+        ) from error
 
 
 def prepare(student: str | None, config: StudentEvaluation, world: World) -> Callable[[], dict[str, Any]]:
@@ -70,7 +144,14 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         )
     folder = Path(eval_.dir or Path("evaluation") / f"{_name(student or eval_.predictions)}-{task}")
     encoder = text_scores.load_encoder(eval_.embedding_model) if eval_.embedding_model else None
-    records = getattr(loading.load(config.data, needs_rationale=False), eval_.split)[task]
+    if eval_.questions:
+        if task not in TASKS:
+            near = difflib.get_close_matches(task, TASKS, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"data.task {task!r} is unknown: choose from {', '.join(TASKS)}{hint}")
+        records = pseudo_labels.from_file(Path(eval_.questions), task, config.data, "eval.questions")
+    else:
+        records = getattr(loading.load(config.data, needs_rationale=False), eval_.split)[task]
     if student is None:
         answer = list(evaluation_predictions.read_predictions(Path(eval_.predictions), records)).copy
     else:
@@ -78,22 +159,29 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
 
     def write(predictions: list[Prediction]) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
+        labelled = [p for p in predictions if p.record.gold]
         result = {
             "student": student,
             "predictions": eval_.predictions or None,
             "task": task,
-            "split": eval_.split,
+            "split": eval_.questions or eval_.split,
             "records": len(predictions),
+            "scored": len(labelled),
             "ranks": world.size,
             **version(),
             "calibration_bins": calibration.BINS,
-            "scores": evaluation_predictions.scores(predictions, encoder),
+            "scores": evaluation_predictions.scores(labelled, encoder) if labelled else {},
             "seconds": round(time.perf_counter() - start, 1),
         }
-        evaluation_predictions.write_predictions(folder / "predictions.jsonl", predictions)
-        for name, figure in report.figures(predictions, folder.name).items():
-            figure.savefig(folder / f"{name}.png", dpi=120)
+        # of a question without a label nobody knows whether the answer is right
+        rows = [p if p.record.gold else replace(p, correct=None) for p in predictions]
+        evaluation_predictions.write_predictions(folder / "predictions.jsonl", rows)
         files.write_json(folder / "result.json", result)
+        for name, figure in report.figures(labelled, folder.name).items() if labelled else ():
+            try:
+                figure.savefig(folder / f"{name}.png", dpi=120)
+            except Exception as error:
+                logger.warning("%s is left out: %r", folder / f"{name}.png", error)
         return result
 
     def evaluate() -> dict[str, Any]:
@@ -101,7 +189,8 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         result = distributed.run_on_rank_0(lambda: write(predictions))
         for name, value in result["scores"].items():
             logger.info("%-24s %.4g", name, value)
-        logger.info("%d %s records of %s: %s", len(predictions), eval_.split, task, folder / "result.json")
+        source = fields.shown(eval_.questions) if eval_.questions else eval_.split
+        logger.info("%d %s records of %s: %s", len(predictions), source, task, folder / "result.json")
         return result
 
     return evaluate

@@ -17,6 +17,9 @@ class EvaluationConfig:
     """Folder for `result.json`, `predictions.jsonl` and plots. Empty: `evaluation/STUDENT-TASK`."""
     split: Literal["test", "valid"] = "test"
     """Which records are answered."""
+    questions: str = ""
+    """Answer the questions of this JSONL file instead of a split, under `data.question_field`. Labels under
+    `data.label_field` are scored; a question may lack one. Empty: a split."""
     limit: NotNegativeInt = 0
     """Answer at most this many records; 0: all of them."""
     batch_size: AtLeastOne = 64

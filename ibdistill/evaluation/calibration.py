@@ -65,7 +65,7 @@ def checked(confidence: ArrayLike, correct: ArrayLike) -> tuple[np.ndarray, np.n
 def equal_width(confidence: ArrayLike, correct: ArrayLike, bins: int = BINS) -> Bins:
     """Bins [i / bins, (i + 1) / bins), the last one closed."""
     confidence, correct = checked(confidence, correct)
-    limits = np.arange(bins + 1) / bins  # rounded once; of linspace's ten bins the fourth begins above 0.3
+    limits = np.arange(bins + 1) / bins  # rounded once: linspace(0, 1, 11)[3] is above 0.3
     index = np.searchsorted(limits[1:-1], confidence, side="right")
     count = np.bincount(index, minlength=bins)
     used = np.flatnonzero(count)

@@ -9,7 +9,7 @@ from torch import nn
 from ibdistill.models.families import ENCODER_DECODER, base_of, family
 
 _ON_QUESTION = (".EncDecAttention.k", ".EncDecAttention.v")
-"""In these names of T5's decoder are the keys and values of cross-attention."""
+"""Parts of the names of those matrices of T5's decoder that make the keys and values of cross-attention."""
 
 
 def operations_per_token(model: nn.Module) -> tuple[int, int]:

@@ -22,7 +22,7 @@ LARGEST_CONSTANT = 0.99
 LARGEST_WAIT = 0.5
 """The largest share of a step that is spent on waiting for data."""
 PATIENCE = 3
-"""So many measurements in a row beyond a bound give an alarm."""
+"""Number of measurements in a row beyond a bound that give an alarm."""
 
 
 class Alarms:

@@ -69,11 +69,15 @@ def questions(data: DataConfig, setting: str = "unlabelled") -> list[Record]:
             return demo.unlabelled(value)
         except ValueError as error:
             raise ValueError(f"{name} is {value}: {error}") from None
-    records = _from_file(Path(value), task, data, name)
-    return [map_numbers(record) for record in records] if data.map_numbers else records
+    return from_file(Path(value), task, data, name)
 
 
-def _from_file(path: Path, task: str, data: DataConfig, name: str) -> list[Record]:
+def from_file(path: Path, task: str, data: DataConfig, name: str) -> list[Record]:
+    """The questions of a JSONL file as records of a task, without label and rationale; `gold` as in
+    `questions`.
+
+    Raises ValueError, which calls the file by the name of its setting, if it is missing or bad.
+    """
     if not path.is_file():
         raise ValueError(f"{name} {str(path)!r} is no file (seen from {Path.cwd()})")
     records = []
@@ -92,7 +96,7 @@ def _from_file(path: Path, task: str, data: DataConfig, name: str) -> list[Recor
         records.append(Record(name_, task, question, "", "", gold=gold.strip(), answer_check=check))
     if not records:
         raise ValueError(f"{name} {str(path)!r} holds no questions")
-    return records
+    return [map_numbers(record) for record in records] if data.map_numbers else records
 
 
 def due_steps(config: Config) -> set[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from miniatures import lines
 from ibdistill import evaluate_student
 from ibdistill.config import fields
 from ibdistill.config.evaluation_sections import StudentEvaluation
+from ibdistill.config.load import load_settings, to_yaml
 from ibdistill.config.sections import StudentConfig
 from ibdistill.data import tokenizers
 from ibdistill.models.student import load_student
@@ -108,6 +110,121 @@ def test_a_task_with_few_labels_gets_a_confusion_matrix(tmp_path, world):
     assert (tmp_path / "out/confusion.png").read_bytes().startswith(PNG)
 
 
+@pytest.fixture
+def said(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("ibdistill"), "propagate", True)
+    caplog.set_level(logging.INFO, "ibdistill")
+    return lambda level: list(dict.fromkeys(r.getMessage() for r in caplog.records if r.levelno == level))
+
+
+def run_folder(folder: Path, **overrides) -> Path:
+    """A run folder with nothing but its settings and a student's folder."""
+    given = {name.replace("__", "."): value for name, value in overrides.items()}
+    (folder / "student").mkdir(parents=True)
+    (folder / "config.yaml").write_text("# ibdistill 0\n" + to_yaml(load_settings(None, given)))
+    return folder
+
+
+def test_a_run_s_settings_are_taken_and_given_ones_win(tmp_path, said):
+    given = {
+        "data__task": "jsonl",
+        "data__path": "3",  # text, though it looks like a number
+        "data__question_field": "ask",
+        "data__max_label_tokens": 7,
+        "data__subsample": 0.5,
+        "data__valid_share": 0.2,
+    }
+    run_ = run_folder(tmp_path / "run", **given)
+    for source in (run_, run_ / "student"):
+        config = fields.from_flat(StudentEvaluation, evaluate_student.with_run(str(source), {}))
+        data = config.data
+        assert (data.task, data.path, data.question_field) == ("jsonl", "3", "ask")
+        assert (data.max_label_tokens, data.valid_share, data.subsample) == (7, 0.2, 1.0)
+        assert config.eval.rationales
+    assert any("data.max_label_tokens 7" in line for line in said(logging.INFO))
+    assert said(logging.WARNING) == []
+
+    # of a file of predictions too
+    predictions = {"eval.predictions": str(run_ / "predictions/step-00000001/test_jsonl.jsonl")}
+    assert evaluate_student.with_run(None, predictions)["data.question_field"] == "ask"
+
+    changed = evaluate_student.with_run(str(run_), {"data.max_label_tokens": "9", "data.valid_share": "0.2"})
+    assert fields.from_flat(StudentEvaluation, changed).data.max_label_tokens == 9
+    expected = f"data.max_label_tokens is 9 as given, and was 7 in {run_ / 'config.yaml'}"
+    assert said(logging.WARNING) == [expected]
+
+    # another task has other data; a task of a mixture has the mixture's
+    assert evaluate_student.with_run(str(run_), {"data.task": "svamp"}).get("data.path") is None
+    mixture = run_folder(
+        tmp_path / "mixture",
+        data__task=["svamp", "asdiv"],
+        data__path="D",
+        data__mixture_weights=[1, 2],
+        data__map_numbers=True,
+    )
+    settings = evaluate_student.with_run(str(mixture), {"data.task": "asdiv"})
+    data = fields.from_flat(StudentEvaluation, settings).data
+    assert (data.task, data.path, data.map_numbers, data.mixture_weights) == ("asdiv", "D", True, None)
+
+
+def test_a_student_that_was_not_taught_rationales_is_not_asked_for_them(tmp_path):
+    run_ = run_folder(tmp_path / "run", objective__method="finetune")
+    assert evaluate_student.with_run(str(run_), {})["eval.rationales"] is False
+    assert evaluate_student.with_run(str(run_), {"eval.rationales": True})["eval.rationales"] is True
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"- a\n", b"data: 3\n", b"{", b"data: {task: []"])
+def test_a_damaged_config_of_a_run_is_named(tmp_path, content):
+    (tmp_path / "config.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match="config.yaml cannot be read as the settings of a run"):
+        evaluate_student.with_run(str(tmp_path), {})
+
+
+def test_without_a_run_the_given_settings_are_all(tmp_path):
+    for source in ("org/student", str(tmp_path / "student"), None):
+        assert evaluate_student.with_run(source, {"data.task": "svamp"}) == {"data.task": "svamp"}
+
+
+def test_questions_without_labels_are_answered_and_those_with_one_are_scored(student, tmp_path, world):
+    settings = {
+        "eval__questions": str(tmp_path / "q.jsonl"),
+        "data__task": "jsonl",
+        "data__question_field": "ask",
+        "data__max_label_tokens": 4,
+        "data__max_rationale_tokens": 4,
+    }
+    lines(tmp_path / "q.jsonl", [{"ask": "tom had 3 apples ."}, {"ask": "ann had 4 ."}])
+    result = run(student, world, eval__dir=str(tmp_path / "bare"), **settings)
+    assert (result["records"], result["scored"], result["scores"]) == (2, 0, {})
+    assert json.loads((tmp_path / "bare/result.json").read_text()) == result
+    bare = [json.loads(line) for line in (tmp_path / "bare/predictions.jsonl").open()]
+    assert [row["question"] for row in bare] == ["tom had 3 apples .", "ann had 4 ."]
+    assert all(row["correct"] is None and row["gold"] == "" and row["rationale"] is not None for row in bare)
+    assert not list((tmp_path / "bare").glob("*.png"))
+
+    # the student's own answer as the label of one of them
+    label = bare[1]["label"] or "x"
+    lines(tmp_path / "q.jsonl", [{"ask": "tom had 3 apples ."}, {"ask": "ann had 4 .", "label": label}])
+    result = run(student, world, eval__dir=str(tmp_path / "one"), **settings)
+    assert (result["records"], result["scored"]) == (2, 1)
+    assert result["scores"]["accuracy"] == float(bool(bare[1]["label"]))
+    one = [json.loads(line) for line in (tmp_path / "one/predictions.jsonl").open()]
+    assert [row["label"] for row in one] == [row["label"] for row in bare]
+    assert one[0]["correct"] is None and one[1]["correct"] == bool(bare[1]["label"])
+
+    # the file of predictions against the same questions
+    again = {**settings, "eval__predictions": str(tmp_path / "one/predictions.jsonl")}
+    assert run(None, world, eval__dir=str(tmp_path / "again"), **again)["scores"] == result["scores"]
+
+
+def test_a_plot_that_cannot_be_written_is_a_warning(student, tmp_path, world, said):
+    (tmp_path / "out/risk_coverage.png").mkdir(parents=True)
+    settings = {"eval__limit": 2, "eval__rationales": False, "data__max_label_tokens": 4}
+    run(student, world, eval__dir=str(tmp_path / "out"), **settings)
+    assert ["risk_coverage.png is left out" in line for line in said(logging.WARNING)] == [True]
+    assert (tmp_path / "out/result.json").is_file() and (tmp_path / "out/reliability.png").is_file()
+
+
 def test_what_it_refuses(student, tmp_path, world):
     def refused(message: str, student_, **overrides) -> None:
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -118,6 +235,9 @@ def test_what_it_refuses(student, tmp_path, world):
     refused("evaluate one task at a time", student, data__task=["demo", "demo_pretrain"])
     refused("is a preset, whose weights are random", "demo-student")
     refused("data.task 'dmo' is unknown", student, data__task="dmo")
+    questions = {"eval__questions": str(tmp_path / "none.jsonl")}
+    refused("data.task 'dmo' is unknown", student, data__task="dmo", **questions)
+    refused(f"eval.questions {questions['eval__questions']!r} is no file", student, **questions)
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("config.json", "model.safetensors"):
