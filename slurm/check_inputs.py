@@ -9,11 +9,8 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
-import fire
-
-from ibdistill.config import zero_file
+from ibdistill.config import command_line, zero_file
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import Config
 
@@ -37,15 +34,14 @@ def check(config: Config) -> None:
             )
 
 
-def main(recipe: str | None = None, *extra: Any, **overrides: Any) -> None:
-    if extra:
-        raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
-    check(load_settings(recipe, overrides))
+def main() -> None:
+    given = command_line.parse(sys.argv[1:])
+    check(load_settings(given.first, given.settings))
 
 
 if __name__ == "__main__":
     try:
-        fire.Fire(main)
+        main()
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -39,7 +39,9 @@ source slurm/job.sh
 
 if [ -n "${IBDISTILL_SWEEP:-}" ]; then # an element of slurm/sweep.sh: the settings of one line of its grid
   read -r -a element < <(sed -n "${SLURM_ARRAY_TASK_ID}p" "$IBDISTILL_SWEEP/grid.txt")
-  set -- "$@" "${element[@]:1}" --run.dir "$IBDISTILL_SWEEP/${element[0]}"
+  source slurm/merge.sh
+  merge "$@" -- "${element[@]:1}" --run.dir "$IBDISTILL_SWEEP/${element[0]}"
+  set -- "${merged[@]}"
 fi
 run=$(python slurm/check_settings.py run "$@")
 python slurm/check_inputs.py "$@"

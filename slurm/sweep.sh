@@ -3,7 +3,8 @@
 #
 #   bash slurm/sweep.sh [--at-once=K] [--OPTION=VALUE of sbatch ...] GRID RECIPE [--section.field value ...]
 #
-# GRID is a text file with one run a line: its name, then the settings that are its own.
+# GRID is a text file with one run per line: its name, then the settings that are its own, which win over those
+# of the command line.
 #
 #   dss-0  --objective.method dss --run.seed 0
 #   ib-0   --objective.method ib  --run.seed 0
@@ -24,6 +25,7 @@ elements() { # LINE_NUMBER NAME SETTINGS... of each run of a grid
 }
 [ -f ibdistill/train.py ] || fail "$PWD is not the repository's root; start from there"
 source slurm/env.sh
+source slurm/merge.sh
 set -u
 
 table() { # FOLDER
@@ -74,7 +76,8 @@ while read -r number name rest; do
     fail "$grid:$number: '$name' is no name for a run; start the line with one of letters, digits and . _ = , + -"
   [ ! -f "$folder/$name/result.json" ] || continue
   read -r -a settings <<< "$rest"
-  python slurm/check_settings.py run "$@" "${settings[@]}" --run.dir "$folder/$name" > /dev/null < /dev/null ||
+  merge "$@" -- "${settings[@]}" --run.dir "$folder/$name"
+  python slurm/check_settings.py run "${merged[@]}" > /dev/null < /dev/null ||
     fail "$grid:$number: run $name has wrong settings"
   todo+=("$number")
 done < <(elements "$grid")

@@ -21,11 +21,24 @@ def bash(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.parametrize(
+    ("own", "merged"),
+    [
+        ("--run.dir x", "demo --a.b=1 --run.export --c.d 2 3 --run.dir x"),
+        ("--a.b 7 --c.d=8", "demo --run.export --a.b 7 --c.d=8"),
+        ("--run.export False --a.bc 1", "demo --a.b=1 --c.d 2 3 --run.export False --a.bc 1"),
+    ],
+)
+def test_a_runs_own_settings_win_over_the_sweeps(own, merged):
+    script = 'source slurm/merge.sh; merge demo --a.b=1 --run.export --c.d 2 3 -- "$@"; echo "${merged[*]}"'
+    assert bash("-euc", script, "bash", *own.split()).stdout.strip() == merged
+
+
 def test_shellcheck_has_no_complaint():
     if not shutil.which("shellcheck"):
         lacking("shellcheck is not installed")
     scripts = sorted(path.relative_to(ROOT) for path in ROOT.glob("**/slurm/*.sh"))
-    assert len(scripts) == 8
+    assert len(scripts) == 9
     done = subprocess.run(["shellcheck", "-x", *scripts], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout
 

@@ -332,7 +332,7 @@ def test_the_papers_tables_dry(tmp_path, capsys):
     """All three methods through the real entry point, on the DSS release's layout, from random weights."""
     svamp(tmp_path / "data", [said(i) for i in range(2, 30)], [said(i) for i in range(2)])
     options = ["--dataset", "svamp", "--student", "t5-mini", "--data", str(tmp_path / "data"), "--dry-run"]
-    options += ["--out", str(tmp_path / "out"), "--seeds", "1", "--jobs", "3"]
+    options += ["--out", str(tmp_path / "out"), "--seeds", "0", "--jobs", "3"]
     options += ["--student.tokenizer", "train", "--student.vocab_size", "300"]
     with pytest.raises(SystemExit) as ended:
         paper.main(options, command.perform)
@@ -349,7 +349,7 @@ def test_the_papers_tables_dry(tmp_path, capsys):
 
 def test_the_papers_settings_and_figures(tmp_path):
     options = paper.parser().parse_args(
-        "--dataset svamp --student google/t5-v1_1-small --out x --seeds 2".split()
+        "--dataset svamp --student google/t5-v1_1-small --out x --seeds 0 1".split()
     )
     found = study_arms.build(paper.content(options, {}), Path("paper"))
     assert [run.arm for run in found.runs] == ["finetune", "dss", "ib"] * 2
@@ -380,6 +380,33 @@ def test_further_settings_reach_all_arms(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content()))
     plain, changed = (study_arms.load(tmp_path / "a.yaml", f) for f in (None, {"optim.lr": 0.5}))
     assert [run.settings for run in changed.runs] == [r.settings | {"optim.lr": 0.5} for r in plain.runs]
+
+
+@pytest.mark.parametrize("given", [["0", "1"], ["0,1"], ["0", "1,0"], ["0, 1"]])
+def test_seeds_in_either_form_replace_those_of_the_file(tmp_path, monkeypatch, given):
+    arms = {"dss": {}, "ib": {"seeds": [7]}, "finetune": {"labels": {4: [1], 8: [2, 3]}}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content(arms=arms)))
+    seen = []
+    monkeypatch.setattr(command, "perform", lambda action, study, *_: seen.extend(study.runs) or 0)
+    with pytest.raises(SystemExit):
+        command.main(["run", str(tmp_path / "a.yaml"), "out", "--seeds", *given, "--optim.lr", "0.5"])
+    shown = {(run.arm, run.labels, run.seed) for run in seen}
+    cells = [("dss", 8), ("ib", 8), ("finetune", 4), ("finetune", 8)]
+    assert shown == {(*cell, seed) for cell in cells for seed in (0, 1)} and len(seen) == 8
+    assert {run.settings["optim.lr"] for run in seen} == {"0.5"}
+    options = paper.parser().parse_args(
+        ["--dataset", "svamp", "--student", "x", "--out", "y", "--seeds", *given]
+    )
+    assert options.seeds == [0, 1]
+
+
+@pytest.mark.parametrize("given", [["one"], ["-1"], ["0..3"], ["0", "a.yaml", "out"]])
+def test_what_is_no_seed_is_refused_by_name(capsys, given):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["run", "--seeds", *given])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert "argument --seeds: " in said and ("-1" in given or "as in `--seeds 0 1` or `--seeds 0,1`" in said)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -53,16 +55,16 @@ class Study:
     models: list[Run] = field(default_factory=list)
 
 
-def load(path: Path, further: dict[str, Any] | None = None) -> Study:
-    """Read a study; `further` settings go to all arms. Raises ValueError that names the file, the key or
-    setting, and what is allowed."""
+def load(path: Path, further: dict[str, Any] | None = None, seeds: list[int] | None = None) -> Study:
+    """Read a study; `further` settings go to all arms, and `seeds` replace those of the file. Raises
+    ValueError that names the file, the key or setting, and what is allowed."""
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
     if further and isinstance(content, dict):
         content["settings"] = (content.get("settings") or {}) | further
-    return build(content, path)
+    return build(content, path, seeds)
 
 
 def further_settings(rest: Sequence[str]) -> dict[str, Any]:
@@ -76,8 +78,26 @@ def further_settings(rest: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def build(content: Any, path: Path) -> Study:
-    """A study from the content of its file."""
+def read_seeds(text: str) -> list[int]:
+    """The numbers of `0,1`. Raises argparse's error, which names the option, for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(re.fullmatch(r"\d+", part) for part in parts):
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} is no seed; give whole numbers from 0 on, as in `--seeds 0 1` or `--seeds 0,1`, "
+            "after the other arguments"
+        )
+    return [int(part) for part in parts]
+
+
+class Seeds(argparse.Action):
+    """Keeps the seeds of `--seeds 0 1`, `--seeds 0,1` and mixtures in one list, each once."""
+
+    def __call__(self, parser, namespace, values, option_string=None) -> None:
+        setattr(namespace, self.dest, list(dict.fromkeys(itertools.chain.from_iterable(values))))
+
+
+def build(content: Any, path: Path, seeds: list[int] | None = None) -> Study:
+    """A study from the content of its file; `seeds` replace those of the file for all arms."""
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
         raise ValueError(f"{path} must map `arms` to at least one arm; see the top of tools/study.py")
     if unknown := sorted(content.keys() - _KEYS):
@@ -105,9 +125,10 @@ def build(content: Any, path: Path) -> Study:
             )
         settings = (content.get("settings") or {}) | {k: v for k, v in own.items() if "." in k}
         labels = own.get("labels", content.get("labels"))
-        if not isinstance(labels, dict):
-            seeds = own.get("seeds", content.get("seeds"))
-            labels = dict.fromkeys(_numbers(path, labels, "labels", name), seeds)
+        if seeds or not isinstance(labels, dict):
+            own_seeds = seeds or own.get("seeds", content.get("seeds"))
+            counts = list(labels) if isinstance(labels, dict) else labels
+            labels = dict.fromkeys(_numbers(path, counts, "labels", name), own_seeds)
         for count in _numbers(path, list(labels), "labels", name):
             for seed in _numbers(path, labels[count], "seeds", name):
                 stage, variant = len(content.get("models") or {}), seed % variants

@@ -6,7 +6,8 @@
     python tools/study.py speed  STUDY.yaml OUT      what a run of each arm costs, for equal compute
     python tools/study.py paper  --help              the paper's tables 1 and 2
 
-Further `--section.field value` go to all arms, `data.path` to the models too. A study is a YAML file:
+Further `--section.field value` go to all arms, `data.path` to the models too. `--seeds 0 1` (or `0,1`)
+replaces the seeds of all arms. A study is a YAML file:
 
     recipe: demo                      # each run is `ibdistill/train.py` with this recipe and
     settings: {optim.max_steps: 900}  # these settings, in rising precedence with an arm's own
@@ -208,11 +209,18 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("study", type=Path, help="YAML file")
     parser.add_argument("out", type=Path, help="folder for runs, logs and results")
     parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
+    parser.add_argument(
+        "--seeds",
+        nargs="+",
+        type=arms.read_seeds,
+        action=arms.Seeds,
+        help="seeds in place of the file's, for all arms: `0 1` or `0,1`, after STUDY.yaml and OUT",
+    )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     options, rest = parser.parse_known_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the runs
     try:
-        study = arms.load(options.study, arms.further_settings(rest))
+        study = arms.load(options.study, arms.further_settings(rest), options.seeds)
         sys.exit(perform(options.action, study, options.out.resolve(), options.jobs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

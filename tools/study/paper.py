@@ -49,7 +49,7 @@ def content(options: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
     return {
         "recipe": options.dataset,
         "settings": settings | (DRY if options.dry_run else {}) | own,
-        "seeds": list(range(options.seeds)),
+        "seeds": options.seeds,
         "labels": [8 if options.dry_run else 1.0],
         "baseline": "dss",
         "arms": {arm: {"objective.method": method} for arm, method in ARMS.items()},
@@ -73,7 +73,7 @@ def comparison(found: arms.Study, out: Path, options: argparse.Namespace) -> str
 
 
 def parser() -> argparse.ArgumentParser:
-    """Of the command line, further settings aside."""
+    """The parser of the command line, further settings aside."""
     result = argparse.ArgumentParser(
         prog="study.py paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -81,7 +81,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--student", required=True, help="hub name or folder")
     result.add_argument("--data", help="folder of the DSS data release")
     result.add_argument("--out", type=Path, required=True, help="folder for runs, logs and results")
-    result.add_argument("--seeds", type=int, default=3)
+    result.add_argument(
+        "--seeds",
+        nargs="+",
+        type=arms.read_seeds,
+        action=arms.Seeds,
+        default=[0, 1, 2],
+        help="of the runs: `0 1` or `0,1`; default: 0 1 2",
+    )
     result.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
     result.add_argument("--dry-run", action="store_true")
     return result
