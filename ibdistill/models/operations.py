@@ -42,11 +42,17 @@ def operations_per_token(model: nn.Module) -> tuple[int, int]:
 
 
 def _matrices(module: nn.Module, without: nn.Module | None = None) -> Iterable[tuple[str, int]]:
-    """(name, operations per token) of the matrices in a module, also where ZeRO-3 has partitioned them."""
+    """(name, operations per token) of the matrices in a module, also where ZeRO-3 has partitioned them or
+    their weights are packed."""
     left_out = set() if without is None else set(without.modules())
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding) or part in left_out:
             continue
         for key, p in part.named_parameters(recurse=False):
             if len(getattr(p, "ds_shape", p.shape)) > 1:
-                yield f"{name}.{key}", (6 if p.requires_grad else 4) * getattr(p, "ds_numel", p.numel())
+                # a linear layer's own sizes, since 4-bit weights are packed into fewer elements
+                is_linear = isinstance(part, nn.Linear) and key == "weight"
+                size = (
+                    part.in_features * part.out_features if is_linear else getattr(p, "ds_numel", p.numel())
+                )
+                yield f"{name}.{key}", (6 if p.requires_grad else 4) * size

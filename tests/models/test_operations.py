@@ -58,3 +58,13 @@ def test_frozen_weights_beside_adapters_have_no_gradient():
     )
     unneeded += 2 * first.k_proj.weight.numel()
     assert counted(model, input_ids=ids) == ROWS * 8 * (per_target - unneeded)
+
+
+def test_packed_weights_count_as_the_matrix_they_stand_for():
+    """4-bit weights hold two values per byte, in one column."""
+    model = tiny("llama")
+    expected, _ = operations_per_token(model)
+    layer = model.model.layers[0].mlp.up_proj
+    packed = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+    layer.weight = torch.nn.Parameter(packed, requires_grad=False)
+    assert operations_per_token(model)[0] == expected - 2 * layer.in_features * layer.out_features
