@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import sys
 
-import fire
 import ranks
 
 from ibdistill import train
 
 
 def main(arguments: list[str]) -> None:
-    fire.Fire(train.main, command=arguments)
+    sys.argv[1:] = arguments
+    train.main()
 
 
 if __name__ == "__main__":
