@@ -134,7 +134,8 @@ class Checkpoints:
             problem = self._problem_with(self.folder / name)
             if problem is None:
                 return self.folder / name
-            logger.warning("checkpoint %s is not used: %s", self.folder / name, problem)
+            if self._world.rank == 0:  # the other ranks know the same
+                logger.warning("checkpoint %s is not used: %s", self.folder / name, problem)
         return None
 
     def _problem_with(self, folder: Path) -> str | None:

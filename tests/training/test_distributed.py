@@ -160,6 +160,18 @@ def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp
     assert json.loads((tmp_path / "facts.json").read_text()) == [[expected] * 2] * 2
 
 
+def test_all_ranks_fall_back_from_one_ranks_damaged_shard(tmp_path):
+    """To the checkpoint before, to the one before that, and to none."""
+    log = tmp_path / "log"
+    worker = [str(WORKERS / "damaged.py"), str(tmp_path)]
+    code = launch(worker, log=log, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    assert code == 0, log.read_text()[-4000:]
+    assert json.loads((tmp_path / "facts.json").read_text()) == [[[2, 1, 0]] * 2] * 2
+    said = log.read_text()
+    counts = [said.count(f"step-0000000{step} is not used: the content of") for step in (1, 2, 3)]
+    assert counts == [2 * 1, 2 * 2, 2 * 3]  # once at each look, by rank 0 alone
+
+
 def kill_within_the_first_refresh(command: list[str], folder: Path) -> None:
     """kill -9 of all where rank 1 is between its two answers and rank 0 may be waiting for it."""
     reached, log = folder / "reached", folder / "within.log"
