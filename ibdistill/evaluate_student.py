@@ -39,6 +39,7 @@ from ibdistill.config.methods import METHODS
 from ibdistill.data import loading
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.data.text_checks import check_split
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.evaluation import calibration, report, text_scores
 from ibdistill.evaluation import predictions as evaluation_predictions
@@ -220,6 +221,7 @@ def _decoder(
             )
     source = str(path) if path.is_dir() else student
     tokenizer = load_tokenizer(source, "STUDENT")
+    check_split("evaluation", records, tokenizer, config.data)
     model = load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
     streams = STREAMS if config.eval.rationales else STREAMS[:1]
     return partial(

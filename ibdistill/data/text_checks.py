@@ -7,7 +7,7 @@ limit cuts. Such a label is a wrong answer even if the model gives its target wo
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from transformers import PreTrainedTokenizerBase
@@ -45,17 +45,30 @@ def check_texts(
     for task in records.test:
         mine = [i for i, record in enumerate(records.train) if record.task == task]
         targets = Ragged(train.targets["predict"][i] for i in mine)
-        part = [records.train[i] for i in mine]
-        counts[f"{task}/train/unsayable"] = _unsayable(f"{task}/train", part, targets, tokenizer)
+        part, name = [records.train[i] for i in mine], f"{task}/train"
+        counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
-            name = f"{task}/{split}"
-            said = [_as_said(record, config) for record in part]
-            features = tokenize(said, {task: TASKS[task].prefixes}, tokenizer, config, split=name)
-            targets = features.targets["predict"]
-            counts[f"{name}/cut_questions"] = features.cut["predict questions"]
-            counts[f"{name}/cut_labels"] = features.cut["labels"]
-            counts[f"{name}/unsayable"] = _unsayable(name, said, targets, tokenizer)
+            counts |= check_split(f"{task}/{split}", part, tokenizer, config, MAX_UNSAYABLE)
     return {name: count for name, count in counts.items() if count}
+
+
+def check_split(
+    name: str,
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    max_unsayable: float = 1.0,
+) -> dict[str, int]:
+    """`check_texts` for records of one task that a student answers; `name` is what messages call them."""
+    said = [_as_said(record, config) for record in records]
+    prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
+    features = tokenize(said, prefixes, tokenizer, config, split=name)
+    wrong = _unsayable(name, said, features.targets["predict"], tokenizer, max_unsayable)
+    return {
+        f"{name}/cut_questions": features.cut["predict questions"],
+        f"{name}/cut_labels": features.cut["labels"],
+        f"{name}/unsayable": wrong,
+    }
 
 
 def _as_said(record: Record, config: DataConfig) -> Record:
@@ -67,12 +80,18 @@ def _as_said(record: Record, config: DataConfig) -> Record:
 
 
 def _unsayable(
-    split: str, records: Sequence[Record], targets: Ragged, tokenizer: PreTrainedTokenizerBase
+    split: str,
+    records: Sequence[Record],
+    targets: Ragged,
+    tokenizer: PreTrainedTokenizerBase,
+    max_share: float,
 ) -> int:
-    """How many labels are right as text, but wrong once they are read back from their target."""
-    unique = list({ids.tobytes(): ids for ids in map(targets.__getitem__, range(len(targets)))}.items())
-    texts = token_ids.read_back([ids.tolist() for _, ids in unique], tokenizer)
-    by_ids: Mapping[bytes, str] = dict(zip((key for key, _ in unique), texts, strict=True))
+    """How many labels are right as text, but wrong once they are read back from their target.
+
+    Raises ValueError where they are more than `max_share` of all.
+    """
+    unique = {ids.tobytes(): ids.tolist() for ids in (targets[i] for i in range(len(targets)))}
+    by_ids = dict(zip(unique, token_ids.read_back(list(unique.values()), tokenizer), strict=True))
     wrong = []
     for i, record in enumerate(records):
         text, is_correct = by_ids[targets[i].tobytes()], TASKS[record.task].is_correct
@@ -87,7 +106,7 @@ def _unsayable(
             "that has the characters (student.tokenizer train makes one), write the labels in others, or "
             "raise data.max_label_tokens if they are cut"
         )
-        if len(wrong) > MAX_UNSAYABLE * len(records):
+        if len(wrong) > max_share * len(records):
             raise ValueError(message)
         logger.warning(message)
     return len(wrong)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 JOINT = "</s>"
@@ -90,8 +91,10 @@ def defused(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     return text
 
 
-def read_back(sequences: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def read_back(sequences: Sequence[Sequence[int]] | Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each sequence of ids, without special tokens."""
+    if not len(sequences):
+        return []
     return tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 

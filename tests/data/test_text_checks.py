@@ -79,6 +79,19 @@ def test_a_run_is_refused_where_most_labels_can_never_be_right(tmp_path):
             check(tokenizer, **splits)
 
 
+def test_an_evaluation_is_warned_and_goes_on(tmp_path, caplog):
+    tokenizer = tokenizer_variants.t5(tmp_path)
+    records = [
+        Record(f"r{i}", "jsonl", "aaaaa", label, "", label) for i, label in enumerate(["{1}", "{2}", ""])
+    ]
+    with caplog.at_level(logging.WARNING, logger="ibdistill"):
+        config = DataConfig(max_question_tokens=9)
+        counts = text_checks.check_split("evaluation", records, tokenizer, config)
+    assert counts == {"evaluation/cut_questions": 3, "evaluation/cut_labels": 0, "evaluation/unsayable": 2}
+    assert any("evaluation: 2 of 3 labels (66.7%) can never be right" in m for m in caplog.messages)
+    assert text_checks.check_split("evaluation", [], tokenizer, config)["evaluation/unsayable"] == 0
+
+
 def test_a_cut_label_is_one_that_can_never_be_right(tmp_path, caplog):
     tokenizer = tokenizer_variants.t5(tmp_path)
     with caplog.at_level(logging.WARNING, logger="ibdistill"):
