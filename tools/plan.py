@@ -3,16 +3,14 @@
 import os
 import sys
 
-os.environ.setdefault(
-    "DS_ACCELERATOR", "cpu"
-)  # planning touches no device, and DeepSpeed says which it found
+# planning touches no device, and DeepSpeed says which one it found
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import fire
-from plan.command import main
+from plan.command import from_command_line
 
 if __name__ == "__main__":
     try:
-        fire.Fire(main)
+        from_command_line(sys.argv[1:])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -173,6 +173,37 @@ def test_bad_input_is_named(given, message):
         command.main("demo", **given)
 
 
+def test_settings_reach_the_plan_as_they_are_typed(monkeypatch):
+    """Text stays text: a number, a comment sign or brackets in a path are part of the path."""
+    given = {}
+    monkeypatch.setattr(command, "main", lambda recipe, **rest: given.update(rest, recipe=recipe))
+    typed = {"run.dir": "run#1", "student.model": "(v2)", "data.path": "10", "data.task": "a,b"}
+    numbers = ["--nodes", "2", "--gpus-per-node=4", "--rates.tflops", "1e3", "--tokens.label", "9", "--all"]
+    command.from_command_line(
+        ["demo", *(part for name, text in typed.items() for part in (f"--{name}", text)), *numbers]
+    )
+    rest = {"recipe": "demo", "nodes": 2, "gpus_per_node": 4, "rates.tflops": 1000.0, "tokens.label": 9}
+    assert given == typed | rest | {"all": True}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("demo more", "unexpected arguments ('more',); settings are given as --section.field value"),
+        ("demo --nodes two", "--nodes is 'two'; it must be a whole number of at least 1"),
+        ("demo --nodes", "--nodes is True; it must be a whole number of at least 1"),
+        ("demo --rates.tflops fast", "rates.tflops is 'fast'; it must be a number above 0"),
+        ("demo --tokens.label 1.5", "tokens.label is '1.5'; it must be a whole number of at least 1"),
+        ("--all demo", "--all is 'demo'; it takes no value, so give it last"),
+        ("demo --gpu", "--gpu is given without a value"),
+        ("demo --colour red", "unknown setting 'colour'"),
+    ],
+)
+def test_a_bad_command_line_is_named(arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        command.from_command_line(arguments.split())
+
+
 def test_a_configuration_that_lacks_a_size_is_named(tmp_path):
     sizes = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "num_attention_heads": 0}
     (tmp_path / "config.json").write_text(json.dumps(sizes))

@@ -21,8 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
+from ibdistill.config import command_line
 from ibdistill.config.load import load_settings
 from ibdistill.runtime.hardware import GIB
 from plan import accelerators, costs, lengths, summary, tables
@@ -43,9 +45,38 @@ BATCH = 64
 """Questions of all ranks together in the table's last column, as in the recipes."""
 
 
+def from_command_line(arguments: Sequence[str]) -> None:
+    """Plan what `sys.argv[1:]` asks for. Raises ValueError that names a bad argument."""
+    given = command_line.parse(arguments, options=["nodes", "gpus_per_node", "gpu", "out", "all"])
+    if given.help or not arguments:
+        print(__doc__)
+        return
+    options: dict[str, Any] = dict(given.options)
+    if options.get("all", True) is not True:
+        raise ValueError(f"--all is {options['all'][:80]!r}; it takes no value, so give it last")
+    for name in ("gpu", "out"):
+        if options.get(name) is True:
+            raise ValueError(f"--{name} is given without a value")
+    for name in ("nodes", "gpus_per_node"):
+        options |= {name: number(options[name], int)} if name in options else {}
+    settings: dict[str, Any] = dict(given.settings)  # text: the settings' own reader reads it
+    for section, kind in (("rates", float), ("tokens", int)):
+        settings |= {
+            name: number(text, kind) for name, text in settings.items() if name.startswith(f"{section}.")
+        }
+    main(given.first, **options, **settings)
+
+
+def number(text: str | bool, kind: type[int] | type[float]) -> int | float | str | bool:
+    """The number that stands there, or what is given if it is none: the checks of the value name that."""
+    try:
+        return kind(text) if isinstance(text, str) else text
+    except ValueError:
+        return text
+
+
 def main(
     recipe: str | None = None,
-    *extra: Any,
     nodes: int = 1,
     gpus_per_node: int = 1,
     gpu: str = "h100-80g",
@@ -53,12 +84,6 @@ def main(
     **overrides: Any,
 ) -> None:
     """Plan a run; `recipe` may also be `table` or `gpus`. Raises ValueError that names a bad argument."""
-    asks_for_help = overrides.pop("help", False)
-    if asks_for_help or (recipe is None and not overrides):
-        print(__doc__)
-        return
-    if extra:
-        raise ValueError(f"unexpected arguments {extra}; settings are given as --section.field value")
     for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1")
