@@ -26,6 +26,7 @@ _NUMBER_WORDS = {
     *("zero two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen").split(),
     *("sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety").split(),
     *("half halves third thirds double twice triple thrice").split(),
+    *("minus negative squared cubed root lakh crore").split(),
     *(word + ending for word in _SCALES for ending in ("", "s")),
 }  # `one` is left out: it is a pronoun, too
 _SHORT_SCALES = {"k", "K", "M", "B", "G", "bn", "mn", "mln", "mio", "x", "X", "e", "E"}

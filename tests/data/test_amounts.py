@@ -45,6 +45,7 @@ def test_the_amount_of_a_whole_answer(text, label):
         "5 of 10", "sum is - 5", "\u0663", "$", "#### 4 #### 5", "2 hours and 20 minutes", "double 4",
         "5x = 5", "5, million",
         "1 / 0",
+        "minus 3", "negative 5", "-5 squared", "square root of 9", "5 lakh",
     ],
 )  # fmt: skip
 def test_what_states_no_single_amount(text):
