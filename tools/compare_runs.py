@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ibdistill.evaluation.plots import LONGEST_TITLE, plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -180,7 +182,8 @@ def draw_scores(grouped: dict[str, list[Path]]) -> Figure:
     from matplotlib.figure import Figure
 
     panels, names = score_panels(grouped), list(grouped)
-    widest = max(len(name) for name in names)
+    shown = [f"{plain(name, LONGEST_TITLE)} ({len(grouped[name])})" for name in names]
+    widest = max(map(len, shown))
     figure = Figure((2 + 0.07 * widest + 2.8 * len(panels), 1.6 + 0.32 * len(names)), layout="constrained")
     for axes, (title, rows) in zip(_row(figure, len(panels), sharey=True), panels.items(), strict=True):
         for name, values in rows.items():
@@ -188,9 +191,9 @@ def draw_scores(grouped: dict[str, list[Path]]) -> Figure:
             center, half = interval(values)
             axes.errorbar(center, y, xerr=None if math.isnan(half) else half, capsize=3, **style)
             axes.plot(values, [y] * len(values), "|", color=style["color"], alpha=0.6)
-        axes.set(title=title, xlim=limits([v for values in rows.values() for v in values]))
+        axes.set(title=plain(title), xlim=limits([v for values in rows.values() for v in values]))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_yticks(range(len(names)), [f"{n} ({len(grouped[n])})" for n in names], fontsize=8)
+    figure.axes[0].set_yticks(range(len(names)), shown, fontsize=8)
     figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle("test scores: mean, 95 % interval over (n) seeds, each run", fontsize=10)
     return figure
@@ -241,11 +244,10 @@ def draw_curves(grouped: dict[str, list[Path]], panels: dict[str, list[Curve]]) 
             style = look(names.index(name))
             marker = style["marker"] if len(steps) < 20 else ""
             (handles[name],) = axes.plot(steps, values, **style | {"marker": marker}, markersize=3, alpha=0.8)
-        axes.set(xlabel="step", title=tag)
+        axes.set(xlabel="step", title=plain(tag))
         axes.grid(alpha=0.3)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=max(1, len(panels)), fontsize=8
-    )
+    labels = [plain(name, LONGEST_TITLE) for name in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=max(1, len(panels)), fontsize=8)
     return figure
 
 

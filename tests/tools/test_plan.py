@@ -190,6 +190,20 @@ def test_micro_batches_divide_a_ranks_questions(small):
         Planner(tiny(**{"optim.micro_batch_size": 3}), H100, 1, 8, 20, 3, 9).micro_batch_sizes()
 
 
+def test_a_loss_that_compares_questions_has_one_micro_batch_per_rank():
+    """Smaller ones would be another loss, which `train.py` refuses."""
+    infonce = {"objective.method": "ib+kd", "objective.estimator": "infonce"}
+    planned = Planner(tiny(**infonce), H100, 1, 8, 20, 3, 9)
+    assert planned.micro_batch_sizes() == [8]
+    assert {choice.micro_batch_size for choice in planned.options()} == {8}
+    whole = Planner(tiny(**infonce, **{"optim.micro_batch_size": 8}), H100, 1, 8, 20, 3, 9)
+    assert whole.micro_batch_sizes() == [8]
+    with pytest.raises(
+        ValueError, match=r"infonce.* splits the 64 of optim\.batch_size into 2 micro-batches"
+    ):
+        Planner(tiny(**infonce, **{"optim.micro_batch_size": 4}), H100, 1, 8, 20, 3, 9).micro_batch_sizes()
+
+
 def with_room(planned: Planner, room: float) -> Planner:
     """The same plan on GPUs with so many usable bytes."""
     other = planned.on(planned.nodes, planned.on_node, planned.config.optim.batch_size)
@@ -293,6 +307,9 @@ def test_a_gpus_figures_can_be_replaced():
 
 
 PARAMETERS = {
+    "google/t5-v1_1-small": 76_961_152,  # with a head apart from the embeddings
+    "google/t5-v1_1-base": 247_577_856,
+    "google/t5-v1_1-xxl": 11_135_332_352,
     "google-t5/t5-base": 222_903_552,  # arXiv 1910.10683, section 3.7: 220 million
     "google-t5/t5-11b": 11_307_321_344,
     "Qwen/Qwen2.5-0.5B": 494_032_768,  # the model cards: 0.49, 1.54, 3.09, 7.61, 72.7 billion

@@ -11,6 +11,7 @@ from functools import cached_property
 from ibdistill.config import zero_file
 from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
+from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
@@ -117,11 +118,24 @@ class Planner:
         return self.config.optim.batch_size // self.ranks
 
     def micro_batch_sizes(self) -> list[int]:
-        """Those that divide a rank's questions, largest first; the recipe's alone if it sets one."""
-        if given := self.config.optim.micro_batch_size:
-            zero_file.split_batch(self.config.optim, self.ranks)
-            return [given]
+        """The sizes that a run can have, largest first.
+
+        They divide a rank's questions. A recipe that sets the size leaves only that one, and an objective
+        that compares questions leaves only a rank's whole share. Raises ValueError as `zero_file.split_batch`
+        and `weights.check_split` do where the recipe's own size is none of them.
+        """
+        optim = self.config.optim
+        if optim.micro_batch_size:
+            size, micro_batches = zero_file.split_batch(optim, self.ranks)
+            weights.check_split(self.config.objective, optim.batch_size, micro_batches)
+            return [size]
+        if self._compares_questions():
+            return [self.per_rank]
         return [size for size in range(self.per_rank, 0, -1) if self.per_rank % size == 0]
+
+    def _compares_questions(self) -> bool:
+        mi = weights.mi_settings(self.config.objective)
+        return mi is not None and ESTIMATORS[mi.estimator].space == "state"
 
     def placements(self) -> tuple[str, ...]:
         """All of an online teacher; else the recipe's."""
@@ -293,10 +307,13 @@ class Planner:
     @cached_property
     def _traces(self) -> dict[bool, list[dryrun.Living]]:
         given = {"wanted": self.wanted, "teacher_head": self.teacher.head} if self.teacher else {}
+        objective = self.config.objective
+        if self._compares_questions():
+            # fake tensors cannot say which targets are ignored, which such a term asks; leaving it out moves
+            # no peak, since it holds a copy of the targets' states, less than the head loss just before it
+            objective = dataclasses.replace(objective, beta=0.0)
         return {
-            on: [
-                dryrun.student_step(student, self._lengths(n), self.config.objective, **given) for n in (1, 2)
-            ]
+            on: [dryrun.student_step(student, self._lengths(n), objective, **given) for n in (1, 2)]
             for on, student in self.students.items()
         }
 

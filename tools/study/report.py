@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import compare_runs
 from matplotlib.figure import Figure
 
+from ibdistill.evaluation.plots import plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -186,7 +188,7 @@ def _draw_ranking(axes: Axes, arms: dict[str, dict[int, dict]], looks: dict[str,
         axes.errorbar(center, y, xerr=None if math.isnan(half) else half, capsize=3, **looks[arm])
         axes.plot(scores, [y] * len(scores), "|", color=looks[arm]["color"], alpha=0.6)
         values += scores
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), [*map(plain, arms)])
     axes.invert_yaxis()
     axes.set(xlabel="accuracy %", title=title, xlim=compare_runs.limits(values))
 
@@ -196,7 +198,7 @@ def _draw_compute(axes: Axes, arms: dict[str, dict[int, dict]], looks: dict[str,
     clock = "cpu_seconds" if all("cpu_seconds" in result for result in results) else "seconds"
     for arm, group in arms.items():
         seconds = mean(result[clock] for result in group.values())
-        axes.plot(seconds, mean(accuracies(group).values()), label=arm, **looks[arm])
+        axes.plot(seconds, mean(accuracies(group).values()), label=plain(arm), **looks[arm])
     words = clock.replace("_", " ").replace("cpu", "CPU")
     axes.set(xlabel=f"mean {words} of a run", ylabel="accuracy %", title="compute")
     axes.legend(fontsize=6, ncols=1 + len(arms) // 16)
@@ -207,7 +209,7 @@ def _draw_labels(axes: Axes, curves: dict[str, list[tuple[float, Scores]]], look
     for arm, points in curves.items():
         intervals = [compare_runs.interval(list(scores.values())) for _, scores in points]
         y, half = zip(*intervals, strict=True)
-        axes.errorbar([x for x, _ in points], y, yerr=half, capsize=3, label=arm, **looks[arm])
+        axes.errorbar([x for x, _ in points], y, yerr=half, capsize=3, label=plain(arm), **looks[arm])
         values += [score for _, scores in points for score in scores.values()]
     axes.set(xlabel="labelled questions", ylabel="accuracy %", title="labels needed")
     axes.set_ylim(compare_runs.limits(values))
