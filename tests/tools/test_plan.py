@@ -12,6 +12,7 @@ import pytest
 from harness import ROOT
 from plan import accelerators, command, costs, lengths, planner, summary
 from plan.accelerators import ACCELERATORS
+from plan.choice import Choice
 from plan.planner import FILES, Planner
 
 from ibdistill.config import sections
@@ -120,7 +121,7 @@ def test_lengths_come_from_the_data(data, tmp_path):
     assert (limits.question, limits.label) == (1024, 64) and "give data.path" in limits.source
 
 
-def made(small, **changes) -> planner.Choice:
+def made(small, **changes) -> Choice:
     """A choice of so many bytes and seconds."""
     seconds = {"student": changes.pop("step", 1.0)}
     sizes = {"states": {"student": changes.pop("bytes", 10)}, "activations": {"student": 0}}

@@ -39,8 +39,8 @@ from pathlib import Path
 import devices
 import numpy as np
 import torch
+from plain_loop import PAD, plain_batch, plain_loss
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ibdistill import train
 from ibdistill.config import sections, zero_file
@@ -56,7 +56,7 @@ from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
 from ibdistill.training.checkpoint import TrainState
 
-PAD, IGNORED, CLIP_NORM, LR, PIECES = 0, -100, 1.0, 5e-5, 4000
+CLIP_NORM, LR, PIECES = 1.0, 5e-5, 4000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = ("projection", "feed-forward", "head")
 VARIANTS = {"plain": "fp32", "ours": "fp32", "ours-bf16": "bf16"}
@@ -86,39 +86,6 @@ def generate_features(records: int = 6725) -> Features:
     q, t, r = (Ragged([rng.integers(3, PIECES, int(n)) for n in part]) for part in lengths)
     questions, targets = {"predict": q, "explain": q}, {"predict": t, "explain": r}
     return Features([str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets)
-
-
-def plain_batch(features: Features, rows: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
-    """The arguments of a transformers forward pass for each stream, [B, S] int64 each, on the CPU."""
-    batch = {}
-    for stream in STREAMS:
-        parts = [features.questions[stream], features.targets[stream]]
-        ids, labels = ([torch.from_numpy(part[row]).long() for row in rows] for part in parts)
-        batch[stream] = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        }
-    return batch
-
-
-def plain_loss(model, batch, objective: sections.ObjectiveConfig, pool_padding: bool = True) -> torch.Tensor:
-    """The reference's loss, a scalar. With `pool_padding` its pool sees padded positions too, as there."""
-    batch = {
-        stream: {name: ids.to(model.device) for name, ids in arguments.items()}
-        for stream, arguments in batch.items()
-    }
-    outputs = {stream: model(**arguments) for stream, arguments in batch.items()}
-    loss = objective.alpha * outputs["predict"].loss + (1 - objective.alpha) * outputs["explain"].loss
-    if objective.method != "ib":
-        return loss
-    pooled = []
-    for stream, output in outputs.items():
-        p = torch.softmax(output.logits, -1)
-        if not pool_padding:
-            p = p.masked_fill(batch[stream]["labels"][..., None] == IGNORED, 0)
-        pooled.append(p.max(1).values)
-    return loss + objective.beta * nn.functional.cross_entropy(pooled[1], pooled[0].detach())
 
 
 def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None]]:
@@ -200,8 +167,7 @@ class Case:
         packed_head = parts["t", "predict"].sum(1) + parts["t", "explain"].sum(1)
         real, padded = sum(p.sum(1) for p in parts.values()), self.batch_size * sum(sizes.values())
         return sizes | {
-            "real": real,
-            "padded": padded,
+            **{"real": real, "padded": padded},
             "head": padded_head if name == "plain" else packed_head,
         }
 

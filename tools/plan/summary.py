@@ -14,7 +14,8 @@ from ibdistill.planning.dryrun import Skeleton
 from ibdistill.planning.published_shapes import PUBLISHED
 from ibdistill.runtime.hardware import GIB
 from plan import costs
-from plan.planner import ABOUT, Choice, Planner
+from plan.choice import Choice
+from plan.planner import ABOUT, Planner
 
 BOUNDS = {
     "student": "the student's matrix products",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ibdistill.runtime.hardware import GIB
-from plan.planner import Choice, Planner
+from plan.choice import Choice
+from plan.planner import Planner
 from plan.summary import speed
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "teacher")
