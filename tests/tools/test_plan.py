@@ -48,13 +48,13 @@ def test_a_recipe_is_planned_and_written(tmp_path):
         f"--out {tmp_path / 'to'}"
     )
     first = re.match(
-        r"Recommended for 2 x 4 h100-80g, 16 questions a step: (\w+), micro-batches of \d\n", out
+        r"Recommended for 2 x 4 h100-80g, 16 questions per step: (\w+), micro-batches of \d\n", out
     )
     recommendation, everything = out.split("\n\n", 1)
     assert len(recommendation.splitlines()) <= 10 and "[" not in everything
     for file in FILES:
         assert len(re.findall(rf"^none +{file}(?: +[\d.]+){{5}}$", everything, re.M)) == 1
-        speed = rf"^none +{file}(?:\+c)?(?: +[\d.]+){{4}}  \S+ s a step \(predicted\), bound by "
+        speed = rf"^none +{file}(?:\+c)?(?: +[\d.]+){{4}}  \S+ s per step \(predicted\), bound by "
         assert len(re.findall(speed, everything, re.M)) == 1
     assert everything.count(": fits, margin") == 2 * len(FILES)
     content = json.loads((tmp_path / "to" / "ds_config.json").read_text())
@@ -85,7 +85,7 @@ def test_no_recipe_and_folders_with_nothing_but_a_configuration(tmp_path):
     assert labels == expected.split()
     assert re.search(r"^Recommended .*: zero2, teacher replica, micro-batches of 16$", out, re.M)
     assert "replaced  deepspeed.config zero3 by zero2, teacher.placement zero3 by replica. As given: " in out
-    assert re.search(r"As given: \S+ s a step, (\d+% (slower|faster)|predicted to be as fast); fits: ", out)
+    assert re.search(r"As given: \S+ s per step, (\d+% (slower|faster)|predicted to be as fast); fits: ", out)
     # 512 x 64 embeddings; a layer: q, k, v with biases, o, three matrices of the MLP, two norms
     layer = 64 * 64 + 64 + 2 * (64 * 32 + 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64
     for name, layers in (("student", 1), ("teacher", 2)):
@@ -143,7 +143,7 @@ def test_why_not_another(small):
     assert "0.8 s, 20% faster; does not fit" in summary.faster([best, huge, large], best)
     assert summary.roomier([best, huge], best) == "nothing frees more than 5% of the GPU"
     small_, slow = made(small, step=1.3, bytes=30), made(small, step=2.0, bytes=5)
-    assert "1.3 s a step, 30% slower" in summary.roomier([best, slow, small_], best)
+    assert "1.3 s per step, 30% slower" in summary.roomier([best, slow, small_], best)
 
 
 def test_nothing_fits(small):

@@ -61,7 +61,7 @@ def main(
     rounds: int = 5,
     steps: int = PERIOD,
 ) -> None:
-    """Measure and print. `preset`: a shape of `presets.PRESETS`; a round has `steps` steps of each variant."""
+    """Measure and print. `preset`: a shape of `presets.PRESETS`; a round has `steps` steps per variant."""
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as root:

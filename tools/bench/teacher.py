@@ -5,8 +5,9 @@
 Each variant is a run by `training.prepare.prepare` and `ibdistill.train.train_step` on the same questions of
 the demo corpus: `none` (method dss), `replica`, `zero3`, and `cache`, which is the second and later epochs of
 a run with a zero3 teacher, whose answers all come from files. The variants take turns at every step, and all
-steps are repeated in rounds; the least time of a step on the slowest rank counts (on a shared machine the mean
-measures the neighbours). A round before them warms up, fills the cache and completes the prefetch traces.
+steps are repeated in rounds; the least time of a step on the slowest rank counts (on a shared machine the
+mean measures the neighbours). A round before them warms up, fills the cache and completes the prefetch
+traces.
 
 The floor is `none`'s step plus one bare forward pass of the whole teacher, which takes turns with the others:
 transformers' own modules on the micro-batch, without the cache, the packing or the terms that use it. It is
@@ -103,7 +104,7 @@ def bare_forward(job: Job) -> Callable[[], None]:
 
 
 def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[dict[str, float], dict]:
-    """(seconds per step by variant, and of a `forward` pass alone; the teacher's bytes on this rank by variant).
+    """(seconds per step by variant and of `forward` alone, the teacher's bytes on this rank by variant).
 
     Collective.
     """
@@ -161,8 +162,8 @@ def main(
 ) -> None:
     """Measure and print.
 
-    `student`, `teacher`: presets or folders. `method`: ib (vid), kd or ib+kd. `precision`: that of both models.
-    `cache_form`: topk or states, for kd.
+    `student`, `teacher`: presets or folders. `method`: ib (vid), kd or ib+kd. `precision`: that of both
+    models. `cache_form`: topk or states, for kd.
     """
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""A training step of ours against the loop that a plain transformers script runs, on ragged lengths.
+"""Our training step against the loop that a plain transformers script runs, on ragged lengths.
 
     python tools/bench/train.py --data GSM8K_FOLDER             # real lengths
     python tools/bench/train.py --zero zero2 --method dss       # lengths drawn like GSM8K's
@@ -142,6 +142,7 @@ class Case:
         self.batches = {"plain": shuffled, "ours": bucketed, "ours-bf16": bucketed}
 
     def settings(self, precision: str = "fp32") -> sections.Config:
+        """The settings of our run in a precision."""
         overrides = {"objective.method": self.method, "optim.batch_size": self.batch_size, "optim.lr": LR}
         overrides |= {"student.precision": precision, "deepspeed.config": self.zero}
         overrides["run.term_gradients_every"] = 0
@@ -150,6 +151,7 @@ class Case:
         return settings
 
     def model(self, **overrides):
+        """A new student on the device, with the same weights at every call."""
         return presets.build(self.preset, PIECES + 100, seed=0, **overrides).train().to(self.device)
 
     def sizes(self, name: str) -> dict[str, np.ndarray]:

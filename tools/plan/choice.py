@@ -7,42 +7,44 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Choice:
-    """One way to run it, on each GPU."""
+    """One way to run a plan, with what each rank and its GPU need for it."""
 
     placement: str
     file: str
-    """Of `deepspeed.config`."""
+    """The file of `deepspeed.config`."""
     checkpointing: bool
     micro_batch_size: int
     states: dict[str, int]
-    """Part -> bytes that are there all the time."""
+    """Bytes that are in use all the time, by part."""
     activations: dict[str, int]
-    """What comes and goes: the largest of these is added."""
+    """Bytes that come and go, by part: the largest of these is added to the states."""
     host: int
-    """Bytes of the host's memory, of one rank."""
+    """Bytes of the host's memory that one rank needs."""
     room: int
-    """Bytes that there are."""
+    """Bytes of a GPU that tensors can have."""
     host_room: int
-    """Of the host, for one rank."""
+    """Bytes of the host's memory that there are for one rank."""
     traffic: dict[str, int]
-    """Collective -> bytes a step, of whole tensors; `teacher` for its all-gathers."""
+    """Bytes of whole tensors per step, by collective; `teacher` stands for the teacher's all-gathers."""
     seconds: dict[str, float]
-    """Predicted, of a step by part."""
+    """Predicted seconds per step, by part (`costs.step_seconds`)."""
 
     @property
     def bytes(self) -> int:
-        """At the peak."""
+        """Bytes of a GPU at the peak."""
         return sum(self.states.values()) + max(self.activations.values())
 
     @property
     def fits(self) -> bool:
+        """Whether the memory of the GPU and that of the host suffice."""
         return self.bytes <= self.room and self.host <= self.host_room
 
     @property
     def step(self) -> float:
-        """Predicted seconds of a step."""
+        """Predicted seconds per step."""
         return sum(self.seconds.values())
 
     @property
     def offloads(self) -> bool:
+        """Whether optimizer states live in the host's memory."""
         return self.file.endswith("_offload")

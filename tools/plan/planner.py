@@ -1,4 +1,4 @@
-"""The choices that a run has on given GPUs: what each takes, how long its step would be, which is best."""
+"""The choices that a run has on given GPUs: what each needs, how long its step would be, which is best."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ ABOUT = 1.1
 
 @dataclass
 class Planner:
-    """A run and the machines it is planned for. Raises ValueError as `engine.split_batch` does."""
+    """A run and the machines that it is planned for. Raises ValueError as `zero_file.split_batch` does."""
 
     config: Config
     gpu: Accelerator
     nodes: int
     on_node: int
     question: int
-    """Tokens of every question; label, rationale: of every target."""
+    """Tokens of every question; `label` and `rationale` are those of every target."""
     label: int
     rationale: int
 
@@ -54,7 +54,7 @@ class Planner:
         zero_file.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
 
     def on(self, nodes: int, on_node: int, batch_size: int) -> Planner:
-        """The same models on other machines: what was traced is kept, as it doesn't depend on them."""
+        """The same models on other machines. What was traced is kept, since it does not depend on them."""
         other = copy.copy(self)
         other.nodes, other.on_node = nodes, on_node
         optim = dataclasses.replace(self.config.optim, batch_size=batch_size)
@@ -72,7 +72,7 @@ class Planner:
 
     @property
     def per_rank(self) -> int:
-        """Questions of a rank in a step."""
+        """Questions per rank and step."""
         return self.config.optim.batch_size // self.ranks
 
     def micro_batch_sizes(self) -> list[int]:
@@ -96,7 +96,7 @@ class Planner:
         return mi is not None and ESTIMATORS[mi.estimator].space == "state"
 
     def placements(self) -> tuple[str, ...]:
-        """All of an online teacher; else the recipe's."""
+        """Every placement of an online teacher; else only the recipe's."""
         return PLACED if self.teacher else (self.config.teacher.placement,)
 
     def choices(self, micro_batch_size: int) -> list[Choice]:
@@ -113,9 +113,9 @@ class Planner:
         return [choice for size in self.micro_batch_sizes() for choice in self.choices(size)]
 
     def best(self, options: Sequence[Choice] = ()) -> Choice | None:
-        """The simplest of what fits and is about as fast as the fastest; None where nothing fits.
+        """The simplest of the choices that fit and are about as fast as the fastest; None where nothing fits.
 
-        `options`: those of `options()` where the caller has them.
+        `options`: the result of `options()` where the caller has it.
         """
         fitting = [choice for choice in options or self.options() if choice.fits]
         if not fitting:
@@ -129,11 +129,11 @@ class Planner:
         return choice.checkpointing, *order, -choice.micro_batch_size
 
     def smallest(self) -> Choice:
-        """What needs least memory."""
+        """The choice that needs least memory."""
         return min(self.choices(self.micro_batch_sizes()[-1]), key=lambda c: c.bytes)
 
     def choice(self, placement: str, file: str, checkpointing: bool, micro: int) -> Choice:
-        """See `Choice`."""
+        """What one combination needs, and how long its step would be. `micro` is the micro-batch size."""
         config, zero = self.config, Zero.read(file)
         precision, teacher = config.student.precision, self.teacher
         if zero not in self._gathers:
@@ -153,7 +153,7 @@ class Planner:
             "student": self._living(checkpointing, micro),
             "update": footprint.step_buffers(self.sizes, precision, zero, self.ranks),
         }
-        if zero.stage == 3:  # evaluation collects a copy (`models.WholeModel`)
+        if zero.stage == 3:  # evaluation collects a copy (`models.whole_model`)
             activations["evaluation"] = WIDTH[precision] * sum(n for n, _ in self.sizes)
         micro_batches = self.per_rank // micro
         traffic = costs.student_traffic(self.sizes, precision, zero, micro_batches, gathered)
@@ -235,6 +235,7 @@ class Planner:
         return self.on_node if placement == "zero3_node" else self.ranks
 
     def operations(self, checkpointing: bool, micro: int) -> costs.Operations:
+        """Operations of one micro-batch on one rank."""
         one = self._operations_of_one[checkpointing]
         return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
 
@@ -244,13 +245,13 @@ class Planner:
         return {on: costs.operations(self.student, *args, checkpointing=on) for on in (False, True)}
 
     def _signal_bytes(self, micro: int) -> int:
-        """The teacher's answers to a micro-batch."""
+        """Bytes of the teacher's answers to a micro-batch."""
         rows = micro * self.question if self.wanted.questions else 0
         rows += self._lengths(micro).targets(self.streams) if self.wanted.targets else 0
         return rows * self.teacher.head[1] * WIDTH[self.config.teacher.precision]
 
     def _living(self, checkpointing: bool, micro: int) -> int:
-        """The student's activations: traced for one and two questions, a straight line beyond."""
+        """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
         one, two = self._traces[checkpointing]
         inside = head_loss_bytes(
             *(self._lengths(micro).targets(self.streams), micro, self.student.head),
