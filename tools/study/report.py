@@ -55,7 +55,7 @@ def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) ->
 
 
 def key(run: Any) -> str:
-    """A run's group: `arm@labels`."""
+    """The name of a run's group: `arm@labels`."""
     return f"{run.arm}@{run.labels:g}"
 
 
@@ -91,7 +91,7 @@ def difference(a: Scores, b: Scores) -> str:
 
 
 def table(study: Study, groups: dict[str, dict[int, dict]], results: dict[str, dict | None]) -> str:
-    """The markdown table, the comparisons, and what one has to know about them."""
+    """The markdown table, the comparisons below it, and what one has to know about them."""
     head = f"arm|labels|steps|seeds|mean %|std|per seed|to {study.baseline}, 95 %|train s|CPU s"
     lines = [f"| {' | '.join(head.split('|'))} |", "|---" * len(head.split("|")) + "|"]
     missing = defaultdict(int)
@@ -149,9 +149,9 @@ def _summary(study: Study, groups: dict[str, dict[int, dict]], name: str) -> dic
 
 
 def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
-    """Accuracy of each arm with its interval; against compute; against labels where arms have several counts.
+    """The accuracy of each arm: with its interval, against compute, and against the number of labels.
 
-    An arm has one look in all panels.
+    The last panel exists only where an arm has several numbers of labels. An arm has one look in all panels.
     """
     counts = [name.rpartition("@")[2] for name in groups]
     usual = max(set(counts), key=counts.count)
@@ -173,7 +173,7 @@ def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
 
 
 def _by_labels(arm: str, groups: dict[str, dict[int, dict]]) -> list[tuple[float, Scores]]:
-    """(labels, scores) of an arm, in rising order."""
+    """(number of labels, scores) of an arm, in rising order."""
     names = [name for name in groups if name.rpartition("@")[0] == arm]
     return sorted(
         ((float(name.rpartition("@")[2]), accuracies(groups[name])) for name in names), key=lambda p: p[0]
