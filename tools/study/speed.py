@@ -6,8 +6,8 @@
 All arms are loaded into one process per rank and take turns of a few steps each, so that whatever else the
 machine does slows all of them alike. The seconds cover the steps and the answers to unlabelled questions
 (`training.pseudo_labels`). They are the process's own for one rank on a CPU, and the clock's otherwise,
-waiting for other ranks included. Loading, evaluation and the text that a teacher writes once are left out. The
-models must be trained already.
+waiting for other ranks included. Loading, evaluation and the text that a teacher writes once are left out.
+The models must be trained already.
 """
 
 from __future__ import annotations
