@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "ibdistill" / "train.py")
 WORKERS = ROOT / "tests" / "workers"
 FORKED = str(WORKERS / "runs.py")
-"""As TRAIN, with the number of ranks as the first argument."""
+"""A script like TRAIN that forks its ranks itself; its first argument is their number."""
 
 
 def start(

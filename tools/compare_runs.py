@@ -4,7 +4,7 @@ Runs that differ in nothing but the seed (and where and how often they write) fo
 of one arm and one number of labels of a study. Two figures go to `--out` (default: the folder that holds the
 runs): `comparison_curves.png`, the curves of all runs, and `comparison_scores.png`, each group's mean test
 scores with the 95 % interval over its seeds (Student's t; none for a single run). A group has one look in all
-panels of both. Files and folders that are no run are skipped with a word, so that `runs/*` can be given.
+panels of both. Files and folders that are no run are named and skipped, so that `runs/*` can be given.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ibdistill.evaluation.plots import LONGEST_TITLE, plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Curve = tuple[str, list[int], list[float]]
-"""Group, steps, values."""
+"""The group's name, steps, values."""
 
 COLUMNS = ("run", "method", "task", "accuracy %", "rationale BLEU", "steps", "tokens", "train s")
 CURVES = ("loss/total", "loss/predict", "loss/explain", "eval/valid_.*_accuracy", "eval/valid_.*_faithful")
@@ -38,7 +40,7 @@ _T = "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """Raises ValueError if the run has no result, or a damaged one."""
+    """The content of a run's result.json. Raises ValueError if there is none, or a damaged one."""
     path = folder / "result.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no result.json: no run, or not finished")
@@ -51,7 +53,7 @@ def read_result(folder: Path) -> dict[str, Any]:
 
 
 def rows(folder: Path) -> list[tuple[str, ...]]:
-    """One row a task of a run. Raises ValueError if the run has no result."""
+    """The table's rows for a run, one per task. Raises ValueError if the run has no result."""
     result = read_result(folder)
     return [
         (
@@ -82,7 +84,7 @@ def table(lines: list[tuple[str, ...]]) -> str:
 
 
 def groups(folders: list[Path]) -> dict[str, list[Path]]:
-    """Runs that are repetitions of each other, by a name.
+    """The runs that are repetitions of each other, by the name of their group.
 
     The runs of a study go by arm and labels, other runs by their settings, the seeds aside: their name is the
     method and what else differs between the groups. Where no two runs share one, they go by their folders'
@@ -111,7 +113,7 @@ _STUDY_RUN = re.compile(r"(.+)-s(\d+)-[0-9a-f]{8}")
 
 
 def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
-    """Runs by what differs between their settings."""
+    """The runs by what differs between their settings, the seed aside."""
     settings = {}
     for folder in folders:
         path = folder / "config.yaml"
@@ -134,8 +136,10 @@ def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
 
 
 def t_quantile(degrees: int) -> float:
-    """The two-sided 95 % quantile of Student's t; beyond the table by its expansion in 1 / degrees (Fisher
-    and Cornish, 1960), which is within 0.001 there."""
+    """The two-sided 95 % quantile of Student's t.
+
+    Beyond the table it is the expansion in 1 / degrees (Fisher and Cornish, 1960), within 0.001 there.
+    """
     if degrees <= len(_T):
         return float(_T[degrees - 1])
     z = 1.959964
@@ -143,7 +147,7 @@ def t_quantile(degrees: int) -> float:
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """Mean, and half the width of its 95 % interval; NaN for a single value."""
+    """The mean, and half the width of its 95 % interval, which is NaN for a single value."""
     n = len(values)
     if n == 1:
         return values[0], math.nan
@@ -164,7 +168,7 @@ def look(index: int) -> dict[str, Any]:
 
 
 def score_panels(grouped: dict[str, list[Path]]) -> dict[str, dict[str, list[float]]]:
-    """Task and score -> group -> the values of its runs."""
+    """The values of each group's runs, by task and score, then by group."""
     panels: dict[str, dict[str, list[float]]] = defaultdict(dict)
     for name, folders in grouped.items():
         for folder in folders:
@@ -180,7 +184,8 @@ def draw_scores(grouped: dict[str, list[Path]]) -> Figure:
     from matplotlib.figure import Figure
 
     panels, names = score_panels(grouped), list(grouped)
-    widest = max(len(name) for name in names)
+    shown = [f"{plain(name, LONGEST_TITLE)} ({len(grouped[name])})" for name in names]
+    widest = max(map(len, shown))
     figure = Figure((2 + 0.07 * widest + 2.8 * len(panels), 1.6 + 0.32 * len(names)), layout="constrained")
     for axes, (title, rows) in zip(_row(figure, len(panels), sharey=True), panels.items(), strict=True):
         for name, values in rows.items():
@@ -188,9 +193,9 @@ def draw_scores(grouped: dict[str, list[Path]]) -> Figure:
             center, half = interval(values)
             axes.errorbar(center, y, xerr=None if math.isnan(half) else half, capsize=3, **style)
             axes.plot(values, [y] * len(values), "|", color=style["color"], alpha=0.6)
-        axes.set(title=title, xlim=limits([v for values in rows.values() for v in values]))
+        axes.set(title=plain(title), xlim=limits([v for values in rows.values() for v in values]))
         axes.grid(alpha=0.3)
-    figure.axes[0].set_yticks(range(len(names)), [f"{n} ({len(grouped[n])})" for n in names], fontsize=8)
+    figure.axes[0].set_yticks(range(len(names)), shown, fontsize=8)
     figure.axes[0].set_ylim(len(names) - 0.5, -0.5)
     figure.suptitle("test scores: mean, 95 % interval over (n) seeds, each run", fontsize=10)
     return figure
@@ -207,7 +212,7 @@ def limits(values: list[float]) -> tuple[float, float]:
 
 
 def curve_panels(grouped: dict[str, list[Path]]) -> tuple[dict[str, list[Curve]], list[Path]]:
-    """Tag -> (group, steps, values) of every run that has it; and the runs without events."""
+    """(the curves of all runs by tag, the runs without events)."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     panels: dict[str, list[Curve]] = {}
@@ -241,16 +246,15 @@ def draw_curves(grouped: dict[str, list[Path]], panels: dict[str, list[Curve]]) 
             style = look(names.index(name))
             marker = style["marker"] if len(steps) < 20 else ""
             (handles[name],) = axes.plot(steps, values, **style | {"marker": marker}, markersize=3, alpha=0.8)
-        axes.set(xlabel="step", title=tag)
+        axes.set(xlabel="step", title=plain(tag))
         axes.grid(alpha=0.3)
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=max(1, len(panels)), fontsize=8
-    )
+    labels = [plain(name, LONGEST_TITLE) for name in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=max(1, len(panels)), fontsize=8)
     return figure
 
 
 def _row(figure: Figure, panels: int, **kwargs: Any) -> list[Axes]:
-    """Axes side by side."""
+    """So many axes side by side."""
     return list(figure.subplots(1, panels, squeeze=False, **kwargs)[0])
 
 

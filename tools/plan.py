@@ -1,9 +1,9 @@
-"""Will it fit, and how fast? `python tools/plan.py --help`; the work is done in tools/plan/."""
+"""Plans whether a run fits and how fast it is: `python tools/plan.py --help`; the code is in tools/plan/."""
 
 import os
 import sys
 
-# planning touches no device, and DeepSpeed says which one it found
+# planning touches no device, and DeepSpeed would print which one it found
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 from plan.command import from_command_line

@@ -1,4 +1,4 @@
-"""Studies of what pays: `python tools/study.py --help`; the work is done in tools/study/."""
+"""Runs and reports studies: `python tools/study.py --help`; the code is in tools/study/."""
 
 import sys
 

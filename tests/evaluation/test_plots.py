@@ -131,7 +131,7 @@ def test_a_figure_that_fails_is_a_warning(monkeypatch, caplog, tmp_path):
     "text", [*HOSTILE, "", "a | b", "`x`", "<b>bold</b> [a](b) *c*", "ends in \\", "a\\|b"]
 )
 def test_samples_show_any_text_in_one_row_of_a_table(text):
-    """As TensorBoard shows them: it renders Markdown with the extension for tables."""
+    """They are rendered as TensorBoard does it, by Markdown with the extension for tables."""
     markdown = pytest.importorskip("markdown").markdown  # tensorboard's own
     record = Record("jsonl/test/0", "jsonl", text or "?", text, text, text)
     prediction = predictions.prediction(record, decoding.Answer(text, 0.5, 0.5), decoding.Answer(text, 1, 1))

@@ -72,7 +72,7 @@ def test_gradients_of_terms_are_those_of_autograd_and_add_up_over_micro_batches(
 
 @pytest.mark.parametrize("estimator", ["paper", "normalized"])
 def test_the_logged_terms_of_a_step_do_not_depend_on_its_split(estimator):
-    """Of 4 questions, one of which has no rationale, in one part or several; a bound would depend on it."""
+    """The step has 4 questions, one without a rationale, in one part or several; bounds would differ."""
     config = load_settings(None, {"objective.method": "ib", "objective.estimator": estimator})
     (predict, explain), head = random_streams(0, ((2, 3, 1, 2), (4, 0, 2, 3)))
     counts = {"predict": 8, "explain": 9, "questions": 4, "explained": 3}

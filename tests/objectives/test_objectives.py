@@ -67,7 +67,7 @@ def test_infonce_is_refused_where_a_step_is_split(make_job, tmp_path):
 
 
 def test_any_estimator_on_states_is_refused_so(monkeypatch):
-    """Of somebody's own registry too; one on distributions sees one question at a time."""
+    """An estimator that somebody registers is refused too, but not one on distributions."""
     monkeypatch.setitem(ESTIMATORS, "own_states", Estimator(infonce, "state"))
     monkeypatch.setitem(ESTIMATORS, "own_distributions", Estimator(infonce, "distribution"))
     with pytest.raises(ValueError, match="own_states"):

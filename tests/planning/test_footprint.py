@@ -33,7 +33,7 @@ from ibdistill.training.prepare import prepare
 
 BOTH = ("predict", "explain")
 MODELS = {"demo-student": "fp32", "t5-mini": "bf16", "demo-teacher-decoder": "bf16"}
-"""Of the tests in this process; the worker's are smaller."""
+"""The students of the tests in this process; those of the worker are smaller."""
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 CASES = [(ranks, name, stage) for ranks in (1, 2, 4) for name in worker.STUDENTS for stage in STAGES]
 CASES += [(2, name, "small") for name in worker.STUDENTS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+import torch
 from harness import ROOT, output_of
 
 
@@ -19,3 +20,15 @@ def test_ratios_are_measured_and_predicted():
         collectives, imbalance, ratio, predicted = float(line[3][:-1]), *(float(line[i]) for i in (4, 8, 9))
         assert 0 < collectives < 100 and imbalance >= 1 and 0 < predicted < 1.5
         assert float(line[1]) / float(one[1]) / int(line[0]) == pytest.approx(ratio, abs=0.02)
+
+
+def test_a_gpu_takes_one_process(monkeypatch):
+    """On a faked pair of GPUs four processes are not measured, and the output says where the others were."""
+    monkeypatch.syspath_prepend(ROOT / "tools/bench")
+    import scaling
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert (scaling.possible(gpu), scaling.possible(cpu)) == ((1, 2), (1, 2, 4))
+    assert scaling.where(gpu) == "one NVIDIA H100 for each" and "cores shared" in scaling.where(cpu)

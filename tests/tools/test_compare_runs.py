@@ -75,6 +75,23 @@ def test_what_the_figures_show(tmp_path):
     assert accuracy.get_xlim() == pytest.approx((0.38, 0.82))  # by the runs, not by the interval
 
 
+def test_names_are_drawn_as_they_are_written(tmp_path):
+    """matplotlib would typeset one of these names, fail at another, and leave the third out of the legend."""
+    names = ["$a and $b", r"$\frac{$", "_hidden"]
+    runs = [make_run(tmp_path / name, 0.5, "ib", 0) for name in names]
+    for run in runs:
+        make_events(run)
+    grouped = {run.name: [run] for run in runs}
+    scores = compare_runs.draw_scores(grouped)
+    curves = compare_runs.draw_curves(grouped, compare_runs.curve_panels(grouped)[0])
+    for figure in (scores, curves):
+        figure.savefig(tmp_path / "figure.png")
+    shown = [r"\$a and \$b", r"\$\frac{\$", " _hidden"]
+    rows = [label.get_text() for label in scores.axes[0].get_yticklabels()]
+    assert rows == [f"{name} (1)" for name in shown]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == shown
+
+
 def study_runs(folder: Path, arms: list[str]) -> list[Path]:
     """Three seeds of each arm, as a study names and sets them: the models differ with the seed."""
     return [

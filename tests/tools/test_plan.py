@@ -12,6 +12,7 @@ import pytest
 from harness import ROOT
 from plan import accelerators, command, costs, lengths, planner, summary
 from plan.accelerators import ACCELERATORS
+from plan.choice import Choice
 from plan.planner import FILES, Planner
 
 from ibdistill.config import sections
@@ -47,13 +48,13 @@ def test_a_recipe_is_planned_and_written(tmp_path):
         f"--out {tmp_path / 'to'}"
     )
     first = re.match(
-        r"Recommended for 2 x 4 h100-80g, 16 questions a step: (\w+), micro-batches of \d\n", out
+        r"Recommended for 2 x 4 h100-80g, 16 questions per step: (\w+), micro-batches of \d\n", out
     )
     recommendation, everything = out.split("\n\n", 1)
     assert len(recommendation.splitlines()) <= 10 and "[" not in everything
     for file in FILES:
         assert len(re.findall(rf"^none +{file}(?: +[\d.]+){{5}}$", everything, re.M)) == 1
-        speed = rf"^none +{file}(?:\+c)?(?: +[\d.]+){{4}}  \S+ s a step \(predicted\), bound by "
+        speed = rf"^none +{file}(?:\+c)?(?: +[\d.]+){{4}}  \S+ s per step \(predicted\), bound by "
         assert len(re.findall(speed, everything, re.M)) == 1
     assert everything.count(": fits, margin") == 2 * len(FILES)
     content = json.loads((tmp_path / "to" / "ds_config.json").read_text())
@@ -84,7 +85,7 @@ def test_no_recipe_and_folders_with_nothing_but_a_configuration(tmp_path):
     assert labels == expected.split()
     assert re.search(r"^Recommended .*: zero2, teacher replica, micro-batches of 16$", out, re.M)
     assert "replaced  deepspeed.config zero3 by zero2, teacher.placement zero3 by replica. As given: " in out
-    assert re.search(r"As given: \S+ s a step, (\d+% (slower|faster)|predicted to be as fast); fits: ", out)
+    assert re.search(r"As given: \S+ s per step, (\d+% (slower|faster)|predicted to be as fast); fits: ", out)
     # 512 x 64 embeddings; a layer: q, k, v with biases, o, three matrices of the MLP, two norms
     layer = 64 * 64 + 64 + 2 * (64 * 32 + 32) + 64 * 64 + 3 * 64 * 128 + 2 * 64
     for name, layers in (("student", 1), ("teacher", 2)):
@@ -120,7 +121,7 @@ def test_lengths_come_from_the_data(data, tmp_path):
     assert (limits.question, limits.label) == (1024, 64) and "give data.path" in limits.source
 
 
-def made(small, **changes) -> planner.Choice:
+def made(small, **changes) -> Choice:
     """A choice of so many bytes and seconds."""
     seconds = {"student": changes.pop("step", 1.0)}
     sizes = {"states": {"student": changes.pop("bytes", 10)}, "activations": {"student": 0}}
@@ -142,7 +143,7 @@ def test_why_not_another(small):
     assert "0.8 s, 20% faster; does not fit" in summary.faster([best, huge, large], best)
     assert summary.roomier([best, huge], best) == "nothing frees more than 5% of the GPU"
     small_, slow = made(small, step=1.3, bytes=30), made(small, step=2.0, bytes=5)
-    assert "1.3 s a step, 30% slower" in summary.roomier([best, slow, small_], best)
+    assert "1.3 s per step, 30% slower" in summary.roomier([best, slow, small_], best)
 
 
 def test_nothing_fits(small):
@@ -219,6 +220,20 @@ def test_micro_batches_divide_a_ranks_questions(small):
         small.on(3, 8, 64)
     with pytest.raises(ValueError, match="multiple of optim.micro_batch_size x ranks = 3 x 8 = 24"):
         Planner(tiny(**{"optim.micro_batch_size": 3}), H100, 1, 8, 20, 3, 9).micro_batch_sizes()
+
+
+def test_a_loss_that_compares_questions_has_one_micro_batch_per_rank():
+    """Smaller ones would be another loss, which `train.py` refuses."""
+    infonce = {"objective.method": "ib+kd", "objective.estimator": "infonce"}
+    planned = Planner(tiny(**infonce), H100, 1, 8, 20, 3, 9)
+    assert planned.micro_batch_sizes() == [8]
+    assert {choice.micro_batch_size for choice in planned.options()} == {8}
+    whole = Planner(tiny(**infonce, **{"optim.micro_batch_size": 8}), H100, 1, 8, 20, 3, 9)
+    assert whole.micro_batch_sizes() == [8]
+    with pytest.raises(
+        ValueError, match=r"infonce.* splits the 64 of optim\.batch_size into 2 micro-batches"
+    ):
+        Planner(tiny(**infonce, **{"optim.micro_batch_size": 4}), H100, 1, 8, 20, 3, 9).micro_batch_sizes()
 
 
 def with_room(planned: Planner, room: float) -> Planner:
@@ -324,6 +339,9 @@ def test_a_gpus_figures_can_be_replaced():
 
 
 PARAMETERS = {
+    "google/t5-v1_1-small": 76_961_152,  # with a head apart from the embeddings
+    "google/t5-v1_1-base": 247_577_856,
+    "google/t5-v1_1-xxl": 11_135_332_352,
     "google-t5/t5-base": 222_903_552,  # arXiv 1910.10683, section 3.7: 220 million
     "google-t5/t5-11b": 11_307_321_344,
     "Qwen/Qwen2.5-0.5B": 494_032_768,  # the model cards: 0.49, 1.54, 3.09, 7.61, 72.7 billion

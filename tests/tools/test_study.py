@@ -263,6 +263,23 @@ def test_the_figure_has_no_empty_panel_and_one_look_for_an_arm(tmp_path):
     assert [axes.get_title() for axes in two_counts.axes][1:] == ["compute", "labels needed"]
 
 
+def test_arms_are_drawn_as_they_are_named(tmp_path):
+    """matplotlib would typeset one of these names, fail at another, and leave the third out of the legend."""
+    names = ["$a and $b", r"$\frac{$", "_hidden"]
+    found = built(
+        arms={name: {"optim.lr": 0.001 * (i + 1)} for i, name in enumerate(names)}, baseline=names[0]
+    )
+    groups = {}
+    for run in found.runs:
+        groups.setdefault(report.key(run), {})[run.seed] = fake(0.5)
+    drawn = report.figure(found, groups)
+    drawn.savefig(tmp_path / "figure.png")
+    ranked, compute = drawn.axes
+    shown = [r"\$a and \$b", r"\$\frac{\$", " _hidden"]
+    assert [label.get_text() for label in ranked.get_yticklabels()] == shown
+    assert [text.get_text() for text in compute.get_legend().get_texts()] == shown
+
+
 def test_a_grid_says_what_a_run_would_do(tmp_path):
     models = {"pretrain": {"recipe": "demo_pretrain"}}
     arms = {"dss": {"student.model": "{pretrain}", "data.unlabelled": 9, "data.agree_at": [0.5, 0.75]}}

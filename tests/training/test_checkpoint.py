@@ -14,7 +14,7 @@ from ibdistill.training import checkpoint
 
 
 def zeroed(path: Path) -> None:
-    """As some file systems leave a file after a power failure: its size is right, its content is gone."""
+    """Leave the file as some file systems do after a power failure, with its size but without its content."""
     path.write_bytes(bytes(path.stat().st_size))
 
 

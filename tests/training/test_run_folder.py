@@ -126,7 +126,7 @@ def test_a_run_is_not_continued_with_other_unlabelled_questions(make_job, monkey
 
 
 def test_a_folder_without_a_checkpoint_takes_new_settings_and_inputs(make_job, tmp_path):
-    """As after a command that was refused for its data, and then corrected."""
+    """This is the case of a command that was refused for its data and then corrected."""
     trained = {"student.tokenizer": "train", "student.vocab_size": 200}
     first = make_job(**trained)
     vocabulary = len(first.tokenizer)

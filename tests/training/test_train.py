@@ -120,7 +120,7 @@ def test_the_reported_gradient_norm_is_unclipped(make_job, config, precision):
 
 
 def step_states(optimizer) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Of DeepSpeed's optimizer for bf16 without ZeRO: fp32 weights; moments and step counts; bf16 weights."""
+    """(fp32 weights, moments and step counts, bf16 weights) of DeepSpeed's bf16 optimizer without ZeRO."""
     wide = [p for group in optimizer.fp32_groups for p in group]
     moments = [state for p in wide for _, state in sorted(optimizer.optimizer.state[p].items())]
     return wide, moments, [p for group in optimizer.fp16_groups for p in group]

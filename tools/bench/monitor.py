@@ -1,18 +1,18 @@
 """What monitoring costs: python tools/bench/monitor.py [--preset demo-student]
 
-The same run twice, in turns of ten steps: `on` logs at the defaults (TensorBoard, the terms'
-gradients every 100 steps, a console line every 10), `off` only trains. All of it is repeated in
-rounds, and of each block of ten steps the least time counts (on a shared machine the mean measures
-the neighbours). Evaluations are left out: they are no part of a step.
+The same run twice, in turns of ten steps: `on` logs at the defaults (TensorBoard, the terms' gradients every
+100 steps, a console line every 10), `off` only trains. All of it is repeated in rounds, and the least time of
+each block of ten steps counts (on a shared machine the mean measures the neighbours). Evaluations are left
+out, since they are no part of a step.
 """
 
 from __future__ import annotations
 
 import logging
 import tempfile
-import time
 from pathlib import Path
 
+import devices
 import numpy as np
 
 from ibdistill import train
@@ -29,6 +29,7 @@ PERIOD = sections.RunConfig.term_gradients_every
 def build(
     folder: Path, preset: str, method: str, batch_size: int, world: distributed.World, is_on: bool
 ) -> Job:
+    """A run of the demo recipe, ready to step, with monitoring or without."""
     settings = {
         "run.dir": str(folder),
         "run.tensorboard": is_on,
@@ -42,13 +43,15 @@ def build(
 
 
 def block(job: Job, is_on: bool) -> float:
-    """Seconds of ten steps."""
-    start = time.perf_counter()
-    for _ in range(BLOCK):
-        train.train_step(job)
-    if is_on:
-        train.log(job)
-    return time.perf_counter() - start
+    """Seconds of ten steps, with what `on` writes after them."""
+
+    def steps() -> None:
+        for _ in range(BLOCK):
+            train.train_step(job)
+        if is_on:
+            train.log(job)
+
+    return devices.timed(steps, job.world.device)
 
 
 def main(
@@ -58,7 +61,7 @@ def main(
     rounds: int = 5,
     steps: int = PERIOD,
 ) -> None:
-    """`preset`: a shape of `presets.PRESETS`; `rounds`: of `steps` steps of each variant."""
+    """Measure and print. `preset`: a shape of `presets.PRESETS`; a round has `steps` steps per variant."""
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as root:
@@ -79,6 +82,7 @@ def main(
             job.board.close()
     step = {name: float(seconds.sum()) / steps for name, seconds in best.items()}
     print(f"{preset}, {method}, batch {batch_size}, {rounds} rounds of {steps} steps, {world.size} ranks")
+    print(f"both run on {devices.name(world.device)}")
     print(f"off {1000 * step['off']:.2f} ms/step, on {1000 * step['on']:.2f} ms/step")
     print(f"monitoring costs {step['on'] / step['off'] - 1:.2%} of the step time")
 

@@ -1,21 +1,26 @@
-"""Weak scaling on one machine, 1, 2 and 4 processes of one thread each, and what the planner makes of it.
+"""Weak scaling on one machine with 1, 2 and 4 processes of one thread each, beside what the planner predicts.
 
     python tools/bench/scaling.py [--model t5-mini] [--zero zero2] [--questions 8] [--steps 6] [--rounds 5]
 
-The processes share the machine's cores, memory bandwidth and caches, so this says nothing of real machines:
-it shows whether the planner's model (products, traffic, optimizer, nothing overlapped on a CPU) explains
-what is measured. Each process has the same number of questions, all of one length. In every round each
-number of processes measures, all its processes at once:
+The processes share the machine's cores, memory bandwidth and caches, so the figures say nothing about real
+machines. They show whether the planner's model (products, traffic, optimizer, nothing overlapped) explains
+what is measured. Each process has the same number of questions, all of one length. Every round measures each
+number of processes, with all its processes at once:
 
 - before every step the rate of a matrix product of the model's shapes (as many operations as a step), of
-  copying memory, and of an all-reduce of the gradients' size, until the last rank is done: ranks wait for
-  each other in a step too;
-- a training step: seconds, and of these the seconds within collectives, waiting for the others included.
+  copying memory, and of an all-reduce of the gradients' size, until the last rank is done, since ranks wait
+  for each other in a step too;
+- a training step: its seconds, and the part of them within collectives, waiting for other ranks included.
 
-The best of each counts, as in bench_train. `imbalance` is the slowest rank's time outside collectives over
-the ranks' mean. The planner gets one number from the steps themselves: what the step of one process takes
-beyond its products and its optimizer is put down to memory (activations that are written and read), at the
-rate of a copy. It predicts the ratios: tokens/s of n processes over n times those of one.
+The best of each counts, as in `tools/bench/train.py`. `imbalance` is the slowest rank's time outside
+collectives over the ranks' mean. The planner gets one number from the steps themselves: what the step of one
+process takes beyond its products and its optimizer is put down to memory (activations that are written and
+read), at the rate of a copy. It predicts the ratios: tokens/s of n processes over n times those of one.
+
+The kind of device is chosen once and printed: GPUs, one per process, where there are any, or else the CPU. On
+GPUs the rates and the steps are all measured there, the clock is read after `torch.cuda.synchronize`, and
+numbers of processes above that of the GPUs are left out. That has never been run: every figure so far is a
+CPU's.
 """
 
 from __future__ import annotations
@@ -28,30 +33,35 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, median
 
+import devices
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
 
+DEVICE = torch.device(devices.choose().type)
+"""Where everything is measured; without a number, a GPU is the one that `distributed.init` gives a rank."""
 SPENT = [0.0]
 """Seconds within collectives."""
 
 
-def timed(name: str) -> None:
-    """Count the time within a collective, which is made to end before it returns."""
+def count(name: str) -> None:
+    """Let a collective of `torch.distributed` add its seconds to SPENT; it ends before it returns."""
     function = getattr(dist, name)
 
-    def measured(*args, **kwargs):
+    def counted(*args, **kwargs):
+        devices.wait(DEVICE)
         start = time.perf_counter()
         result = function(*args, **kwargs)
         if kwargs.get("async_op"):
             result.wait()
+        devices.wait(DEVICE)
         SPENT[0] += time.perf_counter() - start
         return result
 
-    setattr(dist, name, measured)
+    setattr(dist, name, counted)
 
 
-if __name__ == "__main__":  # before DeepSpeed takes references to them
+if __name__ in ("__main__", "__mp_main__"):  # before DeepSpeed takes references to them, in spawned ranks too
     for collective in (
         "all_reduce",
         "all_gather_into_tensor",
@@ -59,7 +69,7 @@ if __name__ == "__main__":  # before DeepSpeed takes references to them
         "all_gather",
         "reduce",
     ):
-        timed(collective)
+        count(collective)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where the planner is
 from plan import costs  # noqa: E402
@@ -76,22 +86,25 @@ from ibdistill.training import engine  # noqa: E402
 PROCESSES = (1, 2, 4)
 STREAMS = ("predict", "explain")
 COPIES, REDUCTIONS = 40, 4
-"""Of the gradients' size, for the rates of memory and links: long against a slice of the scheduler's time."""
+"""How often as many bytes as the gradients have are copied, and reduced, to measure the rates of memory and
+of links. This takes long against a slice of the scheduler's time."""
 
 
 def settings(model: str, zero: str, questions: int) -> sections.Config:
-    """Of the run that is measured and planned."""
+    """The settings of the run that is measured and planned."""
     given = {"student.model": model, "deepspeed.config": zero, "optim.batch_size": questions}
     given |= {"objective.method": "dss", "student.tokenizer": "train", "student.dropout": 0.0}
     return load_settings(None, given | {"student.vocab_size": len(tokenizers.demo_tokenizer())})
 
 
 def seconds_of(function, repeats: int) -> float:
-    """Of some repeats on all ranks at once, until the last is done."""
+    """Seconds until the last rank has called the function so many times, which all ranks begin together."""
+    devices.wait(DEVICE)
     dist.barrier()
     start = time.perf_counter()
     for _ in range(repeats):
         function()
+    devices.wait(DEVICE)
     dist.barrier()
     return time.perf_counter() - start
 
@@ -103,10 +116,11 @@ class Rank:
         self.world = distributed.init()
         chosen = settings(model, zero, lengths.questions * self.world.size)
         student = load_student(chosen.student, tokenizers.demo_tokenizer(), 0)
-        self.batch = lengths.batch(student, STREAMS)
+        self.batch = lengths.batch(student, STREAMS).to(DEVICE)
         widest = max((m for m in student.modules() if isinstance(m, torch.nn.Linear)), key=self._width)
-        self.x, self.w = torch.randn(self.batch.input_ids.numel(), widest.in_features), widest.weight.detach()
-        self.gradients = torch.zeros(sum(p.numel() for p in student.parameters()))
+        self.x = torch.randn(self.batch.input_ids.numel(), widest.in_features, device=DEVICE)
+        self.w = widest.weight.detach().to(DEVICE)
+        self.gradients = torch.zeros(sum(p.numel() for p in student.parameters()), device=DEVICE)
         self.other = torch.zeros_like(self.gradients)
         self.operations = costs.operations(
             footprint.student_skeleton(chosen), lengths, chosen.objective
@@ -128,7 +142,10 @@ class Rank:
         self.engine.step()
 
     def round(self, steps: int) -> list[dict[str, float]]:
-        """Of each step: rates just before it, its seconds, and those of them within collectives."""
+        """One entry per step: the rates just before it, its seconds, and those of them within collectives.
+
+        The rates are operations per second for `products` and bytes per second for `memory` and `link`.
+        """
         size, once = self.gradients.numel() * 4, 2.0 * self.x.shape[0] * self.w.numel()
         products, sent = (
             max(1, round(self.operations / once)),
@@ -149,7 +166,7 @@ class Rank:
 
 
 def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps: int) -> None:
-    """One process of one round."""
+    """One rank of one round, in a process of its own; rank 0 writes what all ranks measured to `path`."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
@@ -163,16 +180,20 @@ def child(rank: int, ranks: int, port: int, path: Path, arguments: tuple, steps:
 
 
 def run(ranks: int, arguments: tuple, steps: int) -> list[tuple[dict[str, float], ...]]:
-    """One round of so many processes, forked after the imports; of each step what each rank measured."""
+    """One round of so many processes: what each rank measured, one tuple per step.
+
+    On a CPU the processes are forked, after the imports; CUDA does not survive a fork.
+    """
+    method = "fork" if DEVICE.type == "cpu" else "spawn"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "facts.pt"
         given = ranks, distributed.free_port(), path, arguments, steps
-        start_processes(child, given, ranks, start_method="fork")
+        start_processes(child, given, ranks, start_method=method)
         return torch.load(path)
 
 
 def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs.Load:
-    """The planner's view of a step."""
+    """What the planner takes a step for, on one of so many ranks."""
     chosen = settings(model, zero, lengths.questions * ranks)
     student, sharding = footprint.student_skeleton(chosen), footprint.Zero.read(zero)
     sizes = student.sizes()
@@ -194,10 +215,22 @@ def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs
 
 
 def predict(load: costs.Load, measured: dict[str, float]) -> float:
-    """Seconds of a step."""
+    """Predicted seconds per step, at the rates that were measured."""
     products, link = measured["products"], measured["link"]
     rates = costs.Rates(products, products, measured["memory"], link, link, overlap=False)
     return sum(costs.step_seconds(load, rates).values())
+
+
+def possible(device: torch.device) -> tuple[int, ...]:
+    """The numbers of processes that can be measured: a GPU takes one process."""
+    return tuple(n for n in PROCESSES if device.type == "cpu" or n <= torch.cuda.device_count())
+
+
+def where(device: torch.device) -> str:
+    """What a process runs on, in words."""
+    if device.type == "cuda":
+        return f"one {devices.name(device)} for each"
+    return f"{os.cpu_count()} cores shared by all"
 
 
 def main(
@@ -208,36 +241,28 @@ def main(
     steps: int = 6,
     rounds: int = 5,
 ) -> None:
-    """Measure, predict, compare."""
+    """Measure, predict and print both. `questions` are per process, `question` is the tokens of each."""
     lengths = dryrun.Lengths(questions, question, 4, 40)
     arguments = (model, zero, lengths)
-    found: dict[int, list[tuple[dict[str, float], ...]]] = {n: [] for n in PROCESSES}
+    processes = possible(DEVICE)
+    found: dict[int, list[tuple[dict[str, float], ...]]] = {n: [] for n in processes}
     for _ in range(rounds):  # in turns: whoever shares the machine disturbs all alike
-        for n in PROCESSES:
+        for n in processes:
             found[n] += run(n, arguments, steps)
     facts = {n: best(steps_) for n, steps_ in found.items()}
-    loads = {n: load_of(*arguments, n) for n in PROCESSES}
+    loads = {n: load_of(*arguments, n) for n in processes}
     rest = facts[1]["step"] - predict(loads[1], facts[1])
     moved = max(0.0, rest) * facts[1]["memory"]
     loads = {n: replace(load, moved=moved) for n, load in loads.items()}
-    predicted = {n: predict(loads[n], facts[n]) for n in PROCESSES}
+    predicted = {n: predict(loads[n], facts[n]) for n in processes}
     print(
-        f"{model}, {zero}, {questions} questions a process, {os.cpu_count()} cores shared by all, load "
+        f"{model}, {zero}, {questions} questions per process, {where(DEVICE)}, load "
         f"{os.getloadavg()[0]:.1f}; {rest / facts[1]['step']:.0%} of one's step beside products and optimizer"
     )
-    heads = (
-        "processes",
-        "tokens/s",
-        "s/step",
-        "collectives",
-        "imbalance",
-        "GFLOP/s",
-        "copy GB/s",
-        "ring GB/s",
-    )
-    print("".join(f"{head:>12}" for head in (*heads, "ratio", "predicted")))
+    heads = "processes|tokens/s|s/step|collectives|imbalance|GFLOP/s|copy GB/s|ring GB/s|ratio|predicted"
+    print("".join(f"{head:>12}" for head in heads.split("|")))
     tokens = lengths.questions * (2 * question + lengths.label + lengths.rationale)
-    for n in PROCESSES:
+    for n in processes:
         f = facts[n]
         ratio, expected = facts[1]["step"] / f["step"], predicted[1] / predicted[n]
         values = [
@@ -254,14 +279,14 @@ def main(
 
 
 def best(steps: list[tuple[dict[str, float], ...]]) -> dict[str, float]:
-    """The highest of each rate and the shortest step: others on the machine only ever slow things down."""
+    """The highest of each rate and the shortest step, since others on the machine only slow things down."""
     fastest = min(steps, key=lambda ranks: ranks[0]["step"])
     rates = {name: max(ranks[0][name] for ranks in steps) for name in ("products", "memory", "link")}
     return rates | {key: mean(rank[key] for rank in fastest) for key in ("step", "collectives")}
 
 
 def imbalance(steps: list[tuple[dict[str, float], ...]]) -> float:
-    """The slowest rank's seconds outside collectives over the mean, median of the steps."""
+    """The slowest rank's seconds outside collectives over the ranks' mean, as the median of the steps."""
     outside = [[rank["step"] - rank["collectives"] for rank in ranks] for ranks in steps]
     return median(max(seconds) / mean(seconds) for seconds in outside)
 

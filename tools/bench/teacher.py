@@ -1,22 +1,23 @@
-"""What an online teacher costs a step, by placement:
+"""What an online teacher costs per step, by placement:
 
     deepspeed --num_gpus 2 tools/bench/teacher.py [--student t5-mini] [--teacher t5-v1_1-small] [--method ib]
 
-Each variant is a run by `job.prepare` and `train.train_step` on the same questions of the demo corpus:
-`none` (method dss), `replica`, `zero3`, and `cache`: the second and later epochs of a run with a zero3
-teacher, whose answers all come from files. The variants take turns at every step, and all steps are repeated
-in rounds; the least time of a step counts, of the slowest rank (on a shared machine the mean measures the
-neighbours). A round before them warms up, fills the cache and completes the prefetch traces.
+Each variant is a run by `training.prepare.prepare` and `ibdistill.train.train_step` on the same questions of
+the demo corpus: `none` (method dss), `replica`, `zero3`, and `cache`, which is the second and later epochs of
+a run with a zero3 teacher, whose answers all come from files. The variants take turns at every step, and all
+steps are repeated in rounds; the least time of a step on the slowest rank counts (on a shared machine the
+mean measures the neighbours). A round before them warms up, fills the cache and completes the prefetch
+traces.
 
-The floor is `none`'s step plus one bare forward of the whole teacher, in turn with the others: transformers'
-own modules on the micro-batch, without the cache, packing or the terms that use it; only the encoder, of the
-predict stream, if the objective reads nothing but question states.
+The floor is `none`'s step plus one bare forward pass of the whole teacher, which takes turns with the others:
+transformers' own modules on the micro-batch, without the cache, the packing or the terms that use it. It is
+the encoder on the predict stream alone if the objective reads nothing but question states.
 
-Memory is measured in processes of their own, forked after the imports, a set of ranks for each variant: a
-rank's high-water mark over three steps (on a GPU the allocator's, else the resident set's).
+Memory is measured in new processes, forked after the imports, with a set of ranks for each variant: a rank's
+high-water mark over three steps (that of the allocator on a GPU, else that of the resident set).
 
-`fidelity` says instead what the forms of the cache keep: bytes a target token, and how far the distillation
-loss and the student's gradient move when a form takes the place of the teacher's own states. It wants a
+`fidelity` says instead what the forms of the cache keep: bytes per target token, and how far the distillation
+loss and the student's gradient move when a form takes the place of the teacher's own states. It needs a
 trained teacher and student, as `tools/demo.sh` leaves them:
 
     python tools/bench/teacher.py fidelity --student FOLDER --teacher FOLDER
@@ -29,12 +30,12 @@ import multiprocessing
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
+import devices
 import fire
 import numpy as np
 import torch
@@ -69,6 +70,7 @@ class Case:
     form: str = "topk"
 
     def job(self, variant: str, world: World) -> Job:
+        """A variant's run, ready to step. Collective."""
         values = {
             "run.dir": f"{self.root}/{variant}",
             "run.tensorboard": False,
@@ -89,7 +91,7 @@ class Case:
 
 
 def bare_forward(job: Job) -> Callable[[], None]:
-    """One forward of `job`'s teacher, a replica, on the micro-batch of the job's step."""
+    """An action: one forward pass of `job`'s teacher, a replica, on the micro-batch of the job's step."""
     wanted = objectives_weights.wanted(job.config.objective)
 
     @torch.no_grad()
@@ -101,17 +103,11 @@ def bare_forward(job: Job) -> Callable[[], None]:
     return forward
 
 
-def timed(action: Callable[[], None], world: World) -> float:
-    """Seconds on this rank, its device's work included."""
-    start = time.perf_counter()
-    action()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[dict[str, float], dict]:
-    """Seconds a step by variant, and of a bare forward; teacher bytes that this rank holds, by variant."""
+    """(seconds per step by variant and of `forward` alone, the teacher's bytes on this rank by variant).
+
+    Collective.
+    """
     jobs = {variant: case.job(variant, world) for variant in VARIANTS}
     actions = {variant: partial(train.train_step, job) for variant, job in jobs.items()}
     actions["forward"] = bare_forward(jobs["replica"])
@@ -121,7 +117,7 @@ def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[di
             names = list(actions) if (turn + index) % 2 else list(actions)[::-1]  # none always goes first
             for name in names:
                 jobs.get(name, jobs["replica"]).state.step = index
-                seconds = timed(actions[name], world)
+                seconds = devices.timed(actions[name], world.device)
                 slowest = max(distributed.gather_objects(seconds))
                 if turn >= 0:
                     best[name][index] = min(best[name][index], slowest)
@@ -132,7 +128,7 @@ def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[di
 
 
 def peak_bytes(case: Case, variant: str, port: int) -> int:
-    """For a process of its own: this rank's high-water mark over three steps."""
+    """This rank's high-water mark over three steps. It is called in a new process."""
     os.environ["MASTER_PORT"] = str(port)
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
@@ -164,8 +160,11 @@ def main(
     memory: bool = True,
     local_rank: int = -1,
 ) -> None:
-    """`student`, `teacher`: presets or folders; `method`: ib (vid), kd or ib+kd; `precision`: of both;
-    `cache_form`: topk or states, for kd."""
+    """Measure and print.
+
+    `student`, `teacher`: presets or folders. `method`: ib (vid), kd or ib+kd. `precision`: that of both
+    models. `cache_form`: topk or states, for kd.
+    """
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     root = distributed.run_on_rank_0(tempfile.mkdtemp)
@@ -176,7 +175,7 @@ def main(
         return
     floor = seconds["none"] + seconds["forward"]
     print(f"{student} from {teacher}, {method}, {precision}, {zero}, batch {batch_size}, {world.size} ranks")
-    print(f"floor {1000 * floor:.1f} ms: a step without teacher and a bare forward of it")
+    print(f"floor {1000 * floor:.1f} ms: a step without a teacher, and one bare forward pass of the teacher")
     print("variant    ms/step  of none  of floor  teacher_MiB  peak_MiB")
     for name in VARIANTS:
         time_, mib = seconds[name], f"{held[name] / 2**20:.1f}" if name in held else "-"
@@ -186,7 +185,7 @@ def main(
 
 
 def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
-    """Bytes a token, loss and gradient of each form, on one batch of the demo corpus."""
+    """Print bytes per token, loss and gradient of each form of the cache, on one batch of the demo corpus."""
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as root:
@@ -205,7 +204,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
 
         loss, gradient = kd(answer)
         width = answer.targets["predict"].hidden.shape[1]
-        print(f"{len(rows)} questions; distillation loss {loss:.4f} nats a token")
+        print(f"{len(rows)} questions; distillation loss {loss:.4f} nats per token")
         print("form          bytes/token  loss moved  gradient moved")
         half = {s: TeacherStream(hidden=t.hidden.bfloat16().float()) for s, t in answer.targets.items()}
         forms = {"states bf16": (2 * width, TeacherAnswer(None, half, answer.weight, answer.bias))}

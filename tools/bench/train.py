@@ -1,42 +1,46 @@
-"""A training step of ours against the loop that a plain transformers script runs, on ragged lengths.
+"""Our training step against the loop that a plain transformers script runs, on ragged lengths.
 
     python tools/bench/train.py --data GSM8K_FOLDER             # real lengths
     python tools/bench/train.py --zero zero2 --method dss       # lengths drawn like GSM8K's
 
-`plain` is the reference's loop in eager torch: shuffled batches, two forwards padded to the longest of
-the batch with transformers' losses, the MI term from full logits, backward, clip, fused AdamW. `ours` is
-`train.train_step` with its DeepSpeed engine, on length-bucketed batches (`data.bucket_batches` 64).
-Both learn from the same questions and start from the same weights; unless their losses of one ragged
-batch agree nothing is measured.
+`plain` is the reference's loop in eager torch: shuffled batches, two forward passes that are padded to the
+longest sequence of the batch, with transformers' losses, the mutual-information term from full logits, the
+backward pass, clipping and fused AdamW. `ours` is `ibdistill.train.train_step` with its DeepSpeed engine, on
+batches of similar lengths (`data.bucket_batches` 64). Both learn from the same questions and start from the
+same weights. Nothing is measured unless their losses of one ragged batch agree.
+
+All variants run on one device, which is chosen once and printed: the first GPU, or else the CPU. On a GPU
+the clock is read after `torch.cuda.synchronize`. That has never been run: every figure so far is a CPU's.
 
 Variants take turns at every step, and all steps are repeated in rounds; the least time of a step counts
 (on a shared machine the mean measures the neighbours). The floor is what the matrix products of a variant's
 own steps, padding included, would take at the best rates of linear layers of these shapes, measured
 between the steps; attention's products count at the projections' rate.
 
-Memory, in a process per variant: the high-water mark of the resident set over the run's three largest
-batches, less what was resident before the model was built (libraries warm), less the model states: 16 bytes
-a parameter in fp32 (weights, gradients, two moments) and in bf16 (2 + 2, and 12 for fp32 master and moments).
+Memory is measured in one process per variant: the most that is in use during the run's three largest batches,
+less what was in use before the model was built (libraries warm), less the model states. In use are the
+resident set on a CPU, and torch's tensors on a GPU (`torch.cuda.max_memory_allocated`). The model states are
+16 bytes per parameter in fp32 (weight, gradient, two moments) and in bf16 (2 + 2 for the weight and the
+gradient, 12 for the fp32 master weight and the moments).
 """
 
 from __future__ import annotations
 
 import itertools
 import multiprocessing
-import re
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
+import devices
 import numpy as np
 import torch
+from plain_loop import PAD, plain_batch, plain_loss
 from torch import nn
-from torch.nn.utils.rnn import pad_sequence
 
 from ibdistill import train
 from ibdistill.config import sections, zero_file
@@ -52,14 +56,14 @@ from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
 from ibdistill.training.checkpoint import TrainState
 
-PAD, IGNORED, CLIP_NORM, LR, PIECES = 0, -100, 1.0, 5e-5, 4000
+CLIP_NORM, LR, PIECES = 1.0, 5e-5, 4000
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = ("projection", "feed-forward", "head")
 VARIANTS = {"plain": "fp32", "ours": "fp32", "ours-bf16": "bf16"}
 
 
 def read_features(folder: str) -> Features:
-    """GSM8K's training split, with a tokenizer trained on it."""
+    """GSM8K's training split from its folder, as ids of a tokenizer that is trained on it."""
     settings = load_settings(None, {"data.task": "gsm8k", "data.path": folder}).data
     records = loading.load(settings, needs_rationale=True).train
     texts = (text for r in records for text in (r.question, r.label, r.rationale))
@@ -69,10 +73,11 @@ def read_features(folder: str) -> Features:
 
 
 def generate_features(records: int = 6725) -> Features:
-    """Random ids; lengths log-normal, fitted to GSM8K's training split under a tokenizer of 4000 pieces.
+    """Random ids in log-normal lengths, which are fitted to GSM8K's training split in 4000 pieces.
 
-    log(question and prefix): mean 4.12, deviation 0.35; rationale: 4.07, 0.50; correlation 0.52.
-    Labels are 2 tokens (78 %) or 3, end tokens included.
+    The logarithm of a question's length, prefix included, has mean 4.12 and deviation 0.35, that of a
+    rationale's 4.07 and 0.50, and their correlation is 0.52. Labels have 2 tokens (78 %) or 3, end tokens
+    included.
     """
     rng = np.random.default_rng(0)
     x, y = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
@@ -83,37 +88,11 @@ def generate_features(records: int = 6725) -> Features:
     return Features([str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets)
 
 
-def plain_batch(features: Features, rows: np.ndarray) -> dict[str, dict[str, torch.Tensor]]:
-    """Stream -> arguments of a transformers forward."""
-    batch = {}
-    for stream in STREAMS:
-        parts = [features.questions[stream], features.targets[stream]]
-        ids, labels = ([torch.from_numpy(part[row]).long() for row in rows] for part in parts)
-        batch[stream] = {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        }
-    return batch
-
-
-def plain_loss(model, batch, objective: sections.ObjectiveConfig, pool_padding: bool = True) -> torch.Tensor:
-    """As the reference has it: its pool takes the maximum over padded positions too."""
-    outputs = {stream: model(**arguments) for stream, arguments in batch.items()}
-    loss = objective.alpha * outputs["predict"].loss + (1 - objective.alpha) * outputs["explain"].loss
-    if objective.method != "ib":
-        return loss
-    pooled = []
-    for stream, output in outputs.items():
-        p = torch.softmax(output.logits, -1)
-        if not pool_padding:
-            p = p.masked_fill(batch[stream]["labels"][..., None] == IGNORED, 0)
-        pooled.append(p.max(1).values)
-    return loss + objective.beta * nn.functional.cross_entropy(pooled[1], pooled[0].detach())
-
-
 def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None]]:
-    """A variant's model and its step. Ours is a `Job` without the parts that work once in a while."""
+    """A variant's model and its step, which takes a step's number.
+
+    Our job lacks the parts that work once in a while, such as the board and the checkpoints.
+    """
     model, settings = case.model(), case.settings(VARIANTS[name])
     if name == "plain":
         optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
@@ -121,7 +100,8 @@ def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None
         module = distillation.Distillation(fused.fused(model), settings.objective)
         parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
         parts |= {"config": settings, "world": world, "streams": STREAMS, "features": case.features}
-        parts |= {"tokenizer": SimpleNamespace(pad_token_id=PAD), "plan": case.plan, "meter": Meter()}
+        # the features are ids already: of its tokenizer the job only asks for special tokens, such as PAD
+        parts |= {"tokenizer": tokenizers.demo_tokenizer(), "sampler": case.sampler, "meter": Meter()}
         sections = settings.student.precision, settings.optim, settings.deepspeed
         parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
         work = job.Job(**parts)
@@ -150,6 +130,7 @@ class Case:
     batch_size: int
     steps: int
     zero: str
+    device: torch.device
 
     def __post_init__(self) -> None:
         self.sampler = Sampler(
@@ -161,6 +142,7 @@ class Case:
         self.batches = {"plain": shuffled, "ours": bucketed, "ours-bf16": bucketed}
 
     def settings(self, precision: str = "fp32") -> sections.Config:
+        """The settings of our run in a precision."""
         overrides = {"objective.method": self.method, "optim.batch_size": self.batch_size, "optim.lr": LR}
         overrides |= {"student.precision": precision, "deepspeed.config": self.zero}
         overrides["run.term_gradients_every"] = 0
@@ -169,10 +151,14 @@ class Case:
         return settings
 
     def model(self, **overrides):
-        return presets.build(self.preset, PIECES + 100, seed=0, **overrides).train()
+        """A new student on the device, with the same weights at every call."""
+        return presets.build(self.preset, PIECES + 100, seed=0, **overrides).train().to(self.device)
 
     def sizes(self, name: str) -> dict[str, np.ndarray]:
-        """Of each step: padded lengths of questions and targets, rows of the head, tokens real and padded."""
+        """One number per step: padded lengths of questions and targets, rows of the head, tokens.
+
+        The keys are ("q" or "t", stream), "head", "real" and "padded", which counts padding as well.
+        """
         kinds = {"q": self.features.questions, "t": self.features.targets}
         parts = {(k, s): kinds[k][s].lengths[self.batches[name]] for k in kinds for s in STREAMS}
         sizes = {key: part.max(1) for key, part in parts.items()}
@@ -183,16 +169,15 @@ class Case:
         packed_head = parts["t", "predict"].sum(1) + parts["t", "explain"].sum(1)
         real, padded = sum(p.sum(1) for p in parts.values()), self.batch_size * sum(sizes.values())
         return sizes | {
-            "real": real,
-            "padded": padded,
+            **{"real": real, "padded": padded},
             "head": padded_head if name == "plain" else packed_head,
         }
 
 
 def check_losses(case: Case) -> float:
-    """Relative difference of the two losses of one ragged batch; padding is kept out of the pool."""
+    """The relative difference of the two losses of one ragged batch; padding is kept out of the pool."""
     model, objective, rows = case.model(dropout_rate=0.0), case.settings().objective, case.batches["plain"][0]
-    batch = batches.collate(case.features, rows, STREAMS, pad=PAD, start=0)
+    batch = batches.collate(case.features, rows, STREAMS, pad=PAD, start=0).to(case.device)
     counts = {stream: len(labels) for stream, labels in batch.labels.items()} | {"explained": len(rows)}
     with torch.no_grad():
         expected = plain_loss(model, plain_batch(case.features, rows), objective, pool_padding=False)
@@ -202,7 +187,7 @@ def check_losses(case: Case) -> float:
 
 
 def products(case: Case, name: str, c) -> dict[str, float]:
-    """Floating point operations of the matrix products of all steps, by kind; `c`: the model's config."""
+    """Floating point operations of all steps' matrix products, by kind; `c` is the model's configuration."""
     inner, feed, sizes = c.num_heads * c.d_kv, (3 if c.is_gated_act else 2) * c.d_ff, case.sizes(name)
     projection, rows = 0, 0
     for stream in STREAMS:
@@ -212,42 +197,40 @@ def products(case: Case, name: str, c) -> dict[str, float]:
         projection += case.batch_size * inner * (c.num_layers * encoder + c.num_decoder_layers * decoder)
         rows += case.batch_size * (c.num_layers * q + c.num_decoder_layers * t)
     multiplies = [projection, rows * feed * c.d_model, sizes["head"] * c.d_model * c.vocab_size]
-    # 2 operations each, once forward and twice backward
+    # 2 operations per multiplication and addition, once forward and twice backward
     return dict(zip(KINDS, (6.0 * count.sum() for count in multiplies), strict=True))
 
 
-def measure_rates(shapes: dict[str, tuple[int, int, int]], best: dict) -> None:
-    """Raise the best rate of each kind and dtype: a linear layer, forward and both backward products."""
+def measure_rates(shapes: dict[str, tuple[int, int, int]], best: dict, device: torch.device) -> None:
+    """Raise the best rates, in operations per second, of a linear layer's forward and backward products.
+
+    `shapes`: the layer's rows, inputs and outputs by kind. `best`: the rates so far, by kind and dtype.
+    """
     for kind, dtype in itertools.product(KINDS, DTYPES.values()):
         m, k, n = shapes[kind]
-        x, w, g = (torch.randn(*size).to(dtype) for size in ((m, k), (n, k), (m, n)))
-        start = time.perf_counter()
-        x @ w.T, g @ w, g.T @ x
-        rate = 6.0 * m * k * n / (time.perf_counter() - start)
+        x, w, g = (torch.randn(*size, device=device).to(dtype) for size in ((m, k), (n, k), (m, n)))
+        seconds = devices.timed(lambda x=x, w=w, g=g: (x @ w.T, g @ w, g.T @ x), device)
+        rate = 6.0 * m * k * n / seconds
         best[kind, dtype] = max(rate, best.get((kind, dtype), 0.0))
 
 
-def status(key: str) -> int:
-    """Bytes of an entry of this process's status: VmRSS, VmHWM (its high-water mark)."""
-    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
-
-
 def peak_bytes(case: Case, name: str) -> int:
-    """Above the model states. For a process of its own: see the module's docstring."""
+    """The most bytes above the model states. It is called in a new process: see the module's docstring."""
     world = distributed.init()
     build(replace(case, preset="demo-student", batch_size=2, steps=1), name, world)[1](0)
-    before = status("VmRSS")
+    before = devices.held_bytes(case.device)
     module, step = build(case, name, world)
     order = np.argsort(case.sizes(name)["padded"])
     step(int(order[0]))
-    Path("/proc/self/clear_refs").write_text("5")  # restarts the high-water mark
+    devices.restart_peak(case.device)
     for index in order[-3:]:
         step(int(index))
-    return status("VmHWM") - before - 16 * sum(p.numel() for p in module.parameters())
+    above = devices.peak_bytes(case.device) - before
+    return above - 16 * sum(p.numel() for p in module.parameters())
 
 
 def measure_time(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Seconds of all steps, and of their matrix products alone, by variant."""
+    """Seconds of all steps by variant, and those that their matrix products alone would take."""
     world = distributed.init()
     steps = {name: build(case, name, world)[1] for name in VARIANTS}
     c, sizes = case.model().config, case.sizes("ours")
@@ -257,11 +240,10 @@ def measure_time(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, f
     rates: dict[tuple[str, torch.dtype], float] = {}
     seconds = {name: np.full(case.steps, np.inf) for name in VARIANTS}
     for _, index in itertools.product(range(rounds), range(case.steps)):
-        measure_rates(shapes, rates)
+        measure_rates(shapes, rates, case.device)
         for name, step in steps.items():
-            start = time.perf_counter()
-            step(index)
-            seconds[name][index] = min(seconds[name][index], time.perf_counter() - start)
+            took = devices.timed(partial(step, index), case.device)
+            seconds[name][index] = min(seconds[name][index], took)
     for (kind, dtype), rate in rates.items():
         print(f"products, {kind:12} {str(dtype)[6:]:8} {rate / 1e9:6.0f} GFLOP/s at {shapes[kind]}")
     floors = {}
@@ -271,7 +253,7 @@ def measure_time(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, f
 
 
 def report(case: Case, seconds: dict, floors: dict, peaks: dict) -> None:
-    """One line a variant, then the ratios to the plain loop."""
+    """Print one line per variant, then the ratios to the plain loop."""
     print(" " * 13 + "s/step tokens/s  padding  floor_s  of_time peak_MiB")
     for name, time_ in seconds.items():
         sizes = case.sizes(name)
@@ -297,11 +279,16 @@ def main(
     zero: str = "auto",
     memory: bool = True,
 ) -> None:
-    """`data`: folder with GSM8K's files, or generated; `method`: ib or dss; `zero`: a file of ds_configs."""
+    """Measure and print.
+
+    `data`: a folder with GSM8K's files, without which lengths are drawn. `method`: ib or dss. `zero`: a file
+    of ds_configs.
+    """
     features = read_features(data) if data else generate_features()
-    case = Case(features, preset, method, batch_size, steps, zero)
+    case = Case(features, preset, method, batch_size, steps, zero, devices.choose())
     used = case.settings().deepspeed.config
     print(f"{preset}, {method}, {used}, {case.steps} x {batch_size} of {data or 'generated lengths'}")
+    print(f"every variant runs on {devices.name(case.device)}")
     print(f"loss of one batch: relative difference {(difference := check_losses(case)):.1e}")
     if not difference < 1e-4:
         sys.exit("the two losses disagree: nothing is measured")

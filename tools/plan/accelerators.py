@@ -1,8 +1,8 @@
 """What the planner knows about GPUs, from their makers' data sheets; nothing here was measured.
 
 Peaks are those of dense bf16 products: the sheets' figures "with sparsity" are halved. A link's rate is that
-of one direction, as what a rank sends bounds a ring: NVLink's sheets give both directions together.
-`network_gbs` is a GPU's part of its node's network in the maker's reference machine.
+of one direction, since a ring is bound by what a rank sends; NVLink's sheets give both directions together.
+`network_gbs` is the share of one GPU in its node's network, in the maker's reference machine.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ class Accelerator:
     bandwidth_gbs: float
     """Memory bandwidth, GB/s."""
     tflops: float
-    """Peak rate of dense bf16 products, 10^12 operations a second."""
+    """Peak rate of dense bf16 products, 10^12 operations per second."""
     fp32_tflops: float
-    """Of fp32 products, in full precision as torch makes them by default."""
+    """Peak rate of fp32 products in full precision, which is torch's default, 10^12 operations per second."""
     link_gbs: float
-    """To another GPU of the node, one direction, GB/s."""
+    """Rate of the link to another GPU of the node, in one direction, GB/s."""
     network_gbs: float
-    """To another node, one direction, a GPU's part, GB/s."""
+    """Rate of the link to another node, in one direction, the share of one GPU, GB/s."""
     source: str
     """Where the figures are from."""
     usable: float = 0.92
-    """Share of the memory that tensors can have: the rest is for the driver's context, NCCL's buffers and
-    fragmentation. An assumption."""
+    """Share of the memory that tensors can have; the rest is for the driver's context, NCCL's buffers and
+    fragmentation. This is an assumption."""
     utilization: float = 0.4
-    """Share of the peak that a step's products reach. An assumption: measure yours (`speed/mfu`)."""
+    """Share of the peak that a step's products reach. This is an assumption; a run logs its `speed/mfu`."""
     host_memory_gib: float = 512.0
-    """A node's memory, GiB. An assumption where the source names no machine."""
+    """A node's memory, GiB. This is an assumption where the source names no machine."""
     host_gbs: float = 25.0
-    """From the host's memory, GB/s: what of a PCIe 4.0 x16's 32 is reached. An assumption."""
+    """Rate of the link to the host's memory, GB/s. This is an assumption; PCIe 4.0 x16 could reach 32."""
     storage_gbs: float = 2.0
-    """To the shared file system, all ranks together, GB/s. An assumption."""
+    """Rate at which all ranks together write to the shared file system, GB/s. This is an assumption."""
 
     def products(self, precision: str) -> float:
-        """Products that a step makes of `fp32` or `bf16`, operations a second."""
+        """The rate that a step's products reach in `fp32` or `bf16`, operations per second."""
         return 1e12 * self.utilization * (self.tflops if precision == "bf16" else self.fp32_tflops)
 
     def room(self) -> int:
@@ -101,7 +101,7 @@ ACCELERATORS = {
         fp32_tflops=91.6,
         link_gbs=32,
         network_gbs=12.5,
-        source="NVIDIA L40S data sheet (PCIe 4.0 x16); network: 100 Gb/s a GPU, an assumption",
+        source="NVIDIA L40S data sheet (PCIe 4.0 x16); network: 100 Gb/s per GPU, an assumption",
     ),
     "l4-24g": Accelerator(
         memory_gib=24,
@@ -110,7 +110,7 @@ ACCELERATORS = {
         fp32_tflops=30.3,
         link_gbs=32,
         network_gbs=12.5,
-        source="NVIDIA L4 data sheet (PCIe 4.0 x16); network: 100 Gb/s a GPU, an assumption",
+        source="NVIDIA L4 data sheet (PCIe 4.0 x16); network: 100 Gb/s per GPU, an assumption",
     ),
 }
 _OVERRIDES = {f.name for f in dataclasses.fields(Accelerator)} - {"source"}
@@ -119,7 +119,7 @@ _OVERRIDES = {f.name for f in dataclasses.fields(Accelerator)} - {"source"}
 def accelerator(name: str, overrides: dict[str, Any]) -> Accelerator:
     """A GPU by name, with some of its figures replaced.
 
-    Raises ValueError, naming what there is, for an unknown GPU or figure, or one out of range.
+    Raises ValueError for an unknown GPU or figure, and names the known ones; also for a figure out of range.
     """
     if name not in ACCELERATORS:
         flags = ", ".join(f"--rates.{field}" for field in sorted(_OVERRIDES))

@@ -1,4 +1,4 @@
-"""Will it fit, how fast, what does it cost:
+"""Whether a run fits, how fast it would be and what it would cost:
 
     python tools/plan.py [RECIPE] [--section.field value] --nodes 4 --gpus-per-node 8 --gpu h100-80g
     python tools/plan.py --student.model Qwen/Qwen2.5-1.5B --teacher.model Qwen/Qwen2.5-7B      # no recipe
@@ -6,15 +6,15 @@
     python tools/plan.py gpus       # the figures of the GPUs and their sources
 
 The recommendation comes first: the choice, its margin, its predicted seconds and what bounds them, the next
-faster and the next roomier choice and why they were not taken, and what it replaces of the settings given.
+faster and the next roomier choice and why they were not taken, and which of the given settings it replaces.
 `--all` adds a table of every choice, `--out FOLDER` writes the DeepSpeed file and the sbatch line there.
 
-No weights are read. A published model (`ibdistill/planning/published_shapes.py`) needs no file at all, and
-of a folder its config.json is enough. `--rates.FIELD v` replaces a figure of the GPU. Lengths are measured on
-the training records where `data.path` is given, and are the settings' limits otherwise; `--tokens.question`,
-`--tokens.label` and `--tokens.rationale` replace them. Without a recipe and with a teacher the objective is
-ib. Bytes are modelled on what DeepSpeed was measured to do (`tests/planning/test_footprint.py`); seconds are
-predictions from data sheets, and nothing else.
+No weights are read. A published model (`ibdistill/planning/published_shapes.py`) needs no file at all, and a
+folder needs only its config.json. `--rates.FIELD v` replaces a figure of the GPU. Lengths are measured on
+the training records where `data.path` is given, and are the settings' limits otherwise;
+`--tokens.question`, `--tokens.label` and `--tokens.rationale` replace them. Without a recipe and with a
+teacher the objective is ib. Bytes are modelled on what DeepSpeed was measured to do
+(`tests/planning/test_footprint.py`); seconds are predictions from data sheets, and nothing else.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def main(
 
 
 def assume(recipe: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
-    """Settings for a plan without a recipe that names a teacher and does not say what it is for."""
+    """The settings that are assumed for a plan without a recipe that names a teacher and not its use."""
     if recipe is not None or "teacher.model" not in overrides:
         return {}
     assumed = {"teacher.placement": "replica"}
@@ -129,17 +129,17 @@ def assume(recipe: str | None, overrides: dict[str, Any]) -> dict[str, Any]:
 
 
 def taken(overrides: dict[str, Any], section: str) -> dict[str, Any]:
-    """The overrides of a section that isn't the run's, taken out of the dictionary."""
+    """The overrides of a section that is the planner's own; they are taken out of the dictionary."""
     names = [name for name in overrides if name.startswith(f"{section}.")]
     return {name.removeprefix(f"{section}."): overrides.pop(name) for name in names}
 
 
 def table(rates: accelerators.Accelerator, gpu: str) -> None:
-    """Three pairs of models on 1 to 512 GPUs: the README's table."""
+    """Print the README's table: three pairs of models on 1 to 512 GPUs."""
     print(
         f"{gpu}, {rates.room() / GIB:.1f} GiB usable, nodes of 8; bf16, ib+kd with vid, {QUESTIONS} "
-        f"questions a GPU and\nstep ({', '.join(f'{name} {n}' for name, n in LENGTHS.items())} tokens). "
-        "gather: GiB of the teacher a step.\nPredicted: s/step; eff., the share of it in products; bound, "
+        f"questions per GPU and\nstep ({', '.join(f'{name} {n}' for name, n in LENGTHS.items())} tokens). "
+        "gather: GiB of the teacher per step.\nPredicted: s/step; eff., the share of it in products; bound, "
         "what takes longest; save, seconds\nof a checkpoint; last, eff. where all GPUs share "
         f"{BATCH} questions\n\n"
         "pair        GPUs  choice                            GiB  s/step  eff.  bound            "
@@ -159,6 +159,7 @@ def table(rates: accelerators.Accelerator, gpu: str) -> None:
 
 
 def table_row(planner: Planner) -> str:
+    """The recommended choice of one row, with its memory and seconds, or what does not fit."""
     best = planner.best()
     if best is None:
         least = planner.smallest()
@@ -172,7 +173,7 @@ def table_row(planner: Planner) -> str:
 
 
 def gpus() -> None:
-    """All figures."""
+    """Print every figure of every GPU, and where it is from."""
     for name, rates in ACCELERATORS.items():
         values = ", ".join(f"{k} {v:g}" for k, v in dataclasses.asdict(rates).items() if k != "source")
         print(f"{name}: {values}\n    {rates.source}")

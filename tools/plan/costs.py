@@ -33,13 +33,14 @@ _FACTOR = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one micro-batch on one rank."""
+    """Floating point operations of one micro-batch on one rank."""
 
     student: float
-    """Its blocks, forward and backward."""
+    """The student's blocks, forward and backward."""
     head: float
-    """Of the loss: the student's head three times, the teacher's once, vid's map three times."""
+    """The loss: three products with the student's head, one with the teacher's, three with vid's map."""
     teacher: float
+    """The teacher's forward pass below its head."""
 
 
 def _linears(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> Iterator[tuple[nn.Module, int]]:
@@ -85,7 +86,7 @@ def _not_repeated(model: nn.Module) -> set[nn.Module]:
 
 
 def forward_operations(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> int:
-    """Of a forward pass below the head."""
+    """Floating point operations of a forward pass below the head."""
     linear = sum(count for _, count in _linears(model, lengths, streams))
     return linear + _attention(model, lengths, streams)
 
@@ -98,7 +99,7 @@ def operations(
     *,
     checkpointing: bool = False,
 ) -> Operations:
-    """Of one micro-batch."""
+    """Floating point operations of one micro-batch, whose size and lengths `lengths` gives."""
     streams = weights.streams_of(objective)
     linear = list(_linears(student.model, lengths, streams))
     attention = _attention(student.model, lengths, streams)
@@ -122,10 +123,10 @@ def operations(
 def student_traffic(
     sizes: Sizes, precision: str, zero: Zero, micro_batches: int, gathered: Gathers | None
 ) -> dict[str, int]:
-    """Collective -> bytes a step of the whole tensors, on more than one rank (norms and flags left out).
+    """Bytes of whole tensors per step by collective, on more than one rank (norms and flags left out).
 
     DeepSpeed 0.19.8 reduces by all-reduce in stages 1 and 2 too: stage 2 with every micro-batch, the others
-    with the last one. `gathered`: stage 3's (`footprint.gathers`).
+    with the last one. `gathered`: what stage 3 gathers (`footprint.gathers`), None in other stages.
     """
     width, trained = WIDTH[precision], sum(n for n, t in sizes if t)
     if zero.stage == 3:
@@ -141,47 +142,47 @@ def student_traffic(
 def teacher_traffic(
     head: tuple[int, int], precision: str, micro_batches: int, gathered: Gathers, *, targets: bool
 ) -> int:
-    """Bytes a step that a sharded teacher's ranks gather; its head is gathered where targets are scored."""
+    """Bytes per step that a sharded teacher's ranks gather, with its head where targets are scored."""
     width = WIDTH[precision]
     return micro_batches * width * (gathered.moved + (head[0] * head[1] if targets else 0))
 
 
 def sent(traffic: dict[str, int], ranks: int) -> float:
-    """Bytes that each rank sends for it."""
+    """Bytes that each of so many ranks sends for the collectives of `traffic`, as rings."""
     return sum(_FACTOR[name] * size for name, size in traffic.items()) * (ranks - 1) / ranks
 
 
 @dataclass(frozen=True)
 class Load:
-    """One rank's step: everything that takes time."""
+    """Everything that takes time in one rank's step."""
 
     operations: Operations
     micro_batches: int
     student_bytes: int
-    """Weights of the student, whole."""
+    """Bytes of the student's weights, unsharded."""
     teacher_bytes: int
-    """Weights of the teacher, whole; 0: none."""
+    """Bytes of the teacher's weights, unsharded; 0 without a teacher."""
     reduced: float
-    """Bytes sent for gradients."""
+    """Bytes per step that are sent for gradients."""
     gathered: float
-    """Bytes sent for the student's parameters."""
+    """Bytes per step that are sent for the student's parameters."""
     teacher_gathered: float
-    """Bytes sent for the teacher's."""
+    """Bytes per step that are sent for the teacher's parameters."""
     updated: int
     """Parameters that this rank's optimizer updates."""
     overlaps_reduction: bool
     overlaps_gathers: bool
     """Stage 3 gathers ahead; stages 1 and 2 gather after the update, when there is nothing beside it."""
     moved: float = 0.0
-    """Bytes that a micro-batch moves beside its products, where `utilization` does not stand for that."""
+    """Bytes per micro-batch that are moved beside the products, where `utilization` does not cover them."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one rank, in operations and bytes a second."""
+    """Rates of one rank, in operations per second and bytes per second."""
 
     products: float
-    """The student's and the head's."""
+    """Products of the student and of the head."""
     teacher_products: float
     memory: float
     link: float
@@ -199,7 +200,7 @@ class Rates:
         precision: str,
         teacher_precision: str,
     ) -> Rates:
-        """A GPU's, for a job of so many ranks. A ring over nodes is as fast as the network."""
+        """The rates of a GPU in a job of so many ranks. A ring over nodes is as fast as the network."""
         link = (gpu.link_gbs if ranks <= on_node else gpu.network_gbs) * 1e9
         teacher_link = gpu.link_gbs * 1e9 if placement == "zero3_node" else link
         if placement == "cpu_offload":  # shares come over the bus before they are gathered
@@ -209,9 +210,9 @@ class Rates:
 
 
 def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
-    """Predicted seconds of a step by part; the keys' sum is the step. See the module's docstring.
+    """Predicted seconds per step by part, which add up to the step. See the module's docstring.
 
-    `... wait` is what a transfer takes beyond the products beside it.
+    A part named `... wait` is what a transfer takes beyond the products beside it.
     """
     micro, work = load.micro_batches, load.operations
     student = micro * max(work.student / rates.products, 3 * load.student_bytes / rates.memory)
@@ -240,5 +241,5 @@ def bound(parts: dict[str, float]) -> str:
 
 
 def efficiency(parts: dict[str, float]) -> float:
-    """Share of the step in which products are made: 1 would be perfect scaling."""
+    """Share of the step in which products are computed; 1 would be perfect scaling."""
     return sum(parts[name] for name in ("student", "head", "teacher")) / sum(parts.values())

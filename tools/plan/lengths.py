@@ -3,7 +3,7 @@
 The planner gives every question of a batch one length. Where the data is given, that is the length of the
 longest training record: the longest of a batch sets the width to which all are padded, and a run must survive
 its widest batch. So the predicted seconds are those of the slowest step; the mean length is shown beside it.
-Without data the limits of the settings count, which are above what most data has.
+Without data the limits of the settings count, which are longer than most data.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = ("question", "label", "rationale")
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of every question and target of a plan, end token included."""
+    """The tokens of every question and target of a plan, end tokens included."""
 
     question: int
     label: int
@@ -37,7 +37,7 @@ class Lengths:
 
 
 def settle(config: Config, given: dict[str, Any]) -> Lengths:
-    """`given` (`--tokens.NAME`) before what the data says before the limits of `config.data`.
+    """The lengths of a plan: those `given` by `--tokens.NAME`, else the data's, else the limits of `config`.
 
     Raises ValueError for an unknown name or a length below 1, and as reading the data does.
     """

@@ -1,4 +1,4 @@
-"""The choices that a run has on given GPUs: what each takes, how long its step would be, which is best."""
+"""The choices that a run has on given GPUs: what each needs, how long its step would be, which is best."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import cached_property
 from ibdistill.config import zero_file
 from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
+from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
@@ -18,6 +19,7 @@ from ibdistill.planning.head_loss_memory import head_loss_bytes
 from ibdistill.runtime.hardware import GIB
 from plan import costs
 from plan.accelerators import Accelerator
+from plan.choice import Choice
 
 FILES = ("zero2", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload")
 """In order of preference where they are about equally fast; offloading is for when nothing else fits."""
@@ -25,59 +27,16 @@ ABOUT = 1.1
 """Steps within this factor of the fastest count as equally fast: predictions are no better than that."""
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One way to run it, on each GPU."""
-
-    placement: str
-    file: str
-    """Of `deepspeed.config`."""
-    checkpointing: bool
-    micro_batch_size: int
-    states: dict[str, int]
-    """Part -> bytes that are there all the time."""
-    activations: dict[str, int]
-    """What comes and goes: the largest of these is added."""
-    host: int
-    """Bytes of the host's memory, of one rank."""
-    room: int
-    """Bytes that there are."""
-    host_room: int
-    """Of the host, for one rank."""
-    traffic: dict[str, int]
-    """Collective -> bytes a step, of whole tensors; `teacher` for its all-gathers."""
-    seconds: dict[str, float]
-    """Predicted, of a step by part."""
-
-    @property
-    def bytes(self) -> int:
-        """At the peak."""
-        return sum(self.states.values()) + max(self.activations.values())
-
-    @property
-    def fits(self) -> bool:
-        return self.bytes <= self.room and self.host <= self.host_room
-
-    @property
-    def step(self) -> float:
-        """Predicted seconds of a step."""
-        return sum(self.seconds.values())
-
-    @property
-    def offloads(self) -> bool:
-        return self.file.endswith("_offload")
-
-
 @dataclass
 class Planner:
-    """A run and the machines it is planned for. Raises ValueError as `engine.split_batch` does."""
+    """A run and the machines that it is planned for. Raises ValueError as `zero_file.split_batch` does."""
 
     config: Config
     gpu: Accelerator
     nodes: int
     on_node: int
     question: int
-    """Tokens of every question; label, rationale: of every target."""
+    """Tokens of every question; `label` and `rationale` are those of every target."""
     label: int
     rationale: int
 
@@ -95,7 +54,7 @@ class Planner:
         zero_file.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
 
     def on(self, nodes: int, on_node: int, batch_size: int) -> Planner:
-        """The same models on other machines: what was traced is kept, as it doesn't depend on them."""
+        """The same models on other machines. What was traced is kept, since it does not depend on them."""
         other = copy.copy(self)
         other.nodes, other.on_node = nodes, on_node
         optim = dataclasses.replace(self.config.optim, batch_size=batch_size)
@@ -113,18 +72,31 @@ class Planner:
 
     @property
     def per_rank(self) -> int:
-        """Questions of a rank in a step."""
+        """Questions per rank and step."""
         return self.config.optim.batch_size // self.ranks
 
     def micro_batch_sizes(self) -> list[int]:
-        """Those that divide a rank's questions, largest first; the recipe's alone if it sets one."""
-        if given := self.config.optim.micro_batch_size:
-            zero_file.split_batch(self.config.optim, self.ranks)
-            return [given]
+        """The sizes that a run can have, largest first.
+
+        They divide a rank's questions. A recipe that sets the size leaves only that one, and an objective
+        that compares questions leaves only a rank's whole share. Raises ValueError as `zero_file.split_batch`
+        and `weights.check_split` do where the recipe's own size is none of them.
+        """
+        optim = self.config.optim
+        if optim.micro_batch_size:
+            size, micro_batches = zero_file.split_batch(optim, self.ranks)
+            weights.check_split(self.config.objective, optim.batch_size, micro_batches)
+            return [size]
+        if self._compares_questions():
+            return [self.per_rank]
         return [size for size in range(self.per_rank, 0, -1) if self.per_rank % size == 0]
 
+    def _compares_questions(self) -> bool:
+        mi = weights.mi_settings(self.config.objective)
+        return mi is not None and ESTIMATORS[mi.estimator].space == "state"
+
     def placements(self) -> tuple[str, ...]:
-        """All of an online teacher; else the recipe's."""
+        """Every placement of an online teacher; else only the recipe's."""
         return PLACED if self.teacher else (self.config.teacher.placement,)
 
     def choices(self, micro_batch_size: int) -> list[Choice]:
@@ -141,9 +113,9 @@ class Planner:
         return [choice for size in self.micro_batch_sizes() for choice in self.choices(size)]
 
     def best(self, options: Sequence[Choice] = ()) -> Choice | None:
-        """The simplest of what fits and is about as fast as the fastest; None where nothing fits.
+        """The simplest of the choices that fit and are about as fast as the fastest; None where nothing fits.
 
-        `options`: those of `options()` where the caller has them.
+        `options`: the result of `options()` where the caller has it.
         """
         fitting = [choice for choice in options or self.options() if choice.fits]
         if not fitting:
@@ -157,11 +129,11 @@ class Planner:
         return choice.checkpointing, *order, -choice.micro_batch_size
 
     def smallest(self) -> Choice:
-        """What needs least memory."""
+        """The choice that needs least memory."""
         return min(self.choices(self.micro_batch_sizes()[-1]), key=lambda c: c.bytes)
 
     def choice(self, placement: str, file: str, checkpointing: bool, micro: int) -> Choice:
-        """See `Choice`."""
+        """What one combination needs, and how long its step would be. `micro` is the micro-batch size."""
         config, zero = self.config, Zero.read(file)
         precision, teacher = config.student.precision, self.teacher
         if zero not in self._gathers:
@@ -181,7 +153,7 @@ class Planner:
             "student": self._living(checkpointing, micro),
             "update": footprint.step_buffers(self.sizes, precision, zero, self.ranks),
         }
-        if zero.stage == 3:  # evaluation collects a copy (`models.WholeModel`)
+        if zero.stage == 3:  # evaluation collects a copy (`models.whole_model`)
             activations["evaluation"] = WIDTH[precision] * sum(n for n, _ in self.sizes)
         micro_batches = self.per_rank // micro
         traffic = costs.student_traffic(self.sizes, precision, zero, micro_batches, gathered)
@@ -263,6 +235,7 @@ class Planner:
         return self.on_node if placement == "zero3_node" else self.ranks
 
     def operations(self, checkpointing: bool, micro: int) -> costs.Operations:
+        """Operations of one micro-batch on one rank."""
         one = self._operations_of_one[checkpointing]
         return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
 
@@ -272,13 +245,13 @@ class Planner:
         return {on: costs.operations(self.student, *args, checkpointing=on) for on in (False, True)}
 
     def _signal_bytes(self, micro: int) -> int:
-        """The teacher's answers to a micro-batch."""
+        """Bytes of the teacher's answers to a micro-batch."""
         rows = micro * self.question if self.wanted.questions else 0
         rows += self._lengths(micro).targets(self.streams) if self.wanted.targets else 0
         return rows * self.teacher.head[1] * WIDTH[self.config.teacher.precision]
 
     def _living(self, checkpointing: bool, micro: int) -> int:
-        """The student's activations: traced for one and two questions, a straight line beyond."""
+        """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
         one, two = self._traces[checkpointing]
         inside = head_loss_bytes(
             *(self._lengths(micro).targets(self.streams), micro, self.student.head),
@@ -293,10 +266,13 @@ class Planner:
     @cached_property
     def _traces(self) -> dict[bool, list[dryrun.Living]]:
         given = {"wanted": self.wanted, "teacher_head": self.teacher.head} if self.teacher else {}
+        objective = self.config.objective
+        if self._compares_questions():
+            # fake tensors cannot say which targets are ignored, which such a term asks; leaving it out moves
+            # no peak, since it holds a copy of the targets' states, less than the head loss just before it
+            objective = dataclasses.replace(objective, beta=0.0)
         return {
-            on: [
-                dryrun.student_step(student, self._lengths(n), self.config.objective, **given) for n in (1, 2)
-            ]
+            on: [dryrun.student_step(student, self._lengths(n), objective, **given) for n in (1, 2)]
             for on, student in self.students.items()
         }
 

@@ -14,7 +14,8 @@ from ibdistill.planning.dryrun import Skeleton
 from ibdistill.planning.published_shapes import PUBLISHED
 from ibdistill.runtime.hardware import GIB
 from plan import costs
-from plan.planner import ABOUT, Choice, Planner
+from plan.choice import Choice
+from plan.planner import ABOUT, Planner
 
 BOUNDS = {
     "student": "the student's matrix products",
@@ -31,29 +32,29 @@ NOTICEABLE = 0.05
 
 
 def line(label: str, text: str) -> str:
-    """One fact of the summary."""
+    """One fact of the summary, as a line with its label."""
     return f"  {label:9} {text}"
 
 
 def named(choice: Choice) -> str:
-    """A choice in words."""
+    """What a choice is, in words."""
     teacher = "" if choice.placement == "none" else f", teacher {choice.placement}"
     checkpointing = ", with gradient checkpointing" * choice.checkpointing
     return f"{choice.file}{teacher}, micro-batches of {choice.micro_batch_size}{checkpointing}"
 
 
 def speed(choice: Choice, planner: Planner) -> str:
-    """Predicted seconds, what bounds them, and what they add up to."""
+    """Predicted seconds per step, what bounds them, and the GPU-hours of the run, in words."""
     steps = planner.config.optim.max_steps
     hours = choice.step * steps * planner.ranks / 3600
     return (
-        f"{choice.step:.3g} s a step (predicted), bound by {BOUNDS[costs.bound(choice.seconds)]}; efficiency "
-        f"{costs.efficiency(choice.seconds):.0%}; {hours:.3g} GPU-hours for {steps} steps"
+        f"{choice.step:.3g} s per step (predicted), bound by {BOUNDS[costs.bound(choice.seconds)]}; "
+        f"efficiency {costs.efficiency(choice.seconds):.0%}; {hours:.3g} GPU-hours for {steps} steps"
     )
 
 
 def memory(choice: Choice) -> str:
-    """Peak bytes against what there is, of the GPU and, with offloading, of the host."""
+    """Peak bytes against those that there are, on the GPU and, with offloading, on the host, in words."""
     margin = choice.room - choice.bytes
     text = (
         f"{choice.bytes / GIB:.1f} of {choice.room / GIB:.1f} GiB usable on each GPU, "
@@ -65,7 +66,7 @@ def memory(choice: Choice) -> str:
 
 
 def relative(choice: Choice, best: Choice) -> str:
-    """Its speed against the recommended one's."""
+    """A choice's speed against that of the recommended one, in words."""
     ratio = choice.step / best.step
     if abs(ratio - 1) < 0.005:
         return "predicted to be as fast"
@@ -73,7 +74,7 @@ def relative(choice: Choice, best: Choice) -> str:
 
 
 def faster(options: Sequence[Choice], best: Choice) -> str:
-    """The fastest of what is faster and fits, else what lacks least memory; why it is not recommended."""
+    """The fastest faster choice that fits, else the one that lacks least memory, and why it is not taken."""
     quicker = [c for c in options if c.step < 0.995 * best.step]
     if not quicker:
         return "nothing: no choice is predicted to be faster"
@@ -88,7 +89,7 @@ def faster(options: Sequence[Choice], best: Choice) -> str:
 
 
 def roomier(options: Sequence[Choice], best: Choice) -> str:
-    """The fastest of what frees a noticeable part of the memory."""
+    """The fastest of the choices that free a noticeable part of the memory, in words."""
     smaller = [c for c in options if c.fits and c.bytes < best.bytes - NOTICEABLE * best.room]
     if not smaller:
         return f"nothing frees more than {NOTICEABLE:.0%} of the GPU"
@@ -96,13 +97,13 @@ def roomier(options: Sequence[Choice], best: Choice) -> str:
     slow = relative(choice, best)
     if choice.step < 1.005 * best.step:
         slow += "; not taken: less simple, or more launches of kernels, which are not predicted"
-    return f"{named(choice)}: {choice.bytes / GIB:.1f} GiB, {choice.step:.3g} s a step, {slow}"
+    return f"{named(choice)}: {choice.bytes / GIB:.1f} GiB, {choice.step:.3g} s per step, {slow}"
 
 
 def replaced(planner: Planner, best: Choice, assumed: Collection[str]) -> list[str]:
-    """What the user or the recipe chose and the recommendation replaces, with what it would have been.
+    """The settings that the recommendation replaces, and how the run would be as given: one line or none.
 
-    `assumed`: settings that nobody chose.
+    Only settings that the user or the recipe chose count. `assumed`: those that nobody chose.
     """
     config = planner.config
     asked = {
@@ -120,12 +121,12 @@ def replaced(planner: Planner, best: Choice, assumed: Collection[str]) -> list[s
     file = best.file if config.deepspeed.config == "auto" else config.deepspeed.config
     kept = config.student.gradient_checkpointing or best.checkpointing
     given = planner.choice(config.teacher.placement, file, kept, best.micro_batch_size)
-    cost = f"{given.step:.3g} s a step, {relative(given, best)}; {'fits' if given.fits else 'does not fit'}"
+    cost = f"{given.step:.3g} s per step, {relative(given, best)}; {'fits' if given.fits else 'does not fit'}"
     return [f"{', '.join(changed)}. As given: {cost}: {memory(given)}"]
 
 
 def origin(name: str) -> str:
-    """Where a model's shape is from."""
+    """Where the shape of a model is from, by its name."""
     if name in PRESETS:
         return "a preset"
     if name in PUBLISHED:
@@ -136,13 +137,13 @@ def origin(name: str) -> str:
 
 
 def parameters(skeleton: Skeleton) -> str:
-    """Its number of parameters, in words."""
+    """A model's number of parameters, in words."""
     count = sum(n for n, _ in skeleton.sizes())
     return f"{count / 1e9:.3f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"
 
 
 def models(planner: Planner) -> str:
-    """What is planned for."""
+    """The models that are planned for, with their sizes, precisions and origins."""
     config, parts = planner.config, []
     for what, settings, skeleton in (
         ("student", config.student, planner.student),
@@ -157,7 +158,7 @@ def models(planner: Planner) -> str:
 def submission(
     planner: Planner, best: Choice, recipe: str | None, overrides: dict[str, Any], out: str
 ) -> str:
-    """The sbatch line of a recommendation."""
+    """The sbatch line of a recommendation; with `out`, its DeepSpeed file is the one in that folder."""
     file = str(Path(out) / "ds_config.json") if out else best.file
     settings = overrides | {"deepspeed.config": file, "optim.micro_batch_size": best.micro_batch_size}
     if planner.teacher is not None:
@@ -175,7 +176,7 @@ def summary(
 ) -> list[str]:
     """The lines about the recommended choice, or about the lack of one."""
     best = planner.best(options)
-    where = f"{planner.nodes} x {planner.on_node} {gpu}, {planner.config.optim.batch_size} questions a step"
+    where = f"{planner.nodes} x {planner.on_node} {gpu}, {planner.config.optim.batch_size} questions per step"
     tokens = f"question {planner.question}, label {planner.label}, rationale {planner.rationale} tokens"
     facts = [line("models", models(planner)), line("lengths", f"{tokens}: {lengths_source}")]
     if "objective.method" in assumed:
@@ -198,7 +199,7 @@ def summary(
 
 
 def write(out: str, best: Choice, submit: str) -> None:
-    """The DeepSpeed file and the sbatch line, in the folder `out`."""
+    """Write the DeepSpeed file and the sbatch line to the folder `out`."""
     content = json.dumps(zero_file.read_ds_config(best.file), indent=2)
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / "ds_config.json").write_text(content + "\n")

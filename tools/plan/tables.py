@@ -5,26 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ibdistill.runtime.hardware import GIB
-from plan.planner import Choice, Planner
+from plan.choice import Choice
+from plan.planner import Planner
 from plan.summary import speed
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "teacher")
 
 
 def print_all(planner: Planner, micro: int) -> None:
-    """Operations, memory, speed and a checkpoint, at one micro-batch size."""
+    """Print the operations, memory and speed of every choice, and a checkpoint, at one micro-batch size."""
     choices = planner.choices(micro)
     one, work = choices[0].seconds, planner.operations(False, micro)
     steps = planner.per_rank // micro
     print(
-        f"\nmicro-batches of {micro}, {steps} a step. Operations of a step on each GPU: student "
+        f"\nmicro-batches of {micro}, {steps} per step. Operations per step on each GPU: student "
         f"{steps * work.student:.3g}, head {steps * work.head:.3g}, teacher {steps * work.teacher:.3g}; at "
         f"{planner.gpu.utilization:.0%} of the peak {one['student']:.3g}, {one['head']:.3g}, "
         f"{one['teacher']:.3g} s (predicted)\n{planner.gpu.source}\n"
     )
     print("GiB on each GPU (+c: with checkpointing; the largest of what comes and goes counts)")
     print_memory(choices)
-    print("\nGiB a step, of whole tensors, and predictions (+c as above)")
+    print("\nGiB per step, of whole tensors, and predictions (+c as above)")
     print_speed(choices, planner)
     size, seconds = planner.checkpoint()
     every = planner.config.run.save_every
@@ -32,7 +33,7 @@ def print_all(planner: Planner, micro: int) -> None:
 
 
 def print_memory(choices: Sequence[Choice]) -> None:
-    """One line for each placement and ZeRO file."""
+    """Print the parts of every choice's memory, with one block of lines for each placement and ZeRO file."""
     names = list(dict.fromkeys(name for c in choices for name in c.states))
     print(
         f"{'placement':12}{'deepspeed':14}"
@@ -54,7 +55,7 @@ def print_memory(choices: Sequence[Choice]) -> None:
 
 
 def print_speed(choices: Sequence[Choice], planner: Planner) -> None:
-    """One line for each placement and ZeRO file, at the least that fits."""
+    """Print one line for each placement and ZeRO file, without checkpointing where that fits."""
     print(
         f"{'placement':12}{'deepspeed':16}"
         + "".join(f"{name.replace('_', '-')[:11]:>12}" for name in COLLECTIVES)

@@ -1,4 +1,4 @@
-"""What a study asks for: from its YAML file (see study.py) to checked runs with names of their own."""
+"""From a study's YAML file (see `study/command.py`) to checked runs, each with a name of its own."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Run:
     """One run of a study."""
 
     name: str
-    """Folder below OUT/runs; ends with the digest."""
+    """The run's folder below OUT/runs; it ends with the digest."""
     arm: str
-    """Or the model's name."""
+    """The arm's name, or the model's for a run that trains one of the study's models."""
     labels: float
     seed: int
     recipe: str
     settings: dict[str, Any]
-    """Those that differ from the recipe; folders are relative to OUT."""
+    """The settings that differ from the recipe; folders are relative to OUT."""
     ranks: int = 1
     stage: int = 0
     """Runs of a stage start from models of earlier ones."""
@@ -56,8 +56,10 @@ class Study:
 
 
 def load(path: Path, further: dict[str, Any] | None = None, seeds: list[int] | None = None) -> Study:
-    """Read a study; `further` settings go to all arms, and `seeds` replace those of the file. Raises
-    ValueError that names the file, the key or setting, and what is allowed."""
+    """Read a study; `further` settings go to all arms, and `seeds` replace those of the file.
+
+    Raises ValueError that names the file, the key or setting, and what is allowed.
+    """
     try:
         content = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
@@ -99,7 +101,7 @@ class Seeds(argparse.Action):
 def build(content: Any, path: Path, seeds: list[int] | None = None) -> Study:
     """A study from the content of its file; `seeds` replace those of the file for all arms."""
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
-        raise ValueError(f"{path} must map `arms` to at least one arm; see the top of tools/study.py")
+        raise ValueError(f"{path} must map `arms` to at least one arm; see `python tools/study.py --help`")
     if unknown := sorted(content.keys() - _KEYS):
         raise ValueError(f"{path}: unknown key {', '.join(unknown)}; there are {', '.join(sorted(_KEYS))}")
     arms, baseline = content["arms"], content.get("baseline", next(iter(content["arms"])))
@@ -191,7 +193,7 @@ def _run(
         config = load_settings(recipe, settings)
     except ValueError as error:
         raise ValueError(f"{path}: arm {arm}: {error}") from error
-    # What is as by default does not count, or each new setting of a new version would start all runs anew.
+    # settings at their defaults do not count, or each new setting of a new version would start all runs anew
     defaults = fields.to_flat(Config()) | {"run.dir": config.run.dir}
     chosen = {name: v for name, v in fields.to_flat(config).items() if v != defaults[name]}
     digest = hashlib.sha256(json.dumps([chosen, ranks], sort_keys=True).encode()).hexdigest()[:8]
@@ -209,7 +211,7 @@ def _run(
 
 
 def resolved(run: Run, out: Path, folder: Path | None = None) -> Config:
-    """The run's whole configuration, with real folders; its own is `folder`, or else one below `out`."""
+    """The run's whole configuration with real folders: its own is `folder`, or else one below `out`."""
     folder = folder or out / "runs" / run.name
 
     def placed(value: Any) -> Any:

@@ -1,9 +1,9 @@
-"""A study: arms x label counts x seeds, run, tabulated and drawn.
+"""Runs, tabulates and draws a study: arms x numbers of labels x seeds.
 
     python tools/study.py run    STUDY.yaml OUT      run what is not finished, then report
-    python tools/study.py report STUDY.yaml OUT      table.md, study.png and study.json of what is
+    python tools/study.py report STUDY.yaml OUT      table.md, study.png and study.json of the finished runs
     python tools/study.py grid   STUDY.yaml OUT      grids for slurm/sweep.sh; `report` once they are done
-    python tools/study.py speed  STUDY.yaml OUT      what a run of each arm costs, for equal compute
+    python tools/study.py speed  STUDY.yaml OUT      what one run of each arm costs, for equal compute
     python tools/study.py paper  --help              the paper's tables 1 and 2
 
 Further `--section.field value` go to all arms, `data.path` to the models too. `--seeds 0 1` (or `0,1`)
@@ -25,10 +25,10 @@ replaces the seeds of all arms. A study is a YAML file:
       kd: {labels: {300: [1, 2, 3], 150: [1]}, ranks: 2, note: "...", objective.method: kd, ...}
     comparisons: [[kd@150, dss@300]]  # further paired differences, arm@labels
 
-One process a run and one thread a process; as many side by side as there are GPUs or else cores
-(`--jobs`). Runs with `ranks` go through DeepSpeed's launcher, one at a time, at the end. A
-run's folder is named after a digest of its settings and of those of the models it starts from: a
-run whose configuration has changed is another run, and one that is there is not run again.
+Each run is one process of one thread. As many run side by side as there are GPUs, or else cores (`--jobs`).
+Runs with `ranks` go through DeepSpeed's launcher, one at a time, at the end. A run's folder is named after a
+digest of its settings and of those of the models that it starts from: a run whose configuration has changed
+is another run, and a run that is finished is not repeated.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from study.arms import ROOT, Run, Study, resolved, result
 
 
 def execute(study: Study, out: Path, jobs: int) -> list[str]:
-    """Run what is not finished, stage by stage; the names of runs that failed."""
+    """Run what is not finished, stage by stage, and return the names of the runs that failed."""
     failed: list[str] = []
     todo = [run for run in study.models + study.runs if result(run, out) is None]
     total, done = len(todo), 0
@@ -101,7 +101,7 @@ def first_error(log: Path) -> str:
 
 
 def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> int:
-    """Run it to its end; its exit code."""
+    """Run one run to its end, on the GPU of its slot if there are GPUs, and return its exit code."""
     import torch
 
     for folder in ("configs", "logs"):
@@ -115,13 +115,8 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
         command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(run.ranks)]
         command += ["--master_port", str(free_port())]
     command += [str(ROOT / "ibdistill/train.py"), str(recipe)]
-    ours = (
-        "RANK",
-        "WORLD_SIZE",
-        "LOCAL_RANK",
-        "MASTER_ADDR",
-        "MASTER_PORT",
-    )  # a group of its own for each run
+    # each run has a process group of its own
+    ours = "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"
     env = {name: value for name, value in os.environ.items() if name not in ours}
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if torch.cuda.is_available() and run.ranks == 1:
@@ -138,12 +133,11 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
 
 
 def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
-    """Note in a run's folder what its process took, added to what an interrupted one before it took, and the
-    commit."""
+    """Note the commit and a process's seconds in the run's folder, added to those of interrupted ones."""
     import torch
 
     if not folder.is_dir():
-        return  # it failed before it had one
+        return  # the run failed before it had a folder
     path = folder / "study.json"
     before = json.loads(path.read_text()) if path.is_file() else {}
     spent = {"process_seconds": wall_seconds}
@@ -154,7 +148,7 @@ def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
 
 
 def commit() -> str:
-    """Of the working tree, with a + if it has changes; empty where there is no git."""
+    """The commit of the working tree, with a + if it has changes; empty where there is no git."""
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run(
@@ -167,7 +161,7 @@ def commit() -> str:
 
 
 def write_grids(study: Study, out: Path) -> list[str]:
-    """One grid a stage, which only starts from earlier ones; the commands that run them."""
+    """Write one grid per stage, whose runs start from earlier stages' models; returns the commands to run."""
     out.mkdir(parents=True, exist_ok=True)
     commands = []
     for stage in sorted({run.stage for run in study.models + study.runs}):
@@ -186,12 +180,12 @@ def write_grids(study: Study, out: Path) -> list[str]:
 
 
 def _argument(value: Any) -> str:
-    """A setting as the command line reads it back."""
+    """A setting's value as the command line reads it."""
     return json.dumps(value, separators=(",", ":")) if isinstance(value, list) else str(value)
 
 
 def slots() -> int:
-    """GPUs at hand, or else cores."""
+    """The number of GPUs, or else of the cores that this process may use."""
     import torch
 
     return torch.cuda.device_count() or len(os.sched_getaffinity(0))
@@ -228,7 +222,7 @@ def main(arguments: list[str]) -> None:
 
 
 def perform(action: str, study: Study, out: Path, jobs: int | None = None) -> int:
-    """What a command does; its exit code. Raises ValueError where nothing can be reported."""
+    """Do what a command says and return its exit code. Raises ValueError where nothing can be reported."""
     from study import report
 
     if action == "grid":

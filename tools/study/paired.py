@@ -40,7 +40,7 @@ def read(path: Path) -> tuple[Scores, list[tuple[str, str]]]:
 
 
 def difference(a: list[float], b: list[float]) -> Difference:
-    """Raises ValueError for fewer than two common seeds."""
+    """The paired difference of two arms' scores. Raises ValueError for fewer than two common seeds."""
     values = [x - y for x, y in zip(a, b, strict=False)]
     if len(values) < 2:
         raise ValueError(f"{len(values)} common seeds; an interval needs at least 2")

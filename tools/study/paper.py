@@ -2,13 +2,13 @@
 
     python tools/study.py paper --dataset svamp --student google/t5-v1_1-small --data DSS_FOLDER --out OUT
 
-Settings are the paper's (alpha 0.5, beta 0.1, learning rate 5e-5, batch 64, 10,000 steps), from the
-data set's recipe. `--student` is a hub name or a folder, `--data` a folder in the layout of the DSS data
-release (without it, the hub). Further `--section.field value` go to every run. `--dry-run` goes the same
-way with random weights, a few records and two steps; its accuracies mean nothing.
+Settings are the paper's (alpha 0.5, beta 0.1, learning rate 5e-5, batch 64, 10,000 steps), from the data
+set's recipe. `--student` is a hub name or a folder. `--data` is a folder in the layout of the DSS data
+release; without it the data comes from the hub. Further `--section.field value` go to every run. `--dry-run`
+goes the same way with random weights, a few records and two steps; its accuracies mean nothing.
 
-Published figures: Chen et al., Findings of ACL 2024, arXiv 2403.03348, tables 1 (T5-base) and 2 (T5-small),
-of which only these are known here.
+The published figures are from Chen et al., Findings of ACL 2024, arXiv 2403.03348, tables 1 (T5-base) and 2
+(T5-small). Only some of them are known here.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ DRY = {
 
 
 def content(options: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
-    """The study (see study.py) of one data set and student."""
+    """The study of one data set and student, as its YAML file would have it (see `study/command.py`)."""
     settings = {"student.model": options.student, "run.export": False}
     settings |= {"data.path": str(Path(options.data).resolve())} if options.data else {}
     return {
@@ -57,7 +57,7 @@ def content(options: argparse.Namespace, own: dict[str, Any]) -> dict[str, Any]:
 
 
 def comparison(found: arms.Study, out: Path, options: argparse.Namespace) -> str:
-    """Ours beside the published figures."""
+    """Our accuracies beside the published figures, as a table."""
     size = next((size for size in ("small", "base") if size in options.student), "")
     published = {} if options.dry_run else PUBLISHED.get((size, options.dataset), {})
     lines = [
@@ -73,7 +73,7 @@ def comparison(found: arms.Study, out: Path, options: argparse.Namespace) -> str
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser of the command line, further settings aside."""
+    """The parser of the command line, apart from further settings."""
     result = argparse.ArgumentParser(
         prog="study.py paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
         type=arms.read_seeds,
         action=arms.Seeds,
         default=[0, 1, 2],
-        help="of the runs: `0 1` or `0,1`; default: 0 1 2",
+        help="the runs' seeds: `0 1` or `0,1`; default: 0 1 2",
     )
     result.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
     result.add_argument("--dry-run", action="store_true")

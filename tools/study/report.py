@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import compare_runs
 from matplotlib.figure import Figure
 
+from ibdistill.evaluation.plots import plain
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -53,7 +55,7 @@ def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) ->
 
 
 def key(run: Any) -> str:
-    """A run's group: `arm@labels`."""
+    """The name of a run's group: `arm@labels`."""
     return f"{run.arm}@{run.labels:g}"
 
 
@@ -89,7 +91,7 @@ def difference(a: Scores, b: Scores) -> str:
 
 
 def table(study: Study, groups: dict[str, dict[int, dict]], results: dict[str, dict | None]) -> str:
-    """The markdown table, the comparisons, and what one has to know about them."""
+    """The markdown table, the comparisons below it, and what one has to know about them."""
     head = f"arm|labels|steps|seeds|mean %|std|per seed|to {study.baseline}, 95 %|train s|CPU s"
     lines = [f"| {' | '.join(head.split('|'))} |", "|---" * len(head.split("|")) + "|"]
     missing = defaultdict(int)
@@ -147,9 +149,9 @@ def _summary(study: Study, groups: dict[str, dict[int, dict]], name: str) -> dic
 
 
 def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
-    """Accuracy of each arm with its interval; against compute; against labels where arms have several counts.
+    """The accuracy of each arm: with its interval, against compute, and against the number of labels.
 
-    An arm has one look in all panels.
+    The last panel exists only where an arm has several numbers of labels. An arm has one look in all panels.
     """
     counts = [name.rpartition("@")[2] for name in groups]
     usual = max(set(counts), key=counts.count)
@@ -171,7 +173,7 @@ def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
 
 
 def _by_labels(arm: str, groups: dict[str, dict[int, dict]]) -> list[tuple[float, Scores]]:
-    """(labels, scores) of an arm, in rising order."""
+    """(number of labels, scores) of an arm, in rising order."""
     names = [name for name in groups if name.rpartition("@")[0] == arm]
     return sorted(
         ((float(name.rpartition("@")[2]), accuracies(groups[name])) for name in names), key=lambda p: p[0]
@@ -186,7 +188,7 @@ def _draw_ranking(axes: Axes, arms: dict[str, dict[int, dict]], looks: dict[str,
         axes.errorbar(center, y, xerr=None if math.isnan(half) else half, capsize=3, **looks[arm])
         axes.plot(scores, [y] * len(scores), "|", color=looks[arm]["color"], alpha=0.6)
         values += scores
-    axes.set_yticks(range(len(arms)), arms)
+    axes.set_yticks(range(len(arms)), [*map(plain, arms)])
     axes.invert_yaxis()
     axes.set(xlabel="accuracy %", title=title, xlim=compare_runs.limits(values))
 
@@ -196,7 +198,7 @@ def _draw_compute(axes: Axes, arms: dict[str, dict[int, dict]], looks: dict[str,
     clock = "cpu_seconds" if all("cpu_seconds" in result for result in results) else "seconds"
     for arm, group in arms.items():
         seconds = mean(result[clock] for result in group.values())
-        axes.plot(seconds, mean(accuracies(group).values()), label=arm, **looks[arm])
+        axes.plot(seconds, mean(accuracies(group).values()), label=plain(arm), **looks[arm])
     words = clock.replace("_", " ").replace("cpu", "CPU")
     axes.set(xlabel=f"mean {words} of a run", ylabel="accuracy %", title="compute")
     axes.legend(fontsize=6, ncols=1 + len(arms) // 16)
@@ -207,7 +209,7 @@ def _draw_labels(axes: Axes, curves: dict[str, list[tuple[float, Scores]]], look
     for arm, points in curves.items():
         intervals = [compare_runs.interval(list(scores.values())) for _, scores in points]
         y, half = zip(*intervals, strict=True)
-        axes.errorbar([x for x, _ in points], y, yerr=half, capsize=3, label=arm, **looks[arm])
+        axes.errorbar([x for x, _ in points], y, yerr=half, capsize=3, label=plain(arm), **looks[arm])
         values += [score for _, scores in points for score in scores.values()]
     axes.set(xlabel="labelled questions", ylabel="accuracy %", title="labels needed")
     axes.set_ylim(compare_runs.limits(values))

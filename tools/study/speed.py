@@ -1,13 +1,13 @@
-"""What a run of each arm costs, for comparisons at equal compute.
+"""What one run of each arm costs, for comparisons at equal compute.
 
     python tools/study.py speed STUDY.yaml OUT                          arms of one rank
     deepspeed --num_gpus 2 tools/study.py speed STUDY.yaml OUT          arms of two
 
-All arms are loaded into one job and take turns, a few steps each, so that whatever else the
-machine does slows all of them alike. Seconds are those of the process for one rank on a CPU, else
-of the clock, waiting for other ranks included: of the steps, and of agreement's answers to the unlabelled
-questions. Loading, evaluation and the text that a teacher writes once are not in it. The models
-must be there.
+All arms are loaded into one process per rank and take turns of a few steps each, so that whatever else the
+machine does slows all of them alike. The seconds cover the steps and the answers to unlabelled questions
+(`training.pseudo_labels`). They are the process's own for one rank on a CPU, and the clock's otherwise,
+waiting for other ranks included. Loading, evaluation and the text that a teacher writes once are left out.
+The models must be trained already.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ ROUNDS, STEPS = 12, 10
 
 
 def measure(study: Study, out: Path) -> str:
-    """A table, on rank 0: seconds a step and a run, as a ratio to the baseline's, and its steps in that time.
+    """A table on rank 0, empty text on others: for each arm seconds per step and per run, their ratio to the
+    baseline's, and the steps that the baseline takes in the time of one run. Collective.
 
-    Where the baseline has another number of ranks, the first arm of this number takes its place. Raises
+    Where the baseline has another number of ranks, the first arm with this number takes its place. Raises
     ValueError if there is none.
     """
     import torch
@@ -78,7 +79,7 @@ def measure(study: Study, out: Path) -> str:
         shutil.rmtree(folder, ignore_errors=True)
     if world.rank:
         return ""
-    lines = [f"{'arm':24} {'ms a step':>9} {'s a run':>8} {'ratio':>6}  steps of {baseline} in that time"]
+    lines = [f"{'arm':24} {'ms/step':>9} {'s/run':>8} {'ratio':>6}  steps of {baseline} in that time"]
     base = whole[baseline]
     base_step = median(steps[baseline][1:])
     for arm, seconds in whole.items():

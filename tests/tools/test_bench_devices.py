@@ -1,0 +1,52 @@
+"""The device of a benchmark: a faked GPU is chosen, waited for and asked for its memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bench import devices
+
+GPU = torch.device("cuda", 0)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """A GPU that notes what it is asked, in order; its figures are made up."""
+    made: list[str] = []
+
+    def fake(name: str, answer: object = None):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: made.append(name) or answer)
+
+    for name in ("synchronize", "reset_peak_memory_stats"):
+        fake(name)
+    fake("is_available", True)
+    fake("get_device_name", "NVIDIA H100")
+    fake("memory_allocated", 100)
+    fake("max_memory_allocated", 700)
+    return made
+
+
+def test_a_gpu_is_chosen_timed_and_measured_through_torch(calls):
+    device = devices.choose()
+    assert device == GPU and devices.name(device) == "NVIDIA H100"
+    calls.clear()
+    assert devices.timed(lambda: calls.append("action"), device) >= 0
+    assert calls == ["synchronize", "action", "synchronize"]
+    calls.clear()
+    before = devices.held_bytes(device)
+    devices.restart_peak(device)
+    assert devices.peak_bytes(device) - before == 600
+    assert calls == ["memory_allocated", "reset_peak_memory_stats", "max_memory_allocated"]
+
+
+def test_without_a_gpu_the_process_is_measured(calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    device = devices.choose()
+    assert device == CPU and devices.name(device) == f"CPU, {torch.get_num_threads()} threads"
+    devices.restart_peak(device)
+    before = devices.held_bytes(device)
+    filled = torch.ones(2**24)  # 64 MiB
+    above = devices.peak_bytes(device) - before
+    assert 0.9 * filled.numel() * 4 < above < 1.5 * filled.numel() * 4
+    assert devices.timed(lambda: None, device) >= 0 and not calls
