@@ -76,18 +76,18 @@ from ibdistill.training import engine  # noqa: E402
 PROCESSES = (1, 2, 4)
 STREAMS = ("predict", "explain")
 COPIES, REDUCTIONS = 40, 4
-"""Of the gradients' size, for the rates of memory and links: long against a slice of the scheduler's time."""
+"""How many passes over the gradients time memory and links: long against a slice of the scheduler's time."""
 
 
 def settings(model: str, zero: str, questions: int) -> sections.Config:
-    """Of the run that is measured and planned."""
+    """The settings of the run that is measured and planned."""
     given = {"student.model": model, "deepspeed.config": zero, "optim.batch_size": questions}
     given |= {"objective.method": "dss", "student.tokenizer": "train", "student.dropout": 0.0}
     return load_settings(None, given | {"student.vocab_size": len(tokenizers.demo_tokenizer())})
 
 
 def seconds_of(function, repeats: int) -> float:
-    """Of some repeats on all ranks at once, until the last is done."""
+    """Seconds of some repeats on all ranks at once, until the last is done."""
     dist.barrier()
     start = time.perf_counter()
     for _ in range(repeats):
@@ -128,7 +128,7 @@ class Rank:
         self.engine.step()
 
     def round(self, steps: int) -> list[dict[str, float]]:
-        """Of each step: rates just before it, its seconds, and those of them within collectives."""
+        """For each step: the rates just before it, its seconds, and those of them within collectives."""
         size, once = self.gradients.numel() * 4, 2.0 * self.x.shape[0] * self.w.numel()
         products, sent = (
             max(1, round(self.operations / once)),

@@ -205,7 +205,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
 
         loss, gradient = kd(answer)
         width = answer.targets["predict"].hidden.shape[1]
-        print(f"{len(rows)} questions; distillation loss {loss:.4f} nats a token")
+        print(f"{len(rows)} questions; distillation loss {loss:.4f} nats per token")
         print("form          bytes/token  loss moved  gradient moved")
         half = {s: TeacherStream(hidden=t.hidden.bfloat16().float()) for s, t in answer.targets.items()}
         forms = {"states bf16": (2 * width, TeacherAnswer(None, half, answer.weight, answer.bias))}

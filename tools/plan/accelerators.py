@@ -23,9 +23,9 @@ class Accelerator:
     bandwidth_gbs: float
     """Memory bandwidth, GB/s."""
     tflops: float
-    """Peak rate of dense bf16 products, 10^12 operations a second."""
+    """Peak rate of dense bf16 products, 10^12 operations per second."""
     fp32_tflops: float
-    """Of fp32 products, in full precision as torch makes them by default."""
+    """Peak rate of fp32 products in full precision, torch's default, 10^12 operations per second."""
     link_gbs: float
     """To another GPU of the node, one direction, GB/s."""
     network_gbs: float
@@ -45,7 +45,7 @@ class Accelerator:
     """To the shared file system, all ranks together, GB/s. An assumption."""
 
     def products(self, precision: str) -> float:
-        """Products that a step makes of `fp32` or `bf16`, operations a second."""
+        """Products that a step makes of `fp32` or `bf16`, operations per second."""
         return 1e12 * self.utilization * (self.tflops if precision == "bf16" else self.fp32_tflops)
 
     def room(self) -> int:
@@ -101,7 +101,7 @@ ACCELERATORS = {
         fp32_tflops=91.6,
         link_gbs=32,
         network_gbs=12.5,
-        source="NVIDIA L40S data sheet (PCIe 4.0 x16); network: 100 Gb/s a GPU, an assumption",
+        source="NVIDIA L40S data sheet (PCIe 4.0 x16); network: 100 Gb/s per GPU, an assumption",
     ),
     "l4-24g": Accelerator(
         memory_gib=24,
@@ -110,7 +110,7 @@ ACCELERATORS = {
         fp32_tflops=30.3,
         link_gbs=32,
         network_gbs=12.5,
-        source="NVIDIA L4 data sheet (PCIe 4.0 x16); network: 100 Gb/s a GPU, an assumption",
+        source="NVIDIA L4 data sheet (PCIe 4.0 x16); network: 100 Gb/s per GPU, an assumption",
     ),
 }
 _OVERRIDES = {f.name for f in dataclasses.fields(Accelerator)} - {"source"}

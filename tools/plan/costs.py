@@ -33,12 +33,12 @@ _FACTOR = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one micro-batch on one rank."""
+    """The operations of one micro-batch on one rank."""
 
     student: float
     """Its blocks, forward and backward."""
     head: float
-    """Of the loss: the student's head three times, the teacher's once, vid's map three times."""
+    """The loss: the student's head three times, the teacher's once, vid's map three times."""
     teacher: float
 
 
@@ -85,7 +85,7 @@ def _not_repeated(model: nn.Module) -> set[nn.Module]:
 
 
 def forward_operations(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> int:
-    """Of a forward pass below the head."""
+    """The operations of a forward pass below the head."""
     linear = sum(count for _, count in _linears(model, lengths, streams))
     return linear + _attention(model, lengths, streams)
 
@@ -98,7 +98,7 @@ def operations(
     *,
     checkpointing: bool = False,
 ) -> Operations:
-    """Of one micro-batch."""
+    """The operations of one micro-batch on one rank."""
     streams = weights.streams_of(objective)
     linear = list(_linears(student.model, lengths, streams))
     attention = _attention(student.model, lengths, streams)
@@ -122,7 +122,7 @@ def operations(
 def student_traffic(
     sizes: Sizes, precision: str, zero: Zero, micro_batches: int, gathered: Gathers | None
 ) -> dict[str, int]:
-    """Collective -> bytes a step of the whole tensors, on more than one rank (norms and flags left out).
+    """Collective -> bytes per step of the whole tensors, on more than one rank (norms and flags left out).
 
     DeepSpeed 0.19.8 reduces by all-reduce in stages 1 and 2 too: stage 2 with every micro-batch, the others
     with the last one. `gathered`: stage 3's (`footprint.gathers`).
@@ -178,7 +178,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of one rank, in operations and bytes a second."""
+    """The rates of one rank, in operations and bytes per second."""
 
     products: float
     """The student's and the head's."""

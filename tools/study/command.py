@@ -154,7 +154,7 @@ def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
 
 
 def commit() -> str:
-    """Of the working tree, with a + if it has changes; empty where there is no git."""
+    """The git commit of the working tree, with a + if it has changes; empty where there is no git."""
     try:
         git = ["git", "-C", str(ROOT)]
         head = subprocess.run(
