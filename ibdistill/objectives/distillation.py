@@ -183,7 +183,7 @@ class Distillation(nn.Module):
             return None
         return TeacherDistributions(
             predict=answer.targets["predict"],
-            explain=answer.targets["explain"],
+            explain=answer.targets.get("explain"),  # a method may train on the label alone
             weight=answer.weight,
             bias=answer.bias,
             divergence=self.objective.divergence,

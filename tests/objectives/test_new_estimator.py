@@ -97,3 +97,11 @@ def test_a_step_equals_autograd_of_the_plain_formulas(added, pool):
     assert terms["mi"] > 0 and terms["kd_predict"] > 0
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-7, atol=1e-11)
+
+
+def test_a_method_on_the_label_alone_is_distilled_in_one_stream():
+    model = T5ForConditionalGeneration(T5Config(**SHAPE | {"vocab_size": 100}))
+    asked = TeacherStream(torch.zeros(3, 5))
+    answer = TeacherAnswer(None, {"predict": asked}, torch.zeros(100, 5))
+    given = Distillation(model, ObjectiveConfig(method="kd"))._teacher(answer)
+    assert given.predict is asked and given.explain is None

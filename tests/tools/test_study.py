@@ -393,6 +393,19 @@ def test_further_settings(tmp_path, monkeypatch):
             study_arms.further_settings(rest)
 
 
+def test_a_files_settings_are_read_as_they_are_written(tmp_path):
+    """As in a recipe: 10 is a name where a name is asked for, and a number where a number is."""
+    (tmp_path / "a.yaml").write_text(
+        "recipe: demo\nseeds: [1]\nlabels: {8: [1], 0.5: [1]}\nsettings: &all {optim.max_steps: 1e2}\narms:\n"
+        "  a: {<<: *all, student.tokenizer: 10, teacher.cache: 1e3, run.export: false}\n"
+        "  b: {student.tokenizer: 'x#1', teacher.cache: true, data.task: [demo]}\n"
+    )
+    a, _, b, _ = (study_arms.resolved(run, tmp_path) for run in study_arms.load(tmp_path / "a.yaml").runs)
+    assert (a.student.tokenizer, a.teacher.cache, a.optim.max_steps) == ("10", "1e3", 100)
+    assert (a.run.export, a.data.subsample) == (False, 8)
+    assert (b.student.tokenizer, b.teacher.cache, b.data.task) == ("x#1", "true", ["demo"])
+
+
 def test_further_settings_reach_all_arms(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content()))
     plain, changed = (study_arms.load(tmp_path / "a.yaml", f) for f in (None, {"optim.lr": 0.5}))

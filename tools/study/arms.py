@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ibdistill.config import command_line, fields
-from ibdistill.config.load import load_settings
+from ibdistill.config.load import load_settings, read_yaml
 from ibdistill.config.sections import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,12 +61,26 @@ def load(path: Path, further: dict[str, Any] | None = None, seeds: list[int] | N
     Raises ValueError that names the file, the key or setting, and what is allowed.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
+        written = path.read_text()
+        content = _with_text(yaml.safe_load(written), read_yaml(written))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
     if further and isinstance(content, dict):
         content["settings"] = (content.get("settings") or {}) | further
     return build(content, path, seeds)
+
+
+def _with_text(value: Any, text: Any) -> Any:
+    """`value` with the settings, whose names have a point, as the file's text: recipes are read so too.
+
+    `value` and `text` are the same YAML, with and without the types that PyYAML guesses.
+    """
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: own_text if isinstance(key, str) and "." in key else _with_text(own, own_text)
+        for (key, own), own_text in zip(value.items(), text.values(), strict=True)
+    }
 
 
 def further_settings(rest: Sequence[str]) -> dict[str, Any]:
