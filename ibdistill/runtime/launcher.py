@@ -21,7 +21,7 @@ DEFAULT_PORT = "29500"
 """The MASTER_PORT that the launcher gives to its ranks where the user has not chosen one."""
 _WATCH_SECONDS = 0.25
 _PR_SET_PDEATHSIG = 1
-"""Of Linux's prctl(2): the signal that this process gets when its parent ends."""
+"""The option of Linux's prctl(2) that names the signal which a process gets when its parent ends."""
 
 
 def pid() -> int | None:
