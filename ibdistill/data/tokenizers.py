@@ -55,11 +55,21 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
+        reason = missing_folder(name) or error
+        raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
+
+
+def missing_folder(name: str) -> str:
+    """Why a name that can only be a folder's loads nothing; empty if it is there or may be a hub name.
+
+    The hub's own message, that a repository's name has one `/`, says nothing to a user who mistyped a path.
+    """
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    return f"there is no such folder (seen from {Path.cwd()})" if is_path and not Path(name).is_dir() else ""
 
 
 def _reads_bytes(folder: Path) -> bool:

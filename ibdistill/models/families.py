@@ -86,7 +86,8 @@ def load_config(name: str, setting: str) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         known = f"no preset ({', '.join(presets.PRESETS)}), and " if setting == "student.model" else ""
-        raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {error}") from error
+        reason = tokenizers.missing_folder(name) or error
+        raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {reason}") from error
     for field in _SCALES:
         if (value := getattr(config, field, None)) not in (None, 1):
             raise ValueError(
