@@ -14,8 +14,8 @@ from ibdistill.data.tokenizers import (
     SENTINELS,
     demo_tokenizer,
     load_tokenizer,
-    missing_folder,
     train_tokenizer,
+    why_not_loaded,
 )
 
 DATA = Path(os.environ.get("IBDISTILL_DATA") or Path(__file__).parents[2] / "../shared/data")
@@ -176,4 +176,4 @@ def test_a_mistyped_path_is_told_from_a_hub_name(tmp_path):
         ):
             load_tokenizer(name, "student.tokenizer")
     for name in ("google/flan-t5-small", "gpt2", str(tmp_path)):
-        assert missing_folder(name) == ""
+        assert why_not_loaded(name, OSError("as the hub says")) == "as the hub says"
