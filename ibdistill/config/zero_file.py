@@ -98,7 +98,7 @@ def read_ds_config(name: str) -> dict[str, Any]:
     """
     path = Path(name) if name.endswith(".json") else DS_CONFIGS / f"{name}.json"
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes(), object_pairs_hook=_object)
     except OSError as error:
         shipped = ", ".join(sorted(file.stem for file in DS_CONFIGS.glob("*.json")))
         raise ValueError(
@@ -116,6 +116,15 @@ def read_ds_config(name: str) -> dict[str, Any]:
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: {_ZERO}.stage is {shown(stage)}; it must be 0, 1, 2 or 3")
     _check_zero(path, zero)
+    return content
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError if it has a key twice, of which JSON readers take the last alone."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
+        raise ValueError(f"the key {shown(twice)} is given twice; give it once")
     return content
 
 

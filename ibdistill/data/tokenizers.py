@@ -54,12 +54,27 @@ def load_tokenizer(name: str, setting: str) -> PreTrainedTokenizerBase:
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {error}") from error
+    except Exception as error:  # of a damaged file: anything
+        reason = why_not_loaded(name, error)
+        raise ValueError(f"{setting} is {name!r}, which holds no tokenizer: {reason}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.clean_up_tokenization_spaces = False
     return tokenizer
+
+
+def why_not_loaded(name: str, error: Exception) -> str:
+    """Why transformers, which raised `error`, loads nothing under a name, for a message.
+
+    Its own message for a mistyped path, that a repository's name has one `/`, says nothing to the user. For
+    a damaged file in a folder it raises whatever its code happens to stumble over.
+    """
+    is_path = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
+    if is_path and not Path(name).is_dir():
+        return f"there is no such folder (seen from {Path.cwd()})"
+    if isinstance(error, OSError | ValueError) and str(error):
+        return str(error)
+    return f"one of its files is damaged ({type(error).__name__}: {str(error)[:200]})"
 
 
 def _reads_bytes(folder: Path) -> bool:

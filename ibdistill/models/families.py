@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -84,9 +83,10 @@ def load_config(name: str, setting: str) -> PreTrainedConfig:
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of a damaged file: anything
         known = f"no preset ({', '.join(presets.PRESETS)}), and " if setting == "student.model" else ""
-        raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {error}") from error
+        reason = tokenizers.why_not_loaded(name, error)
+        raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {reason}") from error
     for field in _SCALES:
         if (value := getattr(config, field, None)) not in (None, 1):
             raise ValueError(
@@ -185,8 +185,9 @@ def _pretrained(name: str, config: PreTrainedConfig, setting: str, **kwargs: Any
             ignore_mismatched_sizes=True,
             **kwargs,
         )
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{setting} is {name!r}, whose weights cannot be loaded: {error}") from error
+    except Exception as error:  # of a damaged file: anything
+        reason = tokenizers.why_not_loaded(name, error)
+        raise ValueError(f"{setting} is {name!r}, whose weights cannot be loaded: {reason}") from error
     saved_as = f"It was saved as {', '.join(config.architectures or ['an unknown class'])}"
     way_out = f"choose a folder or hub name of a whole {type(model).__name__}"
     if setting == "student.model":

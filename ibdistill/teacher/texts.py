@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ibdistill.config.fields import shown
 from ibdistill.config.sections import Config
 from ibdistill.data import token_ids
 from ibdistill.data.records import STREAMS, Record, map_numbers
@@ -45,11 +46,14 @@ def read_template(config: Config) -> str:
     text = given
     if QUESTION not in given:
         if not os.path.isfile(given):  # also of a text that is too long for a name
-            raise ValueError(f"teacher.template is {given!r}: neither a text with {QUESTION} nor a file")
-        text = Path(given).read_text()
+            raise ValueError(f"teacher.template is {shown(given)}: neither a text with {QUESTION} nor a file")
+        try:
+            text = Path(given).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"teacher.template is {shown(given)}, which cannot be read: {error}") from error
     if text.count(QUESTION) != 1:
         raise ValueError(
-            f"teacher.template {given!r} has {QUESTION} {text.count(QUESTION)} times; put it once"
+            f"teacher.template {shown(given)} has {QUESTION} {text.count(QUESTION)} times; put it once"
         )
     names = [config.data.task] if isinstance(config.data.task, str) else config.data.task
     if without := [name for name in names if TASKS[name].parse_llm is None]:

@@ -94,6 +94,11 @@ def test_keys_of_deepspeed_that_no_setting_owns_are_allowed(tmp_path, content):
         ),
         ([], r"mine.json holds \[\]; it must be an object"),
         ("{", r"mine.json: not valid JSON: .*line 1"),
+        (
+            '{"zero_optimization": {"stage": 3}, "zero_optimization": {}}',
+            r"mine.json: not valid JSON: the key 'zero_optimization' is given twice",
+        ),
+        ('{"zero_optimization": {"stage": 3, "stage": 0}}', r"the key 'stage' is given twice"),
         ("[" * 100_000, r"mine.json: not valid JSON"),
     ],
 )

@@ -10,7 +10,13 @@ import pytest
 from transformers import AutoTokenizer
 
 from ibdistill.data.tasks import demo
-from ibdistill.data.tokenizers import SENTINELS, demo_tokenizer, train_tokenizer
+from ibdistill.data.tokenizers import (
+    SENTINELS,
+    demo_tokenizer,
+    load_tokenizer,
+    train_tokenizer,
+    why_not_loaded,
+)
 
 DATA = Path(os.environ.get("IBDISTILL_DATA") or Path(__file__).parents[2] / "../shared/data")
 HOSTILE = [
@@ -161,3 +167,13 @@ def test_nothing_is_loaded_with_a_folders_own_code():
                 calls.append((f"{path.name}:{node.lineno}", trusts.get("trust_remote_code")))
     assert len(calls) >= 6
     assert [place for place, trusted in calls if trusted is not False] == []
+
+
+def test_a_mistyped_path_is_told_from_a_hub_name(tmp_path):
+    for name in ("/no/such", "./no", "../no", "runs/mine/student", "no/", "~/no", str(tmp_path / "no")):
+        with pytest.raises(
+            ValueError, match="which holds no tokenizer: there is no such folder .seen from /"
+        ):
+            load_tokenizer(name, "student.tokenizer")
+    for name in ("google/flan-t5-small", "gpt2", str(tmp_path)):
+        assert why_not_loaded(name, OSError("as the hub says")) == "as the hub says"

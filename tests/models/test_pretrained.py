@@ -156,3 +156,35 @@ def test_byt5_has_a_tokenizer_without_a_vocabulary_file(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text("[]")
     with pytest.raises(ValueError, match="which holds no tokenizer"):
         tokenizers.load_tokenizer(str(tmp_path), "student.model")
+
+
+def shape_with(**changes) -> bytes:
+    return json.dumps(tiny("llama").config.to_dict() | changes).encode()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("tokenizer.json", b"[]", "holds no tokenizer: one of its files is damaged"),
+        ("tokenizer_config.json", b"[]", "holds no tokenizer: one of its files is damaged"),
+        ("config.json", b"null", "one of its files is damaged"),
+        ("config.json", shape_with(hidden_size="32"), "one of its files is damaged .*hidden_size"),
+        ("config.json", shape_with(dtype="float99"), "one of its files is damaged .*float99"),
+        ("config.json", shape_with(num_attention_heads=0), "one of its files is damaged .ZeroDivisionError"),
+        ("generation_config.json", b"[]", "weights cannot be loaded: one of its files is damaged"),
+        ("model.safetensors", bytes(1000), "weights cannot be loaded: .*header"),
+        ("pytorch_model.bin", b"", "weights cannot be loaded: one of its files is damaged .EOFError"),
+        (
+            "pytorch_model.bin",
+            b"\x80\x04cos\nsystem\n",
+            "weights cannot be loaded: one of its files is damaged",
+        ),
+    ],
+)
+def test_a_damaged_file_of_a_folder_is_a_message(tmp_path, file, content, message):
+    name = save(tmp_path, "llama")
+    if file == "pytorch_model.bin":
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_student(StudentConfig(model=name), tokenizers.load_tokenizer(name, "student.model"), 0)

@@ -300,8 +300,11 @@ def test_a_template_is_filled_with_the_questions_own_numbers_and_parsed_by_the_t
     found = write(world, mine, **{"teacher.template": str(tmp_path / "prompt.txt")}).records
     assert {r.rationale for r in found} == {f"Why {r.question}? is 1." for r in found}
     assert set(seen) == {(True, 96)}
+    (tmp_path / "latin.txt").write_bytes(b"Why {question}? \xe9")
     for template, message in (
         ("what?", "neither a text with {question} nor a file"),
+        ("\x1b[31m" + "x" * 100_000, r"teacher.template is '\\x1b.{20,80}: neither a text with"),
+        (str(tmp_path / "latin.txt"), "which cannot be read: 'utf-8' codec can't decode"),
         ("{question} {question}", "has {question} 2 times; put it once"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -414,7 +417,7 @@ def test_taught_questions_join_the_labelled_records_with_the_teachers_answers(wo
             "data.label_source is 'teacher'; set teacher.rationales",
         ),
         ({"teacher.max_unparsed": 1.5}, "teacher.max_unparsed is 1.5; it must be in \\[0, 1\\]"),
-        ({"teacher.model": "/no/such"}, "teacher.model is '/no/such': no model could be loaded"),
+        ({"teacher.model": "/no/such"}, "teacher.model is '/no/such': no model .* there is no such folder"),
         (
             {"teacher.model": "t5-mini"},
             "the preset .t5-mini., which has no text to write: its weights are random",

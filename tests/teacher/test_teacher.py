@@ -123,7 +123,10 @@ ONLINE = {"teacher.placement": "replica", "teacher.model": "demo-teacher", "obje
         ({"objective.method": "ib", "objective.estimator": "vid"}, "estimator vid needs an online teacher"),
         (ONLINE | {"objective.method": "dss"}, "does not use a teacher; choose kd, ib or ib\\+kd"),
         (ONLINE | {"teacher.model": ""}, "teacher.model is empty: which model"),
-        (ONLINE | {"teacher.model": "/no/such"}, "teacher.model is '/no/such': no model could be loaded"),
+        (
+            ONLINE | {"teacher.model": "/no/such"},
+            "teacher.model is '/no/such': no model could be loaded: there is no such folder",
+        ),
         (ONLINE | {"teacher.placement": "cache"}, "name its folder in teacher.cache"),
         (ONLINE | {"teacher.placement": "zero3", "teacher.load_in_8bit": True}, "goes with .* replica"),
         (
