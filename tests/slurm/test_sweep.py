@@ -50,7 +50,8 @@ def test_a_sweep_of_four_with_one_failing_and_its_rerun(cluster, tmp_path):
 
     problems.mkdir()
     for split, n in (("train", 40), ("test", 4)):
-        rows = [{"question": f"{i} + 1 ?", "label": str(i + 1), "rationale": f"after {i}"} for i in range(n)]
+        # labels that the demo's tokenizer can say: others are refused at the start
+        rows = [{"question": f"{i} + 1 ?", "label": f"n{i % 3}", "rationale": f"after {i}"} for i in range(n)]
         (problems / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     table.unlink()
     second = sweep(cluster, *command, SWEEP_DIR=str(folder))
