@@ -35,10 +35,10 @@ _MAX_GROUPS = 8
 def curves(scores: Mapping[str, float]) -> dict[str, float]:
     """The scores that are drawn over a run's steps.
 
-    Those of the first token's confidence and a third form of the calibration error stand in `result.json`
-    alone, as does `reference_leakage`, which is the same at every step.
+    Those of the first token's confidence, a third form of the calibration error and the accuracies by other
+    rules stand in `result.json` alone, as does `reference_leakage`, which is the same at every step.
     """
-    left_out = "ece_mass", "reference_leakage"
+    left_out = "ece_mass", "accuracy_strict", "accuracy_lenient", "reference_leakage"
     return {
         name: value
         for name, value in scores.items()
