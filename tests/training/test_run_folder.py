@@ -18,7 +18,7 @@ from ibdistill.training import pseudo_labels, run_folder
 def rows_of(n: int) -> list[dict[str, str]]:
     """Questions, all different, with a label and a rationale."""
     return [
-        {"question": f"is {i} odd ?", "label": "3" if i % 2 else "4", "rationale": f"half of {i} is"}
+        {"question": f"is {i} odd ?", "label": "n1" if i % 2 else "n0", "rationale": f"half of {i} is"}
         for i in range(n)
     ]
 
