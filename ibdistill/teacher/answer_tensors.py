@@ -14,11 +14,12 @@ pools the teacher's distribution over the whole vocabulary, and therefore keeps 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +30,9 @@ from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import files
+from ibdistill.teacher.cache_shard import checksum
+
+logger = logging.getLogger("ibdistill")
 
 Head = tuple[Tensor | None, Tensor | None]
 """A head's weight [V, D_teacher] and bias [V]; (None, None) where no distributions are wanted."""
@@ -82,19 +86,34 @@ def fingerprint(config: TeacherConfig, wanted: Wanted, tokenizer: PreTrainedToke
 
 def write_head(folder: Path, width: int, weight: Tensor | None, bias: Tensor | None) -> None:
     """Write the teacher's width and, where there is one, its head, unless the cache has them already."""
-    path = folder / _HEAD
-    if path.is_file():
+    if read_head(folder, torch.device("cpu")) is not None:
         return
     tensors = {"weight": weight, "bias": bias}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
-    files.write_atomically(path, save(tensors, metadata={"width": str(width)}))
+    metadata = {"width": str(width), "checksum": checksum(tensors)}
+    files.write_atomically(folder / _HEAD, save(tensors, metadata=metadata))
 
 
-def read_head(folder: Path, device: torch.device) -> tuple[int, Head]:
-    """What `write_head` wrote: the teacher's width, and its head on `device`."""
-    with safe_open(folder / _HEAD, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118, no mapping
-        return int(file.metadata()["width"]), (tensors.get("weight"), tensors.get("bias"))
+def read_head(folder: Path, device: torch.device) -> tuple[int, Head] | None:
+    """What `write_head` wrote: the teacher's width, and its head on `device`.
+
+    None if it is not there or damaged, which is warned of: a loaded teacher writes it again.
+    """
+    path = folder / _HEAD
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+            metadata = file.metadata()
+        if metadata["checksum"] != checksum(tensors):
+            raise ValueError("its checksum is another")
+        width = int(metadata["width"])
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s is damaged and is not used: %s", path, error)
+        return None
+    weight, bias = (tensors[name].to(device) if name in tensors else None for name in ("weight", "bias"))
+    return width, (weight, bias)
 
 
 def top_k(

@@ -101,11 +101,14 @@ class TeacherAnswers:
         self._reads = self._writes = True
         self._was_summarised = False
         missing = self._missing()
+        kept = None if missing or expects_more else self._read_head()
         self.teacher = None
-        if missing or expects_more:
+        if kept is None:
             if config.placement == "cache":
+                records = f"{missing} of the {len(features)} training records"
+                what = records if missing else "the teacher's head"
                 raise ValueError(
-                    f"teacher.cache {config.cache} lacks {missing} of the {len(features)} training records; "
+                    f"teacher.cache {config.cache} lacks {what}; "
                     "run the same data once with the teacher in another placement, which fills it"
                 )
             self.teacher = teacher or Teacher(config, wanted, tokenizer, self._head_rows, world)
@@ -118,7 +121,7 @@ class TeacherAnswers:
             logger.info(
                 "all %d training records are in %s: the teacher is not loaded", len(features), config.cache
             )
-            self.width, self._head = self._read_head()
+            self.width, self._head = kept
         overlaps = world.device.type == "cuda" and config.placement == "replica"
         self._stream = torch.cuda.Stream() if overlaps else None
         if world.device.type == "cuda" and config.placement in SHARDED:
@@ -293,7 +296,10 @@ class TeacherAnswers:
         folder = Path(self._config.cache)
         distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, self.width, *head))
 
-    def _read_head(self) -> tuple[int, Head]:
-        """The teacher's width, and its head with as many rows as the student's."""
-        width, (weight, bias) = answer_tensors.read_head(Path(self._config.cache), self._world.device)
+    def _read_head(self) -> tuple[int, Head] | None:
+        """The teacher's width, and its head with as many rows as the student's; None if it cannot be read."""
+        found = answer_tensors.read_head(Path(self._config.cache), self._world.device)
+        if found is None:
+            return None
+        width, (weight, bias) = found
         return width, (None, None) if weight is None else fit_rows(weight, bias, self._head_rows)

@@ -200,3 +200,24 @@ def test_a_full_disk_ends_the_cache_and_not_the_run(make_job, tmp_path, monkeypa
     monkeypatch.undo()
     steps(job, 1)
     assert job.state.step == 10
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_head_that_cannot_be_read_is_written_again(make_job, tmp_path, damage):
+    cache = {"teacher.cache": str(tmp_path / "cache")}
+    first = make_job(tmp_path / "first", **ONLINE | cache)
+    steps(first, 8)
+    first.teacher_answers.flush()
+    assert make_job(tmp_path / "again", **ONLINE | cache).teacher_answers.teacher is None
+    path = tmp_path / "cache" / "head.tensors"
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    content = {
+        "flipped": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+        "cut": whole[:-9],
+    }
+    path.unlink() if damage == "gone" else path.write_bytes(content[damage])
+    with pytest.raises(ValueError, match="lacks the teacher's head; run the same data once with the teacher"):
+        make_job(tmp_path / "alone", **ONLINE | cache | {"teacher.placement": "cache"})
+    assert make_job(tmp_path / "mended", **ONLINE | cache).teacher_answers.teacher is not None
+    assert path.read_bytes() == whole
