@@ -205,12 +205,18 @@ def test_a_bad_command_line_is_named(arguments, message):
         command.from_command_line(arguments.split())
 
 
-def test_a_configuration_that_lacks_a_size_is_named(tmp_path):
-    sizes = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "num_attention_heads": 0}
+@pytest.mark.parametrize(
+    ("size", "what"),
+    [
+        # the configuration itself divides by the number of heads
+        ({"num_attention_heads": 0}, "no model could be loaded: .*ZeroDivisionError"),
+        ({"intermediate_size": -4}, "no model can be built from its configuration"),
+    ],
+)
+def test_a_configuration_that_lacks_a_size_is_named(tmp_path, size, what):
+    sizes = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "num_attention_heads": 4} | size
     (tmp_path / "config.json").write_text(json.dumps(sizes))
-    with pytest.raises(
-        ValueError, match=r"student\.model is '.*': no model can be built from its configuration"
-    ):
+    with pytest.raises(ValueError, match=rf"student\.model is '.*': .*{what}"):
         footprint.student_skeleton(tiny(**{"student.model": str(tmp_path)}))
 
 
