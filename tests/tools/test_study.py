@@ -394,7 +394,7 @@ def test_further_settings(tmp_path, monkeypatch):
 
 
 def test_a_files_settings_are_read_as_they_are_written(tmp_path):
-    """As in a recipe: 10 is a name where a name is asked for, and a number where a number is."""
+    """A study reads 10 as a recipe does: as a name where a name is asked for, else as a number."""
     (tmp_path / "a.yaml").write_text(
         "recipe: demo\nseeds: [1]\nlabels: {8: [1], 0.5: [1]}\nsettings: &all {optim.max_steps: 1e2}\narms:\n"
         "  a: {<<: *all, student.tokenizer: 10, teacher.cache: 1e3, run.export: false}\n"
