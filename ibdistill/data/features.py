@@ -56,22 +56,42 @@ class Features:
     groups: np.ndarray
     """[records] int: the task of the mixture that each belongs to, counted in the order of `data.task`."""
     questions: dict[str, Ragged]
-    """Stream -> prefix and question."""
+    """Stream -> prefix and question. The first stream's questions are those that question states are of."""
     targets: dict[str, Ragged]
-    """Stream -> label or rationale; the explain target of a record without a rationale is empty."""
+    """Segment -> label or rationale; the explain target of a record without a rationale is empty."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many of the `predict questions`, `explain questions`, `labels` and `rationales` were too long."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams, in order."""
+        return tuple(self.questions)
+
+    @property
+    def first_questions(self) -> Ragged:
+        """The questions of the first stream."""
+        return self.questions[self.streams[0]]
+
+    @property
+    def labels(self) -> Ragged:
+        """The targets that hold the label."""
+        return self.targets["predict" if "predict" in self.targets else "answer"]
+
+    @property
+    def rationales(self) -> Ragged:
+        """The targets that hold the rationale."""
+        return self.targets["explain" if "explain" in self.targets else "rationale"]
+
     def __add__(self, other: Features) -> Features:
         """These records and then the other ones, of the same tasks."""
         return Features(
             ids=self.ids + other.ids,
             groups=np.concatenate([self.groups, other.groups]),
-            questions={stream: self.questions[stream] + other.questions[stream] for stream in STREAMS},
-            targets={stream: self.targets[stream] + other.targets[stream] for stream in STREAMS},
+            questions={stream: own + other.questions[stream] for stream, own in self.questions.items()},
+            targets={segment: own + other.targets[segment] for segment, own in self.targets.items()},
             cut={what: self.cut.get(what, 0) + other.cut.get(what, 0) for what in self.cut | other.cut},
         )
 

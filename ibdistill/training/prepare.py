@@ -265,9 +265,9 @@ def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
     """`data/truncated_share_WHAT`: the share of the training texts that fill their limit. They were cut, or
     in rare cases just fit."""
     limits = {
-        "questions": (features.questions["predict"], config.max_question_tokens),
-        "labels": (features.targets["predict"], config.max_label_tokens),
-        "rationales": (features.targets["explain"], config.max_rationale_tokens),
+        "questions": (features.first_questions, config.max_question_tokens),
+        "labels": (features.labels, config.max_label_tokens),
+        "rationales": (features.rationales, config.max_rationale_tokens),
     }
     return {
         f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())

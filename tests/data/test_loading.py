@@ -122,10 +122,10 @@ def test_a_step_counts_the_tokens_of_records_without_a_rationale_in_the_predict_
     counts = sampler.counts(0)
     assert counts == {"predict": 9, "explain": 11, "questions": 4, "explained": 2, "question_tokens": 22}
     weights = step_weights(ObjectiveConfig(method="ib", alpha=0.5, beta=0.1, estimator="paper"), counts)
-    assert (weights.ce_predict, weights.ce_explain, weights.mi) == (0.5 / 9, 0.5 / 11, 0.1 / 2)
+    assert (weights["ce_predict"], weights["ce_explain"], weights["mi"]) == (0.5 / 9, 0.5 / 11, 0.1 / 2)
     nobody = Sampler(features_of([(5, 2, 0)] * 4), DataConfig(), batch_size=4, seed=0).counts(0)
     assert (nobody["explain"], nobody["explained"]) == (0, 0)
-    assert step_weights(ObjectiveConfig(method="dss"), nobody).ce_explain == 0.5  # of a sum that is 0
+    assert step_weights(ObjectiveConfig(method="dss"), nobody)["ce_explain"] == 0.5  # of a sum that is 0
 
 
 def test_unparsable_outputs_may_leave_their_records_to_the_predict_stream(tmp_path):

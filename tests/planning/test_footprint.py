@@ -213,9 +213,10 @@ def test_operations_of_the_head():
     for n in (lengths.label, lengths.rationale):
         hidden = torch.randn(3 * n, width, requires_grad=True)
         streams.append(Stream(hidden, torch.zeros(3 * n, dtype=torch.long), torch.arange(4) * n))
-    weights = objectives_weights.step_weights(
+    factors = objectives_weights.step_weights(
         chosen.objective, {"predict": 12, "explain": 90, "explained": 3}
     )
+    weights = distillation.pair_weights(("predict", "explain"), factors)
     with FlopCounterMode(display=False) as counter:
         head_loss_reference(*streams, weight, weights=weights)[0].backward()
     assert counter.get_total_flops() == costs.operations(student, lengths, chosen.objective).head
