@@ -38,10 +38,17 @@ def pairs_of(streams: Sequence[str]) -> list[tuple[str, str | None]]:
 
 
 def shares(objective: ObjectiveConfig) -> dict[str, float]:
-    """Each segment's share of the total: alpha and 1 - alpha, or all of it for the only one."""
-    found = {}
-    for label, rationale in pairs_of(streams_of(objective)):
-        found |= {label: objective.alpha, rationale: 1.0 - objective.alpha} if rationale else {label: 1.0}
+    """Each segment's share of the total: alpha and 1 - alpha, or all of it for the only one.
+
+    Where a method trains the pair of DSS and the reason stream, that stream has `reason_share` of it.
+    """
+    pairs, found = pairs_of(streams_of(objective)), {}
+    for label, rationale in pairs:
+        own = {label: objective.alpha, rationale: 1.0 - objective.alpha} if rationale else {label: 1.0}
+        if len(pairs) > 1:
+            part = objective.reason_share if label == "answer" else 1.0 - objective.reason_share
+            own = {segment: part * share for segment, share in own.items()}
+        found |= own
     return found
 
 

@@ -11,7 +11,7 @@ from feature_tables import features_of
 from miniatures import DATA, array, ids, lines, load_refused, loaded, real_data, said, svamp
 
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
-from ibdistill.data.records import STREAMS, Record
+from ibdistill.data.records import SEGMENTS, Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.tasks import demo
 from ibdistill.data.tasks.registry import TASKS
@@ -29,9 +29,11 @@ def test_every_task_is_named_after_its_key_and_prefixes_both_streams():
     names = "demo demo_pretrain svamp asdiv cqa gsm8k esnli anli1 anli2 anli3 jsonl"
     assert set(TASKS) == set(names.split())
     for name, task in TASKS.items():
-        assert task.name == name and tuple(task.prefixes) == STREAMS
-    assert TASKS["svamp"].prefixes == {"predict": "predict: ", "explain": "explain: "}
-    assert TASKS["demo_pretrain"].prefixes == {"predict": "solve: ", "explain": "steps: "}
+        assert task.name == name and tuple(task.prefixes) == tuple(SEGMENTS)
+    own = {"predict": "predict: ", "explain": "explain: ", "reason": "reason: "}
+    assert TASKS["svamp"].prefixes == own
+    own = {"predict": "solve: ", "explain": "steps: ", "reason": "steps: solve: "}
+    assert TASKS["demo_pretrain"].prefixes == own
 
 
 def test_validation_split_is_fixed_and_disjoint(tmp_path):
