@@ -3,11 +3,11 @@
     total = alpha CE_predict + (1 - alpha) CE_explain + beta MI
             + gamma (alpha KD_predict + (1 - alpha) KD_explain)
 
-or, in the reason stream (methods `cot...`), the same with the answer in the place of predict and the rationale
-in that of explain; where both are trained, each has its share of the total. Each CE and KD is a mean over
-the step's target tokens of its segment, and MI a mean over the step's questions (`vid`, `vib`: over the
-tokens of its questions), over all ranks and micro-batches. A method (`config.methods.METHODS`) says which of
-the terms there are.
+or, in the reason stream (methods `cot...`), the same with the answer in the place of predict and the
+rationale in that of explain; where both are trained, each has its share of the total. Each CE and KD is a
+mean over the step's target tokens of its segment, and MI a mean over the step's questions (`vid`, `vib`:
+over the tokens of its questions), over all ranks and micro-batches. A method (`config.methods.METHODS`) says
+which of the terms there are.
 
 Where a method trains one stream only (`finetune`), alpha has no say: that stream's cross entropy has
 weight 1, so that its learning rate means the same as in ordinary finetuning.
