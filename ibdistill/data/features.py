@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import reasoning, token_ids
+from ibdistill.data import chat_features, reasoning, token_ids
 from ibdistill.data.records import SEGMENTS, STREAMS, Record
 
 logger = logging.getLogger("ibdistill")
@@ -59,6 +59,11 @@ class Features:
     """Stream -> prefix and question. The first stream's questions are those that question states are of."""
     targets: dict[str, Ragged]
     """Segment -> label or rationale; the explain target of a record without a rationale is empty."""
+    whole_prompts: bool = False
+    """The questions are whole prompts of decoder-only models, as chat templates render them."""
+    samples: np.ndarray | None = None
+    """[records] int: which question each record is a sample of; those of one question share a number, and
+    one of them is drawn in each epoch. None: each record is a question of its own."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many of the `predict questions`, `explain questions`, `labels`, `rationales` and so on were too
     long."""
@@ -92,6 +97,7 @@ class Features:
             self,
             ids=[self.ids[row] for row in rows],
             groups=self.groups[list(rows)],
+            samples=None if self.samples is None else self.samples[list(rows)],
             questions={stream: Ragged(own[row] for row in rows) for stream, own in self.questions.items()},
             targets={segment: Ragged(own[row] for row in rows) for segment, own in self.targets.items()},
         )
@@ -103,8 +109,18 @@ class Features:
             groups=np.concatenate([self.groups, other.groups]),
             questions={stream: own + other.questions[stream] for stream, own in self.questions.items()},
             targets={segment: own + other.targets[segment] for segment, own in self.targets.items()},
+            whole_prompts=self.whole_prompts,
+            samples=self._samples_with(other),
             cut={what: self.cut.get(what, 0) + other.cut.get(what, 0) for what in self.cut | other.cut},
         )
+
+    def _samples_with(self, other: Features) -> np.ndarray | None:
+        if self.samples is None and other.samples is None:
+            return None
+        first, second = (
+            np.arange(len(part)) if part.samples is None else part.samples for part in (self, other)
+        )
+        return np.concatenate([first, second + first.max(initial=-1) + 1])
 
 
 def tokenize(
@@ -124,7 +140,8 @@ def tokenize(
 
     Raises ValueError as `reasonings` does.
     """
-    tasks = list(dict.fromkeys(record.task for record in records))  # in the order of data.task
+    if config.format == "chat":
+        return _in_chat(records, prefixes, tokenizer, config, split, streams)
     cut: dict[str, int] = {}
 
     def table(texts: list[str], encode: Encode, limit: int, what: str) -> Ragged:
@@ -153,11 +170,62 @@ def tokenize(
         found |= reasonings(records, tokenizer, config, split, cut)
     return Features(
         ids=[record.id for record in records],
-        groups=np.array([tasks.index(record.task) for record in records]),
+        groups=_numbered(record.task for record in records),  # in the order of data.task
         questions=of_stream,
         targets=found,
+        samples=samples_of(records),
         cut=cut,
     )
+
+
+def _in_chat(
+    records: Sequence[Record],
+    prefixes: dict[str, dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    split: str,
+    streams: Sequence[str],
+) -> Features:
+    """`tokenize` for `data.format` chat."""
+    tables = chat_features.tables(records, prefixes, tokenizer, config, streams)
+    limits = {"labels": config.max_label_tokens, "rationales": config.max_rationale_tokens}
+    for what, number in tables.cut.items():
+        if number:
+            message = "%s: %d of %d %s are longer than %d tokens and were cut"
+            limit = limits.get(what, config.max_question_tokens)
+            logger.warning(message, split, number, len(records), what, limit)
+    for stream, prompts in tables.prompts.items():
+        texts = [record.question for record in records]
+        _report_unknown(texts, prompts, tokenizer, f"{split}: %d of %d {stream} questions")
+    for segment, targets in tables.targets.items():
+        texts = [r.label if segment in ("predict", "answer") else r.rationale for r in records]
+        _report_unknown(texts, targets, tokenizer, f"{split}: %d of %d targets of {segment}")
+    cut = tables.cut
+    if "reason" in streams:
+        cut = cut | {"reasonings": len(tables.long)}
+        _report_long(tables.long, records, config, split)
+    return Features(
+        ids=[record.id for record in records],
+        groups=_numbered(record.task for record in records),
+        questions={stream: Ragged(own) for stream, own in tables.prompts.items()},
+        targets={segment: Ragged(own) for segment, own in tables.targets.items()},
+        whole_prompts=True,
+        samples=samples_of(records),
+        cut=cut,
+    )
+
+
+def samples_of(records: Sequence[Record]) -> np.ndarray | None:
+    """`Features.samples` of these records."""
+    if not any(record.sample_of for record in records):
+        return None
+    return _numbered(record.sample_of or record.id for record in records)
+
+
+def _numbered(names: Iterable[str]) -> np.ndarray:
+    """[names] int: each name's number, counted in the order in which they first come."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def reasonings(
@@ -198,6 +266,16 @@ def reasonings(
             kept = ids[: limit - len(between)] + between
             rows[i] = kept, token_ids.cut(answer, config.max_label_tokens)
     cut["reasonings"] = len(long)
+    _report_long(long, records, config, split)
+    return {name: Ragged(row[part] for row in rows) for part, name in enumerate(SEGMENTS["reason"])}
+
+
+def _report_long(
+    long: list[tuple[int, int]], records: Sequence[Record], config: DataConfig, split: str
+) -> None:
+    """Warn of the rationales of a reason stream that are too long, as (record, tokens), or raise
+    ValueError with `data.long_reasoning` refuse."""
+    limit, what = config.max_rationale_tokens, config.long_reasoning
     if long:
         index, tokens = long[0]
         message = (
@@ -209,7 +287,6 @@ def reasonings(
             raise ValueError(f"{message}. Raise the limit, or take data.long_reasoning drop or cut")
         done = {"drop": "these records do not train it", "cut": "they lost their end"}[what]
         logger.warning("%s: %s (data.long_reasoning %s)", message, done, what)
-    return {name: Ragged(row[part] for row in rows) for part, name in enumerate(SEGMENTS["reason"])}
 
 
 def drop_untaught(records: list[Record], features: Features) -> tuple[list[Record], Features]:

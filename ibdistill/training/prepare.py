@@ -19,7 +19,7 @@ from ibdistill.config.sections import (
     TeacherConfig,
 )
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
-from ibdistill.data import loading, reasoning, tokenizers
+from ibdistill.data import chat_start, loading, reasoning, tokenizers
 from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
@@ -72,7 +72,13 @@ def prepare(config: Config, world: World) -> Job:
     if writes and trains_tokenizer:
         records, teacher = add_teacher_text(config, records, world, stop)
     tokenizer, student = build_student(
-        config.student, config.data, config.objective, records, folder, config.run.seed
+        config.student,
+        config.data,
+        config.objective,
+        records,
+        folder,
+        config.run.seed,
+        teacher="" if config.teacher.placement in ("none", "cache") else config.teacher.model,
     )
     if writes and not trains_tokenizer:
         vocabulary = student.get_output_embeddings().weight.shape[0]
@@ -166,14 +172,20 @@ def build_student(
     records: loading.Loaded,
     folder: Path,
     seed: int,
+    teacher: str = "",
 ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
     """The tokenizer and the model, whole and in fp32 on the CPU, checked against data and objective.
 
-    A tokenizer that is trained here goes to `folder`. Collective.
+    A tokenizer that is trained here goes to `folder`. In format chat its end token becomes that of a turn,
+    and it is compared with that of the model `teacher`. Collective.
     """
-    tokenizer = _tokenizer(config, data, weights.tokenized_streams(objective), records, folder)
+    streams = weights.tokenized_streams(objective)
+    tokenizer = _tokenizer(config, data, streams, records, folder)
+    if data.format == "chat":
+        own = "" if teacher in presets.PRESETS else teacher
+        chat_start.settle(tokenizer, data, streams, own, records.train[0])
     student = load_student(config, tokenizer, seed)
-    check_context(student, data, weights.tokenized_streams(objective))
+    check_context(student, data, streams, chat_start.overhead(tokenizer, data, streams))
     distillation.check_family(objective, student)
     return tokenizer, student
 
