@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import token_ids
-from ibdistill.data.chat import Chat, Row, conversations
+from ibdistill.data.chat import Chat, Row
 from ibdistill.data.records import Record
 
 Ids = list[int]
@@ -27,6 +27,39 @@ class Tables(NamedTuple):
     """How many of each kind of text lost something, under the names of `Features.cut`."""
     long: list[tuple[int, int]]
     """The records whose rationale is too long for the reason stream, and its tokens."""
+
+
+def user_text(record: Record, stream: str, prefix: str) -> str:
+    """What the user says: in the reason stream the question alone."""
+    question = record.question.replace(token_ids.JOINT, "\n")
+    return question if stream == "reason" else prefix + question
+
+
+def conversations(
+    records: Sequence[Record], stream: str, prefixes: Sequence[str], chat: Chat, limit: int
+) -> tuple[list[tuple[str, tuple, str]], list[int]]:
+    """(system, history, user's text) of each record, and the indices of those that lost something.
+
+    `limit`: the most tokens that the users and the assistant may have said, the template's own not counted.
+    A conversation beyond it loses its oldest turns, two by two, and then the question its end.
+    """
+    texts = [chat.defused(user_text(r, stream, p)) for r, p in zip(records, prefixes, strict=True)]
+    found, cut = [], []
+    for i, (record, ids) in enumerate(zip(records, token_ids.text_ids(texts, chat.tokenizer), strict=True)):
+        history = record.history
+        system = history[0][1] if history and history[0][0] == "system" else ""
+        history = history[1:] if system else history
+        said = token_ids.text_ids([text + thought for _, text, thought in history], chat.tokenizer)
+        lengths = [len(part) for part in said]
+        dropped = 0
+        while dropped < len(history) and len(ids) + sum(lengths[dropped:]) > limit:
+            dropped += 2
+        if dropped or len(ids) > limit:
+            cut.append(i)
+        if len(ids) > limit:
+            texts[i] = token_ids.read_back([ids[:limit]], chat.tokenizer)[0]
+        found.append((system, history[dropped:], texts[i]))
+    return found, cut
 
 
 def prompts(

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.chat import Chat, adopt_turn_end, conversations
+from ibdistill.data.chat import Chat, adopt_turn_end
+from ibdistill.data.chat_features import conversations
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.tokenizers import load_tokenizer

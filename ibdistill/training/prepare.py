@@ -158,7 +158,14 @@ def add_teacher_text(
     """The records with what the teacher wrote, and the teacher if it is loaded and still needed. Collective.
 
     `student`: its tokenizer and the size of its head's vocabulary, if a loaded teacher has to match them.
+
+    Raises ValueError for conversations of several turns, of which the teacher would see the last question.
     """
+    if several := next((record.id for record in records.train if record.history), None):
+        raise ValueError(
+            f"teacher.rationales is {config.teacher.rationales!r}, and {several} has earlier turns, which "
+            "teacher.template does not show; leave such records out, or set teacher.rationales none"
+        )
     wanted = weights.wanted(config.objective)
     written = writing.write(config, records.train, world, stop, wanted=wanted, student=student)
     report = records.report | written.counts
