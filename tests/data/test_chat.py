@@ -25,70 +25,22 @@ from ibdistill.data.tokenizers import load_tokenizer
 CONFIG = DataConfig(task="jsonl", format="chat", system="Be brief.")
 GOLDEN = {
     "smollm2": (
-        [
-            1,
-            9690,
-            198,
-            6077,
-            5453,
-            30,
-            2,
-            198,
-            1,
-            4093,
-            198,
-            1780,
-            314,
-            216,
-            35,
-            1232,
-            216,
-            36,
-            47,
-            2,
-            198,
-            1,
-            520,
-            9531,
-            198,
-        ],
-        [44, 17400, 46, 198, 35, 1232, 216, 36, 446, 216, 39, 30, 198, 9617, 17400, 46, 198, 198],
-        [39, 2],
+        "1 9690 198 6077 5453 30 2 198 1 4093 198 1780 314 216 35 1232 216 36 47 2 198 1 520 9531 198",
+        "44 17400 46 198 35 1232 216 36 446 216 39 30 198 9617 17400 46 198 198",
+        "39 2",
     ),
     "qwen": (
-        [
-            151644,
-            8948,
-            198,
-            3430,
-            9814,
-            13,
-            151645,
-            198,
-            151644,
-            872,
-            198,
-            3838,
-            374,
-            220,
-            18,
-            488,
-            220,
-            19,
-            30,
-            151645,
-            198,
-            151644,
-            77091,
-            198,
-        ],
-        [13708, 766, 397, 18, 488, 220, 19, 284, 220, 22, 624, 522, 26865, 1339],
-        [22, 151645],
+        "151644 8948 198 3430 9814 13 151645 198 151644 872 198 3838 374 220 18 488 220 19 30 151645 198 "
+        "151644 77091 198",
+        "13708 766 397 18 488 220 19 284 220 22 624 522 26865 1339",
+        "22 151645",
     ),
 }
 """Prompt, rationale and answer, by the published tokenizers' own `apply_chat_template`."""
 INSERTING = THINKING.replace("enable_thinking is false", "false")  # the block stands in the whole alone
 STRIPPING = CHATML.replace("m['content']", "m['content'].split('</think>')[-1]")
+SHOUTING = CHATML.replace("m['content'] +", "m['content'] | upper +")
+USERS_ALONE = "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
 HALF_OPEN = STRIPPING.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
 
 
@@ -110,7 +62,7 @@ def golden(name):
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_ids(name):
-    prompt, rationale, answer = GOLDEN[name]
+    prompt, rationale, answer = ([int(i) for i in text.split()] for text in GOLDEN[name])
     for tokenizer in golden(name):
         talk = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 3 + 4?"}]
         asked = tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False)
@@ -224,13 +176,13 @@ def test_a_long_rationale(what):
 @pytest.mark.parametrize(
     ("template", "thinks", "message"),
     [
-        ("{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}", False,
+        (USERS_ALONE, False,
          "leaves out what the assistant says"),
         (CHATML.replace("<|im_end|>", ""), False, "no special token behind the assistant's words"),
         (CHATML.replace("assistant\n' }}", "assistant: ' }}"), False, "from token [0-9]+ on the prompt goes"),
         (HALF_OPEN, False, "from token [0-9]+ on the prompt goes '.*<think>"),
         (STRIPPING, True, "swallow the tags '<think>' and '</think>'.*data.think_open"),
-        (CHATML.replace("m['content'] +", "m['content'] | upper +"), False, "changes what the assistant says"),
+        (SHOUTING, False, "changes what the assistant says"),
         ("{{ raise_exception('only\x1b[31m users') }}", False, "refuses a conversation of system, user"),
     ],
 )  # fmt: skip
