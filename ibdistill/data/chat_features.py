@@ -40,26 +40,43 @@ def conversations(
 ) -> tuple[list[tuple[str, tuple, str]], list[int]]:
     """(system, history, user's text) of each record, and the indices of those that lost something.
 
-    `limit`: the most tokens that the users and the assistant may have said, the template's own not counted.
-    A conversation beyond it loses its oldest turns, two by two, and then the question its end.
+    `limit`: the most tokens of the question, the turns before it and a system message of the record's own.
+    What the template puts around the question is not counted, what it puts around earlier turns is. A
+    conversation beyond it loses its oldest turns, two by two, and then the question its end.
+
+    Raises ValueError for a system message that leaves no room for a question.
     """
+    per_turn = _per_turn(chat) if any(record.history for record in records) else 0
     texts = [chat.defused(user_text(r, stream, p)) for r, p in zip(records, prefixes, strict=True)]
     found, cut = [], []
     for i, (record, ids) in enumerate(zip(records, token_ids.text_ids(texts, chat.tokenizer), strict=True)):
         history = record.history
         system = history[0][1] if history and history[0][0] == "system" else ""
         history = history[1:] if system else history
-        said = token_ids.text_ids([text + thought for _, text, thought in history], chat.tokenizer)
-        lengths = [len(part) for part in said]
-        dropped = 0
-        while dropped < len(history) and len(ids) + sum(lengths[dropped:]) > limit:
+        said = token_ids.text_ids([system, *(text + thought for _, text, thought in history)], chat.tokenizer)
+        first, *lengths = map(len, said)
+        room, dropped = limit - first, 0
+        if room < 1:
+            raise ValueError(
+                f"the system message of {record.id[:100]} has {first} tokens, and data.max_question_tokens "
+                f"is {limit}, which leaves none for the question; raise it, or shorten the message"
+            )
+        costs = [length + per_turn for length in lengths]
+        while dropped < len(history) and len(ids) + sum(costs[dropped:]) > room:
             dropped += 2
-        if dropped or len(ids) > limit:
+        if dropped or len(ids) > room:
             cut.append(i)
-        if len(ids) > limit:
-            texts[i] = token_ids.read_back([ids[:limit]], chat.tokenizer)[0]
+        if len(ids) > room:
+            texts[i] = token_ids.read_back([ids[:room]], chat.tokenizer)[0]
         found.append((system, history[dropped:], texts[i]))
     return found, cut
+
+
+def _per_turn(chat: Chat) -> int:
+    """How many tokens the template puts around a turn before the last one, at most."""
+    talk = (("user", "a", ""), ("assistant", "a", "")) * 2
+    short, long = map(len, chat.prompts([("", talk[:2], "a"), ("", talk, "a")], thinks=False))
+    return -(-(long - short - 2 * len(token_ids.text_ids(["a"], chat.tokenizer)[0])) // 2)
 
 
 def prompts(

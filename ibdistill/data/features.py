@@ -166,9 +166,10 @@ def _in_chat(
             message = "%s: %d of %d %s are longer than %d tokens and were cut"
             limit = limits.get(what, config.max_question_tokens)
             logger.warning(message, split, number, len(records), what, limit)
-    for stream, prompts in tables.prompts.items():
+    for stream in tables.prompts:
         texts = [record.question for record in records]
-        _report_unknown(texts, prompts, tokenizer, f"{split}: %d of %d {stream} questions")
+        said = token_ids.text_ids(texts, tokenizer)  # a template may hold the unknown token as its BOS
+        _report_unknown(texts, said, tokenizer, f"{split}: %d of %d {stream} questions")
     for segment, targets in tables.targets.items():
         texts = [r.label if segment in ("predict", "answer") else r.rationale for r in records]
         _report_unknown(texts, targets, tokenizer, f"{split}: %d of %d targets of {segment}")

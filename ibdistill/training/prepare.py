@@ -299,6 +299,9 @@ def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
         f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
         for name, (texts, limit) in limits.items()
     }
+    if features.whole_prompts:  # the limit is on what the user says, and a prompt holds more
+        cut = features.cut.get(f"{features.streams[0]} questions", 0)
+        shares["data/truncated_share_questions"] = cut / len(features)
     long = features.cut.get("reasonings")
     return shares if long is None else shares | {"data/long_reasonings": float(long)}
 

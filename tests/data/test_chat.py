@@ -153,6 +153,15 @@ def test_limits_cut_what_is_said_and_never_the_template(caplog):
         text = tokenizer.decode(made.questions["reason"][0])
         assert ("one" in text and "two" in text) == seen and "system\ns<|im_end|>" in text and "3 ?" in text
         assert made.cut["reason questions"] == 1 - seen
+    talk = [("user", "a b", ""), ("assistant", "c", "")]
+    long = [record("1 ?" * n, history=tuple(talk * n)) for n in (1, 3, 9)]
+    made = features(tokenizer, long, ("predict",), max_question_tokens=40)
+    most = 39 + chat_start.overhead(tokenizer, DataConfig(format="chat"), ["predict"])
+    assert made.questions["predict"].lengths.max() <= most and made.cut["predict questions"] > 0
+    with pytest.raises(
+        ValueError, match="the system message of jsonl/train/0 has [0-9]+ tokens, and data.max_"
+    ):
+        features(tokenizer, [record(history=turns[:1])], ("predict",), max_question_tokens=1)
 
 
 @pytest.mark.parametrize("what", ["drop", "cut", "refuse"])
