@@ -38,6 +38,7 @@ def check(config: Config) -> None:
         )
     _check_4bit(config)
     _check_streams(config)
+    _check_chat(config)
     _check_teacher(config)
     _check_unlabelled(config)
 
@@ -63,6 +64,29 @@ def _check_streams(config: Config) -> None:
         raise ValueError(
             f"data.answer_marker is {data.answer_marker[:100]!r}, white space alone; give words, or leave "
             "it out"
+        )
+
+
+def _check_chat(config: Config) -> None:
+    """Raise ValueError where settings of the chat format contradict, or stand without it."""
+    data, teacher = config.data, config.teacher
+    if data.format == "plain":
+        names = "system", "think_open", "think_close"
+        if given := [f"data.{name}" for name in names if getattr(data, name)]:
+            raise ValueError(
+                f"{' and '.join(given)} goes with data.format chat, and data.format is 'plain'; take chat, "
+                "or leave it out"
+            )
+        return
+    if data.answer_marker:
+        raise ValueError(
+            f"data.answer_marker is {data.answer_marker[:100]!r}, and data.format is 'chat', where "
+            "data.think_close stands between rationale and answer; give that instead"
+        )
+    if teacher.rationales != "none" and not teacher.template:
+        raise ValueError(
+            f"teacher.rationales is {teacher.rationales!r} with data.format chat: set teacher.template, "
+            "which says in the teacher's own format what it is asked"
         )
 
 

@@ -108,6 +108,19 @@ class DataConfig:
     answer_marker: str = ""
     """What stands between rationale and answer in the reason stream. Empty: the task's own words, for most
     tasks `The answer is:`."""
+    format: Literal["plain", "chat"] = "plain"
+    """How a question becomes a prompt. plain: prefix, question and separator; chat: a conversation under the
+    tokenizer's own chat template, for decoder-only models. The prefixes of predict and explain stand in the
+    user's text there, and the reason stream has none."""
+    system: str = ""
+    """The system message of every conversation in format chat. Empty: what the template does without one."""
+    think_open: str = ""
+    """What begins a rationale of the reason stream in format chat. Empty: `<think>`."""
+    think_close: str = ""
+    """What ends a rationale of the reason stream in format chat, before the answer. Empty: `</think>`."""
+    loss_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Of a conversation of several turns (`messages` of a `jsonl` record, in format chat): whether each turn
+    of the assistant is learned, or the last one. Scores are those of the last one."""
     subsample: ShareOrCount = 1.0
     """Training records to keep: a share up to 1, or a number above 1. Drawn with `subsample_seed`."""
     subsample_seed: Seed = 0

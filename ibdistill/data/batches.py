@@ -116,11 +116,15 @@ def collate(
             model.
         separator: what stands between question and target for a decoder-only model; None for
             an encoder-decoder model.
+
+    Of features whose questions are whole prompts, nothing comes in front of a prompt or behind it.
     """
     questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
     segments = segments_of(streams)
     targets = {segment: [features.targets[segment][row] for row in rows] for segment in segments}
-    if separator is None:
+    if features.whole_prompts:
+        inputs = _decoder_only(questions, targets, pad, None, None)
+    elif separator is None:
         inputs = _encoder_decoder(questions, targets, pad, start, bos)
     else:
         inputs = _decoder_only(questions, targets, pad, start, separator)
@@ -156,7 +160,7 @@ def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int, bos: 
 
 
 def _decoder_only(
-    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int
+    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int | None
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
     prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
@@ -209,12 +213,15 @@ def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
     )
 
 
-def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:
+def _prompt(question: Sequence[int], bos: int | None, separator: int | None) -> np.ndarray:
     """[tokens] int64: what a decoder-only model reads before the target.
 
-    The separator takes the place of the question's end token, and of those between its parts.
+    The separator takes the place of the question's end token, and of those between its parts; None: the
+    question is the whole prompt.
     """
     question = np.asarray(question)
+    if separator is None:
+        return question.astype(np.int64)
     return _led(np.where(question == question[-1], separator, question), bos)
 
 
@@ -256,6 +263,12 @@ def prompts(
     if as_written:
         return _pad([_led(ids[:-1], lead) for ids in questions], pad, left=True)
     return _pad([_prompt(ids, lead, separator) for ids in questions], pad, left=True)
+
+
+def whole_prompts(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts of a decoder-only model as they are: ids and mask, [prompts, longest] int64, padded on the
+    left."""
+    return _pad([np.asarray(row, dtype=np.int64) for row in ids], pad, left=True)
 
 
 def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:

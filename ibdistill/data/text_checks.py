@@ -13,7 +13,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import token_ids
+from ibdistill.data import chat, token_ids
 from ibdistill.data.features import Features, Ragged, tokenize
 from ibdistill.data.loading import Loaded
 from ibdistill.data.records import Record
@@ -46,7 +46,7 @@ def check_texts(
         mine = [i for i, record in enumerate(records.train) if record.task == task]
         targets = Ragged(train.labels[i] for i in mine)
         part, name = [records.train[i] for i in mine], f"{task}/train"
-        counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, MAX_UNSAYABLE)
+        counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, config, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
             counts |= check_split(f"{task}/{split}", part, tokenizer, config, MAX_UNSAYABLE)
     return {name: count for name, count in counts.items() if count}
@@ -63,7 +63,7 @@ def check_split(
     said = [_as_said(record, config) for record in records]
     prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
     features = tokenize(said, prefixes, tokenizer, config, split=name)
-    wrong = _unsayable(name, said, features.labels, tokenizer, max_unsayable)
+    wrong = _unsayable(name, said, features.labels, tokenizer, config, max_unsayable)
     return {
         f"{name}/cut_questions": features.cut["predict questions"],
         f"{name}/cut_labels": features.cut["labels"],
@@ -84,6 +84,7 @@ def _unsayable(
     records: Sequence[Record],
     targets: Ragged,
     tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
     max_share: float,
 ) -> int:
     """How many labels are right as text, but wrong once they are read back from their target.
@@ -91,7 +92,10 @@ def _unsayable(
     Raises ValueError where they are more than `max_share` of all.
     """
     unique = {ids.tobytes(): ids.tolist() for ids in (targets[i] for i in range(len(targets)))}
-    by_ids = dict(zip(unique, token_ids.read_back(list(unique.values()), tokenizer), strict=True))
+    texts = token_ids.read_back(list(unique.values()), tokenizer)
+    if config.format == "chat":
+        texts = [chat.visible(text, config) for text in texts]
+    by_ids = dict(zip(unique, texts, strict=True))
     wrong = []
     for i, record in enumerate(records):
         text, is_correct = by_ids[targets[i].tobytes()], TASKS[record.task].is_correct

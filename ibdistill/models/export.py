@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ibdistill.config.sections import Config
 from ibdistill.data import batches
 from ibdistill.data.token_ids import JOINT
+from ibdistill.models import chat_template as student_template
 from ibdistill.models import model_card
 from ibdistill.models.families import base_of, greedy, layout
 from ibdistill.models.prompt import Prompt
@@ -41,15 +42,18 @@ def write(
 ) -> None:
     """Write the student for `from_pretrained`: safetensors, tokenizer, and a model card with its `scores`.
 
-    LoRA adapters are merged into a copy of the weights. The tokenizer's own chat template, which the student
-    never saw, gives way to one that makes its prompts, or to none.
+    LoRA adapters are merged into a copy of the weights. The tokenizer's own chat template, which a student
+    of format plain never saw, gives way to one that makes its prompts, or to none.
     """
     model = merged(model)
     prompt = Prompt.of(model, tokenizer, config)
     model.save_pretrained(folder, safe_serialization=True)
     greedy(model.config, tokenizer, max(prompt.limits.values())).save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = chat_template(model, tokenizer, prompt)
+    if config.data.format == "chat":
+        tokenizer.chat_template = student_template.template(tokenizer, config.data, prompt)
+    else:
+        tokenizer.chat_template = chat_template(model, tokenizer, prompt)
     tokenizer.save_pretrained(folder)
     text = model_card.card(config, prompt, scores, has_template=tokenizer.chat_template is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")

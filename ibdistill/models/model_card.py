@@ -78,7 +78,11 @@ def card(config: Config, prompt: Prompt, scores: Any, *, has_template: bool) -> 
         "The chat template makes the same prompt from the last user message"
         + (f" ({', '.join(asks)})" if asks else "")
         + "."
-        if has_template
+        if has_template and not prompt.tags
+        else "The chat template adds to a conversation what the student was trained with"
+        + (f"; it asks {', '.join(asks)}" if asks else "")
+        + f". In training, questions of more than {prompt.question_limit} tokens lost their end."
+        if prompt.tags
         else "There is no chat template, because in this vocabulary no text has the prompt's tokens: the "
         "tokenizer joins the last character of a question and the newline behind it."
     )
@@ -114,6 +118,8 @@ These lines give the answers that were evaluated:
 
 def usage(prompt: Prompt, folder: str) -> str:
     """Lines of Python that ask the student in `folder` with transformers alone, as it was evaluated."""
+    if prompt.tags:
+        return _usage_in_chat(prompt, folder)
     auto = "AutoModelForCausalLM" if prompt.decoder_only else "AutoModelForSeq2SeqLM"
     said = "output[0, inputs.shape[1] :]" if prompt.decoder_only else "output[0]"
     end, limit = prompt.end, prompt.question_limit
@@ -143,6 +149,44 @@ def answer(text, max_new_tokens):
     mask = torch.ones_like(inputs)
     output = model.generate(inputs, attention_mask=mask, max_new_tokens=max_new_tokens)
     return tokenizer.decode({said}, skip_special_tokens=True)
+
+
+question = "..."
+{chr(10).join(asking)}"""
+
+
+def _usage_in_chat(prompt: Prompt, folder: str) -> str:
+    """`usage` of a student that was trained in format chat; its chat template makes the prompts."""
+    first, *_ = prompt.prefixes
+    opened, closed = map(json.dumps, prompt.tags)
+    asking = []
+    for stream, name in {"predict": "label", "explain": "rationale", "reason": "text"}.items():
+        if stream in prompt.prefixes:
+            chosen = "" if stream == first else f", {stream}=True"
+            said = f"answer(question, {prompt.limits[stream]}{chosen})"
+            if prompt.empty_thoughts and stream != "reason":
+                said += f".partition({closed})[2].lstrip()"
+            asking.append(f"{name} = {said}")
+    if "reason" in prompt.prefixes:
+        rationale, label = (
+            ("reasoning", "reasoned") if "predict" in prompt.prefixes else ("rationale", "label")
+        )
+        asking.append(
+            f"{rationale}, _, {label} = map(str.strip, text.rpartition({closed}))  # or there is no answer"
+        )
+        asking.append(f"{rationale} = {rationale}.removeprefix({opened}).strip()")
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(folder)}).eval()
+
+
+def answer(question, max_new_tokens, **stream):
+    messages = [{{"role": "user", "content": question}}]
+    settings = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt", **stream)
+    inputs = tokenizer.apply_chat_template(messages, **settings)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 question = "..."

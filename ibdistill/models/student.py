@@ -129,18 +129,28 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
             )
 
 
-def check_context(model: PreTrainedModel, config: DataConfig, streams: Sequence[str] = STREAMS) -> None:
-    """Raise ValueError if the longest question and target do not fit a decoder-only model's positions."""
+def check_context(
+    model: PreTrainedModel, config: DataConfig, streams: Sequence[str] = STREAMS, overhead: int = 0
+) -> None:
+    """Raise ValueError if the longest question and target do not fit a decoder-only model's positions, with
+    `overhead` tokens of a chat template around the question, or if the model's family has no such format."""
     if family(model) == ENCODER_DECODER:
+        if config.format == "chat":
+            raise ValueError(
+                "data.format is 'chat', which is for decoder-only models, and student.model is an "
+                "encoder-decoder model; take data.format plain"
+            )
         return  # its positions are relative, so there is no limit
     have = model.config.max_position_embeddings
     target = max(config.answer_limits()[stream] for stream in streams)
-    need = 1 + config.max_question_tokens + target  # with BOS
+    around = overhead or 1
+    need = around + config.max_question_tokens + target
     if need > have:
+        frame = f"{overhead} of the template" if overhead else "BOS"
         raise ValueError(
             f"student.model has {have} positions, but data.max_question_tokens {config.max_question_tokens} "
-            f"with up to {target} target tokens and BOS need {need}; lower data.max_question_tokens to "
-            f"{have - target - 1}, or data.max_rationale_tokens"
+            f"with up to {target} target tokens and {frame} need {need}; lower data.max_question_tokens to "
+            f"{have - around - target}, or data.max_rationale_tokens"
         )
 
 

@@ -268,6 +268,8 @@ def check_vocabulary(
     if name in presets.PRESETS:
         return tokenizer
     theirs = tokenizers.load_tokenizer(name, "teacher.model")
+    if getattr(tokenizer, "ends_turns", False):  # their own end tokens were compared before (prepare)
+        theirs.eos_token = tokenizer.eos_token
     tokenizers.check_vocabularies(tokenizer, theirs, head_rows, own_rows)
     return theirs
 

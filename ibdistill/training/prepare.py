@@ -19,7 +19,7 @@ from ibdistill.config.sections import (
     TeacherConfig,
 )
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
-from ibdistill.data import loading, reasoning, tokenizers
+from ibdistill.data import chat_start, loading, reasoning, tokenizers
 from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
@@ -72,7 +72,13 @@ def prepare(config: Config, world: World) -> Job:
     if writes and trains_tokenizer:
         records, teacher = add_teacher_text(config, records, world, stop)
     tokenizer, student = build_student(
-        config.student, config.data, config.objective, records, folder, config.run.seed
+        config.student,
+        config.data,
+        config.objective,
+        records,
+        folder,
+        config.run.seed,
+        teacher="" if config.teacher.placement in ("none", "cache") else config.teacher.model,
     )
     if writes and not trains_tokenizer:
         vocabulary = student.get_output_embeddings().weight.shape[0]
@@ -152,7 +158,14 @@ def add_teacher_text(
     """The records with what the teacher wrote, and the teacher if it is loaded and still needed. Collective.
 
     `student`: its tokenizer and the size of its head's vocabulary, if a loaded teacher has to match them.
+
+    Raises ValueError for conversations of several turns, of which the teacher would see the last question.
     """
+    if several := next((record.id for record in records.train if record.history), None):
+        raise ValueError(
+            f"teacher.rationales is {config.teacher.rationales!r}, and {several} has earlier turns, which "
+            "teacher.template does not show; leave such records out, or set teacher.rationales none"
+        )
     wanted = weights.wanted(config.objective)
     written = writing.write(config, records.train, world, stop, wanted=wanted, student=student)
     report = records.report | written.counts
@@ -166,14 +179,20 @@ def build_student(
     records: loading.Loaded,
     folder: Path,
     seed: int,
+    teacher: str = "",
 ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
     """The tokenizer and the model, whole and in fp32 on the CPU, checked against data and objective.
 
-    A tokenizer that is trained here goes to `folder`. Collective.
+    A tokenizer that is trained here goes to `folder`. In format chat its end token becomes that of a turn,
+    and it is compared with that of the model `teacher`. Collective.
     """
-    tokenizer = _tokenizer(config, data, weights.tokenized_streams(objective), records, folder)
+    streams = weights.tokenized_streams(objective)
+    tokenizer = _tokenizer(config, data, streams, records, folder)
+    if data.format == "chat":
+        own = "" if teacher in presets.PRESETS else teacher
+        chat_start.settle(tokenizer, data, streams, own, records.train[0])
     student = load_student(config, tokenizer, seed)
-    check_context(student, data, weights.tokenized_streams(objective))
+    check_context(student, data, streams, chat_start.overhead(tokenizer, data, streams))
     distillation.check_family(objective, student)
     return tokenizer, student
 
@@ -280,6 +299,9 @@ def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
         f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
         for name, (texts, limit) in limits.items()
     }
+    if features.whole_prompts:  # the limit is on what the user says, and a prompt holds more
+        cut = features.cut.get(f"{features.streams[0]} questions", 0)
+        shares["data/truncated_share_questions"] = cut / len(features)
     long = features.cut.get("reasonings")
     return shares if long is None else shares | {"data/long_reasonings": float(long)}
 
