@@ -256,6 +256,6 @@ def test_a_head_that_cannot_be_read_is_written_again(make_job, tmp_path, damage)
     with pytest.raises(ValueError, match="lacks the teacher's head; run the same data once with the teacher"):
         make_job(tmp_path / "alone", **ONLINE | cache | {"teacher.placement": "cache"})
     assert make_job(tmp_path / "mended", **ONLINE | cache).teacher_answers.teacher is not None
-    # compared as it is read: safetensors writes the header's metadata in an order that differs from run to run
+    # as it is read: safetensors writes the metadata in an order that differs from time to time
     mended_width, mended = answer_tensors.read_head(path.parent, torch.device("cpu"))
     assert mended_width == width and torch.equal(mended[0], head[0]) and mended[1] is head[1] is None
