@@ -71,6 +71,27 @@ def check_split(
     }
 
 
+def truncated_shares(records: Loaded, train: Features, config: DataConfig) -> dict[str, float]:
+    """Which texts are too long, as scalars by their tags.
+
+    `data/truncated_share_WHAT` is the share of the training texts that fill their limit, so that they were
+    cut or, in rare cases, just fit. `data/truncated_share_SPLIT_WHAT` is the share that `check_texts` found
+    cut in validation and test, over all tasks; the rationales there are references, which no limit cuts.
+    """
+    limits = {
+        "questions": (train.questions["predict"], config.max_question_tokens),
+        "labels": (train.targets["predict"], config.max_label_tokens),
+        "rationales": (train.targets["explain"], config.max_rationale_tokens),
+    }
+    shares = {name: float((texts.lengths >= limit).mean()) for name, (texts, limit) in limits.items()}
+    for split, tasks in (("valid", records.valid), ("test", records.test)):
+        total = max(1, sum(len(part) for part in tasks.values()))  # demo_pretrain has no test split
+        for what in ("questions", "labels"):
+            cut = sum(records.report.get(f"{task}/{split}/cut_{what}", 0) for task in tasks)
+            shares[f"{split}_{what}"] = cut / total
+    return {f"data/truncated_share_{name}": share for name, share in shares.items()}
+
+
 def _as_said(record: Record, config: DataConfig) -> Record:
     """The record with the label that a student who learned from `config` would have to give."""
     letter_of = TASKS[record.task].letter_of

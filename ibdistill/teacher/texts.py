@@ -137,7 +137,7 @@ def read_texts(folder: Path) -> dict[str, Texts]:
 
 
 def _warn_once(folder: Path, damaged: dict[str, str]) -> None:
-    """Warn of the damaged lines, FILE:LINE -> what is wrong with each, that no reader has warned of before."""
+    """Warn of the damaged lines, FILE:LINE -> what is wrong with it, that no reader has warned of before."""
     if not damaged:
         return
     path = folder / WARNED

@@ -22,7 +22,7 @@ from ibdistill.data import loading, tokenizers
 from ibdistill.data.features import Features, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
-from ibdistill.data.text_checks import check_texts
+from ibdistill.data.text_checks import check_texts, truncated_shares
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.models.student import check_context, load_student
@@ -229,7 +229,7 @@ def assemble(
         folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
     )
     board.text("config", to_yaml(config), state.step)
-    board.scalars(data_scalars(features, config.data), state.step)
+    board.scalars(truncated_shares(records, features, config.data), state.step)
     alarms = Alarms(records.train)
     if world.rank == 0:
         alarms.check_labels(records.train)
@@ -259,20 +259,6 @@ def assemble(
     if state.pseudo:
         job.mix(pseudo_labels.read(folder, state.pseudo))
     return job
-
-
-def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
-    """`data/truncated_share_WHAT`: the share of the training texts that fill their limit. They were cut, or
-    in rare cases just fit."""
-    limits = {
-        "questions": (features.questions["predict"], config.max_question_tokens),
-        "labels": (features.targets["predict"], config.max_label_tokens),
-        "rationales": (features.targets["explain"], config.max_rationale_tokens),
-    }
-    return {
-        f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
-        for name, (texts, limit) in limits.items()
-    }
 
 
 def _tokenizer(config: StudentConfig, records: loading.Loaded, folder: Path) -> PreTrainedTokenizerBase:
