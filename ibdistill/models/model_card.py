@@ -11,6 +11,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from ibdistill.config.fields import to_flat
 from ibdistill.config.sections import Config, ObjectiveConfig
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import presets
 from ibdistill.models.prompt import Prompt, tasks_of
@@ -86,7 +87,7 @@ These lines give the answers that were evaluated:
 {usage(prompt, ".")}
 ```
 
-{chat}
+{_prefixes(config, prompt)}{chat}
 
 ## Scores on the test split
 
@@ -132,6 +133,22 @@ def answer(text, max_new_tokens):
 
 question = "..."
 {chr(10).join(asking)}"""
+
+
+def _prefixes(config: Config, prompt: Prompt) -> str:
+    """What precedes a question of each task of a mixture, as a table; empty for one task."""
+    tasks = tasks_of(config)
+    if len(tasks) == 1:
+        return ""
+    rows = [["task", *prompt.prefixes], ["---"] * (1 + len(prompt.prefixes))]
+    rows += [
+        [t, *(f"`{json.dumps(TASKS[t].prefixes[stream])}`" for stream in prompt.prefixes)] for t in tasks
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"The student was trained on {len(tasks)} tasks, each with its own text in front of a question. "
+        f"The lines above, and the chat template if there is one, have that of {tasks[0]}:\n\n{table}\n\n"
+    )
 
 
 def _front_matter(config: Config) -> dict[str, Any]:
