@@ -44,7 +44,7 @@ def check_texts(
     counts: dict[str, int] = {}
     for task in records.test:
         mine = [i for i, record in enumerate(records.train) if record.task == task]
-        targets = Ragged(train.targets["predict"][i] for i in mine)
+        targets = Ragged(train.labels[i] for i in mine)
         part, name = [records.train[i] for i in mine], f"{task}/train"
         counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
@@ -63,7 +63,7 @@ def check_split(
     said = [_as_said(record, config) for record in records]
     prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
     features = tokenize(said, prefixes, tokenizer, config, split=name)
-    wrong = _unsayable(name, said, features.targets["predict"], tokenizer, max_unsayable)
+    wrong = _unsayable(name, said, features.labels, tokenizer, max_unsayable)
     return {
         f"{name}/cut_questions": features.cut["predict questions"],
         f"{name}/cut_labels": features.cut["labels"],
@@ -77,11 +77,13 @@ def truncated_shares(records: Loaded, train: Features, config: DataConfig) -> di
     `data/truncated_share_WHAT` is the share of the training texts that fill their limit, so that they were
     cut or, in rare cases, just fit. `data/truncated_share_SPLIT_WHAT` is the share that `check_texts` found
     cut in validation and test, over all tasks; the rationales there are references, which no limit cuts.
+    `data/long_reasonings` is the number of rationales of a reason stream to which `data.long_reasoning` was
+    applied.
     """
     limits = {
-        "questions": (train.questions["predict"], config.max_question_tokens),
-        "labels": (train.targets["predict"], config.max_label_tokens),
-        "rationales": (train.targets["explain"], config.max_rationale_tokens),
+        "questions": (train.first_questions, config.max_question_tokens),
+        "labels": (train.labels, config.max_label_tokens),
+        "rationales": (train.rationales, config.max_rationale_tokens),
     }
     shares = {name: float((texts.lengths >= limit).mean()) for name, (texts, limit) in limits.items()}
     for split, tasks in (("valid", records.valid), ("test", records.test)):
@@ -89,7 +91,9 @@ def truncated_shares(records: Loaded, train: Features, config: DataConfig) -> di
         for what in ("questions", "labels"):
             cut = sum(records.report.get(f"{task}/{split}/cut_{what}", 0) for task in tasks)
             shares[f"{split}_{what}"] = cut / total
-    return {f"data/truncated_share_{name}": share for name, share in shares.items()}
+    long = train.cut.get("reasonings")
+    scalars = {f"data/truncated_share_{name}": share for name, share in shares.items()}
+    return scalars if long is None else scalars | {"data/long_reasonings": float(long)}
 
 
 def _as_said(record: Record, config: DataConfig) -> Record:
