@@ -92,7 +92,7 @@ A student distilled with ibdistill on the task {", ".join(tasks_of(config))}. It
 
 ## Use
 
-These lines give the answers that were evaluated:
+These lines give the answers that were evaluated{_rounding(config)}:
 
 ```python
 {usage(prompt, ".")}
@@ -148,6 +148,18 @@ def answer(text, max_new_tokens):
 
 question = "..."
 {chr(10).join(asking)}"""
+
+
+def _rounding(config: Config) -> str:
+    """Why a text of a student in 16 bits may differ from the evaluated one; empty in fp32."""
+    if config.student.precision == "fp32":
+        return ""
+    return (
+        f", up to rounding. The weights are in {config.student.precision}, where the last bits of a result "
+        f"depend on the shape of the batch. The evaluation had batches of {config.run.eval_batch_size} "
+        "questions and the lines ask one, so a text may go on differently where two tokens are nearly as "
+        "probable"
+    )
 
 
 def _prefixes(config: Config, prompt: Prompt) -> str:

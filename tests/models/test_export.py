@@ -74,6 +74,17 @@ def test_the_card_of_a_mixture_has_every_tasks_prefixes(method):
     assert "|" not in alone.split("## Scores")[0].split("## Use")[1]
 
 
+def test_the_card_says_why_a_text_in_16_bits_may_differ():
+    cards = []
+    for precision in ("fp32", "bf16"):
+        config = Config(student=StudentConfig(precision=precision))
+        prompt = Prompt.of(tiny("t5"), byte_tokenizer(), config)
+        cards.append(model_card.card(config, prompt, {}, has_template=True))
+    assert "These lines give the answers that were evaluated:\n" in cards[0]
+    assert "evaluated, up to rounding. The weights are in bf16, where" in cards[1]
+    assert f"batches of {Config().run.eval_batch_size} questions" in cards[1]
+
+
 def test_no_bar_of_a_library_reaches_the_console(world, tmp_path, capfd):
     """Neither of writing shards nor of loading them."""
     model = tiny("t5")
