@@ -51,7 +51,7 @@ from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.version import version
 from ibdistill.training import pseudo_labels
-from ibdistill.training.checkpoint import MARKER
+from ibdistill.training.checkpoint_marker import MARKER
 
 logger = logging.getLogger("ibdistill")
 

@@ -43,7 +43,7 @@ from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import EXIT_DIVERGED, EXIT_UNWRITTEN
 from ibdistill.runtime.folder_lock import FolderLock
 from ibdistill.runtime.version import version
-from ibdistill.training import pseudo_labels, run_folder
+from ibdistill.training import early_checks, pseudo_labels, run_folder
 from ibdistill.training.evaluation import answers, evaluate
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
@@ -60,6 +60,7 @@ def main() -> None:
         with distributed.user_errors():
             given = command_line.parse(sys.argv[1:])
             config = load_settings(given.first, given.settings)
+            distributed.run_on_rank_0(lambda: early_checks.check(config))
             lock = FolderLock(Path(config.run.dir))  # rank 0's process holds it
             at_the_end.callback(lock.release)
             distributed.run_on_rank_0(lock.acquire)

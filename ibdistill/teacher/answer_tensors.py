@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import TeacherConfig
 from ibdistill.data.records import SEGMENTS, segments_of
+from ibdistill.data.tokenizers import bos_of
 from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
@@ -79,6 +80,10 @@ def fingerprint(config: TeacherConfig, wanted: Wanted, tokenizer: PreTrainedToke
         "precision": "8bit" if config.load_in_8bit else config.precision,
         "holds": holds,
     }
+    # What a tokenizer puts in front of a question is in the teacher's rows, and not in an entry's key. Most
+    # put nothing there, and their caches need no word of it.
+    if (bos := bos_of(tokenizer)) is not None:
+        found["bos"] = bos
     if wanted.targets and config.cache_form == "topk":
         found |= {"top_k": config.cache_top_k, "temperature": wanted.temperature}
     return found

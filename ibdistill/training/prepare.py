@@ -23,7 +23,7 @@ from ibdistill.data import chat_start, loading, reasoning, tokenizers
 from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
-from ibdistill.data.text_checks import check_texts
+from ibdistill.data.text_checks import check_texts, truncated_shares
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.models.student import check_context, load_student
@@ -254,7 +254,7 @@ def assemble(
         folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
     )
     board.text("config", to_yaml(config), state.step)
-    board.scalars(data_scalars(features, config.data), state.step)
+    board.scalars(truncated_shares(records, features, config.data), state.step)
     alarms = Alarms(records.train)
     if world.rank == 0:
         alarms.check_labels(records.train)
@@ -284,26 +284,6 @@ def assemble(
     if state.pseudo:
         job.mix(pseudo_labels.read(folder, state.pseudo))
     return job
-
-
-def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
-    """`data/truncated_share_WHAT`: the share of the training texts that fill their limit. They were cut, or
-    in rare cases just fit. `data/long_reasonings`: the number of rationales of a reason stream to which
-    `data.long_reasoning` was applied."""
-    limits = {
-        "questions": (features.first_questions, config.max_question_tokens),
-        "labels": (features.labels, config.max_label_tokens),
-        "rationales": (features.rationales, config.max_rationale_tokens),
-    }
-    shares = {
-        f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
-        for name, (texts, limit) in limits.items()
-    }
-    if features.whole_prompts:  # the limit is on what the user says, and a prompt holds more
-        cut = features.cut.get(f"{features.streams[0]} questions", 0)
-        shares["data/truncated_share_questions"] = cut / len(features)
-    long = features.cut.get("reasonings")
-    return shares if long is None else shares | {"data/long_reasonings": float(long)}
 
 
 def _tokenizer(

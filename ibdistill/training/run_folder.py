@@ -30,7 +30,7 @@ from ibdistill.models import families, presets
 from ibdistill.objectives import weights
 from ibdistill.runtime import files
 from ibdistill.runtime.version import version
-from ibdistill.training.checkpoint import MARKER
+from ibdistill.training.checkpoint_marker import MARKER
 
 RESULT = "result.json"
 _CONFIG, _INPUTS = "config.yaml", "inputs.json"

@@ -56,6 +56,22 @@ def test_a_dry_run_checks_what_the_run_would_read(setting, value, message):
     assert done.returncode == 2 and message in done.stderr and "would run" not in done.stdout
 
 
+def test_a_dry_run_refuses_a_table_and_a_model_that_cannot_write(tmp_path):
+    table, encoder = tmp_path / "data.csv", tmp_path / "encoder"
+    table.write_text("question,label\n")
+    encoder.mkdir()
+    (encoder / "config.json").write_text('{"model_type": "t5", "architectures": ["T5EncoderModel"]}')
+    for settings, message in (
+        (["--data.task", "jsonl", "--data.path", str(table)], f"error: {table} begins with 'question,"),
+        (
+            ["--student.model", str(encoder)],
+            f"error: student.model is '{encoder}', by its config.json a T5Enc",
+        ),
+    ):
+        done = bash("slurm/distill.sh", "demo", *settings, DRY_RUN="1")
+        assert done.returncode == 2 and message in done.stderr and "would run" not in done.stdout
+
+
 def test_a_dry_run_checks_the_settings_and_shows_the_command(tmp_path):
     folder = tmp_path / "a folder"
     folder.mkdir()

@@ -32,7 +32,7 @@ from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
 from ibdistill.ops.head_loss.arguments import STREAMS, Call
 from ibdistill.ops.head_loss.packing import Rows, groups, pack
 from ibdistill.ops.head_loss.torch_pooling import Pooler
-from ibdistill.ops.head_loss.torch_teacher import Distiller
+from ibdistill.ops.head_loss.torch_teacher import TorchDistiller
 from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
 
@@ -100,7 +100,7 @@ class _Walk:
         self.scale = torch.full_like(rows.labels, call.weights.ce_predict, dtype=dtype)
         self.scale.masked_fill_(rows.is_explain, call.weights.ce_explain)
         self.cross_entropy, self.correct = torch.empty_like(self.scale), torch.empty_like(self.scale)
-        self.distiller = None if call.teacher is None else Distiller(call, rows, vocabulary, dtype)
+        self.distiller = None if call.teacher is None else TorchDistiller(call, rows, vocabulary, dtype)
         # the distiller has a buffer as large as the one of log p
         buffers = 1 if self.distiller is None else 2
         self.size = max(1, call.chunk_bytes // (vocabulary * dtype.itemsize * buffers))

@@ -11,7 +11,7 @@ from ibdistill.ops.head_loss.packing import Rows
 from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
 
-class Distiller:
+class TorchDistiller:
     """Divergences from the teacher, chunk by chunk, and their gradients in a buffer of the chunk's size."""
 
     def __init__(self, call: Call, rows: Rows, vocabulary: int, dtype: torch.dtype):

@@ -28,7 +28,7 @@ from ibdistill.ops.head_loss.kernels import (
 from ibdistill.ops.head_loss.triton_plan import Plan
 
 
-class Distiller:
+class TritonDistiller:
     """The teacher's part in one group of rows: divergences, and what their gradients need, per row."""
 
     def __init__(self, plan: Plan, targets: TeacherStream, buffer: Tensor, labels: Tensor, taught: Tensor):
