@@ -25,6 +25,20 @@ def _online(top, total, x):
     return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
 
 
+@triton.jit
+def softcap_kernel(z, stride, V, cap, BLOCK: tl.constexpr):
+    """One block of one row: cap tanh(z / cap) in the place of z."""
+    i_row, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_v = i_v * BLOCK + tl.arange(0, BLOCK)
+    inside = o_v < V
+    place = z + i_row * stride + o_v
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32) / cap
+    # tanh from the exponential of a number that is not positive: nothing overflows
+    e = tl.exp(-2.0 * tl.abs(x))
+    size = cap * (1.0 - e) / (1.0 + e)
+    tl.store(place, tl.where(x < 0, -size, size).to(z.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["a"])
 def row_stats_kernel(z, stride, labels, lse, ce, correct, a, V, V_padded, BLOCK: tl.constexpr):
     """One row: log-sum-exp, -log p[label] and whether the label's logit is the largest (0 if ignored)."""
@@ -251,15 +265,16 @@ def _log_mixture(log_q, log_p, beta):
 def gradient_kernel(
     z, stride, out, out_stride, labels, lse, scale, sums_won, table, lengths, pooled, winners, sums, gets,
     teacher, student_lse, teacher_lse, means, taught, tops, k, questions, a, b, V, V_padded, pool_scale,
-    inverse_temperature, beta,
-    ESTIMATOR: tl.constexpr, IS_MAX: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+    inverse_temperature, beta, inverse_cap,
+    ESTIMATOR: tl.constexpr, IS_MAX: tl.constexpr, DIVERGENCE: tl.constexpr, IS_CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one block of the vocabulary: dL/dz of its rows in the chunk, into `out` (may be z).
 
     `scale` is each row's cross-entropy weight (0 where ignored), `gets` whether stream 0, 1 gets the pooled
     term's gradient, `taught` each row's distillation weight times T. With a top k, `teacher` holds the places
     1 to k in it (0: in none), `tops` [rows, k] their gradients, and `means` what the tail's probabilities are
-    multiplied with.
+    multiplied with. With IS_CAPPED, z holds capped logits, and the gradient is that of the logits before.
     """
     i_s, i_v = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(table + 4 * i_s), tl.load(table + 4 * i_s + 1)
@@ -316,6 +331,9 @@ def gradient_kernel(
                     ratio = log_p - _log_mixture(log_q, log_p, beta)
                     d = (1 - beta) * tl.exp(log_p) * (ratio - tl.load(means + t))
             dz += tl.where(o_v < V, d * tl.load(taught + t), 0.0)
+        if IS_CAPPED:
+            share = tl.where(o_v < V, x, 0.0) * inverse_cap
+            dz *= 1.0 - share * share
         tl.store(out_row, tl.where(kept, dz, 0.0).to(out.dtype.element_ty), mask=inside)
         row += stride
         teacher_row += stride

@@ -11,6 +11,7 @@ often:
     mean_sums     one read      the same s[t] for the mean pool, which needs every p[t, v]
     divergence    one read      divergence from the teacher, from student and teacher logits
     tail          one read      the student's mass in the tail of a teacher's top k
+    softcap       read + write  capped logits in the place of z, where the model caps them
     gradient      read + write  dL/dz in the place of z
 
 For cross entropies and a max-pooled term that is two reads forward and a read and a write backward, or 8
@@ -157,7 +158,8 @@ class _Work:
             stream, first, last = group.slices[chunk]
             logits = self.hidden[stream][first:last]
             return logits if logits.stride(1) == 1 else logits.contiguous()
-        return self.plan.multiply(hidden[a:b], self.weight, self.bias, self.buffers[0][: b - a])
+        out = self.buffers[0][: b - a]
+        return self.plan.multiply(hidden[a:b], self.weight, self.bias, self.plan.softcap, out)
 
     def _products(self, group: Group, hidden: Tensor, dz: Tensor, a: int, b: int) -> None:
         """From dL/dz of the rows a to b the gradients of hidden states, weight and bias."""
