@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ibdistill.data.batches import Batch
-from ibdistill.models.families import ENCODER_DECODER, base_of, family
+from ibdistill.models.architectures import ENCODER_DECODER, family, state_factor
+from ibdistill.models.families import base_of
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
             use_cache=False,
         )[0]
         hidden = decoded.flatten(0, 1).index_select(0, batch.positions[stream])
-        # T5 with tied embeddings scales the states that go into its head
-        scales = getattr(model.config, "scale_decoder_outputs", False)
-        targets[stream] = hidden * model.config.d_model**-0.5 if scales else hidden
+        targets[stream] = _for_head(hidden, model)
     return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions), tuple(more))
 
 
@@ -95,7 +94,13 @@ def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
     hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
     of_stream = dict(zip(batch.positions, hidden.chunk(len(batch.positions) or 1), strict=False))
     targets = {
-        stream: rows.flatten(0, 1).index_select(0, batch.positions[stream])
+        stream: _for_head(rows.flatten(0, 1).index_select(0, batch.positions[stream]), model)
         for stream, rows in of_stream.items()
     }
     return States(targets, hidden.flatten(0, 1).index_select(0, batch.question_positions))
+
+
+def _for_head(hidden: Tensor, model: PreTrainedModel) -> Tensor:
+    """Final states [N, D] as the head takes them: with the factor that the model gives its logits."""
+    factor = state_factor(model.config)
+    return hidden if factor == 1 else hidden * factor

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.data.batches import Batch
 from ibdistill.models import forward as models_forward
-from ibdistill.models.families import ENCODER_DECODER, base_of, family
+from ibdistill.models.architectures import ENCODER_DECODER, family, softcap
+from ibdistill.models.families import base_of
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.objectives.weights import GRADIENT, mi_settings, uses_vib, uses_vid
@@ -47,10 +48,11 @@ class _LossHead(nn.Module):
     happen inside a module that owns the head. The parameter is the model's own, not a copy.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, softcap: float | None) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
+        self.softcap = softcap
         self.measures = False
         """Whether the next forward also measures each term's gradient (`term_gradients`)."""
 
@@ -63,9 +65,10 @@ class _LossHead(nn.Module):
         teacher: TeacherDistributions | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         arguments = predict, explain, self.weight, self.bias
-        total, terms = head_loss(*arguments, weights=weights, mi=mi, teacher=teacher)
+        settings = {"mi": mi, "teacher": teacher, "softcap": self.softcap}
+        total, terms = head_loss(*arguments, weights=weights, **settings)
         if self.measures:
-            terms |= term_gradients(*arguments, weights, mi=mi, teacher=teacher)
+            terms |= term_gradients(*arguments, weights, **settings)
         return total, terms
 
 
@@ -138,7 +141,7 @@ class Distillation(nn.Module):
         """`teacher_width`: size of the teacher's question states, for vid; `seed`: for vid's map."""
         super().__init__()
         self.model = model
-        self.head = _LossHead(model.get_output_embeddings())
+        self.head = _LossHead(model.get_output_embeddings(), softcap(base_of(model).config))
         self.objective = objective
         self.mi = mi_settings(objective)
         width = model.get_input_embeddings().embedding_dim
@@ -186,6 +189,7 @@ class Distillation(nn.Module):
             explain=answer.targets.get("explain"),  # a method may train on the label alone
             weight=answer.weight,
             bias=answer.bias,
+            softcap=answer.softcap,
             divergence=self.objective.divergence,
             beta=self.objective.jsd_beta,
             temperature=self.objective.kd_temperature,

@@ -153,11 +153,11 @@ def test_top_k_says_nearly_what_the_states_say(make_job, tmp_path, k, tolerance)
 
 def test_top_k_in_chunks():
     hidden, weight, bias = torch.randn(7, 4), torch.randn(9, 4), torch.randn(9)
-    ids, probabilities = answer_tensors.top_k(hidden, weight, bias, 3, 2.0, chunk=2)
+    ids, probabilities = answer_tensors.top_k(hidden, (weight, bias, None), 3, 2.0, chunk=2)
     expected = torch.softmax((hidden @ weight.T + bias) / 2.0, -1).sort(-1, descending=True)
     assert torch.equal(ids, expected.indices[:, :3])
     torch.testing.assert_close(probabilities, expected.values[:, :3])
-    ids, probabilities = answer_tensors.top_k(hidden[:0], weight, bias, 3, 2.0)
+    ids, probabilities = answer_tensors.top_k(hidden[:0], (weight, bias, None), 3, 2.0)
     assert ids.shape == probabilities.shape == (0, 3)
 
 
