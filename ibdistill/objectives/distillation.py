@@ -27,6 +27,7 @@ from ibdistill.models.families import base_of
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.objectives.weights import GRADIENT, mi_settings, uses_vib, uses_vid
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions, Weights, head_loss
 
 
@@ -122,7 +123,7 @@ def teacher_accuracy(answer: TeacherAnswer, batch: Batch) -> dict[str, Tensor]:
     else:
         best = nn.functional.linear(target.hidden, answer.weight, answer.bias).argmax(-1)
     differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
-    bounds = batch.cu["predict"].to(labels.device).long()
+    bounds = to_device(batch.cu["predict"].long(), labels.device)
     right = (differs[bounds[1:]] == differs[bounds[:-1]]).sum()
     return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(bounds) - 1).float()}
 

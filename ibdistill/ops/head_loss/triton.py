@@ -37,6 +37,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.arguments import STREAMS, Call, Stream, TeacherDistributions, TeacherStream
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.head_loss.kernels import NORMALIZED
@@ -56,8 +57,8 @@ def compute(
         work = _Work(call, weight, bias, needs)
         size = work.size if weight is not None else sum(work.counts) or 1
         groups, table = cut_into_groups(call, size, work.plan.is_pooled)
-        # one copy for all groups, which the host does not wait for
-        lines = torch.tensor(table, dtype=torch.int32).reshape(-1, 4).to(device, non_blocking=True)
+        # one copy for all groups
+        lines = to_device(torch.tensor(table, dtype=torch.int32).reshape(-1, 4), device)
         for group in groups:
             work.group(group, lines[group.lines[0] : group.lines[1]])
         terms = work.terms()

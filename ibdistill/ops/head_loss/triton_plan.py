@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from ibdistill.ops import launch
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, STREAMS, Call, TeacherDistributions, Weights
 from ibdistill.ops.head_loss.kernels import NONE, NORMALIZED, PAPER, softcap_kernel
 
@@ -94,8 +95,8 @@ def make_plan(call: Call, V: int, padded: int, *, differentiate: bool) -> Plan:
         directions=directions,
         needs_pool_gradient=differentiate and bool(receivers),
         pool_scale=call.weights.mi / max(len(directions), 1),
-        receives=torch.tensor(
-            [name in receivers for name in STREAMS], dtype=torch.int32, device=example.device
+        receives=to_device(
+            torch.tensor([name in receivers for name in STREAMS], dtype=torch.int32), example.device
         ),
     )
 
