@@ -1,7 +1,7 @@
 """Counts what makes the host wait for a GPU. Meta tensors stand for those on a GPU, so none is needed.
 
-Like a GPU's, a meta tensor is on another device than the host's, and the host cannot know its values. Fake CUDA
-tensors would be closer, but cannot be indexed where torch is built without CUDA.
+Like a GPU's, a meta tensor is on another device than the host's, and the host cannot know its values. Fake
+CUDA tensors would be closer, but cannot be indexed where torch is built without CUDA.
 """
 
 from __future__ import annotations
