@@ -55,6 +55,9 @@ class _Factories(TorchFunctionMode):
             like = args[0] if function is Tensor.new_tensor else None
             if GPU in str(kwargs.get("device", "")) or (_on_gpu(like) and not _on_gpu(args[1])):
                 self.syncs.note(function.__name__)
+        if function is Tensor.__bool__ and _on_gpu(args[0]):
+            self.syncs.note("bool")
+            return False  # a model goes on, whatever it asked
         return function(*args, **kwargs)
 
 
