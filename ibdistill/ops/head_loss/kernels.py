@@ -198,38 +198,48 @@ def divergence_kernel(
 ):  # fmt: skip
     """One row: divergence between softmax(teacher / T) and softmax(z / T), and what its gradient needs.
 
-    `means` is the mean under the student of the log ratio that the gradient is centred by. The second
-    walk over the row finds it in the cache.
+    `means` is the mean under the student of the log ratio that the gradient is centred by. A KL divergence is
+    a mean of differences of logits beside the two log-sum-exps, so one walk over the row makes it: `mean_gap`
+    is that mean, below the running maximum. The mixture of a JSD needs both log-sum-exps first, hence a second
+    walk, which reads both rows from memory again: the rows of all programs together exceed a cache.
     """
     i_row = tl.program_id(0).to(tl.int64)
     top, total, teacher_top, teacher_total = float("-inf"), 0.0, float("-inf"), 0.0
+    loss, mean, mean_gap = 0.0, 0.0, 0.0
     for start in range(0, V_padded, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         inside = o_v < V
         x = tl.load(z + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
         y = tl.load(teacher + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
-        top, total = _online(top, total, tl.where(inside, x * inverse_temperature, float("-inf")))
+        gap = tl.where(inside, (y - x) * inverse_temperature, 0.0)
+        x = tl.where(inside, x * inverse_temperature, float("-inf"))
         y = tl.where(inside, y * inverse_temperature, float("-inf"))
+        last, teacher_last = top, teacher_top
+        top, total = _online(top, total, x)
         teacher_top, teacher_total = _online(teacher_top, teacher_total, y)
+        if DIVERGENCE == _FORWARD:
+            mean_gap = mean_gap * tl.exp(teacher_last - teacher_top) + tl.sum(
+                tl.exp(y - teacher_top) * gap, 0
+            )
+        elif DIVERGENCE == _REVERSE:
+            mean_gap = mean_gap * tl.exp(last - top) - tl.sum(tl.exp(x - top) * gap, 0)
     lse_p, lse_q = top + tl.log(total), teacher_top + tl.log(teacher_total)
-    loss, mean = 0.0, 0.0
-    for start in range(0, V_padded, BLOCK):
+    if DIVERGENCE == _FORWARD:
+        loss = mean_gap / teacher_total - lse_q + lse_p
+    elif DIVERGENCE == _REVERSE:
+        mean = mean_gap / total - lse_p + lse_q
+        loss = mean
+    stop = V_padded if DIVERGENCE != _FORWARD and DIVERGENCE != _REVERSE else 0
+    for start in range(0, stop, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         inside = o_v < V
         x = tl.load(z + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
         y = tl.load(teacher + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
         log_p, log_q = x * inverse_temperature - lse_p, y * inverse_temperature - lse_q
-        if DIVERGENCE == _FORWARD:
-            loss += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_p), 0.0), 0)
-        elif DIVERGENCE == _REVERSE:
-            mean += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_q), 0.0), 0)
-        else:
-            log_m = _log_mixture(log_q, log_p, beta)
-            mean += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
-            loss += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
-    if DIVERGENCE == _REVERSE:
-        loss = mean
-    elif DIVERGENCE != _FORWARD:
+        log_m = _log_mixture(log_q, log_p, beta)
+        mean += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
+        loss += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
+    if stop > 0:
         loss = beta * loss + (1 - beta) * mean
     tl.store(student_lse + a + i_row, lse_p)
     tl.store(teacher_lse + a + i_row, lse_q)

@@ -9,7 +9,7 @@ often:
     pooled_sums   [B, V] only   nine sums per question, from which estimators and directions follow
     winner_sums   [B, V] only   s[t], the sum of the gradients w that position t won (max pool)
     mean_sums     one read      the same s[t] for the mean pool, which needs every p[t, v]
-    divergence    one read      divergence from the teacher, from student and teacher logits
+    divergence    one read      divergence from the teacher, from student and teacher logits (JSD: two reads)
     tail          one read      the student's mass in the tail of a teacher's top k
     softcap       read + write  capped logits in the place of z, where the model caps them
     gradient      read + write  dL/dz in the place of z
