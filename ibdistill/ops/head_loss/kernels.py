@@ -200,8 +200,8 @@ def divergence_kernel(
 
     `means` is the mean under the student of the log ratio that the gradient is centred by. A KL divergence is
     a mean of differences of logits beside the two log-sum-exps, so one walk over the row makes it: `mean_gap`
-    is that mean, below the running maximum. The mixture of a JSD needs both log-sum-exps first, hence a second
-    walk, which reads both rows from memory again: the rows of all programs together exceed a cache.
+    is that mean, below the running maximum. The mixture of a JSD needs both log-sum-exps first. Its second
+    walk reads both rows from memory again, because the rows of all running programs exceed a cache.
     """
     i_row = tl.program_id(0).to(tl.int64)
     top, total, teacher_top, teacher_total = float("-inf"), 0.0, float("-inf"), 0.0
