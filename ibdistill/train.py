@@ -128,14 +128,14 @@ def train_step(job: Job) -> None:
     data_seconds = time.perf_counter() - start
 
     for index, (indices, batch) in enumerate(micro_batches):
-        batch = batch.to(job.world.device)
+        on_host, batch = batch, batch.to(job.world.device)
         answer = job.teacher_answers.of(indices, batch) if job.teacher_answers else None
         if job.teacher_answers and job.teacher_answers.overlaps and (following := job.following(index)):
             job.teacher_answers.start(*following)
         loss, terms = job.engine(batch, weights, answer, counts["question_tokens"])
         job.engine.backward(loss * job.world.size, scale_wrt_gas=False)
         job.engine.step()
-        job.meter.add(batch, terms)
+        job.meter.add(on_host, terms)  # which counts tokens: on a GPU the host would wait for their number
 
     job.meter.end_step(counts, data_seconds, norm=job.engine.get_global_grad_norm())
     state.step += 1

@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill.data import token_ids
 from ibdistill.data.features import Features
 from ibdistill.data.records import SEGMENTS, segments_of
+from ibdistill.ops.copies import to_device
 
 logger = logging.getLogger("ibdistill")
 
@@ -89,9 +90,7 @@ class Batch:
         def moved(value: Any) -> Any:
             if isinstance(value, dict):
                 return {key: moved(tensor) for key, tensor in value.items()}
-            if isinstance(value, Tensor) and device.type == "cuda":
-                return value.pin_memory().to(device, non_blocking=True)
-            return value
+            return to_device(value, device) if isinstance(value, Tensor) else value
 
         fields = {f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return Batch(**fields | {"cu": self.cu})

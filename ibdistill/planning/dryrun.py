@@ -38,6 +38,7 @@ from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
 from ibdistill.planning.attention import attention_of
+from ibdistill.planning.experts import experts_in_any_dtype
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -208,7 +209,7 @@ def student_step(
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, dict.fromkeys([*segments_of(SEGMENTS), "explained"], 1))
-    with attention_of(device), skeleton.mode, tracker:
+    with attention_of(device), experts_in_any_dtype(), skeleton.mode, tracker:
         loss, _ = module(batch, weights, answer, 1)
         loss.backward()
     hook.remove()
@@ -221,7 +222,7 @@ def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str]
     """A teacher's forward pass over a micro-batch, with its answers."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
-    with attention_of(device), skeleton.mode, tracker, torch.no_grad():
+    with attention_of(device), experts_in_any_dtype(), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
     return Living(tracker.peak)
@@ -246,7 +247,7 @@ def uses(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], *, head: 
     owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
     hooks = [module.register_forward_pre_hook(note) for module in owners]
     batch = skeleton.fake(lengths.batch(model, streams))
-    with skeleton.mode, torch.no_grad():
+    with experts_in_any_dtype(), skeleton.mode, torch.no_grad():
         models_forward.states(model, batch)
     for hook in hooks:
         hook.remove()

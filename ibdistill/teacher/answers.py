@@ -42,7 +42,7 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 from ibdistill.teacher import answer_tensors
-from ibdistill.teacher.answer_tensors import Head
+from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
 from ibdistill.teacher.cache_shard import Entry, key_of
 from ibdistill.teacher.teacher import SHARDED, Teacher, fit_rows
@@ -235,7 +235,7 @@ class TeacherAnswers:
             if any(known):
                 packed = self._join(entries)
         # a new answer goes through the kept form too, so that asking and reading give the same step
-        return self._unpack(packed, (answer.weight, answer.bias))
+        return self._unpack(packed, (answer.weight, answer.bias, answer.softcap))
 
     def _known(self, indices: Sequence[int]) -> list[Entry | None]:
         """The cache's entry of each record, or None."""
@@ -285,19 +285,19 @@ class TeacherAnswers:
         """The answer in packed tensors. Collective if its head is needed, not given, and sharded."""
         if head is None:
             needed = self._wanted.targets and self._config.cache_form == "states"
-            head = self.teacher.head() if needed else (None, None)
+            head = self.teacher.head() if needed else NO_HEAD
         return answer_tensors.unpack(packed, head)
 
     def _keep_head(self) -> None:
         """Write what a run without a loaded teacher needs besides the entries. Collective."""
-        head = self.teacher.head() if self._wanted.targets else (None, None)
+        head = self.teacher.head() if self._wanted.targets else NO_HEAD
         folder = Path(self._config.cache)
-        distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, self.width, *head))
+        distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, self.width, head))
 
     def _read_head(self) -> tuple[int, Head] | None:
         """The teacher's width, and its head with as many rows as the student's; None if it cannot be read."""
         found = answer_tensors.read_head(Path(self._config.cache), self._world.device)
         if found is None:
             return None
-        width, (weight, bias) = found
-        return width, (None, None) if weight is None else fit_rows(weight, bias, self._head_rows)
+        width, (weight, bias, softcap) = found
+        return width, NO_HEAD if weight is None else (*fit_rows(weight, bias, self._head_rows), softcap)

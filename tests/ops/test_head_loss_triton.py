@@ -75,6 +75,15 @@ def top_k(case, generator, sides, *settings, k=4, V=V):
     return TeacherDistributions(*streams, None, None, *settings)
 
 
+@pytest.mark.parametrize("chunk_rows", [20, 1000])
+def test_capped_logits_of_student_and_teacher(generator, chunk_rows):
+    case = make(generator)
+    teacher = white_box(case, generator, (1, 1), "forward", 0.3, 1.7, 0.8)
+    for mi in (MISettings(), MISettings("paper", "mean")):
+        arguments = {"weights": ALL, "mi": mi, "teacher": teacher, "softcap": 1.5}
+        check(case, **arguments, chunk_bytes=chunk_rows * 48 * 4)
+
+
 SIDES = {"both": (1, 1), "predict": (1, 0), "explain": (0, 1)}
 
 

@@ -77,7 +77,7 @@ def record(
     """Case -> the launches of one call of it, with questions of these lengths in both streams."""
     from ibdistill.ops import launch
     from ibdistill.ops.cpu import products
-    from ibdistill.ops.head_loss import triton_group, triton_teacher
+    from ibdistill.ops.head_loss import triton_group, triton_plan, triton_teacher
     from ibdistill.ops.head_loss.arguments import (
         Call,
         MISettings,
@@ -113,10 +113,13 @@ def record(
         cases[f"head, CE + KD {divergence}"] = (hidden, None, teacher)
         cases[f"head, CE + paper, max + KD {divergence}"] = (hidden, MISettings(), teacher)
     out = {}
-    modules = (triton_group, triton_teacher, vid_triton)
+    capped = dataclasses.replace(white, softcap=30.0)
+    cases["head, soft-capped, CE + paper, max + KD"] = (hidden, MISettings(), capped)
+    modules = (triton_plan, triton_group, triton_teacher, vid_triton)
     with recorded(*modules) as launches, mock.patch.object(launch, "LANES", lanes):
         for case, (stream, mi, teacher) in cases.items():
-            call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, 32 << 20)
+            cap = None if teacher is None else teacher.softcap
+            call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, 32 << 20, cap)
             head = None if case.startswith("logits") else weight
             compute(call, head, None, [True, True, head is not None, False])
             out[case], launches[:] = list(launches), []

@@ -211,7 +211,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
         for k in (8, 16, 32, 64, 128):
             kept = {}
             for stream, target in answer.targets.items():
-                ids, p = top_k(target.hidden, answer.weight, answer.bias, k, 1.0)
+                ids, p = top_k(target.hidden, (answer.weight, answer.bias, answer.softcap), k, 1.0)
                 kept[stream] = TeacherStream(ids=ids, probabilities=p.half().float())
             forms[f"top {k}"] = (k * (4 + 2), TeacherAnswer(None, kept))
         for name, (size, form) in forms.items():

@@ -185,7 +185,8 @@ class GroupState:
             self.lengths, self.pooled, self.winners, self.sums, plan.receives, *taught, k,
             self.group.questions, a, b, plan.V, plan.padded, plan.pool_scale,
             1 / teacher.temperature if teacher else 1.0, teacher.beta if teacher else 0.5,
+            1 / plan.softcap if plan.softcap else 1.0,
             ESTIMATOR=plan.estimator if plan.needs_pool_gradient else NONE, IS_MAX=plan.is_max,
-            DIVERGENCE=NONE if x is None else x.divergence,
+            DIVERGENCE=NONE if x is None else x.divergence, IS_CAPPED=plan.softcap is not None,
             BLOCK=plan.column_block, num_warps=launch.WARPS,
         )  # fmt: skip
