@@ -23,7 +23,9 @@ def make(case, generator, dtype=torch.float64):
     B, H, T, S, D, masked, causal = CASES[case]
 
     def heads(length):
-        return torch.randn(B, length, H, D, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+        return (
+            torch.randn(B, length, H, D, generator=generator, dtype=torch.float64).to(dtype).transpose(1, 2)
+        )
 
     bias = torch.randn(H, T + S - 1, generator=generator, dtype=torch.float64)
     bias = bias if dtype == torch.float64 else bias.float()

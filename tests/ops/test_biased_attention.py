@@ -107,7 +107,10 @@ def test_what_is_kept_for_the_backward_pass_is_linear(generator):
         ({"bias": torch.zeros(2, 8)}, r"bias must be \[H, T \+ S - 1\] = \[2, 7\], not \[2, 8\]"),
         ({"mask": torch.zeros(1, 3)}, r"mask must be bool \[B, S\] = \[1, 4\], not torch.float32 \[1, 3\]"),
         ({"rate": 1.0}, r"rate = 1.0 is not in \[0, 1\)"),
-        ({"key": torch.zeros(1, 2, 4, 3).half()}, "must have query's dtype torch.float32 and bias torch.float32"),
+        (
+            {"key": torch.zeros(1, 2, 4, 3).half()},
+            "must have query's dtype torch.float32 and bias torch.float32",
+        ),
         ({"impl": "cuda"}, "impl"),
     ],
 )

@@ -44,6 +44,12 @@ def test_targets_differ_in_lanes_and_both_pass(target, case):
     assert failures == []
 
 
+@pytest.mark.parametrize("target", list(kernel_report.TARGETS))
+def test_attention_compiles_for_every_target(target):
+    """On sm_90 and gfx942 without spills to memory."""
+    assert kernel_report.inspect_attention(target, torch.bfloat16, (64,)) == []
+
+
 def test_token_counts_never_recompile():
     """Launches of batches with other lengths and numbers of questions are the same to the compiler."""
     keys = [
@@ -54,4 +60,6 @@ def test_token_counts_never_recompile():
         }
         for lengths in [(3, 3), (1,), (16,) * 16, (7, 1, 5)]
     ]
+    assert all(k == keys[0] for k in keys)
+    keys = [{kernel_report.key_of(x) for x in kernel_report.record_attention(T=T)} for T in (1, 7, 96, 128)]
     assert all(k == keys[0] for k in keys)
