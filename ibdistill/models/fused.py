@@ -11,15 +11,16 @@ from transformers import (
 )
 from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5LayerNorm
-from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
+from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
+from transformers.models.mt5.modeling_mt5 import MT5Attention, MT5DenseGatedActDense, MT5LayerNorm
+from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
 
-from ibdistill.ops import layers
+from ibdistill.ops import implementation, layers
+from ibdistill.ops.biased_attention import biased_attention
 from ibdistill.ops.cpu import attention
 
 ATTENTION = "ibdistill"
-"""The name in transformers of SDPA, with our own on a CPU where there is dropout."""
+"""The name in transformers of SDPA, with our own on a CPU where there is dropout and for T5 on a GPU."""
 
 
 class _Norm(T5LayerNorm):
@@ -35,8 +36,59 @@ class _GatedFeedForward(T5DenseGatedActDense):
         return self.wo(inner.to(dtype) if dtype.is_floating_point else inner)
 
 
+class _Attention(T5Attention):
+    """T5's attention; on a GPU its bias is a vector by distance, and there is no matrix for it."""
+
+    def forward(
+        self,
+        hidden_states,
+        mask=None,
+        key_value_states=None,
+        position_bias=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        if position_bias is None and past_key_values is None and self._by_distance(hidden_states, mask):
+            # an empty bias stands for none: without one, the layer would make a matrix of zeros
+            position_bias = (
+                self._bias(hidden_states) if key_value_states is None else hidden_states.new_empty(0)
+            )
+        return super().forward(
+            hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
+        )
+
+    def _by_distance(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> bool:
+        """Whether the bias may be a vector: on a GPU, for a mask that is the same for all queries."""
+        ours = self.config._attn_implementation == ATTENTION and implementation.on_gpu(hidden_states)
+        return ours and (mask is None or mask.shape[2] == 1)
+
+    def _bias(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[H, 2 T - 1], the bias of key j for query i at j - i + T - 1, in float32 (or float64)."""
+        last = hidden_states.shape[1] - 1
+        buckets = self._relative_position_bucket(
+            torch.arange(-last, last + 1, device=hidden_states.device),
+            bidirectional=not self.is_decoder,
+            num_buckets=self.relative_attention_num_buckets,
+            max_distance=self.relative_attention_max_distance,
+        )
+        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
+        return self.relative_attention_bias(buckets).to(dtype).T.contiguous()
+
+
+def _attend_by_distance(module: T5Attention, query, key, value, mask, bias, dropout: float):
+    """Attention whose bias is a vector by distance or empty, for the mask of `_mask`."""
+    if not bias.numel():
+        return sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=1.0)
+    seen = None if mask is None else mask[:, 0, 0]
+    causal = mask is None and module.is_causal
+    return biased_attention(query, key, value, bias, mask=seen, causal=causal, rate=dropout), None
+
+
 def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """`sdpa_attention_forward`, save for dropout on a CPU, where that has no kernel."""
+    """`sdpa_attention_forward`, save for dropout on a CPU, where it has no kernel, and T5's bias on a GPU."""
+    bias = kwargs.get("position_bias")
+    if bias is not None and bias.dim() < 4:
+        return _attend_by_distance(module, query, key, value, attention_mask, bias, dropout)
     is_ours = query.device.type == "cpu" and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
     if not (dropout and is_ours):
         return sdpa_attention_forward(
@@ -46,15 +98,23 @@ def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, s
     if attention_mask is None and (module.is_causal if is_causal is None else is_causal):
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    bias = kwargs.get("position_bias")
     out = attention.attention(query, key, value, bias=bias, mask=attention_mask, rate=dropout, scale=scale)
     return out.transpose(1, 2).contiguous(), None
 
 
+def _mask(*, mask_function, attention_mask=None, **kwargs) -> torch.Tensor | None:
+    """`sdpa_mask`, but on a GPU only the keys' padding [B, 1, 1, S] where all queries see the same keys.
+
+    `sdpa_mask` would spell it out for each query, after waiting for the GPU to learn whether there is any.
+    """
+    same = mask_function is bidirectional_mask_function and attention_mask is not None
+    if same and implementation.on_gpu(attention_mask) and attention_mask.shape[1] == kwargs["kv_length"]:
+        return attention_mask.bool()[:, None, None, :]
+    return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
+
+
 AttentionInterface.register(ATTENTION, _attend)
-
-
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:
@@ -72,6 +132,8 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
                 setattr(module, name, nn.GELU(approximate="tanh"))
         if type(module) in (T5LayerNorm, MT5LayerNorm):
             module.__class__ = _Norm
+        elif type(module) in (T5Attention, MT5Attention):
+            module.__class__ = _Attention
         elif type(module) in (T5DenseGatedActDense, MT5DenseGatedActDense) and type(module.act) is nn.GELU:
             module.__class__ = _GatedFeedForward
         elif type(module) is nn.Dropout:

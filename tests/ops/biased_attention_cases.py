@@ -44,7 +44,7 @@ def evaluate(function, inputs, *args, **kwargs):
 
 
 def kept(case, rate, seed):
-    """What dropout multiplies the probabilities with after `torch.manual_seed(seed)`, [B, H, T, S] in float64."""
+    """What dropout multiplies the probabilities with after `torch.manual_seed(seed)`, [B, H, T, S]."""
     B, H, T, S, *_ = CASES[case]
     torch.manual_seed(seed)
     word, level = torch.empty(1, dtype=torch.int64).random_(-(2**63), None), round(rate * LEVELS)

@@ -132,7 +132,7 @@ def record(
 
 
 def record_attention(dtype: torch.dtype = torch.bfloat16, T: int = 96, D: int = 64) -> list[Launch]:
-    """The launches of T5's self-attention in training, in an encoder and in a decoder, without repetitions."""
+    """The launches of T5's self-attention in training, in an encoder and in a decoder, each once."""
     from ibdistill.ops.biased_attention import api, kernels
 
     query = torch.zeros(2, T, 3, D, dtype=dtype).transpose(1, 2).requires_grad_()
@@ -303,7 +303,7 @@ def inspect(launch: Launch, case: str, target: str, V: int, kind: torch.dtype, f
 
 
 def inspect_attention(target: str, kind: torch.dtype, widths: tuple[int, ...] = (64, 128)) -> list[str]:
-    """Compile and print the kernels of attention, which read matrices and not blocks of logits; their failures."""
+    """Compile and print the kernels of attention, which read no blocks of logits; their failures."""
     from ibdistill.ops import launch
 
     failures = []

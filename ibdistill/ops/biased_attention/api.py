@@ -41,7 +41,8 @@ def biased_attention(
     Args:
         query: [B, H, T, D], of any strides; scores are not scaled.
         key, value: [B, H, S, D], in query's dtype.
-        bias: [H, T + S - 1], float32 (float64 for a float64 query): that of key j for query i is at j - i + T - 1.
+        bias: [H, T + S - 1], float32 (float64 for a float64 query): that of key j for query i is at
+            j - i + T - 1.
         mask: bool [B, S], True for keys that are seen; None: all. A query that sees no key gives zeros.
         causal: whether query i sees keys up to i only.
         rate: of dropout, in [0, 1); its seed is drawn from torch's generator of query's device.
@@ -76,8 +77,8 @@ def _forward(
 
 
 def _backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, seed: Tensor,
-    out: Tensor, logs: Tensor, causal: bool, level: int, impl: str, needs_bias: bool,
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None,
+    seed: Tensor, out: Tensor, logs: Tensor, causal: bool, level: int, impl: str, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     arguments = gradient, query, key, value, bias, mask, seed, out, logs
     settings = causal, level, LEVELS / (LEVELS - level)
@@ -142,8 +143,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     if not key.dtype == value.dtype == query.dtype or bias.dtype != wide:
         raise ValueError(
-            f"key and value must have query's dtype {query.dtype} and bias {wide}, not {key.dtype}, {value.dtype}"
-            f" and {bias.dtype}"
+            f"key and value must have query's dtype {query.dtype} and bias {wide}, not {key.dtype}, "
+            f"{value.dtype} and {bias.dtype}"
         )
     for name, x in {"key": key, "value": value, "bias": bias, "mask": mask}.items():
         if x is not None and x.device != query.device:

@@ -1,7 +1,7 @@
 """The Triton kernels of attention with a bias per distance: one forward, four for the gradients.
 
-Shapes: B rows of the batch, H heads, T queries, S keys, D dimensions of a head. Query, key and value come with
-strides; out, the gradients and their inputs are [B, T, H, D] and [B, S, H, D], so that no copy stands between
+Shapes: B rows of the batch, H heads, T queries, S keys, D dimensions of a head. Query, key and value come
+with strides. The result and the gradients are [B, T, H, D] and [B, S, H, D], so that no copy stands between
 them and the linear maps around them. bias is [H, T + S - 1] in float32: that of key j for query i is at
 j - i + T - 1. mask is [B, S], 1 where a key is seen.
 
@@ -117,10 +117,11 @@ def forward_kernel(
 
 @triton.jit
 def _score_gradients(
-    block_q, block_k, block_v, block_d, logs, deltas, bias_row, mask_row, seed, rows, o_m, o_n, T, S, level, factor,
+    block_q, block_k, block_v, block_d, logs, deltas, bias_row, mask_row, seed, rows, o_m, o_n,
+    T, S, level, factor,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The probabilities after dropout and the gradient of the scores, both [M, N]; `block_d` is out's gradient."""
+    """The probabilities after dropout, and the gradient of the scores, both [M, N]; `block_d` is of out's."""
     s = _scores(block_q, block_k, bias_row, mask_row, o_m, o_n, T, S, CAUSAL, MASKED, PRECISION)
     p = tl.exp(s - logs[:, None])
     d_p = tl.dot(block_d, tl.trans(block_v), input_precision=PRECISION)
@@ -140,7 +141,7 @@ def query_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """d_q of BLOCK queries, and deltas [B, H, T], the products of out and its gradient, for the other kernels."""
+    """d_q of BLOCK queries, and deltas [B, H, T], out times its gradient, which the other kernels read."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1)
     b, h = (i_bh // H).to(tl.int64), i_bh % H
     o_m, o_d = i_m * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
@@ -216,8 +217,8 @@ def bias_kernel(
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """parts [splits, H, diagonals, BLOCK, BLOCK]: gradients of the scores, summed over all pairs of blocks whose
-    indices differ by d, in `rows_per_split` rows of the batch."""
+    """parts [splits, H, diagonals, BLOCK, BLOCK]: gradients of the scores, summed over all pairs of blocks
+    whose indices differ by d, in `rows_per_split` rows of the batch."""
     i_g, h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     blocks_m, blocks_n = tl.cdiv(T, BLOCK), tl.cdiv(S, BLOCK)
     d = i_g - (blocks_m - 1)
@@ -251,7 +252,7 @@ def bias_kernel(
 
 @triton.jit(do_not_specialize=["splits", "diagonals", "T", "S"])
 def fold_kernel(parts, d_bias, splits, H, diagonals, T, S, BLOCK: tl.constexpr):
-    """d_bias [H, T + S - 1] from `parts`: BLOCK distances, each the sum of a diagonal of two neighbouring blocks."""
+    """d_bias [H, T + S - 1] from `parts`: BLOCK distances, each the sum of diagonals of two neighbours."""
     i_g, h = tl.program_id(0), tl.program_id(1)
     o_i, o_k = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
     column = o_k + o_i - (BLOCK - 1)  # of block i_g; in the block before it, BLOCK further

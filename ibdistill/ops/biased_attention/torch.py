@@ -15,7 +15,7 @@ WORD = (1 << 32) - 1
 
 
 def _mix(x: Tensor) -> Tensor:
-    """`_mix` of `kernels`, of 32 bits held in int64, whose products wrap as those of 32 bits in their low half."""
+    """`_mix` of `kernels`, of 32 bits in int64, where products wrap as those of 32 bits do."""
     x = x ^ (x >> 16)
     x = (x * 0x85EBCA6B) & WORD
     x = x ^ (x >> 13)
@@ -119,7 +119,7 @@ def backward(
 
 
 def _diagonals(x: Tensor) -> Tensor:
-    """Sums [H, C + S - 1] of the diagonals of x [H, C, S], from its lower left corner to the upper right one."""
+    """Sums [H, C + S - 1] of the diagonals of x [H, C, S], from its lower left corner to the upper right."""
     H, C, S = x.shape
     # rows of C zeros more, read as rows that are one shorter: each is one further to the right than the last
     flat = F.pad(x.flip(1), (0, C)).flatten(1)[:, : C * (S + C - 1)]

@@ -16,12 +16,12 @@ PROGRAMS = 1024
 
 
 def block_of(width: int, itemsize: int) -> int:
-    """Queries and keys of a block: fewer for float32, whose accumulators would spill into local memory."""
+    """Queries and keys of a block: fewer for float32, whose accumulators would spill."""
     return 64 if itemsize == 2 else 32 if width <= 64 else 16
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 are made: as torch's setting says, exactly (in three TF32 products on NVIDIA's)."""
+    """How products of float32 are made: as torch's setting says; exactly is three TF32 products on NVIDIA."""
     if dtype == torch.float32 and not torch.version.hip:
         return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
     return "ieee"
@@ -30,7 +30,7 @@ def _precision(dtype: torch.dtype) -> str:
 def _call(
     query: Tensor, key: Tensor, value: Tensor, bias, mask, seed, causal: bool, level: int, factor: float
 ):
-    """What all kernels but the last share: tensors, sizes, constants; then the options of both kinds of kernels.
+    """What all kernels but the last share: tensors, sizes, and the options of both kinds of kernels.
 
     The kernels of keys and of the bias hold two blocks of accumulators; with more warps and no pipeline these
     stay in registers (`tools/bench/kernel_report.py` counts the spills).
