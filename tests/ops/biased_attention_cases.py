@@ -2,9 +2,8 @@
 
 import torch
 
-from ibdistill.ops.biased_attention.api import LEVELS
 from ibdistill.ops.biased_attention.reference import biased_attention_reference
-from ibdistill.ops.biased_attention.torch import keep
+from ibdistill.ops.dropout_hash import LEVELS, keep
 
 CASES = {
     "one token": (1, 1, 1, 1, 3, False, False),

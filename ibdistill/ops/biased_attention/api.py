@@ -17,10 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from ibdistill.ops import custom
 from ibdistill.ops.biased_attention import torch as in_torch
+from ibdistill.ops.dropout_hash import draw, factor
 from ibdistill.ops.implementation import choose
 
-LEVELS = 1 << 24
-"""Dropout rates are rounded to multiples of 1 / LEVELS; the scale is the rounded rate's."""
 CHUNK_BYTES = 64 << 20
 """Bound of the scores that the torch implementation holds at once."""
 
@@ -56,10 +55,7 @@ def biased_attention(
         ValueError: shapes, dtypes or devices that don't fit, unknown impl, impl = triton where it can't run.
     """
     _check(query, key, value, bias, mask, rate)
-    level = round(rate * LEVELS)
-    seed = torch.empty(1, dtype=torch.int64, device=query.device)
-    if level:
-        seed.random_(-(2**63), None)
+    seed, level, _ = draw(rate, query.device)
     return _Attention.apply(query, key, value, bias, mask, seed, causal, level, impl)
 
 
@@ -67,7 +63,7 @@ def _forward(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, seed: Tensor,
     causal: bool, level: int, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    arguments = query, key, value, bias, mask, seed, causal, level, LEVELS / (LEVELS - level)
+    arguments = query, key, value, bias, mask, seed, causal, level, factor(level)
     with torch.autocast(query.device.type, enabled=False):
         if choose("attention with a bias", impl, query) == "triton":
             from ibdistill.ops.biased_attention import triton
@@ -81,7 +77,7 @@ def _backward(
     seed: Tensor, out: Tensor, logs: Tensor, causal: bool, level: int, impl: str, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     arguments = gradient, query, key, value, bias, mask, seed, out, logs
-    settings = causal, level, LEVELS / (LEVELS - level)
+    settings = causal, level, factor(level)
     with torch.autocast(query.device.type, enabled=False):
         if choose("attention with a bias", impl, query) == "triton":
             from ibdistill.ops.biased_attention import triton

@@ -11,9 +11,7 @@ sum. All pairs of blocks with one difference d of their indices have the same di
 of the bias is first summed over pairs, rows of the batch included (`bias_kernel`), and only then along the
 diagonals (`fold_kernel`). Sums have a fixed order and no atomics: results are the same to the bit.
 
-Dropout keeps no mask. A hash of (seed, row, key), with murmur3's finaliser as its mixing function, decides
-about each probability, here and in `biased_attention.torch` alike. The first key word of a row is a bijection
-of its index, so that no two rows of a call share a stream.
+Dropout keeps no mask: `ops.dropout_hash` decides by row and key.
 """
 
 from __future__ import annotations
@@ -21,34 +19,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ibdistill.ops.dropout_kernel import keep
+
 INTEGERS = ["T", "S", "level", "mask_b"]  # lengths, which must not compile anew
-
-
-@triton.jit
-def _mix(x):
-    """A bijection of 32 bits in which each bit of x moves half of the result's bits."""
-    x ^= x >> 16
-    x *= 0x85EBCA6B
-    x ^= x >> 13
-    x *= 0xC2B2AE35
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _keep(seed, rows, o_n, level):
-    """Whether the probabilities of rows [M] for keys [N] stay: [M, N]."""
-    word = tl.load(seed)
-    low, high = (word & 0xFFFFFFFF).to(tl.uint32), (word >> 32).to(tl.uint32)
-    first = _mix(rows.to(tl.uint32) + low)
-    second = _mix(first ^ high)
-    x = first[:, None] ^ o_n.to(tl.uint32)[None, :]
-    x ^= x >> 16
-    x *= 0x85EBCA6B
-    x ^= second[:, None]
-    x ^= x >> 13
-    x *= 0xC2B2AE35
-    x ^= x >> 16
-    return (x >> 8).to(tl.int32) >= level
 
 
 @triton.jit
@@ -103,7 +76,7 @@ def forward_kernel(
         p, shrink = tl.exp(s - shift[:, None]), tl.exp(top - shift)
         total = total * shrink + tl.sum(p, 1)
         if DROPS:
-            p = tl.where(_keep(seed, i_bh * T + o_m, o_n, level), p, 0.0)
+            p = tl.where(keep(seed, i_bh * T + o_m, o_n, level), p, 0.0)
         sums = sums * shrink[:, None] + tl.dot(p.to(block_v.dtype), block_v, input_precision=PRECISION)
         top = new
     empty = total == 0
@@ -127,9 +100,9 @@ def _score_gradients(
     d_p = tl.dot(block_d, tl.trans(block_v), input_precision=PRECISION)
     dropped = p
     if DROPS:
-        keep = _keep(seed, rows, o_n, level)
-        d_p = tl.where(keep, d_p * factor, 0.0)
-        dropped = tl.where(keep, p * factor, 0.0)
+        kept = keep(seed, rows, o_n, level)
+        d_p = tl.where(kept, d_p * factor, 0.0)
+        dropped = tl.where(kept, p * factor, 0.0)
     return dropped, p * (d_p - deltas[:, None])
 
 

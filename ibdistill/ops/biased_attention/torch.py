@@ -1,8 +1,8 @@
 """Attention with a bias for each distance in torch with bounded memory: queries are taken chunk by chunk.
 
 The scores of a chunk exist while it is worked on, in the forward pass and again in the backward pass, which
-keeps the logarithm of each row's sum in between. Dropout decides by the hash of `kernels`, so that both
-implementations drop the same.
+keeps the logarithm of each row's sum in between. Dropout decides by a hash (`ops.dropout_hash`), so that
+both implementations drop the same.
 """
 
 from __future__ import annotations
@@ -11,31 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-WORD = (1 << 32) - 1
-
-
-def _mix(x: Tensor) -> Tensor:
-    """`_mix` of `kernels`, of 32 bits in int64, where products wrap as those of 32 bits do."""
-    x = x ^ (x >> 16)
-    x = (x * 0x85EBCA6B) & WORD
-    x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & WORD
-    return x ^ (x >> 16)
-
-
-def keep(seed: Tensor, rows: Tensor, columns: Tensor, level: int) -> Tensor:
-    """Whether the probabilities of rows [..., 1] for the keys [S] stay; see `kernels`. A bool [..., S]."""
-    low, high = seed & WORD, (seed >> 32) & WORD
-    first = _mix((rows + low) & WORD)
-    second = _mix(first ^ high)
-    x = first ^ columns
-    x = x ^ (x >> 16)
-    x = ((x * 0x85EBCA6B) & WORD) ^ second
-    x = x ^ (x >> 13)
-    x = (x * 0xC2B2AE35) & WORD
-    x = x ^ (x >> 16)
-    return (x >> 8) >= level
-
+from ibdistill.ops.dropout_hash import keep
 
 class _Chunks:
     """The scores and dropout masks of chunks of queries."""
