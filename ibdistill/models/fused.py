@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import nn
 from transformers import (
@@ -9,15 +11,26 @@ from transformers import (
     AttentionMaskInterface,
     PreTrainedModel,
 )
-from transformers.activations import NewGELUActivation
+from transformers.activations import NewGELUActivation, SiLUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import bidirectional_mask_function, sdpa_mask
-from transformers.models.mt5.modeling_mt5 import MT5Attention, MT5DenseGatedActDense, MT5LayerNorm
-from transformers.models.t5.modeling_t5 import T5Attention, T5DenseGatedActDense, T5LayerNorm
+from transformers.models.mt5.modeling_mt5 import (
+    MT5Attention,
+    MT5DenseActDense,
+    MT5DenseGatedActDense,
+    MT5LayerNorm,
+)
+from transformers.models.t5.modeling_t5 import (
+    T5Attention,
+    T5DenseActDense,
+    T5DenseGatedActDense,
+    T5LayerNorm,
+)
 
 from ibdistill.ops import implementation, layers
 from ibdistill.ops.biased_attention import biased_attention
 from ibdistill.ops.cpu import attention
+from ibdistill.ops.gates import activate
 
 ATTENTION = "ibdistill"
 """The name in transformers of SDPA, with our own on a CPU where there is dropout and for T5 on a GPU."""
@@ -34,6 +47,50 @@ class _GatedFeedForward(T5DenseGatedActDense):
         inner = layers.gated_gelu(self.wi_0(hidden_states), self.wi_1(hidden_states), rate)
         dtype = self.wo.weight.dtype  # kept in fp32 beside fp16 weights; an 8-bit layer casts by itself
         return self.wo(inner.to(dtype) if dtype.is_floating_point else inner)
+
+
+class _FeedForward(T5DenseActDense):
+    """ReLU and dropout as one operation on a GPU, which keeps its result alone."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not implementation.on_gpu(hidden_states):
+            return super().forward(hidden_states)
+        rate = self.dropout.p if self.training else 0.0
+        inner = activate(self.wi(hidden_states), activation="relu", rate=rate)
+        dtype = self.wo.weight.dtype
+        return self.wo(inner.to(dtype) if dtype.is_floating_point else inner)
+
+
+class _DecoderNorm(nn.Module):
+    """Mixed into the norms of decoder-only models, whose own operations stay on a CPU."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if implementation.on_gpu(hidden_states):
+            return layers.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return super().forward(hidden_states)
+
+
+class _SwiGLU(nn.Module):
+    """Mixed into the feed-forward layers of decoder-only models, whose own operations stay on a CPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not implementation.on_gpu(x):
+            return super().forward(x)
+        return self.down_proj(activate(self.gate_proj(x), self.up_proj(x), activation="silu"))
+
+
+_MIXINS = {"RMSNorm": _DecoderNorm, "MLP": _SwiGLU}
+_DECODERS = ("Llama", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
+"""Families with weight x / sqrt(mean(x^2) + epsilon) as their norm, and all but Phi3 with SwiGLU as their MLP."""
+
+
+@cache
+def _with_gpu_form(layer: type[nn.Module]) -> type[nn.Module] | None:
+    """A layer of a decoder-only model that has a form for a GPU too, None where we have none."""
+    for part, mixin in _MIXINS.items():
+        if layer.__name__ in {family + part for family in _DECODERS} - {"Phi3MLP"}:
+            return type(layer.__name__, (mixin, layer), {})
+    return None
 
 
 class _Attention(T5Attention):
@@ -122,7 +179,8 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
 
     `gelu_new` (T5 v1.1, GPT-2) becomes torch's one operation for the same formula instead of transformers'
     eight; dropout, T5's norm and its gated feed-forward become one each, as does attention with dropout on a
-    CPU. What the model saves is as before.
+    CPU. On a GPU the norms and feed-forward layers of decoder-only models do too, and T5's attention needs no
+    matrix of its bias. What the model saves is as before.
     """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)
@@ -134,8 +192,12 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
             module.__class__ = _Norm
         elif type(module) in (T5Attention, MT5Attention):
             module.__class__ = _Attention
+        elif type(module) in (T5DenseActDense, MT5DenseActDense) and type(module.act) is nn.ReLU:
+            module.__class__ = _FeedForward
         elif type(module) in (T5DenseGatedActDense, MT5DenseGatedActDense) and type(module.act) is nn.GELU:
             module.__class__ = _GatedFeedForward
         elif type(module) is nn.Dropout:
             module.__class__ = layers.Dropout
+        elif isinstance(getattr(module, "act_fn", None), (type(None), nn.SiLU, SiLUActivation)):
+            module.__class__ = _with_gpu_form(type(module)) or type(module)
     return model

@@ -1,4 +1,4 @@
-"""Attention with the memory that a device's kernels take, for dry runs.
+"""Attention and norms with the memory that a device's kernels take, for dry runs.
 
 T5's attention with a bias is an op of its own, which makes shapes on fake tensors. Whether a layer calls it,
 or another form for a GPU, is asked of `ops.implementation.on_gpu`, which answers for the planned device here.
@@ -34,13 +34,27 @@ class _FusedAttention(torch.autograd.Function):
         )
 
 
+class _FusedNorm(torch.autograd.Function):
+    """A norm with the memory of torch's kernel, which keeps its input and a number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, _):
+        x, weight, _ = ctx.saved_tensors
+        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
 @contextmanager
 def attention_of(device: str) -> Iterator[None]:
-    """Within this context attention takes the memory of a GPU's fused kernel; for a CPU nothing changes."""
+    """Within this context attention and norms take the memory of a GPU's kernels; for a CPU nothing changes."""
     if device == "cpu":
         yield
         return
-    original, on_gpu = nn.functional.scaled_dot_product_attention, implementation.on_gpu
+    originals = nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu
 
     def fused(query, key, value, attn_mask=None, *args, **kwargs):
         groups = query.shape[1] // key.shape[1]
@@ -49,9 +63,9 @@ def attention_of(device: str) -> Iterator[None]:
         return _FusedAttention.apply(query, key, value, attn_mask)
 
     nn.functional.scaled_dot_product_attention = fused
+    nn.functional.rms_norm = lambda x, shape, weight, epsilon: _FusedNorm.apply(x, weight)
     implementation.on_gpu = lambda x: True
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = original
-        implementation.on_gpu = on_gpu
+        nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu = originals

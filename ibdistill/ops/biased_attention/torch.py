@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from ibdistill.ops.dropout_hash import keep
 
+
 class _Chunks:
     """The scores and dropout masks of chunks of queries."""
 

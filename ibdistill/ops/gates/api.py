@@ -51,9 +51,7 @@ def activate(
     return _Activate.apply(gate, up, seed, level, activation, impl)
 
 
-def _forward(
-    gate: Tensor, up: Tensor | None, seed: Tensor, level: int, activation: str, impl: str
-) -> Tensor:
+def _forward(gate: Tensor, up: Tensor | None, seed: Tensor, level: int, activation: str, impl: str) -> Tensor:
     if choose("activation", impl, gate) == "triton":
         from ibdistill.ops.gates import triton
 
@@ -97,9 +95,10 @@ def _activation(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 def _dropped(x: Tensor, seed: Tensor, level: int) -> Tensor:
     if not level:
         return x
-    rows = torch.arange(-(-x.numel() // ROW), device=x.device)[:, None]
-    kept = keep(seed, rows, torch.arange(ROW, device=x.device), level).flatten()[: x.numel()]
-    return x * kept.view(x.shape) * factor(level)
+    rows, columns = torch.arange(-(-x.numel() // ROW), device=x.device), torch.arange(ROW, device=x.device)
+    # some rows at a time: the hash takes numbers of 8 bytes
+    kept = torch.cat([keep(seed, some[:, None], columns, level) for some in rows.split(4096)])
+    return x * kept.flatten()[: x.numel()].view(x.shape) * factor(level)
 
 
 def _fake_forward(gate, up, seed, level, activation, impl):
