@@ -81,7 +81,7 @@ class _SwiGLU(nn.Module):
 
 _MIXINS = {"RMSNorm": _DecoderNorm, "MLP": _SwiGLU}
 _DECODERS = ("Llama", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
-"""Families with weight x / sqrt(mean(x^2) + epsilon) as their norm, and all but Phi3 with SwiGLU as their MLP."""
+"""Families whose norm is weight x / sqrt(mean(x^2) + epsilon), and all but Phi3 have SwiGLU as their MLP."""
 
 
 @cache

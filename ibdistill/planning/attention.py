@@ -21,13 +21,14 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        out = torch.empty_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).contiguous()
+        out = query.new_empty(*query.shape[:-1], value.shape[-1]).zero_()  # in place of the kernel
         ctx.save_for_backward(query, key, value, mask, out, torch.empty(query.shape[:-1]))
         return out
 
     @staticmethod
     def backward(ctx, _):
         inputs = ctx.saved_tensors[:4]
+        torch.empty(1).zero_()  # in place of the kernel
         return tuple(
             torch.empty_like(x) if need else None
             for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
@@ -40,17 +41,18 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(x)
+        return torch.empty_like(x).zero_()  # in place of the kernel
 
     @staticmethod
     def backward(ctx, _):
         x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        d_x = torch.empty_like(x).zero_()  # in place of the kernel
+        return d_x, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
 
 
 @contextmanager
 def attention_of(device: str) -> Iterator[None]:
-    """Within this context attention and norms take the memory of a GPU's kernels; for a CPU nothing changes."""
+    """Within this context attention and norms take the memory of a GPU's kernels; a CPU's stay."""
     if device == "cpu":
         yield
         return

@@ -38,6 +38,7 @@ from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
 from ibdistill.planning.attention import attention_of
+from ibdistill.planning.kernels import launches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -178,6 +179,8 @@ class Living:
     """The most at any time, without what custom operators hold inside."""
     at_head: int = 0
     """Bytes of the tensors that exist when the head loss starts."""
+    kernels: int = 0
+    """Kernels that the pass launches; a custom operator counts as `planning.kernels` says."""
 
 
 def student_step(
@@ -210,7 +213,7 @@ def student_step(
     hook.remove()
     for parameter in module.parameters():
         parameter.grad = None
-    return Living(tracker.peak, at_head[0])
+    return Living(tracker.peak, at_head[0], tracker.kernels)
 
 
 def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str) -> Living:
@@ -220,7 +223,7 @@ def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str]
     with attention_of(device), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
-    return Living(tracker.peak)
+    return Living(tracker.peak, kernels=tracker.kernels)
 
 
 @dataclass(frozen=True)
@@ -266,16 +269,17 @@ def _tensors(batch: batches.Batch) -> list[Tensor]:
 
 
 class _Tracker(TorchDispatchMode):
-    """Sums the bytes of the storages that operators make, for as long as they exist."""
+    """Sums the bytes of the storages that operators make, for as long as they exist, and counts kernels."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.kernels = 0
         self._known = {t.untyped_storage()._cdata for t in known}
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.kernels += launches(function)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())

@@ -1,8 +1,8 @@
 """dropout(activation(gate) up) of a feed-forward layer as one kernel forward and one backward.
 
 As single operations it takes three to four kernels each way, each of which reads and writes tensors of the
-widest size of the model, and keeps the activation's result and a mask besides its inputs. Here the backward pass
-computes the activation again, and the mask again from a hash (`ops.dropout_hash`). A ReLU without a gate keeps
+widest size of the model, and keeps the activation's result and a mask besides its inputs. Here the backward
+pass computes the activation again, and the mask from a hash (`ops.dropout_hash`). A ReLU without a gate keeps
 only its result, which the next linear map keeps too: where that is 0, no gradient passes.
 """
 
@@ -40,7 +40,8 @@ def activate(
         A tensor like gate, differentiable once for gate and up.
 
     Raises:
-        ValueError: an unknown activation or impl, another shape or dtype of up, impl = triton where it can't run.
+        ValueError: an unknown activation or impl, another shape or dtype of up, or impl = triton where it
+            can't run.
     """
     check_choice("activation", activation, ACTIVATIONS)
     if up is not None and (up.shape != gate.shape or up.dtype != gate.dtype):

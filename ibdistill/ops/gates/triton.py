@@ -1,4 +1,4 @@
-"""The kernels of `gates.api`: a program takes one row of the dropout's hash, 16 bytes per thread in bfloat16."""
+"""The kernels of `gates.api`: a program takes a row of the hash, 16 bytes per thread in bfloat16."""
 
 from __future__ import annotations
 
