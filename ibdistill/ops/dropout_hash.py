@@ -12,6 +12,8 @@ from torch import Tensor
 
 LEVELS = 1 << 24
 """Dropout rates are rounded to multiples of 1 / LEVELS; the scale is the rounded rate's."""
+ROW = 1024
+"""Elements of a row where a tensor of any shape, flattened, is cut into rows."""
 WORD = (1 << 32) - 1
 
 

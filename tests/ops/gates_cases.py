@@ -3,8 +3,8 @@
 import torch
 from torch.nn import functional as F
 
-from ibdistill.ops.dropout_hash import draw, factor, keep
-from ibdistill.ops.gates.api import ROW, activate
+from ibdistill.ops.dropout_hash import ROW, draw, factor, keep
+from ibdistill.ops.gates.api import activate
 
 FORMULAS = {
     "gelu": lambda x: 0.5 * x * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (x + 0.044715 * x**3))),

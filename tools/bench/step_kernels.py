@@ -3,10 +3,10 @@
     python tools/bench/step_kernels.py
 
 The forward and backward pass of 64 questions in bfloat16 in the dry run of the planner (`planning.dryrun`),
-which takes the forms of the layers for a GPU. An operation counts as one kernel, or as none if it only gives a
-view. An attention of torch's and a norm count as one each way, and so does the head loss, which is one operation
-here. The optimizer is not counted. Memory is the most at any time above the model states and without what the
-head loss holds inside.
+which takes the forms of the layers for a GPU. An operation counts as one kernel, or as none if it only gives
+a view. An attention of torch's and a norm count as one each way, and so does the head loss, which is one
+operation here. The optimizer is not counted. Memory is the most at any time above the model states and
+without what the head loss holds inside.
 """
 
 from __future__ import annotations

@@ -15,13 +15,11 @@ from torch.nn import functional as F
 
 from ibdistill.ops import custom
 from ibdistill.ops.checks import check_choice
-from ibdistill.ops.dropout_hash import draw, factor, keep
+from ibdistill.ops.dropout_hash import ROW, draw, factor, keep
 from ibdistill.ops.implementation import choose
 
 ACTIVATIONS = ("gelu", "silu", "relu")
 """gelu is the tanh form."""
-ROW = 1024
-"""Elements of a row of the dropout's hash, of the flattened tensor."""
 
 
 def activate(

@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ibdistill.ops.dropout_hash import factor
+from ibdistill.ops.dropout_hash import ROW, factor
 from ibdistill.ops.dropout_kernel import keep
-from ibdistill.ops.gates.api import ROW
 
 
 @triton.jit
