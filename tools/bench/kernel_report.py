@@ -144,6 +144,19 @@ def record_attention(dtype: torch.dtype = torch.bfloat16, T: int = 96, D: int = 
     return list({key_of(x): x for x in launches}.values())
 
 
+def record_gates(dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The launches of the activations of T5's and Llama's feed-forward layers in training."""
+    from ibdistill.ops.gates import api
+    from ibdistill.ops.gates import triton as gates_triton
+
+    gate = torch.zeros(2, 1024, dtype=dtype, requires_grad=True)
+    with recorded(gates_triton) as launches, mock.patch.object(api, "choose", lambda *_: "triton"):
+        for activation, up, rate in (("gelu", gate, 0.1), ("silu", gate, 0.0), ("relu", None, 0.1)):
+            out = api.activate(gate, up, activation=activation, rate=rate)
+            out.backward(torch.zeros_like(out))
+    return launches
+
+
 @contextlib.contextmanager
 def recorded(*modules: Any) -> Iterator[list[Launch]]:
     """The launches of the modules' kernels, none of which run."""
