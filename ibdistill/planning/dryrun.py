@@ -5,8 +5,7 @@ two things are counted for every supported family without a formula for each: th
 live at once, and the order in which modules use their parameters. What happens inside custom operators (head
 loss, vid) cannot be seen this way; `footprint` adds their buffers by formula.
 
-The attention kernels of a GPU keep no [T, T] matrices. Those of a CPU keep them where there is dropout or a
-trained bias. `device` chooses between the two.
+`device` chooses between the layers of a GPU, which keep no [T, T] matrices, and those of a CPU.
 """
 
 from __future__ import annotations
@@ -171,8 +170,7 @@ class Skeleton:
 
 
 def _published(name: str) -> PreTrainedConfig | None:
-    shape = published_shapes.PUBLISHED.get(name)
-    return AutoConfig.for_model(**shape) if shape else None
+    return AutoConfig.for_model(**shape) if (shape := published_shapes.PUBLISHED.get(name)) else None
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class Living:
     at_head: int = 0
     """Bytes of the tensors that exist when the head loss starts."""
     kernels: int = 0
-    """Kernels that the pass launches; a custom operator counts as `planning.kernels` says."""
+    """Kernels that the pass launches, as `planning.kernels` counts them."""
 
 
 def student_step(
@@ -225,8 +223,7 @@ def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str]
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
     with attention_of(device), skeleton.mode, tracker, torch.no_grad():
-        states = models_forward.states(skeleton.model, batch)
-    del states
+        models_forward.states(skeleton.model, batch)
     return Living(tracker.peak, kernels=tracker.kernels)
 
 
@@ -268,8 +265,8 @@ def teacher_answer(batch: batches.Batch, wanted: Wanted, head: tuple[int, int]) 
 
 
 def _tensors(batch: batches.Batch) -> list[Tensor]:
-    values = [getattr(batch, f.name) for f in fields(batch)]
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    values = tree_leaves([getattr(batch, f.name) for f in fields(batch)])
+    return [t for t in values if isinstance(t, Tensor)]
 
 
 class _Tracker(TorchDispatchMode):
