@@ -1,11 +1,14 @@
-"""What the device can do and what a run takes of it: peak rate, memory, time."""
+"""What the device can do and what a run takes of it: precision, peak rate, memory, time."""
 
 from __future__ import annotations
 
+import os
+import re
 import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -14,6 +17,82 @@ import torch
 
 GIB = 2**30
 """Bytes."""
+
+
+PADDED_TO = {"cuda": 8}
+"""Type of a device -> a multiple to which the width of padded rows is rounded there; 1 elsewhere.
+
+Products of 16 bits want rows of whole 16-byte words, and fewer widths mean fewer shapes that a kernel has to
+be chosen for.
+"""
+_CUDNN = "IBDISTILL_CUDNN_ATTENTION"
+
+
+def choose_attention_kernels() -> None:
+    """Leave cuDNN out of the kernels that torch chooses from for attention on a GPU.
+
+    For each shape that cuDNN has not seen it may build a plan, for which users of H100s report 40 to 400 ms,
+    and nearly every micro-batch here has a shape of its own. The environment variable
+    IBDISTILL_CUDNN_ATTENTION=1 leaves torch its own order.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(os.environ.get(_CUDNN) == "1")
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether a device has units for products in bf16: a GPU of NVIDIA's from the A100 (2020) on, or AMD's."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+@dataclass(frozen=True)
+class Card:
+    """Peak rates of a GPU for dense products, in 10^12 operations per second, from its maker's data sheet.
+
+    Figures "with sparsity" are halved. bf16 accumulates in fp32. fp32 is full precision, without TF32.
+    """
+
+    words: tuple[str, ...]
+    """The words of torch's name of the device that tell this card, in small letters."""
+    bf16: float
+    """0 where the card has no units for bf16."""
+    fp32: float
+    source: str
+
+
+CARDS = (  # a card whose words include those of another stands before it
+    Card(("h100", "pcie"), 756, 51, "NVIDIA H100 data sheet 2287922 (PCIe)"),
+    Card(("h100", "nvl"), 835, 60, "NVIDIA H100 data sheet 3240456 (NVL)"),
+    Card(("h100",), 989, 67, "NVIDIA H100 data sheet 2287922 (SXM)"),
+    Card(("gh200",), 990, 67, "NVIDIA GH200 data sheet"),
+    Card(("h200", "nvl"), 836, 60, "NVIDIA H200 data sheet 3002446 (NVL)"),
+    Card(("h200",), 989, 67, "NVIDIA H200 data sheet 3002446 (SXM)"),
+    Card(("b200",), 2250, 75, "NVIDIA HGX B200 data sheet, an eighth of the board's"),
+    Card(("a100",), 312, 19.5, "NVIDIA A100 data sheet"),
+    Card(("a30",), 165, 10.3, "NVIDIA A30 data sheet"),
+    Card(("a40",), 149.7, 37.4, "NVIDIA A40 data sheet"),
+    Card(("a10",), 125, 31.2, "NVIDIA A10 data sheet"),
+    Card(("a6000",), 154.8, 38.7, "NVIDIA RTX A6000 data sheet"),
+    Card(("l40s",), 362, 91.6, "NVIDIA L40S data sheet"),
+    Card(("l40",), 181, 90.5, "NVIDIA L40 data sheet"),
+    Card(("l4",), 121, 30.3, "NVIDIA L4 data sheet"),
+    Card(("4090",), 165.2, 82.6, "NVIDIA Ada GPU architecture, appendix A"),
+    Card(("3090",), 71, 35.6, "NVIDIA GA102 GPU architecture, appendix A"),
+    Card(("v100", "pcie"), 0, 14, "NVIDIA V100 data sheet (PCIe)"),
+    Card(("v100",), 0, 15.7, "NVIDIA V100 data sheet (SXM2)"),
+    Card(("t4",), 0, 8.1, "NVIDIA T4 data sheet"),
+)
+
+
+def card(name: str) -> Card | None:
+    """The card of a device that torch calls `name`, "NVIDIA A100-SXM4-80GB" say; None if it is not known."""
+    words = set(re.split(r"[^a-z0-9]+", name.lower()))
+    return next((card for card in CARDS if words.issuperset(card.words)), None)
+
+
+def peak_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of dense products: the data sheet's for a known card, else a measured rate."""
+    found = card(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    sheet = 0.0 if found is None else found.bf16 if dtype == torch.bfloat16 else found.fp32
+    return 1e12 * sheet or measured_peak(device, dtype)
 
 
 @cache

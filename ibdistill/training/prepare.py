@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ibdistill.config.consistency import settle_precision
 from ibdistill.config.load import to_yaml
 from ibdistill.config.sections import (
     Config,
@@ -32,7 +33,7 @@ from ibdistill.monitor.board import Board
 from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, weights
 from ibdistill.planning import memory_check
-from ibdistill.runtime import distributed
+from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
@@ -111,11 +112,14 @@ def open_run(config: Config, world: World) -> Path:
     """Check the settings against the number of ranks and the memory; the run's folder. Collective.
 
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
-    `deepspeed.config` auto there.
+    `deepspeed.config` auto and `student.precision` auto there.
     """
     _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
     weights.check_split(config.objective, config.optim.batch_size, micro_batches)
     settle_ds_config(config, world.size)
+    # one precision for all ranks: the one that every rank's device multiplies in
+    multiplies = distributed.gather_objects(hardware.multiplies_bf16(world.device))
+    settle_precision(config, multiplies_bf16=all(multiplies))
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     memory_check.check(config, world)
