@@ -6,7 +6,7 @@ import os
 import re
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -14,17 +14,13 @@ from typing import Any
 
 import deepspeed
 import torch
+from torch import Tensor
 
 GIB = 2**30
 """Bytes."""
 
 
-PADDED_TO = {"cuda": 8}
-"""Type of a device -> a multiple to which the width of padded rows is rounded there; 1 elsewhere.
-
-Products of 16 bits want rows of whole 16-byte words, and fewer widths mean fewer shapes that a kernel has to
-be chosen for.
-"""
+_WIDTHS_ON_GPU = 8
 _CUDNN = "IBDISTILL_CUDNN_ATTENTION"
 
 
@@ -38,8 +34,19 @@ def choose_attention_kernels() -> None:
     torch.backends.cuda.enable_cudnn_sdp(os.environ.get(_CUDNN) == "1")
 
 
+def width_multiple(device: torch.device, positions: int | None) -> int:
+    """The multiple to which the width of padded rows is rounded for a model with so many positions, if it has
+    a limit: 8 on a GPU, and 1 elsewhere.
+
+    On a GPU products of 16 bits want rows of whole 16-byte words, and fewer widths are fewer shapes to choose
+    kernels for. A model whose positions end between two multiples takes the width as it is.
+    """
+    fits = not positions or positions % _WIDTHS_ON_GPU == 0
+    return _WIDTHS_ON_GPU if device.type == "cuda" and fits else 1
+
+
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has units for products in bf16: a GPU of NVIDIA's from the A100 (2020) on, or AMD's."""
+    """Whether a device has units for products in bf16: NVIDIA's from the A100 (2020) on do."""
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
@@ -131,6 +138,44 @@ def model_states(engine: deepspeed.DeepSpeedEngine) -> int:
     tensors += [v for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
     return sum(storages.values())
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device; the copy to a GPU goes through pinned memory and is not waited for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+class ToHost:
+    """Copies of tensors in the host's memory, which the host does not wait for until it needs them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin to copy, on the current stream. What is on the host already is not copied."""
+        self._copies = {name: self._begin(tensor.detach()) for name, tensor in tensors.items()}
+        self._event = None
+        if any(tensor.device.type == "cuda" for tensor in tensors.values()):
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    @property
+    def is_there(self) -> bool:
+        """Whether nothing has to be waited for, because all was on the host."""
+        return self._event is None
+
+    def wait(self) -> dict[str, Tensor]:
+        """The copies, once they are there."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._copies
+
+    @staticmethod
+    def _begin(tensor: Tensor) -> Tensor:
+        if tensor.device.type != "cuda":
+            return tensor
+        # pageable memory would make the copy wait
+        pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return pinned.copy_(tensor, non_blocking=True)
 
 
 class Clock:

@@ -42,6 +42,7 @@ from ibdistill.training import pseudo_labels, run_folder
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
+from ibdistill.training.prefetch import Prefetch
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -257,6 +258,7 @@ def assemble(
         board=board,
         meter=Meter(),
         alarms=alarms,
+        prefetch=Prefetch(pins=True) if world.device.type == "cuda" else None,
         unlabelled=unlabelled,
     )
     state.pseudo = state.pseudo if unlabelled else ""
