@@ -90,6 +90,8 @@ def with_run(student: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     method = METHODS.get(of_run.get("objective.method"))
     if method and "explain" not in method.streams:
         settings["eval.rationales"] = False
+    if method and "reason" in method.streams:
+        settings["eval.reason"] = "also" if "predict" in method.streams else "only"
     tasks = settings.get("data.task", [])
     if given.get("data.task", tasks) not in (tasks, *([tasks] if isinstance(tasks, str) else tasks)):
         settings.pop("data.path", None)  # it holds the data of the run's tasks
@@ -224,6 +226,7 @@ def _decoder(
     check_split("evaluation", records, tokenizer, config.data)
     model = load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
     streams = STREAMS if config.eval.rationales else STREAMS[:1]
+    streams = {"no": streams, "only": ("reason",), "also": (*streams, "reason")}[config.eval.reason]
     return partial(
         evaluation_predictions.evaluate,
         model,

@@ -33,7 +33,8 @@ Curve = tuple[str, list[int], list[float]]
 """The group's name, steps, values."""
 
 COLUMNS = ("run", "method", "task", "accuracy %", "rationale BLEU", "steps", "tokens", "train s")
-CURVES = ("loss/total", "loss/predict", "loss/explain", "eval/valid_.*_accuracy", "eval/valid_.*_faithful")
+CURVES = ("loss/total", "loss/predict", "loss/explain", "loss/answer", "loss/rationale")
+CURVES += ("eval/valid_.*_accuracy", "eval/valid_.*_faithful")
 SCORES = ("accuracy", "ece", "rationale_rouge_l", "faithful")
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 _T = "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131".split()

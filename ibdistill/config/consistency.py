@@ -47,8 +47,33 @@ def check(config: Config) -> None:
             "give fewer steps, or a share of them below 1"
         )
     _check_4bit(config)
+    _check_streams(config)
     _check_teacher(config)
     _check_unlabelled(config)
+
+
+def _check_streams(config: Config) -> None:
+    """Raise ValueError where settings of the data go with other streams than the method's."""
+    data, name = config.data, config.objective.method
+    streams = METHODS[name].streams
+    if data.missing_rationales == "predict_only" and "predict" not in streams:
+        raise ValueError(
+            "data.missing_rationales is 'predict_only', which lets records without a rationale train the "
+            f"predict stream, and objective.method {name} has none; leave it at refuse, or take dss+cot"
+        )
+    if "reason" not in streams:
+        given = {"data.answer_marker": data.answer_marker, "data.long_reasoning": data.long_reasoning}
+        for setting, default in (("data.answer_marker", ""), ("data.long_reasoning", "drop")):
+            if given[setting] != default:
+                raise ValueError(
+                    f"{setting} is {given[setting][:100]!r}, which is for the reason stream, and "
+                    f"objective.method {name} has none; leave it out, or take cot"
+                )
+    elif data.answer_marker and not data.answer_marker.strip():
+        raise ValueError(
+            f"data.answer_marker is {data.answer_marker[:100]!r}, white space alone; give words, or leave "
+            "it out"
+        )
 
 
 def _check_4bit(config: Config) -> None:
@@ -140,10 +165,10 @@ def _check_unlabelled(config: Config) -> None:
             f"data.agree_share is {data.agree_share}, which is {data.pseudo_batch_size(batch_size)} of "
             f"optim.batch_size {batch_size}; at least one record must be pseudo-labelled and one labelled"
         )
-    if len(METHODS[config.objective.method].streams) < 2:
+    if "explain" not in METHODS[config.objective.method].streams:
         raise ValueError(
-            "data.unlabelled compares the two streams' answers, and objective.method "
-            f"{config.objective.method} trains one; "
+            "data.unlabelled compares the answers of the streams predict and explain, and objective.method "
+            f"{config.objective.method} does not train both; "
             "choose another method, or leave data.unlabelled out"
         )
     if config.teacher.placement == "cache":

@@ -26,6 +26,9 @@ class EvaluationConfig:
     """Records decoded together on one rank."""
     rationales: bool = True
     """Decode and score rationales too; false: labels only."""
+    reason: Literal["no", "only", "also"] = "no"
+    """Whether the stream `reason` (rationale, then answer) is decoded: instead of the other two streams
+    (only), as a student of method cot is asked, or beside them (also), as for dss+cot."""
     predictions: str = ""
     """Score this file of predictions instead of decoding with a student."""
     embedding_model: str = ""

@@ -1,5 +1,8 @@
 """The methods: which streams are trained, and which terms join their cross entropies.
 
+Streams are kinds of rows: predict (question, label), explain (question, rationale) and reason (question,
+rationale, label).
+
 The table stands in `config`, not in `objectives`, because both need it: settings are checked against it
 before torch is imported, and a package imports only those before it.
 """
@@ -10,7 +13,7 @@ from typing import Annotated, NamedTuple
 
 from ibdistill.config.fields import Rule
 
-PREDICT, BOTH = ("predict",), ("predict", "explain")
+PREDICT, BOTH, REASON = ("predict",), ("predict", "explain"), ("reason",)
 
 HEAD_ESTIMATORS, QUESTION_ESTIMATORS = ("paper", "normalized", "infonce"), ("vid", "vib")
 """Estimators of the mutual-information term: between the two streams, and on the question's states."""
@@ -22,11 +25,17 @@ class Method(NamedTuple):
     """What a method minimises."""
 
     streams: tuple[str, ...]
-    """Streams whose cross entropies are minimised: predict (the label), or predict and explain."""
+    """Streams whose cross entropies are minimised, in the order of `records.SEGMENTS`."""
     mi: bool = False
-    """Whether the mutual-information term joins them; it needs both streams."""
+    """Whether the mutual-information term joins them, between predict and explain or between a reason
+    stream's answer and rationale; one such pair at most."""
     kd: bool = False
     """Whether the divergence from the teacher's token distributions joins them."""
+
+    @property
+    def explains(self) -> bool:
+        """Whether rationales are learned."""
+        return self.streams != PREDICT
 
 
 METHODS = {
@@ -35,6 +44,11 @@ METHODS = {
     "ib": Method(BOTH, mi=True),
     "kd": Method(BOTH, kd=True),
     "ib+kd": Method(BOTH, mi=True, kd=True),
+    "cot": Method(REASON),
+    "cot+ib": Method(REASON, mi=True),
+    "cot+kd": Method(REASON, kd=True),
+    "cot+ib+kd": Method(REASON, mi=True, kd=True),
+    "dss+cot": Method((*BOTH, *REASON)),
 }
 """Name -> method. A new method is one more line."""
 

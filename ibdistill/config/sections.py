@@ -101,7 +101,14 @@ class DataConfig:
     letter, of those that the question lists as `(a) ...` lines."""
     missing_rationales: Literal["refuse", "predict_only"] = "refuse"
     """Training records without a rationale, where the method trains on rationales. predict_only: they train
-    the predict stream alone."""
+    the predict stream alone, for methods that have one."""
+    long_reasoning: Literal["drop", "cut", "refuse"] = "drop"
+    """Rationales of the reason stream beyond `max_rationale_tokens`, the marker before the answer included.
+    drop: such records do not train it, and are counted; cut: they lose their end, and the marker and the
+    answer stay; refuse: the run does not start. The explain stream always cuts."""
+    answer_marker: str = ""
+    """What stands between rationale and answer in the reason stream. Empty: the task's own words, for most
+    tasks `The answer is:`."""
     subsample: ShareOrCount = 1.0
     """Training records to keep: a share up to 1, or a number above 1. Drawn with `subsample_seed`."""
     subsample_seed: Seed = 0
@@ -140,9 +147,16 @@ class DataConfig:
     max_question_tokens: AtLeastTwo = 1024
     """Longer questions are cut, and counted."""
     max_label_tokens: AtLeastTwo = 64
-    """Longer labels are cut, and counted; also the length limit when decoding them."""
+    """Longer labels are cut, and counted; also the length limit when decoding them. A reason stream is
+    decoded up to `max_rationale_tokens` and this many tokens."""
     max_rationale_tokens: AtLeastTwo = 256
-    """Longer rationales are cut, and counted; also the length limit when decoding them."""
+    """Longer rationales are cut, and counted; also the length limit when decoding them. For those of a reason
+    stream see `long_reasoning`."""
+
+    def answer_limits(self) -> dict[str, int]:
+        """Stream -> the most tokens of an answer."""
+        label, rationale = self.max_label_tokens, self.max_rationale_tokens
+        return {"predict": label, "explain": rationale, "reason": rationale + label}
 
     def pseudo_batch_size(self, batch_size: int) -> int:
         """Number of pseudo-labelled records in each batch once there are any."""
@@ -229,9 +243,14 @@ class ObjectiveConfig:
 
     method: Literal[tuple(METHODS)] = "dss"
     """finetune: the predict stream's cross entropy only. dss: both cross entropies. ib: these and the
-    mutual-information term. kd: these and the distillation term. ib+kd: all four."""
+    mutual-information term. kd: these and the distillation term. ib+kd: all four. cot: rationale, then answer
+    in one text (the reason stream), the cross entropies of its two segments; cot+ib, cot+kd, cot+ib+kd: these
+    and the terms of that name. dss+cot: all three streams."""
     alpha: Share = 0.5
-    """Weight of the predict stream's cross entropy (paper: 0.5)."""
+    """Weight of the predict stream's cross entropy (paper: 0.5), and of the answer's in the reason stream;
+    the rationale has the rest."""
+    reason_share: OpenShare = 0.5
+    """The reason stream's share of the total where the other two streams are trained as well (dss+cot)."""
     beta: NotNegative | None = None
     """Weight of the mutual-information term; none: 1 for vid, 0.001 for vib, else 0.1 (as in the paper)."""
     estimator: EstimatorName = "auto"
@@ -240,13 +259,15 @@ class ObjectiveConfig:
     pool: Literal["max", "mean"] = "max"
     """How a stream's distributions are pooled over its positions (paper: max)."""
     mi_gradient: Literal["explain", "predict", "both"] = "explain"
-    """The stream that the term's gradient reaches; the other is its detached target (paper: explain)."""
+    """The stream that the term's gradient reaches; the other is its detached target (paper: explain). In a
+    reason stream explain stands for the rationale and predict for the answer."""
     mi_pair: Literal["student", "teacher"] = "student"
     """Whose explain distribution paper and normalized pair with the student's predict stream."""
     infonce_temperature: Positive = 0.1
     """InfoNCE's cosine similarities are divided by this; the best value depends on the student."""
     gamma: NotNegative = 1.0
-    """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain."""
+    """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain, or the same of the reason
+    stream's answer and rationale."""
     divergence: DivergenceName = "forward"
     """forward: KL(teacher || student). reverse: KL(student || teacher). jsd: the generalised Jensen-Shannon
     divergence."""

@@ -32,45 +32,47 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.data import token_ids
 from ibdistill.data.features import Features
+from ibdistill.data.records import SEGMENTS, segments_of
 
 logger = logging.getLogger("ibdistill")
 
 Rows = dict[str, list[np.ndarray]]
-"""Stream -> token ids of each record."""
+"""Stream or segment -> token ids of each record."""
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch of B questions, S streams. Targets are packed: N tokens in all, no padding.
 
-    The rows of all streams are stacked, predict first, so that one call serves both: of the
+    The rows of all streams are stacked in the order of `streams`, so that one call serves all: of the
     encoder, or of a decoder-only model, whose rows hold the targets too. Padding is on the right.
     """
 
+    streams: tuple[str, ...]
     question_ids: tuple[str, ...]
     input_ids: Tensor
     """[S * B, L] int64."""
     attention_mask: Tensor
     """[S * B, L] int64, 1 at real tokens and 0 at padding."""
     question_positions: Tensor
-    """[N_question] int64: where the predict stream's question tokens sit in its flattened [B * L].
+    """[N_question] int64: where the first stream's question tokens sit in its flattened [B * L].
 
     The same tokens in the same order for both families: BOS is left out, and the separator of
     a decoder-only model stands for the end token of the other family."""
     decoder_input_ids: dict[str, Tensor]
     """Stream -> [B, T_stream] int64, targets shifted right behind the start token. Decoder-only: empty."""
     positions: dict[str, Tensor]
-    """Stream -> [N_stream] int64: the places that predict the targets, in the flattened [B * T_stream] of
+    """Segment -> [N_segment] int64: the places that predict the targets, in the flattened [B * T_stream] of
     the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows."""
     labels: dict[str, Tensor]
-    """Stream -> [N_stream] int64."""
+    """Segment -> [N_segment] int64."""
     cu: dict[str, Tensor]
-    """Stream -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
+    """Segment -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
 
     @property
     def num_tokens(self) -> int:
         """Real (unpadded) tokens that enter the model: questions and targets."""
-        decoded = sum(len(self.labels[stream]) for stream in self.decoder_input_ids)
+        decoded = sum(len(self.labels[segment]) for segment in segments_of(self.decoder_input_ids))
         return int(self.attention_mask.sum()) + decoded
 
     @property
@@ -126,17 +128,19 @@ def collate(
         multiple: rows are padded to a width that is a multiple of this, see `hardware.width_multiple`.
     """
     questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
-    targets = {stream: [features.targets[stream][row] for row in rows] for stream in streams}
+    segments = segments_of(streams)
+    targets = {segment: [features.targets[segment][row] for row in rows] for segment in segments}
     if separator is None:
         inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple)
     else:
         inputs = _decoder_only(questions, targets, pad, start, separator, multiple)
     return Batch(
+        streams=tuple(streams),
         question_ids=tuple(features.ids[row] for row in rows),
-        labels={stream: torch.from_numpy(np.concatenate(targets[stream])).long() for stream in streams},
+        labels={segment: torch.from_numpy(np.concatenate(targets[segment])).long() for segment in segments},
         cu={
-            stream: torch.tensor(np.cumsum([0, *map(len, targets[stream])]), dtype=torch.int32)
-            for stream in streams
+            segment: torch.tensor(np.cumsum([0, *map(len, targets[segment])]), dtype=torch.int32)
+            for segment in segments
         },
         **inputs,
     )
@@ -149,14 +153,16 @@ def _encoder_decoder(
     input_ids, attention_mask = _pad(rows, pad, multiple=multiple)
     lead = int(bos is not None)
     decoder_input_ids, positions = {}, {}
-    for stream, rows in targets.items():
+    for stream in questions:
+        rows = _whole(targets, stream)
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
         decoder_input_ids[stream], mask = _pad(shifted, pad, multiple=multiple)
-        positions[stream] = mask.flatten().nonzero().squeeze(1)
+        positions |= _segment_places(targets, stream, [0] * len(rows), mask.shape[1])
+    first = next(iter(questions.values()))
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places([(lead, len(row)) for row in questions["predict"]], input_ids.shape[1]),
+        "question_positions": _places([(lead, len(row)) for row in first], input_ids.shape[1]),
         "decoder_input_ids": decoder_input_ids,
         "positions": positions,
     }
@@ -167,20 +173,46 @@ def _decoder_only(
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
     prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
-    pairs = {stream: list(zip(prompts[stream], targets[stream], strict=True)) for stream in prompts}
-    rows = [np.concatenate([prompt, target[:-1]]) for rows in pairs.values() for prompt, target in rows]
+    rows = [
+        np.concatenate([prompt, target[:-1]])
+        for stream in prompts
+        for prompt, target in zip(prompts[stream], _whole(targets, stream), strict=True)
+    ]
     input_ids, attention_mask = _pad(rows, pad, multiple=multiple)
     width, lead = input_ids.shape[1], int(bos is not None)
+    first, positions = next(iter(prompts.values())), {}
+    for stream, own in prompts.items():
+        positions |= _segment_places(targets, stream, [len(prompt) - 1 for prompt in own], width)
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places([(lead, len(p) - lead) for p in prompts["predict"]], width),
+        "question_positions": _places([(lead, len(p) - lead) for p in first], width),
         "decoder_input_ids": {},
-        "positions": {
-            stream: _places([(len(prompt) - 1, len(target)) for prompt, target in rows], width)
-            for stream, rows in pairs.items()
-        },
+        "positions": positions,
     }
+
+
+def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
+    """Each record's target of a stream: its segments one after the other."""
+    segments = [targets[segment] for segment in SEGMENTS[stream]]
+    return (
+        segments[0]
+        if len(segments) == 1
+        else [np.concatenate(parts) for parts in zip(*segments, strict=True)]
+    )
+
+
+def _segment_places(targets: Rows, stream: str, starts: Sequence[int], width: int) -> dict[str, Tensor]:
+    """Segment -> the places that predict its tokens in a stream's flattened rows of `width` columns.
+
+    `starts`: the column of each row that predicts the target's first token.
+    """
+    places = {}
+    for segment in SEGMENTS[stream]:
+        lengths = [len(target) for target in targets[segment]]
+        places[segment] = _places(list(zip(starts, lengths, strict=True)), width)
+        starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+    return places
 
 
 def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:

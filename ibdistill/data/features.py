@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import token_ids
-from ibdistill.data.records import STREAMS, Record
+from ibdistill.data import reasoning, token_ids
+from ibdistill.data.records import SEGMENTS, STREAMS, Record
 
 logger = logging.getLogger("ibdistill")
 
@@ -56,22 +56,53 @@ class Features:
     groups: np.ndarray
     """[records] int: the task of the mixture that each belongs to, counted in the order of `data.task`."""
     questions: dict[str, Ragged]
-    """Stream -> prefix and question."""
+    """Stream -> prefix and question. The first stream's questions are those that question states are of."""
     targets: dict[str, Ragged]
-    """Stream -> label or rationale; the explain target of a record without a rationale is empty."""
+    """Segment -> label or rationale; the explain target of a record without a rationale is empty."""
     cut: dict[str, int] = field(default_factory=dict)
-    """How many of the `predict questions`, `explain questions`, `labels` and `rationales` were too long."""
+    """How many of the `predict questions`, `explain questions`, `labels`, `rationales` and so on were too
+    long."""
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """The streams, in order."""
+        return tuple(self.questions)
+
+    @property
+    def first_questions(self) -> Ragged:
+        """The questions of the first stream."""
+        return self.questions[self.streams[0]]
+
+    @property
+    def labels(self) -> Ragged:
+        """The targets that hold the label."""
+        return self.targets["predict" if "predict" in self.targets else "answer"]
+
+    @property
+    def rationales(self) -> Ragged:
+        """The targets that hold the rationale."""
+        return self.targets["explain" if "explain" in self.targets else "rationale"]
+
+    def take(self, rows: Sequence[int]) -> Features:
+        """These rows alone."""
+        return replace(
+            self,
+            ids=[self.ids[row] for row in rows],
+            groups=self.groups[list(rows)],
+            questions={stream: Ragged(own[row] for row in rows) for stream, own in self.questions.items()},
+            targets={segment: Ragged(own[row] for row in rows) for segment, own in self.targets.items()},
+        )
 
     def __add__(self, other: Features) -> Features:
         """These records and then the other ones, of the same tasks."""
         return Features(
             ids=self.ids + other.ids,
             groups=np.concatenate([self.groups, other.groups]),
-            questions={stream: self.questions[stream] + other.questions[stream] for stream in STREAMS},
-            targets={stream: self.targets[stream] + other.targets[stream] for stream in STREAMS},
+            questions={stream: own + other.questions[stream] for stream, own in self.questions.items()},
+            targets={segment: own + other.targets[segment] for segment, own in self.targets.items()},
             cut={what: self.cut.get(what, 0) + other.cut.get(what, 0) for what in self.cut | other.cut},
         )
 
@@ -82,11 +113,16 @@ def tokenize(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     split: str = "train",
+    streams: Sequence[str] = STREAMS,
 ) -> Features:
-    """Token ids of both streams, as `token_ids` makes them; `prefixes` maps task -> stream -> prefix.
+    """Token ids of the streams, as `token_ids` makes them; `prefixes` maps task -> stream -> prefix.
 
-    Text beyond the limits of `config` is cut. How many texts were, and how many hold characters that the
-    tokenizer does not know, is reported under the name `split`.
+    Text beyond the limits of `config` is cut; of the reason stream's rationales `data.long_reasoning` says
+    what becomes. How many texts were too long, and how many hold characters that the tokenizer does not know,
+    is reported under the name `split`. A record whose reasoning is missing or dropped has no tokens in that
+    stream.
+
+    Raises ValueError as `reasonings` does.
     """
     tasks = list(dict.fromkeys(record.task for record in records))  # in the order of data.task
     cut: dict[str, int] = {}
@@ -107,16 +143,88 @@ def tokenize(
     def targets(name: str, limit: int) -> Ragged:
         return table([getattr(record, name) for record in records], token_ids.target_ids, limit, f"{name}s")
 
+    of_stream = {stream: questions(stream) for stream in streams}
+    found = {}
+    if "predict" in streams:
+        found["predict"] = targets("label", config.max_label_tokens)
+    if "explain" in streams:
+        found["explain"] = targets("rationale", config.max_rationale_tokens)
+    if "reason" in streams:
+        found |= reasonings(records, tokenizer, config, split, cut)
     return Features(
         ids=[record.id for record in records],
         groups=np.array([tasks.index(record.task) for record in records]),
-        questions={stream: questions(stream) for stream in STREAMS},
-        targets={
-            "predict": targets("label", config.max_label_tokens),
-            "explain": targets("rationale", config.max_rationale_tokens),
-        },
+        questions=of_stream,
+        targets=found,
         cut=cut,
     )
+
+
+def reasonings(
+    records: Sequence[Record],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    split: str,
+    cut: dict[str, int],
+) -> dict[str, Ragged]:
+    """The segments of the reason stream; too long ones are counted in `cut` and, unless they are refused,
+    warned of. Both segments of a record without a rationale, or with one that is dropped, are empty.
+
+    Raises ValueError for a marker that the tokenizer cannot say or that fills the limit, and with
+    `data.long_reasoning` refuse for a rationale beyond the limit.
+    """
+    limit, what = config.max_rationale_tokens, config.long_reasoning
+    rows: list[tuple[list[int], list[int]]] = [([], [])] * len(records)
+    long = []
+    for task in dict.fromkeys(record.task for record in records):
+        mine = [i for i, record in enumerate(records) if record.task == task and record.rationale]
+        texts = [records[i].rationale for i in mine]
+        labels = [records[i].label for i in mine]
+        marker = reasoning.marker_of(task, config)
+        rationales, answers, between = reasoning.segment_ids(texts, labels, marker, tokenizer)
+        if len(between) >= limit:
+            raise ValueError(
+                f"data.max_rationale_tokens is {limit}, and the marker {marker[:100]!r} before the answer "
+                "takes "
+                f"{len(between)} of them; raise it, or shorten data.answer_marker"
+            )
+        _report_unknown(texts, rationales, tokenizer, f"{split}: %d of %d rationales")
+        _report_unknown(labels, answers, tokenizer, f"{split}: %d of %d labels")
+        for i, ids, answer in zip(mine, rationales, answers, strict=True):
+            if len(ids) + len(between) > limit:
+                long.append((i, len(ids) + len(between)))
+                if what == "drop":
+                    continue
+            kept = ids[: limit - len(between)] + between
+            rows[i] = kept, token_ids.cut(answer, config.max_label_tokens)
+    cut["reasonings"] = len(long)
+    if long:
+        index, tokens = long[0]
+        message = (
+            f"{split}: {len(long)} of {len(records)} rationales of the reason stream are longer than {limit} "
+            f"tokens (data.max_rationale_tokens, with the marker before the answer); the first has {tokens} "
+            f"({records[index].id[:100]})"
+        )
+        if what == "refuse":
+            raise ValueError(f"{message}. Raise the limit, or take data.long_reasoning drop or cut")
+        done = {"drop": "these records do not train it", "cut": "they lost their end"}[what]
+        logger.warning("%s: %s (data.long_reasoning %s)", message, done, what)
+    return {name: Ragged(row[part] for row in rows) for part, name in enumerate(SEGMENTS["reason"])}
+
+
+def drop_untaught(records: list[Record], features: Features) -> tuple[list[Record], Features]:
+    """The records that have something to learn from, and their tokens: all but those whose only stream is
+    empty. Raises ValueError if none is left."""
+    taught = np.flatnonzero(sum(table.lengths for table in features.targets.values()))
+    if len(taught) == len(records):
+        return records, features
+    if not len(taught):
+        raise ValueError(
+            "no training record is left: the rationale of each is longer than data.max_rationale_tokens. "
+            "Raise "
+            "that limit, or take data.long_reasoning cut"
+        )
+    return [records[i] for i in taught], features.take(taught.tolist())
 
 
 def _report_unknown(

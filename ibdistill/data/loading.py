@@ -42,7 +42,7 @@ class Loaded:
 
 
 def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
-    """Reads every task of `data.task`; `needs_rationale` is whether the explain stream is trained.
+    """Reads every task of `data.task`; `needs_rationale` is whether rationales are trained.
 
     Raises:
         ValueError: bad settings or bad data; the message names the setting or the file and line.
@@ -209,7 +209,8 @@ def _refuse_missing_rationales(task: Task, predict_only: bool, train: Sequence[_
     if not missing or (not all_missing and (predict_only or task.partial_rationales)):
         return
     ways = {
-        "--data.missing_rationales predict_only (they train on their labels alone)": not all_missing,
+        "--data.missing_rationales predict_only (they train on their labels alone, with a method "
+        "that has a predict stream)": not all_missing,
         "--teacher.rationales missing (a teacher writes them)": True,
         "--data.derive_rationales true (they are made from the equations)": task.derives_rationales,
         "--objective.method finetune (no record needs one)": True,

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 STREAMS = ("predict", "explain")
+"""The two streams of Distilling Step-by-Step."""
+SEGMENTS = {"predict": ("predict",), "explain": ("explain",), "reason": ("rationale", "answer")}
+"""Stream, a kind of row -> the segments of its target, in order. Each segment has losses of its own."""
 # The lookahead keeps a number whole: without it `2.5kg` would match as `2`.
 _NUMBER = re.compile(r"(?<![\w.])[0-9]+(?:,[0-9]{3})*(?:\.[0-9]+)?(?!\w|\.[0-9]|,[0-9]{3}(?![0-9]))")
+
+
+def segments_of(streams: Iterable[str]) -> list[str]:
+    """The segments of these streams, in order."""
+    return [segment for stream in streams for segment in SEGMENTS[stream]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ import numpy as np
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data.features import Features
-from ibdistill.data.records import STREAMS
 
 
 class Sampler:
@@ -73,14 +72,14 @@ class Sampler:
         return list(rows[:, rank])
 
     def counts(self, step: int) -> dict[str, int]:
-        """What a step holds over all ranks: target tokens per stream, `questions`, `explained` (questions
-        with a rationale), and `question_tokens` (of the predict stream)."""
+        """What a step holds over all ranks: target tokens per segment, `questions`, `explained` (questions
+        with a rationale), and `question_tokens` (of the first stream)."""
         rows = self.step(step)
-        lengths = {stream: self._features.targets[stream].lengths[rows] for stream in STREAMS}
-        return {stream: int(lengths[stream].sum()) for stream in STREAMS} | {
+        lengths = {name: table.lengths[rows] for name, table in self._features.targets.items()}
+        return {segment: int(own.sum()) for segment, own in lengths.items()} | {
             "questions": len(rows),
-            "explained": int((lengths["explain"] > 0).sum()),
-            "question_tokens": int(self._features.questions["predict"].lengths[rows].sum()),
+            "explained": int((self._features.rationales.lengths[rows] > 0).sum()),
+            "question_tokens": int(self._features.first_questions.lengths[rows].sum()),
         }
 
     def _draw(self, group: int, epoch: int) -> np.ndarray:
@@ -107,8 +106,8 @@ class Sampler:
 
     def _bucket(self, rows: np.ndarray) -> np.ndarray:
         """[batches, batch_size] the rows of a pool, as batches of similar target and question length."""
-        targets = sum(self._features.targets[stream].lengths[rows] for stream in STREAMS)
-        questions = self._features.questions["predict"].lengths[rows]
+        targets = sum(table.lengths[rows] for table in self._features.targets.values())
+        questions = self._features.first_questions.lengths[rows]
         num_batches = len(rows) // self.batch_size
         slab = self.batch_size * max(1, round(num_batches**0.5))
         by_target = np.argsort(targets, kind="stable")

@@ -44,7 +44,7 @@ def check_texts(
     counts: dict[str, int] = {}
     for task in records.test:
         mine = [i for i, record in enumerate(records.train) if record.task == task]
-        targets = Ragged(train.targets["predict"][i] for i in mine)
+        targets = Ragged(train.labels[i] for i in mine)
         part, name = [records.train[i] for i in mine], f"{task}/train"
         counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
@@ -63,7 +63,7 @@ def check_split(
     said = [_as_said(record, config) for record in records]
     prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
     features = tokenize(said, prefixes, tokenizer, config, split=name)
-    wrong = _unsayable(name, said, features.targets["predict"], tokenizer, max_unsayable)
+    wrong = _unsayable(name, said, features.labels, tokenizer, max_unsayable)
     return {
         f"{name}/cut_questions": features.cut["predict questions"],
         f"{name}/cut_labels": features.cut["labels"],

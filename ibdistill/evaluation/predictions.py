@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,13 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
+from ibdistill.data import reasoning
 from ibdistill.data.json_rows import read_rows, shown
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.evaluation import calibration, faithfulness, text_scores
+from ibdistill.evaluation import reasoned as reasoned_text
+from ibdistill.evaluation.reasoned import Reasoned
 from ibdistill.models.decoding import Answer, decode
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
@@ -38,6 +41,9 @@ class Prediction:
     """Probability of the whole label, by the student itself (`calibration`)."""
     first_confidence: float
     """Probability of the label's first token."""
+    reasoned: Reasoned | None = None
+    """What it wrote in the reason stream. If that is the only stream, label, rationale and confidence are
+    those of it."""
 
     @property
     def implied(self) -> list[str]:
@@ -62,8 +68,8 @@ def evaluate(
     if not records:
         raise ValueError("there are no records to evaluate: the split is empty, or its limit is 0")
     mine = range(world.rank, len(records), world.size)
-    limits = {"predict": config.max_label_tokens, "explain": config.max_rationale_tokens}
-    prefixes = TASKS[records[0].task].prefixes
+    limits, task = config.answer_limits(), records[0].task
+    prefixes = TASKS[task].prefixes
     decoded = {
         stream: decode(
             model,
@@ -76,15 +82,24 @@ def evaluate(
         )
         for stream in streams
     }
-    labels = decoded["predict"]
-    rationales = decoded.get("explain", [None] * len(labels))
-    share = {i: pair for i, *pair in zip(mine, labels, rationales, strict=True)}
-    answers = {i: pair for part in distributed.gather_objects(share) for i, pair in part.items()}
+    nothing, marker = [None] * len(mine), reasoning.marker_of(task, config)
+    reasoned = [
+        reasoned_text.read(answer, records[i], marker, tokenizer)
+        for i, answer in zip(mine, decoded.get("reason", ()), strict="reason" in decoded)
+    ]
+    parts = decoded.get("predict", nothing), decoded.get("explain", nothing), reasoned or nothing
+    share = {i: own for i, *own in zip(mine, *parts, strict=True)}
+    answers = {i: own for part in distributed.gather_objects(share) for i, own in part.items()}
     return [prediction(record, *answers[i]) for i, record in enumerate(records)]
 
 
-def prediction(record: Record, label: Answer, rationale: Answer | None) -> Prediction:
-    """The scored prediction of one record."""
+def prediction(
+    record: Record, label: Answer | None, rationale: Answer | None, reasoned: Reasoned | None = None
+) -> Prediction:
+    """The scored prediction of one record; without a `label` it is that of the reason stream."""
+    if label is None:
+        label = Answer(reasoned.label, reasoned.confidence, reasoned.first_confidence)
+        rationale = Answer(reasoned.rationale, 1.0, 1.0)
     return Prediction(
         record,
         label.text,
@@ -92,6 +107,7 @@ def prediction(record: Record, label: Answer, rationale: Answer | None) -> Predi
         correct=TASKS[record.task].is_correct(label.text, record),
         confidence=label.confidence,
         first_confidence=label.first_confidence,
+        reasoned=reasoned,
     )
 
 
@@ -110,7 +126,8 @@ def scores(predictions: Sequence[Prediction], encoder: text_scores.Encoder = Non
       label, and the same of its first token under `first_token_...`;
     - if rationales were decoded: `rationale_bleu`, `rationale_chrf`, `rationale_rouge_l` and
       `rationale_words` (`text_scores.text_scores`), with an `encoder` also `rationale_cosine`, all over the
-      records that have a reference rationale; and the scores of `faithfulness.faithfulness` over all.
+      records that have a reference rationale; and the scores of `faithfulness.faithfulness` over all;
+    - if the reason stream was decoded: `reasoned.scores` under `reason_...`.
     """
     correct = [p.correct for p in predictions]
     task = TASKS[predictions[0].record.task]
@@ -136,6 +153,9 @@ def scores(predictions: Sequence[Prediction], encoder: text_scores.Encoder = Non
         result |= faithfulness.faithfulness(
             [p.label for p in explained], [p.rationale for p in explained], [p.record for p in explained]
         )
+    reasoned = [p.reasoned for p in predictions if p.reasoned is not None]
+    if reasoned:
+        result |= {f"reason_{name}": value for name, value in reasoned_text.scores(reasoned).items()}
     return result
 
 
@@ -147,7 +167,8 @@ def write_predictions(path: Path, predictions: Sequence[Prediction]) -> None:
 
 
 def _as_row(p: Prediction) -> dict[str, Any]:
-    return {
+    own = {} if p.reasoned is None else {"reasoned": asdict(p.reasoned)}
+    return own | {
         "id": p.record.id,
         "question": p.record.question,
         "gold": p.record.gold,
@@ -186,10 +207,28 @@ def read_predictions(path: Path, records: Sequence[Record]) -> list[Prediction]:
             )
         if row.get("question") != by_id[name].question:
             raise ValueError(f"{where}: {name!r} has another question in the data that is loaded now")
-        predictions.append(prediction(by_id[name], label, rationale))
+        reasoned = _reasoned(row, by_id[name], where)
+        predictions.append(prediction(by_id[name], label, rationale, reasoned))
     if not predictions:
         raise ValueError(f"{path} is empty: there are no predictions to evaluate")
     return predictions
+
+
+def _reasoned(row: dict[str, Any], record: Record, where: str) -> Reasoned | None:
+    """What a row of a predictions file says of the reason stream, scored anew. Raises ValueError."""
+    if row.get("reasoned") is None:
+        return None
+    try:
+        found = Reasoned(**row["reasoned"])
+        correct = found.answered and TASKS[record.task].is_correct(found.label, record)
+        numbers = [float(x) for x in (found.confidence, found.first_confidence, found.tokens)]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{where}: reasoned is {shown(row['reasoned'])}, which is not what an evaluation writes "
+            f"({error}); "
+            "leave it out to score the label alone"
+        ) from None
+    return replace(found, correct=correct, confidence=numbers[0], first_confidence=numbers[1])
 
 
 def _checked_row(row: Any, where: str) -> tuple[str, Answer, Answer | None]:

@@ -38,7 +38,7 @@ def curves(scores: Mapping[str, float]) -> dict[str, float]:
     Those of the first token's confidence, a third form of the calibration error and the accuracies by other
     rules stand in `result.json` alone, as does `reference_leakage`, which is the same at every step.
     """
-    left_out = "ece_mass", "accuracy_strict", "accuracy_lenient", "reference_leakage"
+    left_out = "ece_mass", "reason_ece_mass", "accuracy_strict", "accuracy_lenient", "reference_leakage"
     return {
         name: value
         for name, value in scores.items()

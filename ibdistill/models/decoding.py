@@ -21,6 +21,10 @@ class Answer(NamedTuple):
     """Probability of the whole text, with the end token if it was reached within the limit."""
     first_confidence: float
     """Probability of the first token."""
+    ids: tuple[int, ...] = ()
+    """The generated tokens, with the end token if it was reached."""
+    log_probs: tuple[float, ...] = ()
+    """The log-probability of the greedy token at each of these places."""
 
 
 class _Confidence(LogitsProcessor):
@@ -36,11 +40,27 @@ class _Confidence(LogitsProcessor):
     def of(self, generated: Tensor, eos: int) -> tuple[list[float], list[float]]:
         """Probabilities of the whole texts and of their first tokens, [B] each. `generated` [B, T] may hold
         padding behind `eos`."""
-        ends = generated == eos
-        is_real = ends.cumsum(1) - ends.long() == 0
-        log_probs = torch.stack(self.log_probs, dim=1).double()
-        whole = torch.where(is_real, log_probs, 0.0).sum(1).exp()
+        log_probs = self._log_probs()
+        whole = torch.where(_is_real(generated, eos), log_probs, 0.0).sum(1).exp()
         return whole.tolist(), log_probs[:, 0].exp().tolist()
+
+    def tokens(self, generated: Tensor, eos: int) -> tuple[list[tuple[int, ...]], list[tuple[float, ...]]]:
+        """The ids of each text and their log-probabilities, with the end token and without what follows."""
+        lengths = _is_real(generated, eos).sum(1).tolist()
+        ids, log_probs = (
+            [tuple(row[:n]) for row, n in zip(table.tolist(), lengths, strict=True)]
+            for table in (generated, self._log_probs())
+        )
+        return ids, log_probs
+
+    def _log_probs(self) -> Tensor:
+        return torch.stack(self.log_probs, dim=1).double()
+
+
+def _is_real(generated: Tensor, eos: int) -> Tensor:
+    """[B, T] bool: the generated tokens, the end token included, and not what follows it."""
+    ends = generated == eos
+    return ends.cumsum(1) - ends.long() == 0
 
 
 class Sampling(NamedTuple):
@@ -114,6 +134,7 @@ def decode(
         if decoder_only:
             output = output[:, input_ids.shape[1] :]
         texts = token_ids.read_back(output, tokenizer)
-        probabilities = confidence.of(output[:, -len(confidence.log_probs) :], tokenizer.eos_token_id)
-        answers |= {i: Answer(*parts) for i, *parts in zip(indices, texts, *probabilities, strict=True)}
+        generated, eos = output[:, -len(confidence.log_probs) :], tokenizer.eos_token_id
+        columns = texts, *confidence.of(generated, eos), *confidence.tokens(generated, eos)
+        answers |= {i: Answer(*parts) for i, *parts in zip(indices, *columns, strict=True)}
     return [answers[i] for i in range(len(questions))]

@@ -83,16 +83,15 @@ def dequantized(model: nn.Module) -> nn.Module:
 
 
 def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | None:
-    """A Jinja template that renders the last user message as the student's prompt for a label, or for a
-    rationale where the caller sets `explain`; None if no text has the prompt's ids.
+    """A Jinja template that renders the last user message as the student's prompt: that of its first stream,
+    or of another one whose name the caller sets (`explain`, `reason`); None if no text has the prompt's ids.
 
     A template makes text, and some vocabularies (Qwen's) join `?` and the separator, a newline, to one
     token, which was never in a training prompt.
     """
-    literal = {name: json.dumps(text) for name, text in prompt.prefixes.items()}
-    prefix = literal["predict"]
-    if "explain" in literal:
-        prefix = f"({literal['explain']} if explain else {prefix})"
+    prefix, *others = (json.dumps(text) for text in prompt.prefixes.values())
+    for name, text in zip(list(prompt.prefixes)[1:], others, strict=True):
+        prefix = f"({text} if {name} else {prefix})"
     start, end = ("" if i is None else tokenizer.decode([i]) for i in (prompt.start, prompt.end))
     question = f"question.replace({json.dumps(JOINT)}, {json.dumps(end)})"
     template = (
@@ -106,8 +105,8 @@ def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
             ids = tokenizer.apply_chat_template(
                 [{"role": "user", "content": probe}],
                 chat_template=template,
-                explain=stream == "explain",
                 return_dict=False,
+                **{name: name == stream for name in prompt.prefixes},
             )
             if list(ids) != expected[0].tolist():
                 return None

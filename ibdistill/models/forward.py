@@ -1,11 +1,11 @@
-"""One forward for both streams, without the head.
+"""One forward for all streams, without the head.
 
 The head loss works on packed hidden states, so a model's forward here ends before the head:
-`states` gives the decoder's states at the real target positions of each stream. The streams of
+`states` gives the decoder's states at the real target positions of each segment. The streams of
 an encoder-decoder model share one encoder call. Its decoder runs once per stream, because a
 label is a few tokens long and a rationale a hundred, and padding one to the other would cost
 more than a second call. A decoder-only model, whose rows hold the question too, runs once for
-both. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of modules in
+all. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of modules in
 each step and its prefetch trace completes. With a call of the engine for each stream, as in the
 reference implementation, it would not.
 """
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ibdistill.data.batches import Batch
+from ibdistill.data.records import SEGMENTS
 from ibdistill.models.families import ENCODER_DECODER, base_of, family
 
 
@@ -27,10 +28,10 @@ class States:
     """A model's final hidden states of a batch, before its head."""
 
     targets: dict[str, Tensor]
-    """Stream -> [N_stream, D] final hidden states at the packed target positions, ready for the head;
+    """Segment -> [N_segment, D] final hidden states at the packed target positions, ready for the head;
     empty if they were not asked for."""
     questions: Tensor
-    """[N_question, D] final hidden states of the predict stream's question tokens."""
+    """[N_question, D] final hidden states of the first stream's question tokens."""
     bottleneck: tuple[Tensor, ...] = ()
     """What a bottleneck returned besides the states."""
 
@@ -38,7 +39,7 @@ class States:
 def states(
     model: nn.Module, batch: Batch, *, targets: bool = True, bottleneck: nn.Module | None = None
 ) -> States:
-    """One forward of both streams, without the head; without `targets` only as much as the questions need.
+    """One forward of all streams, without the head; without `targets` only as much as the questions need.
 
     `bottleneck` stands between encoder and decoder. It is called with the encoder's states [S * B, L, D] and
     their mask, and returns a tuple: first what the decoder is to see in their place, then anything more.
@@ -54,10 +55,11 @@ def states(
 
 
 def questions_only(batch: Batch) -> Batch:
-    """The batch without targets, and with the rows of the predict stream alone, which come first."""
-    rows = len(batch.input_ids) // len(batch.positions)
+    """The batch without targets, and with the rows of the first stream alone."""
+    rows = len(batch.input_ids) // len(batch.streams)
     return replace(
         batch,
+        streams=batch.streams[:1],
         input_ids=batch.input_ids[:rows],
         attention_mask=batch.attention_mask[:rows],
         decoder_input_ids={},
@@ -84,18 +86,21 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
             encoder_attention_mask=batch.attention_mask[rows],
             use_cache=False,
         )[0]
-        hidden = decoded.flatten(0, 1).index_select(0, batch.positions[stream])
         # T5 with tied embeddings scales the states that go into its head
         scales = getattr(model.config, "scale_decoder_outputs", False)
-        targets[stream] = hidden * model.config.d_model**-0.5 if scales else hidden
+        for segment in SEGMENTS[stream]:
+            hidden = decoded.flatten(0, 1).index_select(0, batch.positions[segment])
+            targets[segment] = hidden * model.config.d_model**-0.5 if scales else hidden
     return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions), tuple(more))
 
 
 def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
     hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
-    of_stream = dict(zip(batch.positions, hidden.chunk(len(batch.positions) or 1), strict=False))
+    of_stream = dict(zip(batch.streams, hidden.chunk(len(batch.streams)), strict=True))
     targets = {
-        stream: rows.flatten(0, 1).index_select(0, batch.positions[stream])
+        segment: rows.flatten(0, 1).index_select(0, batch.positions[segment])
         for stream, rows in of_stream.items()
+        for segment in SEGMENTS[stream]
+        if segment in batch.positions
     }
     return States(targets, hidden.flatten(0, 1).index_select(0, batch.question_positions))

@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 
 from ibdistill.config.fields import to_flat
+from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config, ObjectiveConfig
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import presets
@@ -18,6 +19,11 @@ from ibdistill.models.prompt import Prompt, tasks_of
 _RATIONALES = (
     'learning labels and rationales as two tasks: Hsieh et al., "Distilling Step-by-Step!", Findings of ACL '
     "2023, arXiv 2305.02301"
+)
+_REASONING = (
+    'learning the rationale and then the answer as one text: Ho et al., "Large Language Models Are '
+    "Reasoning "
+    'Teachers", ACL 2023, arXiv 2212.10071'
 )
 _MUTUAL_INFORMATION = (
     'Chen et al., "Learning to Maximize Mutual Information for Chain-of-Thought Distillation", Findings of '
@@ -48,10 +54,12 @@ def papers(objective: ObjectiveConfig) -> list[str]:
 
     `objective.estimator` is settled, so not auto.
     """
-    found = [] if objective.method == "finetune" else [_RATIONALES]
-    if "ib" in objective.method and objective.beta != 0:
+    method = METHODS[objective.method]
+    found = [_RATIONALES] if "explain" in method.streams else []
+    found += [_REASONING] if "reason" in method.streams else []
+    if method.mi and objective.beta != 0:
         found.append(_ESTIMATORS.get(objective.estimator, f"the estimator {objective.estimator}"))
-    if "kd" in objective.method and objective.gamma != 0:
+    if method.kd and objective.gamma != 0:
         divergence = _DIVERGENCES.get(objective.divergence, objective.divergence)
         found.append(f"distilling the teacher's distributions: {divergence}")
     return found
@@ -62,10 +70,13 @@ def card(config: Config, prompt: Prompt, scores: Any, *, has_template: bool) -> 
 
     `scores` go into it as JSON; `has_template`: the folder has a chat template of the student's prompts.
     """
+    asks = {"explain": "a rationale", "reason": "the reasoning with the answer"}
+    asks = [f"for {what} with `{name}=True`" for name, what in asks.items() if name in prompt.prefixes]
+    asks = asks if "predict" in prompt.prefixes else []
     parts = [f"- {part}." for part in papers(config.objective)] or ["- fine-tuning on labels alone."]
     chat = (
         "The chat template makes the same prompt from the last user message"
-        + (" (for a rationale with `explain=True`)" if "explain" in prompt.prefixes else "")
+        + (f" ({', '.join(asks)})" if asks else "")
         + "."
         if has_template
         else "There is no chat template, because in this vocabulary no text has the prompt's tokens: the "
@@ -107,11 +118,15 @@ def usage(prompt: Prompt, folder: str) -> str:
     said = "output[0, inputs.shape[1] :]" if prompt.decoder_only else "output[0]"
     end, limit = prompt.end, prompt.question_limit
     ids = "ids" if prompt.start is None else f"[{prompt.start}, *ids]"  # the token in front
-    asked = {"predict": "label", "explain": "rationale"}
+    asked = {"predict": "label", "explain": "rationale", "reason": "text"}
     asking = [
         f"{asked[stream]} = answer({json.dumps(before)} + question, {prompt.limits[stream]})"
         for stream, before in prompt.prefixes.items()
     ]
+    if "reason" in prompt.prefixes:
+        names = "reasoning, _, reasoned" if "predict" in prompt.prefixes else "rationale, _, label"
+        parts = f"map(str.strip, text.rpartition({json.dumps(prompt.marker)}))"
+        asking.append(f"{names} = {parts}  # without these words the text has no answer")
     return f"""import torch
 from transformers import {auto}, AutoTokenizer
 

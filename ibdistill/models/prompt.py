@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config
-from ibdistill.data import tokenizers
+from ibdistill.data import reasoning, tokenizers
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models.families import DECODER_ONLY, family
 
@@ -27,6 +27,8 @@ class Prompt:
     """Stream -> what precedes the question, of the streams that the student was trained on."""
     limits: dict[str, int]
     """Stream -> the most tokens of an answer."""
+    marker: str
+    """What stands between rationale and answer in the stream `reason`."""
     question_limit: int
     """The most tokens of a question, with `end` and without `start`."""
 
@@ -35,7 +37,7 @@ class Prompt:
         """The prompt of a run's student. Of a mixture with several prefixes it has the first task's."""
         decoder_only = family(model) == DECODER_ONLY
         first = tasks_of(config)[0]
-        limits = {"predict": config.data.max_label_tokens, "explain": config.data.max_rationale_tokens}
+        limits = config.data.answer_limits()
         streams = METHODS[config.objective.method].streams
         return cls(
             decoder_only=decoder_only,
@@ -43,6 +45,7 @@ class Prompt:
             end=tokenizers.separator_of(tokenizer) if decoder_only else tokenizer.eos_token_id,
             prefixes={stream: TASKS[first].prefixes[stream] for stream in streams},
             limits={stream: limits[stream] for stream in streams},
+            marker=reasoning.marker_of(first, config.data),
             question_limit=config.data.max_question_tokens,
         )
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig, StudentConfig
+from ibdistill.data.records import STREAMS
 from ibdistill.models import presets
 from ibdistill.models.families import ENCODER_DECODER, family, load_model, load_preset
 
@@ -127,12 +129,12 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
             )
 
 
-def check_context(model: PreTrainedModel, config: DataConfig) -> None:
+def check_context(model: PreTrainedModel, config: DataConfig, streams: Sequence[str] = STREAMS) -> None:
     """Raise ValueError if the longest question and target do not fit a decoder-only model's positions."""
     if family(model) == ENCODER_DECODER:
         return  # its positions are relative, so there is no limit
     have = model.config.max_position_embeddings
-    target = max(config.max_label_tokens, config.max_rationale_tokens)
+    target = max(config.answer_limits()[stream] for stream in streams)
     need = 1 + config.max_question_tokens + target  # with BOS
     if need > have:
         raise ValueError(

@@ -24,7 +24,7 @@ class Interval:
     terms: dict[str, float]
     """Sums of the head loss's terms."""
     counts: dict[str, int]
-    """Target tokens by stream, questions (`questions`) and questions with a rationale (`explained`)."""
+    """Target tokens by segment, questions (`questions`) and questions with a rationale (`explained`)."""
     steps: int
     tokens: int
     """Tokens that entered the model, those of questions and of targets, without padding."""

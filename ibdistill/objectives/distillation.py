@@ -3,9 +3,11 @@
     total = alpha CE_predict + (1 - alpha) CE_explain + beta MI
             + gamma (alpha KD_predict + (1 - alpha) KD_explain)
 
-with each CE and KD a mean over the step's target tokens and MI a mean over the step's
-questions (`vid`, `vib`: over the tokens of its questions), over all ranks and micro-batches. A
-method (`config.methods.METHODS`) says which of the terms there are.
+or, in the reason stream (methods `cot...`), the same with the answer in the place of predict and the
+rationale in that of explain; where both are trained, each has its share of the total. Each CE and KD is a
+mean over the step's target tokens of its segment, and MI a mean over the step's questions (`vid`, `vib`:
+over the tokens of its questions), over all ranks and micro-batches. A method (`config.methods.METHODS`) says
+which of the terms there are.
 
 Where a method trains one stream only (`finetune`), alpha has no say: that stream's cross entropy has
 weight 1, so that its learning rate means the same as in ordinary finetuning.
@@ -13,19 +15,21 @@ weight 1, so that its learning rate means the same as in ordinary finetuning.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.data.batches import Batch
+from ibdistill.data.records import STREAMS
 from ibdistill.models import forward as models_forward
 from ibdistill.models.families import ENCODER_DECODER, base_of, family
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
-from ibdistill.objectives.weights import GRADIENT, mi_settings, uses_vib, uses_vid
+from ibdistill.objectives.weights import GRADIENT, mi_settings, pairs_of, uses_vib, uses_vid
 from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions, Weights, head_loss
 
 
@@ -38,6 +42,31 @@ def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
             "answer reads the question's states in every layer; choose an encoder-decoder student or another "
             "estimator"
         )
+
+
+class Pair(NamedTuple):
+    """One call of the head loss: a segment with the label, and perhaps one with the rationale, which are
+    its predict and its explain stream. A tuple, so that ZeRO-3's hooks find the tensors in it."""
+
+    names: tuple[str, str | None]
+    label: Stream
+    rationale: Stream | None
+    weights: Weights
+    teacher: TeacherDistributions | None
+
+    def named(self, term: str) -> str:
+        """The name of one of its terms with the segment in the place of the stream."""
+        kind, _, stream = term.rpartition("_")
+        segments = dict(zip(STREAMS, self.names, strict=True))
+        return f"{kind}_{segments[stream]}" if stream in segments else term
+
+
+def pair_weights(names: tuple[str, str | None], factors: Mapping[str, float]) -> Weights:
+    """The weights of a pair's terms, from those by segment (`weights.step_weights`)."""
+    found = {"mi": factors["mi"]}
+    for stream, segment in zip(STREAMS, names, strict=True):
+        found |= {f"{kind}_{stream}": factors[f"{kind}_{segment}"] for kind in ("ce", "kd") if segment}
+    return Weights(**found)
 
 
 class _LossHead(nn.Module):
@@ -54,18 +83,15 @@ class _LossHead(nn.Module):
         self.measures = False
         """Whether the next forward also measures each term's gradient (`term_gradients`)."""
 
-    def forward(
-        self,
-        predict: Stream,
-        explain: Stream | None,
-        weights: Weights,
-        mi: MISettings | None,
-        teacher: TeacherDistributions | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        arguments = predict, explain, self.weight, self.bias
-        total, terms = head_loss(*arguments, weights=weights, mi=mi, teacher=teacher)
-        if self.measures:
-            terms |= term_gradients(*arguments, weights, mi=mi, teacher=teacher)
+    def forward(self, pairs: Sequence[Pair], mi: MISettings | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The sum of the pairs' losses, and all their terms, named by segment."""
+        total, terms = 0.0, {}
+        for pair in pairs:
+            arguments = pair.label, pair.rationale, self.weight, self.bias
+            loss, own = head_loss(*arguments, weights=pair.weights, mi=mi, teacher=pair.teacher)
+            if self.measures:
+                own |= term_gradients(*arguments, pair.weights, mi=mi, teacher=pair.teacher)
+            total, terms = total + loss, terms | {pair.named(name): value for name, value in own.items()}
         return total, terms
 
 
@@ -111,15 +137,17 @@ def teacher_accuracy(answer: TeacherAnswer, batch: Batch) -> dict[str, Tensor]:
     """`teacher_right`: of `teacher_asked` questions, those whose label the teacher would write; 0-d fp32.
 
     Greedy decoding writes a text if and only if each of its tokens is the most probable one after
-    the tokens before it, so the scores of the label say it and nothing has to be decoded.
+    the tokens before it, so the scores of the label say it and nothing has to be decoded. Behind a rationale
+    (the segment `answer`) the teacher has read the rationale.
     """
-    target, labels = answer.targets["predict"], batch.labels["predict"]
+    segment = "predict" if "predict" in answer.targets else "answer"
+    target, labels = answer.targets[segment], batch.labels[segment]
     if target.hidden is None:
         best = target.ids[:, 0]
     else:
         best = nn.functional.linear(target.hidden, answer.weight, answer.bias).argmax(-1)
     differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
-    bounds = batch.cu["predict"].to(labels.device).long()
+    bounds = batch.cu[segment].to(labels.device).long()
     right = (differs[bounds[1:]] == differs[bounds[:-1]]).sum()
     return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(bounds) - 1).float()}
 
@@ -148,22 +176,31 @@ class Distillation(nn.Module):
     def forward(
         self,
         batch: Batch,
-        weights: Weights,
+        weights: Mapping[str, float],
         answer: TeacherAnswer | None = None,
         question_tokens: int = 0,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The micro-batch's share of the step's total (0-d fp32), and the sums of all terms, detached.
 
-        `question_tokens`: of the whole step, for vid and vib.
+        `weights`: the factor of each term's sum (`weights.step_weights`). `question_tokens`: of the whole
+        step, for vid and vib.
         """
         states = models_forward.states(self.model, batch, bottleneck=self.vib)
-        streams = {
+        segments = {
             name: Stream(hidden, batch.labels[name], batch.cu[name])
             for name, hidden in states.targets.items()
         }
-        total, terms = self.head(
-            streams["predict"], streams.get("explain"), weights, self.mi, self._teacher(answer)
-        )
+        pairs = [
+            Pair(
+                names,
+                segments[names[0]],
+                segments.get(names[1]),
+                pair_weights(names, weights),
+                self._teacher(answer, names),
+            )
+            for names in pairs_of(batch.streams)
+        ]
+        total, terms = self.head(pairs, self.mi)
         if self.vid is not None:
             factor = self.objective.beta / question_tokens
             vid, more = self.vid(states.questions, answer.questions, factor, measures=self.head.measures)
@@ -178,12 +215,14 @@ class Distillation(nn.Module):
             terms |= teacher_accuracy(answer, batch)
         return total, terms
 
-    def _teacher(self, answer: TeacherAnswer | None) -> TeacherDistributions | None:
+    def _teacher(
+        self, answer: TeacherAnswer | None, names: tuple[str, str | None]
+    ) -> TeacherDistributions | None:
         if answer is None or not answer.targets:
             return None
         return TeacherDistributions(
-            predict=answer.targets["predict"],
-            explain=answer.targets.get("explain"),  # a method may train on the label alone
+            predict=answer.targets[names[0]],
+            explain=answer.targets.get(names[1]),  # a method may train on the label alone
             weight=answer.weight,
             bias=answer.bias,
             divergence=self.objective.divergence,

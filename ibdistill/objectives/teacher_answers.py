@@ -17,9 +17,9 @@ class TeacherAnswer:
     """What the teacher says about one micro-batch, whether it was asked just now or long ago."""
 
     questions: Tensor | None = None
-    """[N_question, D_teacher] states of the predict stream's question tokens; None: not asked for."""
+    """[N_question, D_teacher] states of the first stream's question tokens; None: not asked for."""
     targets: dict[str, TeacherStream] = field(default_factory=dict)
-    """Stream -> hidden states [N, D_teacher] or top k at the target positions; empty: not asked for."""
+    """Segment -> hidden states [N, D_teacher] or top k at the target positions; empty: not asked for."""
     weight: Tensor | None = None
     """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states."""
     bias: Tensor | None = None

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from ibdistill.config.methods import METHODS, QUESTION_ESTIMATORS
 from ibdistill.config.sections import ObjectiveConfig
+from ibdistill.data.records import STREAMS
 from ibdistill.objectives.teacher_answers import Wanted
-from ibdistill.ops.head_loss.api import MISettings, Weights
+from ibdistill.ops.head_loss.api import MISettings
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
 
 GRADIENT = "gradient_"
@@ -19,12 +20,36 @@ def streams_of(objective: ObjectiveConfig) -> Sequence[str]:
     return METHODS[objective.method].streams
 
 
-def shares(objective: ObjectiveConfig) -> dict[str, float]:
-    """Each stream's share of the total: alpha and 1 - alpha, or all of it for the only stream."""
+def tokenized_streams(objective: ObjectiveConfig) -> Sequence[str]:
+    """The streams whose token ids a run has: those that it trains, and both of DSS where it trains one of
+    them, because batches are sorted by the lengths of both."""
     streams = streams_of(objective)
-    if len(streams) == 1:
-        return {streams[0]: 1.0}
-    return {"predict": objective.alpha, "explain": 1.0 - objective.alpha}
+    return streams if "reason" in streams else STREAMS
+
+
+def pairs_of(streams: Sequence[str]) -> list[tuple[str, str | None]]:
+    """The calls of the head loss: (segment of the label, segment of the rationale or None)."""
+    pairs = []
+    if "predict" in streams:
+        pairs.append(("predict", "explain" if "explain" in streams else None))
+    if "reason" in streams:
+        pairs.append(("answer", "rationale"))
+    return pairs
+
+
+def shares(objective: ObjectiveConfig) -> dict[str, float]:
+    """Each segment's share of the total: alpha and 1 - alpha, or all of it for the only one.
+
+    Where a method trains the pair of DSS and the reason stream, that stream has `reason_share` of it.
+    """
+    pairs, found = pairs_of(streams_of(objective)), {}
+    for label, rationale in pairs:
+        own = {label: objective.alpha, rationale: 1.0 - objective.alpha} if rationale else {label: 1.0}
+        if len(pairs) > 1:
+            part = objective.reason_share if label == "answer" else 1.0 - objective.reason_share
+            own = {segment: part * share for segment, share in own.items()}
+        found |= own
+    return found
 
 
 def uses_mi(objective: ObjectiveConfig) -> bool:
@@ -89,16 +114,19 @@ def teacher_streams(objective: ObjectiveConfig) -> Sequence[str]:
     return streams_of(objective) if asked and asked.targets else ()
 
 
-def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> Weights:
-    """What each term's *sum* is multiplied with, given a step's global counts (`sampler.Sampler.counts`)."""
+def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> dict[str, float]:
+    """What each term's *sum* is multiplied with, given a step's global counts (`sampler.Sampler.counts`).
+
+    Terms are named by segment: `ce_predict`, `kd_rationale`, and so on; `mi` has no segment.
+    """
     # a step may have no rationale at all: its sums are 0, and the factor only has to be finite
-    per_token = {stream: share / max(1, counts[stream]) for stream, share in shares(objective).items()}
+    per_token = {segment: share / max(1, counts[segment]) for segment, share in shares(objective).items()}
     gamma = objective.gamma if distils(objective) else 0.0
-    return Weights(
-        mi=objective.beta / max(1, counts["explained"]) if mi_settings(objective) else 0.0,
-        **{f"ce_{stream}": factor for stream, factor in per_token.items()},
-        **{f"kd_{stream}": gamma * factor for stream, factor in per_token.items()},
-    )
+    return {
+        **{f"ce_{segment}": factor for segment, factor in per_token.items()},
+        "mi": objective.beta / max(1, counts["explained"]) if mi_settings(objective) else 0.0,
+        **{f"kd_{segment}": gamma * factor for segment, factor in per_token.items()},
+    }
 
 
 def means(sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
@@ -118,10 +146,10 @@ def means(sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
 
 def total(objective: ObjectiveConfig, mean: dict[str, float]) -> float:
     """The total loss of the mean terms, as `means` names them."""
-    value = sum(share * mean[f"ce_{stream}"] for stream, share in shares(objective).items())
+    value = sum(share * mean[f"ce_{segment}"] for segment, share in shares(objective).items())
     if distils(objective):
         value += objective.gamma * sum(
-            share * mean[f"kd_{stream}"] for stream, share in shares(objective).items()
+            share * mean[f"kd_{segment}"] for segment, share in shares(objective).items()
         )
     term = next((mean[name] for name in ("vid", "vib", "mi") if name in mean), 0.0)
     return value + (objective.beta or 0.0) * term

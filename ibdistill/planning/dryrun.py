@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
 from ibdistill.data.features import Features, Ragged
-from ibdistill.data.records import STREAMS
+from ibdistill.data.records import SEGMENTS, STREAMS, segments_of
 from ibdistill.models import families, presets
 from ibdistill.models import forward as models_forward
 from ibdistill.models.families import base_of
@@ -53,18 +53,22 @@ class Lengths:
 
     def targets(self, streams: Sequence[str]) -> int:
         """Target tokens of all streams, which are the rows of the head loss."""
-        of = {"predict": self.label, "explain": self.rationale}
-        return self.questions * sum(of[stream] for stream in streams)
+        return self.questions * sum(self._segments()[segment] for segment in segments_of(streams))
+
+    def _segments(self) -> dict[str, int]:
+        """Segment -> tokens."""
+        label, rationale = self.label, self.rationale
+        return {"predict": label, "explain": rationale, "rationale": rationale, "answer": label}
 
     def batch(self, model: nn.Module, streams: Sequence[str]) -> batches.Batch:
         """The micro-batch as `batches.collate` makes it; without streams, its questions alone."""
-        parts = {"question": self.question, "predict": self.label, "explain": self.rationale}
+        parts = {"question": self.question} | self._segments()
         ids = {name: Ragged([np.full(n, 2)] * self.questions) for name, n in parts.items()}
         features = Features(
             ids=["?"] * self.questions,
             groups=np.zeros(self.questions, dtype=int),
-            questions=dict.fromkeys(STREAMS, ids["question"]),
-            targets={stream: ids[stream] for stream in STREAMS},
+            questions=dict.fromkeys(SEGMENTS, ids.pop("question")),
+            targets=ids,
         )
         separator = 1 if families.family(base_of(model)) == families.DECODER_ONLY else None
         rows, read = range(self.questions), streams or STREAMS
@@ -203,7 +207,7 @@ def student_step(
     tracker = _Tracker([*known, *module.buffers(), *_tensors(batch)])
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
-    weights = step_weights(objective, {"predict": 1, "explain": 1, "explained": 1})
+    weights = step_weights(objective, dict.fromkeys([*segments_of(SEGMENTS), "explained"], 1))
     with attention_of(device), skeleton.mode, tracker:
         loss, _ = module(batch, weights, answer, 1)
         loss.backward()

@@ -1,9 +1,9 @@
 """A teacher's answer as the tensors that `teacher.cache` keeps, and what those tensors depend on.
 
     questions                states of the question's tokens [n, D_teacher]             for vid
-    STREAM                   last hidden states at the stream's targets [n, D_teacher]  `cache_form` states
-    STREAM.ids               [n, k] int32, the k most probable tokens at each target    `cache_form` topk
-    STREAM.probabilities     [n, k] float16, their probabilities                        `cache_form` topk
+    SEGMENT                  last hidden states at the segment's tokens [n, D_teacher]  `cache_form` states
+    SEGMENT.ids              [n, k] int32, the k most probable tokens at each place     `cache_form` topk
+    SEGMENT.probabilities    [n, k] float16, their probabilities                        `cache_form` topk
 
 Beside the entries a cache holds one more file: the teacher's head, which turns states into logits again,
 and the teacher's width, so that a run whose records are all in the cache need not load the teacher.
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import TeacherConfig
-from ibdistill.data.records import STREAMS
+from ibdistill.data.records import SEGMENTS, segments_of
 from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
@@ -45,29 +45,29 @@ _HEAD = "head.tensors"  # safetensors, under a name that the cache does not take
 def pack(answer: TeacherAnswer, config: TeacherConfig, temperature: float) -> dict[str, Tensor]:
     """The tensors that are kept of an answer. `temperature` is that of the top k's probabilities."""
     packed = {} if answer.questions is None else {"questions": answer.questions}
-    for stream, target in answer.targets.items():
+    for segment, target in answer.targets.items():
         if config.cache_form == "states":
-            packed[stream] = target.hidden
+            packed[segment] = target.hidden
         else:
             ids, probabilities = top_k(
                 target.hidden, answer.weight, answer.bias, config.cache_top_k, temperature
             )
-            packed |= {f"{stream}.ids": ids.int(), f"{stream}.probabilities": probabilities.half()}
+            packed |= {f"{segment}.ids": ids.int(), f"{segment}.probabilities": probabilities.half()}
     return packed
 
 
 def unpack(packed: dict[str, Tensor], head: Head) -> TeacherAnswer:
     """The answer that `pack` has packed. `head` is read only where the kept form is states."""
     questions = packed.get("questions")
-    if "predict" in packed:
-        return TeacherAnswer(questions, {s: TeacherStream(hidden=packed[s]) for s in STREAMS}, *head)
-    if "predict.ids" not in packed:
-        return TeacherAnswer(questions)
+    segments = [segment for segment in segments_of(SEGMENTS) if segment in packed]
+    if segments:
+        return TeacherAnswer(questions, {s: TeacherStream(hidden=packed[s]) for s in segments}, *head)
     targets = {
-        stream: TeacherStream(
-            ids=packed[f"{stream}.ids"].long(), probabilities=packed[f"{stream}.probabilities"].float()
+        segment: TeacherStream(
+            ids=packed[f"{segment}.ids"].long(), probabilities=packed[f"{segment}.probabilities"].float()
         )
-        for stream in STREAMS
+        for segment in segments_of(SEGMENTS)
+        if f"{segment}.ids" in packed
     }
     return TeacherAnswer(questions, targets)
 

@@ -37,7 +37,6 @@ from ibdistill.config.sections import TeacherConfig
 from ibdistill.data import batches
 from ibdistill.data.batches import Batch
 from ibdistill.data.features import Features
-from ibdistill.data.records import STREAMS
 from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.runtime import distributed, hardware
@@ -220,9 +219,8 @@ class TeacherAnswers:
 
     def _key(self, index: int) -> bytes:
         features = self._features
-        return key_of(
-            *(table[stream][index] for table in (features.questions, features.targets) for stream in STREAMS)
-        )
+        tables = *features.questions.values(), *features.targets.values()
+        return key_of(*(table[index] for table in tables))
 
     def _missing(self) -> int:
         """The number of training records that are not in the cache, the same on every rank. Collective."""
@@ -283,15 +281,15 @@ class TeacherAnswers:
 
     def _pieces(self, indices: Sequence[int], packed: dict[str, Tensor]) -> list[Entry]:
         """Each record's part of packed tensors, where these are."""
-        lengths = {"questions": self._features.questions["predict"].lengths}
-        lengths |= {stream: self._features.targets[stream].lengths for stream in STREAMS}
+        lengths = {"questions": self._features.first_questions.lengths}
+        lengths |= {segment: table.lengths for segment, table in self._features.targets.items()}
         return answer_tensors.pieces(packed, {name: of[indices] for name, of in lengths.items()})
 
     def _for_teacher(self, indices: Sequence[int], batch: Batch) -> Batch:
         """The micro-batch as the teacher's family reads it."""
         if self.teacher.layout == self._layout:
             return batch
-        theirs = batches.collate(self._features, indices, STREAMS, **self.teacher.layout)
+        theirs = batches.collate(self._features, indices, self._features.streams, **self.teacher.layout)
         return theirs.to(self._world.device)
 
     def _unpack(self, packed: dict[str, Tensor], head: Head | None) -> TeacherAnswer:

@@ -64,6 +64,7 @@ def show(job: Job, name: str, predictions: Sequence[Prediction], *, final: bool 
         except Exception as error:  # whatever a drawing library makes of somebody's texts
             logger.warning("the figures of %s at step %d are left out: %r", name, step, error)
     brief = ("accuracy", "ece", "rationale_bleu", "rationale_rouge_l", "faithful")
+    brief += ("reason_accuracy", "reason_cut_off", "reason_tokens")
     logger.info("%s  %s", name, "  ".join(f"{key} {scores[key]:.4g}" for key in brief if key in scores))
     return scores
 

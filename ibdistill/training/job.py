@@ -110,7 +110,7 @@ class Job:
         """
         config = self.config
         prefixes = {name: loading.TASKS[name].prefixes for name in self.records.test}
-        added = tokenize(pseudo, prefixes, self.tokenizer, config.data)
+        added = tokenize(pseudo, prefixes, self.tokenizer, config.data, streams=self.gold.streams)
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
         if self.prefetch is not None:
             self.prefetch.forget()  # their indices are those of the old features

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.consistency import settle_precision
 from ibdistill.config.load import to_yaml
+from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import (
     Config,
     DataConfig,
@@ -19,8 +20,8 @@ from ibdistill.config.sections import (
     TeacherConfig,
 )
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
-from ibdistill.data import loading, tokenizers
-from ibdistill.data.features import Features, tokenize
+from ibdistill.data import loading, reasoning, tokenizers
+from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.text_checks import check_texts
@@ -79,7 +80,12 @@ def prepare(config: Config, world: World) -> Job:
         vocabulary = student.get_output_embeddings().weight.shape[0]
         records, teacher = add_teacher_text(config, records, world, stop, (tokenizer, vocabulary))
     prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
-    features = tokenize(records.train, prefixes, tokenizer, config.data)
+    streams = weights.tokenized_streams(config.objective)
+    features = tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
+    train, features = drop_untaught(records.train, features)
+    records = dataclasses.replace(records, train=train)
+    if too_long := features.cut.get("reasonings"):
+        records.report["train/long_reasoning"] = too_long
     records.report.update(check_texts(records, features, tokenizer, config.data))
     sampler = Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
     made = (records, unlabelled, features, tokenizer, student)
@@ -136,7 +142,7 @@ def load_records(
     """
     unlabelled = pseudo_labels.questions(data)
     taught = pseudo_labels.questions(data, "taught")
-    explains, writes = "explain" in weights.streams_of(objective), teacher.rationales != "none"
+    explains, writes = METHODS[objective.method].explains, teacher.rationales != "none"
     records = loading.load(data, needs_rationale=explains and not writes)
     return dataclasses.replace(records, train=records.train + taught), unlabelled
 
@@ -170,9 +176,9 @@ def build_student(
 
     A tokenizer that is trained here goes to `folder`. Collective.
     """
-    tokenizer = _tokenizer(config, records, folder)
+    tokenizer = _tokenizer(config, data, weights.tokenized_streams(objective), records, folder)
     student = load_student(config, tokenizer, seed)
-    check_context(student, data)
+    check_context(student, data, weights.tokenized_streams(objective))
     distillation.check_family(objective, student)
     return tokenizer, student
 
@@ -269,19 +275,24 @@ def assemble(
 
 def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
     """`data/truncated_share_WHAT`: the share of the training texts that fill their limit. They were cut, or
-    in rare cases just fit."""
+    in rare cases just fit. `data/long_reasonings`: the number of rationales of a reason stream to which
+    `data.long_reasoning` was applied."""
     limits = {
-        "questions": (features.questions["predict"], config.max_question_tokens),
-        "labels": (features.targets["predict"], config.max_label_tokens),
-        "rationales": (features.targets["explain"], config.max_rationale_tokens),
+        "questions": (features.first_questions, config.max_question_tokens),
+        "labels": (features.labels, config.max_label_tokens),
+        "rationales": (features.rationales, config.max_rationale_tokens),
     }
-    return {
+    shares = {
         f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
         for name, (texts, limit) in limits.items()
     }
+    long = features.cut.get("reasonings")
+    return shares if long is None else shares | {"data/long_reasonings": float(long)}
 
 
-def _tokenizer(config: StudentConfig, records: loading.Loaded, folder: Path) -> PreTrainedTokenizerBase:
+def _tokenizer(
+    config: StudentConfig, data: DataConfig, streams: Sequence[str], records: loading.Loaded, folder: Path
+) -> PreTrainedTokenizerBase:
     """The student's tokenizer. If it is trained here, rank 0 does so, once. Collective."""
     name = config.tokenizer
     if name == "train":
@@ -292,8 +303,9 @@ def _tokenizer(config: StudentConfig, records: loading.Loaded, folder: Path) -> 
             if target.is_dir() and run_folder.has_begun(folder):
                 return  # before that it may be of other settings, or half written
             texts = [text for r in records.train for text in (r.question, r.label, r.rationale) if text]
-            prefixes = [prefix for task in records.test for prefix in loading.TASKS[task].prefixes.values()]
-            tokenizers.train_tokenizer(texts + prefixes, config.vocab_size, target)
+            around = [loading.TASKS[task].prefixes[stream] for task in records.test for stream in streams]
+            around += [reasoning.marker_of(task, data) for task in records.test if "reason" in streams]
+            tokenizers.train_tokenizer(texts + around, config.vocab_size, target)
 
         distributed.run_on_rank_0(make)
         return load_tokenizer(str(target), "student.tokenizer")

@@ -25,7 +25,7 @@ from ibdistill.config.load import to_yaml
 from ibdistill.config.sections import Config, RunConfig
 from ibdistill.data.features import Features
 from ibdistill.data.loading import Loaded
-from ibdistill.data.records import STREAMS, Record
+from ibdistill.data.records import SEGMENTS, Record
 from ibdistill.models import families, presets
 from ibdistill.objectives import weights
 from ibdistill.runtime import files
@@ -129,8 +129,8 @@ def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Modu
 def _token_ids(features: Features) -> str:
     """All that the batches are made of, tasks and token ids, as digests."""
     parts = [features.groups.astype("<i8").tobytes()]
-    for stream in STREAMS:
-        for ragged in (features.questions[stream], features.targets[stream]):
+    for stream in features.streams:
+        for ragged in (features.questions[stream], *(features.targets[s] for s in SEGMENTS[stream])):
             parts += [ragged.offsets.astype("<i8").tobytes(), ragged.flat.astype("<i4").tobytes()]
     return " ".join(files.digest(part).hex() for part in parts)
 

@@ -103,7 +103,11 @@ def test_values_are_brought_to_their_type(name, given, value):
         ("optim.max_steps", 1.5, r"optim.max_steps is 1.5; it must be of type int"),
         ("optim.max_steps", "1.5", r"optim.max_steps is '1.5'; it must be of type int"),
         ("optim.batch_size", 0, r"optim.batch_size is 0; it must be at least 1"),
-        ("objective.method", "dsss", r"must be one of finetune, dss, ib, kd, ib\+kd; did you mean 'dss'"),
+        (
+            "objective.method",
+            "dsss",
+            r"must be one of finetune, dss, ib, kd, ib\+kd, cot.*; did you mean 'dss'",
+        ),
         ("objective.method", True, r"objective.method is True; it must be one of"),
         ("run.dir", 2024, r"run.dir is 2024; it must be of type str"),  # in code: its text is not known
         ("run.dir", True, r"run.dir is True, or without a value; it must be of type str"),

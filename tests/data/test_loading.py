@@ -11,7 +11,7 @@ from feature_tables import features_of
 from miniatures import DATA, array, ids, lines, load_refused, loaded, real_data, said, svamp
 
 from ibdistill.config.sections import DataConfig, ObjectiveConfig
-from ibdistill.data.records import STREAMS, Record
+from ibdistill.data.records import SEGMENTS, Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.tasks import demo
 from ibdistill.data.tasks.registry import TASKS
@@ -29,9 +29,11 @@ def test_every_task_is_named_after_its_key_and_prefixes_both_streams():
     names = "demo demo_pretrain svamp asdiv cqa gsm8k esnli anli1 anli2 anli3 jsonl"
     assert set(TASKS) == set(names.split())
     for name, task in TASKS.items():
-        assert task.name == name and tuple(task.prefixes) == STREAMS
-    assert TASKS["svamp"].prefixes == {"predict": "predict: ", "explain": "explain: "}
-    assert TASKS["demo_pretrain"].prefixes == {"predict": "solve: ", "explain": "steps: "}
+        assert task.name == name and tuple(task.prefixes) == tuple(SEGMENTS)
+    own = {"predict": "predict: ", "explain": "explain: ", "reason": "reason: "}
+    assert TASKS["svamp"].prefixes == own
+    own = {"predict": "solve: ", "explain": "steps: ", "reason": "steps: solve: "}
+    assert TASKS["demo_pretrain"].prefixes == own
 
 
 def test_validation_split_is_fixed_and_disjoint(tmp_path):
@@ -122,10 +124,10 @@ def test_a_step_counts_the_tokens_of_records_without_a_rationale_in_the_predict_
     counts = sampler.counts(0)
     assert counts == {"predict": 9, "explain": 11, "questions": 4, "explained": 2, "question_tokens": 22}
     weights = step_weights(ObjectiveConfig(method="ib", alpha=0.5, beta=0.1, estimator="paper"), counts)
-    assert (weights.ce_predict, weights.ce_explain, weights.mi) == (0.5 / 9, 0.5 / 11, 0.1 / 2)
+    assert (weights["ce_predict"], weights["ce_explain"], weights["mi"]) == (0.5 / 9, 0.5 / 11, 0.1 / 2)
     nobody = Sampler(features_of([(5, 2, 0)] * 4), DataConfig(), batch_size=4, seed=0).counts(0)
     assert (nobody["explain"], nobody["explained"]) == (0, 0)
-    assert step_weights(ObjectiveConfig(method="dss"), nobody).ce_explain == 0.5  # of a sum that is 0
+    assert step_weights(ObjectiveConfig(method="dss"), nobody)["ce_explain"] == 0.5  # of a sum that is 0
 
 
 def test_unparsable_outputs_may_leave_their_records_to_the_predict_stream(tmp_path):

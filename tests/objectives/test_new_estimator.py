@@ -84,14 +84,14 @@ def test_a_step_equals_autograd_of_the_plain_formulas(added, pool):
         q = torch.softmax(targets[name].hidden @ weight.T, -1)
         ce = torch.nn.functional.nll_loss(log_p, batch.labels[name], reduction="sum")
         kd = (q - log_p.exp()).square().sum()
-        expected = expected + getattr(factors, f"ce_{name}") * ce + getattr(factors, f"kd_{name}") * kd
+        expected = expected + factors[f"ce_{name}"] * ce + factors[f"kd_{name}"] * kd
         cu = batch.cu[name].tolist()
         spans = [log_p[a:b].exp() for a, b in itertools.pairwise(cu)]
         pooled[name] = [(p.amax(0) if pool == "max" else p.mean(0)) if len(p) else None for p in spans]
     for p, e in zip(pooled["predict"], pooled["explain"], strict=True):
         if p is not None and e is not None:
             p = p.detach()
-            expected = expected - factors.mi * ((p / p.sum()) * (e / e.sum())).sqrt().sum().log()
+            expected = expected - factors["mi"] * ((p / p.sum()) * (e / e.sum())).sqrt().sum().log()
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-9, atol=0)
     assert terms["mi"] > 0 and terms["kd_predict"] > 0
@@ -103,5 +103,5 @@ def test_a_method_on_the_label_alone_is_distilled_in_one_stream():
     model = T5ForConditionalGeneration(T5Config(**SHAPE | {"vocab_size": 100}))
     asked = TeacherStream(torch.zeros(3, 5))
     answer = TeacherAnswer(None, {"predict": asked}, torch.zeros(100, 5))
-    given = Distillation(model, ObjectiveConfig(method="kd"))._teacher(answer)
+    given = Distillation(model, ObjectiveConfig(method="kd"))._teacher(answer, ("predict", "explain"))
     assert given.predict is asked and given.explain is None

@@ -78,10 +78,11 @@ def test_any_estimator_on_states_is_refused_so(monkeypatch):
 def test_weights_divide_by_global_counts():
     counts = {"predict": 20, "explain": 50, "questions": 4, "explained": 3}
     weights = step_weights(ObjectiveConfig(method="ib", estimator="paper", alpha=0.25, beta=0.6), counts)
-    assert (weights.ce_predict, weights.ce_explain, weights.mi) == pytest.approx((0.25 / 20, 0.75 / 50, 0.2))
+    used = {"ce_predict": 0.25 / 20, "ce_explain": 0.75 / 50, "mi": 0.2, "kd_predict": 0.0, "kd_explain": 0.0}
+    assert weights == pytest.approx(used)
     nothing_explained = counts | {"explain": 0, "explained": 0}
     weights = step_weights(ObjectiveConfig(method="ib", estimator="paper", beta=0.1), nothing_explained)
-    assert weights.ce_explain == 0.5 and weights.mi == 0.1  # finite; their sums are empty
+    assert weights["ce_explain"] == 0.5 and weights["mi"] == 0.1  # finite; their sums are empty
 
 
 def test_means_are_per_token_and_per_question():

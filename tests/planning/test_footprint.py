@@ -135,12 +135,16 @@ def allocated_peak(run) -> int:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
-    ("method", "checkpointing"), [("dss", False), ("dss", True), ("ib", False), ("ib+kd", False)]
+    ("method", "checkpointing"),
+    [
+        *[("dss", False), ("dss", True), ("ib", False), ("ib+kd", False)],
+        *[("cot", False), ("dss+cot", False), ("cot+ib+kd", False)],
+    ],
 )
 def test_the_activations_peak(name, method, checkpointing):
     """Within 25 %; measured by the running sum of torch's allocations (profiler)."""
     given = {"objective.method": method, "student.gradient_checkpointing": checkpointing}
-    if method != "ib+kd":
+    if "kd" not in method:
         given |= {"teacher.placement": "none"}
     chosen = settings(name, **given)
     lengths = dryrun.Lengths(questions=2, question=90, label=5, rationale=40)
@@ -151,14 +155,14 @@ def test_the_activations_peak(name, method, checkpointing):
     wanted, width = objectives_weights.wanted(chosen.objective), teacher.head[1] if teacher else 0
     dtype = dryrun.DTYPES[MODELS[name]]
     module = distillation.Distillation(model, chosen.objective, teacher_width=width).to(dtype)
-    batch, signal = lengths.batch(model, BOTH), None
+    batch, signal = lengths.batch(model, objectives_weights.streams_of(chosen.objective)), None
     if wanted:
         torch.set_default_dtype(dtype)
         signal = dryrun.teacher_answer(batch, wanted, teacher.head)
         torch.set_default_dtype(torch.float32)
         for tensor in signal.tensors():
             tensor.normal_()
-    counts = {"predict": 20, "explain": 160, "explained": 4}
+    counts = {"predict": 20, "explain": 160, "rationale": 160, "answer": 20, "explained": 4}
     arguments = batch, objectives_weights.step_weights(chosen.objective, counts), signal, 360
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -184,19 +188,21 @@ def test_the_updates_peak_in_bf16_without_zero(make_job, monkeypatch, elements):
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_operations_of_the_blocks(name, checkpointing):
-    chosen = settings(name, **{"student.dropout": 0.1, "student.gradient_checkpointing": checkpointing})
+@pytest.mark.parametrize(("method", "checkpointing"), [("ib+kd", False), ("ib+kd", True), ("cot+kd", False)])
+def test_operations_of_the_blocks(name, method, checkpointing):
+    given = {"student.gradient_checkpointing": checkpointing, "objective.method": method}
+    chosen = settings(name, **{"student.dropout": 0.1}, **given)
     lengths = dryrun.Lengths(questions=3, question=50, label=4, rationale=30)
     student, teacher = footprint.student_skeleton(chosen), footprint.teacher_skeleton(chosen)
     predicted = costs.operations(student, lengths, chosen.objective, teacher, checkpointing=checkpointing)
     model = models_student.load_student(chosen.student, tokenizers.demo_tokenizer(), 0)
-    batch = lengths.batch(model, BOTH)
+    batch = lengths.batch(model, objectives_weights.streams_of(chosen.objective))
     with FlopCounterMode(display=False) as counter:
         states = models_forward.states(model, batch)
         sum(hidden.sum() for hidden in states.targets.values()).backward()
     assert counter.get_total_flops() == pytest.approx(predicted.student, rel=0.02)
-    for streams in (BOTH, ()):  # a teacher that is asked for question states only reads no targets
+    # a teacher that is asked for question states only reads no targets, and that of cot+kd is asked for more
+    for streams in (batch.streams, ()) if method == "ib+kd" else (batch.streams,):
         forward = costs.forward_operations(student.model, lengths, streams)
         with FlopCounterMode(display=False) as counter:
             models_forward.states(model, batch, targets=bool(streams))
@@ -213,9 +219,10 @@ def test_operations_of_the_head():
     for n in (lengths.label, lengths.rationale):
         hidden = torch.randn(3 * n, width, requires_grad=True)
         streams.append(Stream(hidden, torch.zeros(3 * n, dtype=torch.long), torch.arange(4) * n))
-    weights = objectives_weights.step_weights(
+    factors = objectives_weights.step_weights(
         chosen.objective, {"predict": 12, "explain": 90, "explained": 3}
     )
+    weights = distillation.pair_weights(("predict", "explain"), factors)
     with FlopCounterMode(display=False) as counter:
         head_loss_reference(*streams, weight, weights=weights)[0].backward()
     assert counter.get_total_flops() == costs.operations(student, lengths, chosen.objective).head

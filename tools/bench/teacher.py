@@ -197,7 +197,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
         def kd(answer: TeacherAnswer) -> tuple[float, torch.Tensor]:
             """The distillation term and its gradient, in one vector."""
             total, terms = module(batch, weights, answer)
-            plain = total - sum(getattr(weights, f"kd_{s}") * terms[f"kd_{s}"] for s in job.streams)
+            plain = total - sum(weights[f"kd_{s}"] * terms[f"kd_{s}"] for s in job.streams)
             parameters = [p for p in module.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(total, parameters)
             return float((total - plain).detach()), torch.cat([g.flatten() for g in gradient])

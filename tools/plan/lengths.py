@@ -8,6 +8,7 @@ Without data the limits of the settings count, which are longer than most data.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -15,6 +16,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config
 from ibdistill.data import loading, tokenizers
 from ibdistill.data.records import Record
@@ -58,10 +60,10 @@ def settle(config: Config, given: dict[str, Any]) -> Lengths:
 def measure(config: Config) -> tuple[dict[str, int], str]:
     """The longest question, label and rationale of the training records, and how they were counted."""
     data = config.data
-    records = loading.load(data, needs_rationale="explain" in weights.streams_of(config.objective)).train
+    records = loading.load(data, needs_rationale=METHODS[config.objective.method].explains).train
     tokenizer = _at_hand(config)
     counted = {
-        "question": [_asked(record) for record in records],
+        "question": [_asked(record, weights.tokenized_streams(config.objective)) for record in records],
         "label": [record.label for record in records],
         "rationale": [record.rationale for record in records],
     }
@@ -79,9 +81,10 @@ def measure(config: Config) -> tuple[dict[str, int], str]:
     return found, f"the longest of {len(records)} records of data.path (mean {' / '.join(means)}), {how}"
 
 
-def _asked(record: Record) -> str:
-    """The question with the longer of its prefixes."""
-    return max(loading.TASKS[record.task].prefixes.values(), key=len) + record.question
+def _asked(record: Record, streams: Sequence[str]) -> str:
+    """The question with the longest of its prefixes."""
+    prefixes = loading.TASKS[record.task].prefixes
+    return max((prefixes[stream] for stream in streams), key=len) + record.question
 
 
 def _count(texts: list[str], tokenizer: PreTrainedTokenizerBase | None) -> list[int]:

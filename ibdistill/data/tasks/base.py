@@ -21,6 +21,7 @@ from ibdistill.data.json_rows import Row
 from ibdistill.data.records import Record
 
 T = TypeVar("T")
+PREFIXES = {"predict": "predict: ", "explain": "explain: ", "reason": "reason: "}
 Fields = Callable[[dict[str, Any]], tuple[str, str, str]]
 """Row -> question, label, rationale. A KeyError or ValueError becomes a message with the row's place."""
 _TEST_SHARE = 0.1
@@ -63,10 +64,10 @@ class Task:
     letter_of: Callable[[str, Record], str] | None = None
     """(label, record) -> the letter of the option with this text, for `data.choice_labels`. None: the
     questions list no options under letters."""
-    prefixes: Mapping[str, str] = field(
-        default_factory=lambda: {"predict": "predict: ", "explain": "explain: "}
-    )
-    """Stream -> what precedes the question."""
+    prefixes: Mapping[str, str] = field(default_factory=dict)
+    """Stream -> what precedes the question; streams that are left out have those of `PREFIXES`."""
+    answer_marker: str = "The answer is:"
+    """What stands between rationale and answer in the stream `reason`; in words, apart from white space."""
     arithmetic: bool = False
     """Labels are numbers or equations, so that numbers may be mapped (`data.map_numbers`)."""
     generated: bool = False
@@ -77,6 +78,9 @@ class Task:
     """The source explains some records only; the others are left out where rationales are needed."""
     derives_rationales: bool = False
     """Rationales can be made from other fields of the source (`data.derive_rationales`)."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prefixes", PREFIXES | dict(self.prefixes))
 
 
 def examples(

@@ -202,6 +202,8 @@ DEMO = Task(
     read=read_demo,
     is_correct=same_value,
     implied=spelled_equation,
+    prefixes={"reason": "explain: predict: "},
+    answer_marker="predict:",  # these are the words that the demo's tokenizer knows
     arithmetic=True,
     generated=True,
 )
@@ -210,7 +212,8 @@ DEMO_PRETRAIN = Task(
     read=read_demo,
     is_correct=same_value_or_text,
     implied=spelled_equation,
-    prefixes={"predict": "solve: ", "explain": "steps: "},
+    prefixes={"predict": "solve: ", "explain": "steps: ", "reason": "steps: solve: "},
+    answer_marker="solve:",
     arithmetic=True,
     generated=True,
 )

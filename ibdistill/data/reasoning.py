@@ -1,0 +1,82 @@
+"""A rationale and the answer behind it in one text, as a student of the stream `reason` writes them.
+
+    Ann gives 5 of her 12 pens away: 12 - 5 = 7.
+    The answer is: 7
+
+The words between the two are the task's marker (`tasks.base.Task.answer_marker`), or `data.answer_marker`.
+They belong to the segment `rationale`, whose end they say; the segment `answer` is the label and the end
+token.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from transformers import PreTrainedTokenizerBase
+
+from ibdistill.config.sections import DataConfig
+from ibdistill.data import token_ids
+from ibdistill.data.tasks.registry import TASKS
+
+Ids = list[int]
+
+
+def marker_of(task: str, config: DataConfig) -> str:
+    """The words before the answer in a task's reasoning."""
+    return " ".join((config.answer_marker or TASKS[task].answer_marker).split())
+
+
+def join(rationale: str, answer: str, marker: str) -> str:
+    """The text that `split` takes apart."""
+    return f"{rationale}\n{marker} {answer}"
+
+
+def split(text: str, marker: str) -> tuple[str, str | None]:
+    """Rationale and answer, which stands behind the last marker; None where there is no marker, or nothing
+    behind it.
+
+    Any white space is as good as any other, since many tokenizers read a line break as a space.
+    """
+    found = _last(text, marker)
+    if found is None:
+        return text.strip(), None
+    return text[: found.start()].strip(), text[found.end() :].strip() or None
+
+
+def answer_start(text: str, marker: str) -> int:
+    """The place of the character behind the last marker, white space included; the text's end without one."""
+    found = _last(text, marker)
+    return len(text) if found is None else found.end()
+
+
+def _last(text: str, marker: str) -> re.Match[str] | None:
+    return max(_pattern(marker).finditer(text), key=re.Match.end, default=None)
+
+
+def segment_ids(
+    rationales: Sequence[str], labels: Sequence[str], marker: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Ids], list[Ids], Ids]:
+    """The ids of the rationales without the marker, those of the answers, and those of the marker.
+
+    The three are tokenized apart, so that a rationale that is cut reads as one that is not. An answer ends
+    with the end token and begins with a space, unless the tokenizer puts one there by itself.
+
+    Raises ValueError if the tokenizer cannot say the marker.
+    """
+    between = token_ids.text_ids([f"\n{marker}"], tokenizer)[0]
+    alone = token_ids.read_back([between], tokenizer)[0]
+    if not _pattern(marker).fullmatch(alone):
+        raise ValueError(
+            f"data.answer_marker is {marker[:100]!r}, which the tokenizer reads back as {alone[:100]!r}, so "
+            "no "
+            "answer could be found behind a rationale; choose words that the tokenizer knows"
+        )
+    glued = token_ids.read_back([between + token_ids.text_ids([marker], tokenizer)[0]], tokenizer)[0]
+    space = " " if f"{marker}{marker}" in glued else ""
+    answers = token_ids.target_ids([f"{space}{label}" if label else "" for label in labels], tokenizer)
+    return token_ids.text_ids(rationales, tokenizer), answers, between
+
+
+def _pattern(marker: str) -> re.Pattern[str]:
+    return re.compile(r"\s*" + r"\s+".join(map(re.escape, marker.split())))
