@@ -182,6 +182,8 @@ class Living:
     """The most at any time, without what custom operators hold inside."""
     at_head: int = 0
     """Bytes of the tensors that exist when the head loss starts."""
+    kernels: int = 0
+    """Operations that each launch a kernel, one for a custom operator however many it launches itself."""
 
 
 def student_step(
@@ -214,7 +216,7 @@ def student_step(
     hook.remove()
     for parameter in module.parameters():
         parameter.grad = None
-    return Living(tracker.peak, at_head[0])
+    return Living(tracker.peak, at_head[0], tracker.kernels)
 
 
 def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str) -> Living:
@@ -224,7 +226,7 @@ def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str]
     with attention_of(device), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
-    return Living(tracker.peak)
+    return Living(tracker.peak, kernels=tracker.kernels)
 
 
 @dataclass(frozen=True)
@@ -270,16 +272,17 @@ def _tensors(batch: batches.Batch) -> list[Tensor]:
 
 
 class _Tracker(TorchDispatchMode):
-    """Sums the bytes of the storages that operators make, for as long as they exist."""
+    """Sums the bytes of the storages that operators make, for as long as they exist, and counts operators."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.kernels = 0
         self._known = {t.untyped_storage()._cdata for t in known}
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.kernels += not (function.is_view or "empty" in function.name() or "prim::" in function.name())
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())

@@ -9,7 +9,6 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill.config.consistency import settle_precision
 from ibdistill.config.load import to_yaml
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import (
@@ -34,12 +33,12 @@ from ibdistill.monitor.board import Board
 from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, weights
 from ibdistill.planning import memory_check
-from ibdistill.runtime import distributed, hardware
+from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import pseudo_labels, run_folder
+from ibdistill.training import device, pseudo_labels, run_folder
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
@@ -124,12 +123,12 @@ def open_run(config: Config, world: World) -> Path:
     _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
     weights.check_split(config.objective, config.optim.batch_size, micro_batches)
     settle_ds_config(config, world.size)
-    # one precision for all ranks: the one that every rank's device multiplies in
-    multiplies = distributed.gather_objects(hardware.multiplies_bf16(world.device))
-    settle_precision(config, multiplies_bf16=all(multiplies))
+    device.settle_precision(config, world)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     memory_check.check(config, world)
+    if world.device.type == "cuda":
+        device.warn_of_slow_losses()
     return folder
 
 

@@ -13,7 +13,7 @@ from harness import FORKED, as_arguments, launch, tiny
 from ibdistill.config import consistency
 from ibdistill.config.load import load_settings
 from ibdistill.runtime import hardware
-from ibdistill.training import prepare
+from ibdistill.training import device, prepare
 
 
 @pytest.mark.parametrize("asked", ["auto", "fp32", "bf16"])
@@ -53,3 +53,13 @@ def test_a_run_on_a_cpu_is_in_fp32_and_says_so(tmp_path):
     assert launch([FORKED, "2", *as_arguments(settings)], log=log) == 0, log.read_text()[-2000:]
     assert json.loads((tmp_path / "run/result.json").read_text())["precision"] == "fp32"
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["student"]["precision"] == "fp32"
+
+
+@pytest.mark.parametrize("trouble", [None, "no Python.h (Debian, Ubuntu: apt-get install python3-dev)"])
+def test_one_line_says_that_triton_cannot_compile(monkeypatch, world, trouble):
+    lines = []
+    monkeypatch.setattr(device.implementation, "compilation_trouble", lambda: trouble)
+    monkeypatch.setattr(device.logger, "warning", lambda text, *values: lines.append(text % values))
+    device.warn_of_slow_losses()
+    expected = f"rank 0 computes the losses in torch, which is slower than in Triton: {trouble}"
+    assert lines == ([expected] if trouble else [])
