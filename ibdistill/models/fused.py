@@ -15,7 +15,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
-from ibdistill.ops import layers
+from ibdistill.ops import implementation, layers
 from ibdistill.ops.cpu import attention
 
 ATTENTION = "ibdistill"
@@ -37,7 +37,8 @@ class _GatedFeedForward(T5DenseGatedActDense):
 
 def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """`sdpa_attention_forward`, save for dropout on a CPU, where that has no kernel."""
-    is_ours = query.device.type == "cpu" and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
+    on_cpu = query.device.type == "cpu" and not implementation.on_gpu(query)
+    is_ours = on_cpu and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
     if not (dropout and is_ours):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

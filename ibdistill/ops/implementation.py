@@ -22,6 +22,11 @@ IMPLEMENTATIONS = ("auto", "triton", "torch")
 logger = logging.getLogger(__name__)
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether the forms for a GPU run on x; a dry run puts the answer for its device in this place."""
+    return x.device.type == "cuda"
+
+
 def choose(op: str, impl: str, example: Tensor, missing: str | None = None) -> str:
     """The name of the implementation that runs: "triton" or "torch".
 

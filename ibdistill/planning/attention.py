@@ -1,4 +1,8 @@
-"""Attention with the memory that a device's kernels take, for dry runs."""
+"""Attention with the memory that a device's kernels take, for dry runs.
+
+Fake tensors are on the CPU. Which form of a layer runs is asked of `ops.implementation.on_gpu`, which answers
+for the planned device here.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+
+from ibdistill.ops import implementation
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -34,7 +40,7 @@ def attention_of(device: str) -> Iterator[None]:
     if device == "cpu":
         yield
         return
-    original = nn.functional.scaled_dot_product_attention
+    originals = nn.functional.scaled_dot_product_attention, implementation.on_gpu
 
     def fused(query, key, value, attn_mask=None, *args, **kwargs):
         groups = query.shape[1] // key.shape[1]
@@ -43,7 +49,8 @@ def attention_of(device: str) -> Iterator[None]:
         return _FusedAttention.apply(query, key, value, attn_mask)
 
     nn.functional.scaled_dot_product_attention = fused
+    implementation.on_gpu = lambda x: True
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = original
+        nn.functional.scaled_dot_product_attention, implementation.on_gpu = originals
