@@ -95,6 +95,7 @@ def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
             torch._foreach_mul_(gradients, scale)
         for (parameter, master), gradient in zip(part, gradients, strict=True):
             parameter.grad, master.grad = None, gradient
+        del gradients, gradient  # the next part's must not join them in memory
         wrapper.optimizer.step()  # it passes over the masters without a gradient
         torch._foreach_copy_([p.data for p, _ in part], [master.data for _, master in part])
         for _, master in part:
