@@ -237,15 +237,16 @@ def export_student(job: Job) -> None:
 
 def write_result(job: Job) -> None:
     """Write `result.json`, on rank 0. Scores that an earlier start of the same run has left there stay."""
-    state, path = job.state, job.folder / run_folder.RESULT
+    config, state, path = job.config, job.state, job.folder / run_folder.RESULT
     before = run_folder.result(job.folder)
     earlier = before if before.get("steps") == state.step else {}
     result = {
-        "method": job.config.objective.method,
+        "method": config.objective.method,
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
         "ranks": job.world.size,
+        "precision": config.student.precision,
         **version(),
         "skipped_steps": state.skipped,
         "best_step": state.best_step if state.best_step >= 0 else None,

@@ -146,7 +146,8 @@ def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, s
     bias = kwargs.get("position_bias")
     if bias is not None and bias.dim() < 4:
         return _attend_by_distance(module, query, key, value, attention_mask, bias, dropout)
-    is_ours = query.device.type == "cpu" and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
+    on_cpu = query.device.type == "cpu" and not implementation.on_gpu(query)
+    is_ours = on_cpu and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
     if not (dropout and is_ours):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs

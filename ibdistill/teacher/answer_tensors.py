@@ -15,9 +15,11 @@ pools the teacher's distribution over the whole vocabulary, and therefore keeps 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -31,8 +33,8 @@ from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.ops.head_loss.softcap import capped
-from ibdistill.runtime import files
-from ibdistill.teacher.cache_shard import checksum
+from ibdistill.runtime import files, hardware
+from ibdistill.teacher.cache_shard import Entry, checksum
 
 logger = logging.getLogger("ibdistill")
 
@@ -71,6 +73,23 @@ def unpack(packed: dict[str, Tensor], head: Head) -> TeacherAnswer:
         if f"{segment}.ids" in packed
     }
     return TeacherAnswer(questions, targets)
+
+
+def pieces(packed: dict[str, Tensor], lengths: dict[str, np.ndarray]) -> list[Entry]:
+    """Each record's part of packed tensors, where these are. `lengths`: [records] rows, by content."""
+    parts = {name: tensor.split(lengths[name.split(".")[0]].tolist()) for name, tensor in packed.items()}
+    return [dict(zip(parts, record, strict=True)) for record in zip(*parts.values(), strict=True)]
+
+
+def join(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
+    """The records' entries, on the host or on the device, as one packed tensor per name on the device."""
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        if all(part.device.type == "cpu" for part in parts):
+            return hardware.to_device(torch.cat(parts), device)
+        return torch.cat([hardware.to_device(part, device) for part in parts])
+
+    return {name: joined([entry[name] for entry in entries]) for name in entries[0]}
 
 
 def fingerprint(config: TeacherConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

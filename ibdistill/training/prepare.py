@@ -38,10 +38,11 @@ from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import pseudo_labels, run_folder
+from ibdistill.training import device, pseudo_labels, run_folder
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
+from ibdistill.training.prefetch import Prefetch
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -123,14 +124,17 @@ def open_run(config: Config, world: World) -> Path:
     """Check the settings against the number of ranks and the memory; the run's folder. Collective.
 
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
-    `deepspeed.config` auto there.
+    `deepspeed.config` auto and `student.precision` auto there.
     """
     _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
     weights.check_split(config.objective, config.optim.batch_size, micro_batches)
     settle_ds_config(config, world.size)
+    device.settle_precision(config, world)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     memory_check.check(config, world)
+    if world.device.type == "cuda":
+        device.warn_of_slow_losses()
     return folder
 
 
@@ -278,6 +282,7 @@ def assemble(
         board=board,
         meter=Meter(),
         alarms=alarms,
+        prefetch=Prefetch(pins=True) if world.device.type == "cuda" else None,
         unlabelled=unlabelled,
     )
     state.pseudo = state.pseudo if unlabelled else ""

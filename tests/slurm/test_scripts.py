@@ -137,3 +137,25 @@ def test_tensorboard_listens_on_loopback_only(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "expected"),
+    [
+        ("1", "", ""),
+        ("2", "", f"/tmp/ibdistill-triton-{os.getuid()}"),
+        ("2", "/scratch/mine", "/scratch/mine"),
+    ],
+)
+def test_several_nodes_have_a_cache_of_tritons_each(tmp_path, nodes, given, expected):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "cache ${TRITON_CACHE_DIR:-}"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {
+        "SLURM_JOB_NUM_NODES": nodes,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TRITON_CACHE_DIR": given,
+    }
+    done = bash("slurm/rank.sh", "train.py", **env)
+    assert done.stdout.strip() == f"cache {expected}".strip()
+    if expected.startswith("/tmp/"):
+        assert os.stat(expected).st_mode & 0o077 == 0
