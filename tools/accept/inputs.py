@@ -67,7 +67,7 @@ def model_folder(context: Context, name: str) -> Path:
     kind = AutoModelForSeq2SeqLM if name.startswith("t5") else AutoModelForCausalLM
     torch.manual_seed(len(name))
     with torch.device(context.device):  # a GPU draws the weights of 7B in seconds
-        model = kind.from_config(configuration(context, name), dtype=torch.bfloat16)
+        model = kind.from_config(configuration(context, name), dtype=torch.bfloat16, trust_remote_code=False)
     model.save_pretrained(folder)
     tokenizer(name).save_pretrained(folder)  # last: it tells that the folder is whole
     return folder

@@ -26,7 +26,7 @@ def gradients(context: Context) -> None:
         torch.manual_seed(1)
         # the published width and head, and few layers: fp64 on the CPU has to end
         layers = {"num_layers": 2, "num_decoder_layers": 2} if name == "t5" else {"num_hidden_layers": 4}
-        model = kind.from_config(inputs.configuration(context, name, **layers))
+        model = kind.from_config(inputs.configuration(context, name, **layers), trust_remote_code=False)
         truth_loss, truth = loss_and_gradients(context, name, model.double(), torch.device("cpu"))
         for dtype in (torch.float32, torch.bfloat16):
             loss, got = loss_and_gradients(context, name, model.to(dtype), context.device)

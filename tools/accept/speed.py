@@ -115,11 +115,19 @@ def plain_loop(
     """The same steps in a plain loop; None if it lacks memory."""
     kind = AutoModelForSeq2SeqLM if student == "t5" else AutoModelForCausalLM
     make = {"attn_implementation": "sdpa"}
-    model = kind.from_pretrained(config.student.model, dtype=torch.float32, **make).to(context.device).train()
+    model = (
+        kind.from_pretrained(config.student.model, dtype=torch.float32, trust_remote_code=False, **make)
+        .to(context.device)
+        .train()
+    )
     large = None
     if teacher:
         dtype = torch.float32 if context.small else torch.bfloat16
-        large = kind.from_pretrained(config.teacher.model, dtype=dtype, **make).to(context.device).eval()
+        large = (
+            kind.from_pretrained(config.teacher.model, dtype=dtype, trust_remote_code=False, **make)
+            .to(context.device)
+            .eval()
+        )
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.optim.lr, weight_decay=0.0, fused=True)
     left = iter(batches)
 
