@@ -58,5 +58,5 @@ def step_of(model_type: str, measures: bool) -> list[str]:
 def test_only_transformers_masks_wait(model_type, measures):
     places = step_of(model_type, measures)
     assert len(places) == BUDGET[model_type], places
-    # T5's mask is made in fused.py, and only where the device is no GPU (`implementation.on_gpu`) does it wait
+    # T5's mask is made in fused.py; it waits only where the device is no GPU (`implementation.on_gpu`)
     assert all(place.startswith(("forward.py", "fused.py")) for place in places), places
