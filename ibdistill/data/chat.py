@@ -21,12 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import token_ids
+
+if TYPE_CHECKING:  # the readers of files are imported where there is no torch yet
+    from transformers import PreTrainedTokenizerBase
 
 Ids = list[int]
 Message = dict[str, str]

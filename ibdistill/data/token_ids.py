@@ -19,9 +19,11 @@ very ids that it was trained with. What a tokenizer would add, cut or pad by its
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # the readers of files are imported where there is no torch yet
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
 
 JOINT = "</s>"
 """What stands between the parts of a question that has several."""

@@ -339,14 +339,14 @@ def test_launches_cost_what_exceeds_the_rest():
 
 
 def test_t5_base_with_8_questions_a_gpu_is_bound_by_its_launches():
-    """5.65 ms were predicted from its products alone, where 30 are needed."""
+    """At 6 us per launch the host needs about 19 ms, and the device less than 5 for the products."""
     given = {"student.model": "google-t5/t5-base", "student.precision": "auto", "teacher.placement": "none"}
     given |= {"teacher.model": "", "objective.method": "dss"}
     planned = Planner(tiny(**given), H100, 1, 8, question=64, label=8, rationale=64)
     choice = planned.choice("none", "zero2", False, 8)
     products = sum(choice.seconds.values()) - choice.seconds["launch wait"]
-    assert planned.config.student.precision == "bf16" and products < 0.010
-    assert costs.bound(choice.seconds) == "launch wait" and 0.020 < choice.step < 0.060
+    assert planned.config.student.precision == "bf16" and products < 0.005
+    assert costs.bound(choice.seconds) == "launch wait" and 0.015 < choice.step < 0.025
 
 
 def test_weights_of_4_and_8_bits_are_not_planned_sharded():

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed import fake_pg  # noqa: F401, registers
 
 from ibdistill.runtime import distributed
 
-TIMEOUT_S, LOADING_S = 2, 4
+TIMEOUT_S, LOADING_S = 8, 10
 
 
 def main(folder: Path) -> None:

@@ -26,17 +26,20 @@ def _online(top, total, x):
 
 
 @triton.jit
-def softcap_kernel(z, stride, V, cap, BLOCK: tl.constexpr):
-    """One block of one row: cap tanh(z / cap) in the place of z."""
+def softcap_kernel(z, stride, V, V_padded, cap, BLOCK: tl.constexpr):
+    """One block of one row: cap tanh(z / cap) in the place of z. Padding is read and written back, so that
+    every access has 16 bytes whatever V is."""
     i_row, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_v = i_v * BLOCK + tl.arange(0, BLOCK)
-    inside = o_v < V
+    inside = o_v < V_padded
     place = z + i_row * stride + o_v
-    x = tl.load(place, mask=inside, other=0.0).to(tl.float32) / cap
+    raw = tl.load(place, mask=inside, other=0.0)
+    x = raw.to(tl.float32) / cap
     # tanh from the exponential of a number that is not positive: nothing overflows
     e = tl.exp(-2.0 * tl.abs(x))
     size = cap * (1.0 - e) / (1.0 + e)
-    tl.store(place, tl.where(x < 0, -size, size).to(z.dtype.element_ty), mask=inside)
+    capped = tl.where(x < 0, -size, size).to(z.dtype.element_ty)
+    tl.store(place, tl.where(o_v < V, capped, raw), mask=inside)
 
 
 @triton.jit(do_not_specialize=["a"])

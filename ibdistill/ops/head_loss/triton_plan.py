@@ -72,7 +72,9 @@ class Plan:
             torch.addmm(bias, hidden, weight.T, out=view)
         if cap is not None and len(out):
             softcap_kernel[(len(out), self.column_blocks)](
-                out, out.stride(0), self.V, cap, BLOCK=self.column_block, num_warps=launch.WARPS
+                *(out, out.stride(0), self.V, out.shape[1], cap),
+                BLOCK=self.column_block,
+                num_warps=launch.WARPS,
             )
         return out
 
