@@ -55,7 +55,8 @@ class Batch:
     attention_mask: Tensor
     """[S * B, L] int64, 1 at real tokens and 0 at padding."""
     question_positions: Tensor
-    """[N_question] int64: where the first stream's question tokens sit in its flattened [B * L].
+    """[N_question] int64: where the first stream's question tokens sit in its flattened [B * L], or in a
+    packed row.
 
     The same tokens in the same order for both families: BOS is left out, and the separator of
     a decoder-only model stands for the end token of the other family."""
@@ -63,11 +64,15 @@ class Batch:
     """Stream -> [B, T_stream] int64, targets shifted right behind the start token. Decoder-only: empty."""
     positions: dict[str, Tensor]
     """Segment -> [N_segment] int64: the places that predict the targets, in the flattened [B * T_stream] of
-    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows."""
+    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows, or in the packed row
+    of all streams."""
     labels: dict[str, Tensor]
     """Segment -> [N_segment] int64."""
     cu: dict[str, Tensor]
     """Segment -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
+    row_lengths: Tensor | None = None
+    """[S * B] int32, if the batch is packed: `input_ids` are then one row [1, tokens] in which the rows lie one
+    behind the other with these lengths, and `attention_mask` is all ones. None: rows are padded."""
 
     @property
     def num_tokens(self) -> int:
@@ -81,7 +86,7 @@ class Batch:
         return self.input_ids.numel() + sum(ids.numel() for ids in self.decoder_input_ids.values())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, except for `cu`, which the host reads.
+        """The batch on a device, except for `cu` and `row_lengths`, which the host reads.
 
         The copy overlaps with what the device is doing.
         """
@@ -94,7 +99,7 @@ class Batch:
             return value
 
         fields = {f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return Batch(**fields | {"cu": self.cu})
+        return Batch(**fields | {"cu": self.cu, "row_lengths": self.row_lengths})
 
 
 def collate(
@@ -106,6 +111,7 @@ def collate(
     start: int | None,
     bos: int | None = None,
     separator: int | None = None,
+    packed: bool = False,
 ) -> Batch:
     """The micro-batch of the records `rows`. `models.families.layout` gives a model's keyword arguments.
 
@@ -116,14 +122,16 @@ def collate(
             model.
         separator: what stands between question and target for a decoder-only model; None for
             an encoder-decoder model.
+        packed: lay the rows of a decoder-only model one behind the other, without padding.
     """
     questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
     segments = segments_of(streams)
     targets = {segment: [features.targets[segment][row] for row in rows] for segment in segments}
     if separator is None:
+        assert not packed
         inputs = _encoder_decoder(questions, targets, pad, start, bos)
     else:
-        inputs = _decoder_only(questions, targets, pad, start, separator)
+        inputs = _decoder_only(questions, targets, pad, start, separator, packed)
     return Batch(
         streams=tuple(streams),
         question_ids=tuple(features.ids[row] for row in rows),
@@ -144,19 +152,21 @@ def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int, bos: 
         rows = _whole(targets, stream)
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
         decoder_input_ids[stream], mask = _pad(shifted, pad)
-        positions |= _segment_places(targets, stream, [0] * len(rows), mask.shape[1])
+        positions |= _segment_places(targets, stream, np.arange(len(rows)) * mask.shape[1])
     first = next(iter(questions.values()))
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places([(lead, len(row)) for row in first], input_ids.shape[1]),
+        "question_positions": _places(
+            np.arange(len(first)) * input_ids.shape[1] + lead, [len(row) for row in first]
+        ),
         "decoder_input_ids": decoder_input_ids,
         "positions": positions,
     }
 
 
 def _decoder_only(
-    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int
+    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int, packed: bool
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
     prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
@@ -165,17 +175,22 @@ def _decoder_only(
         for stream in prompts
         for prompt, target in zip(prompts[stream], _whole(targets, stream), strict=True)
     ]
-    input_ids, attention_mask = _pad(rows, pad)
-    width, lead = input_ids.shape[1], int(bos is not None)
+    lengths = np.array([len(row) for row in rows], dtype=np.int32)
+    input_ids, attention_mask = _pad([np.concatenate(rows)] if packed else rows, pad)
     first, positions = next(iter(prompts.values())), {}
-    for stream, own in prompts.items():
-        positions |= _segment_places(targets, stream, [len(prompt) - 1 for prompt in own], width)
+    size, lead = len(first), int(bos is not None)
+    begins = np.cumsum(lengths) - lengths if packed else np.arange(len(rows)) * input_ids.shape[1]
+    for number, (stream, own) in enumerate(prompts.items()):
+        # a packed row is shared by all streams; padded rows are numbered within their own
+        starts = begins[number * size :][:size] if packed else begins[:size]
+        positions |= _segment_places(targets, stream, starts + [len(prompt) - 1 for prompt in own])
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places([(lead, len(p) - lead) for p in first], width),
+        "question_positions": _places(begins[:size] + lead, [len(p) - lead for p in first]),
         "decoder_input_ids": {},
         "positions": positions,
+        "row_lengths": torch.from_numpy(lengths) if packed else None,
     }
 
 
@@ -189,24 +204,23 @@ def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
     )
 
 
-def _segment_places(targets: Rows, stream: str, starts: Sequence[int], width: int) -> dict[str, Tensor]:
-    """Segment -> the places that predict its tokens in a stream's flattened rows of `width` columns.
+def _segment_places(targets: Rows, stream: str, starts: np.ndarray) -> dict[str, Tensor]:
+    """Segment -> the places that predict its tokens in a stream's flattened rows.
 
-    `starts`: the column of each row that predicts the target's first token.
+    `starts`: the place that predicts each target's first token.
     """
     places = {}
     for segment in SEGMENTS[stream]:
         lengths = [len(target) for target in targets[segment]]
-        places[segment] = _places(list(zip(starts, lengths, strict=True)), width)
-        starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+        places[segment] = _places(starts, lengths)
+        starts = starts + lengths
     return places
 
 
-def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
-    """[positions] int64: each row's `count` columns from `first` on, numbered in the flattened rows."""
-    return torch.from_numpy(
-        np.concatenate([row * width + first + np.arange(count) for row, (first, count) in enumerate(spans)])
-    )
+def _places(starts: np.ndarray, counts: Sequence[int]) -> Tensor:
+    """[positions] int64: of each row `count` places from its start on, in the flattened rows."""
+    spans = zip(starts, counts, strict=True)
+    return torch.from_numpy(np.concatenate([start + np.arange(count) for start, count in spans]))
 
 
 def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:

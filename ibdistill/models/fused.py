@@ -15,11 +15,11 @@ from transformers.masking_utils import sdpa_mask
 from transformers.models.mt5.modeling_mt5 import MT5DenseGatedActDense, MT5LayerNorm
 from transformers.models.t5.modeling_t5 import T5DenseGatedActDense, T5LayerNorm
 
-from ibdistill.ops import layers
+from ibdistill.ops import layers, packed_attention
 from ibdistill.ops.cpu import attention
 
 ATTENTION = "ibdistill"
-"""The name in transformers of SDPA, with our own on a CPU where there is dropout."""
+"""The name in transformers of SDPA, with our own on a CPU where there is dropout, and for packed rows."""
 
 
 class _Norm(T5LayerNorm):
@@ -36,7 +36,18 @@ class _GatedFeedForward(T5DenseGatedActDense):
 
 
 def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """`sdpa_attention_forward`, save for dropout on a CPU, where that has no kernel."""
+    """`sdpa_attention_forward`, save for packed rows, and for dropout on a CPU, where that has no kernel."""
+    if packed_attention.is_packed(attention_mask):
+
+        def block(query, key, value, mask):
+            return _attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = kwargs.get("sliding_window")
+        out = packed_attention.packed_attention(
+            block, query, key, value, attention_mask, scale=scale, dropout=dropout, window=window
+        )
+        return out, None
     is_ours = query.device.type == "cpu" and query.dtype != torch.float16 and key.shape[1] == query.shape[1]
     if not (dropout and is_ours):
         return sdpa_attention_forward(
@@ -55,6 +66,11 @@ AttentionInterface.register(ATTENTION, _attend)
 
 
 AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether a decoder-only model's attention can read packed rows (`ops.packed_attention`)."""
+    return model.config._attn_implementation == ATTENTION and not model.config.is_encoder_decoder
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:
