@@ -37,6 +37,7 @@ from ibdistill.config import command_line
 from ibdistill.config.load import read_yaml
 from ibdistill.config.methods import METHODS
 from ibdistill.data import loading
+from ibdistill.data.chat import adopt_turn_end
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.text_checks import check_split
@@ -50,7 +51,7 @@ from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.version import version
 from ibdistill.training import pseudo_labels
-from ibdistill.training.checkpoint import MARKER
+from ibdistill.training.checkpoint_marker import MARKER
 
 logger = logging.getLogger("ibdistill")
 
@@ -59,6 +60,7 @@ _OF_TRAINING = {
     for name in (
         *("subsample", "subsample_seed", "mixture_weights", "mixture_temperature", "bucket_batches"),
         *("unlabelled", "agree_at", "agree_share", "taught", "choice_labels"),
+        "loss_on",
     )
 }
 """Settings of a run that say nothing of how a student is asked."""
@@ -223,6 +225,8 @@ def _decoder(
             )
     source = str(path) if path.is_dir() else student
     tokenizer = load_tokenizer(source, "STUDENT")
+    if config.data.format == "chat":
+        adopt_turn_end(tokenizer, config.data)
     check_split("evaluation", records, tokenizer, config.data)
     model = load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
     streams = STREAMS if config.eval.rationales else STREAMS[:1]

@@ -28,6 +28,16 @@ def settle(config: Config) -> None:
         teacher.cache_form = "states" if objective.mi_pair == "teacher" else "topk"
 
 
+def settle_precision(config: Config, *, multiplies_bf16: bool) -> None:
+    """Replace `student.precision` auto by what it stands for on devices that multiply in bf16, or do not.
+
+    fp32 on a GPU stays in full precision: bf16 is the fast choice, and fp32 is the one to compare it with,
+    which TF32's products, of 11 bits, would not be.
+    """
+    if config.student.precision == "auto":
+        config.student.precision = "bf16" if multiplies_bf16 else "fp32"
+
+
 def check(config: Config) -> None:
     """Raise ValueError where settings contradict; it names the settings, their values and the way out."""
     optim = config.optim
@@ -39,6 +49,7 @@ def check(config: Config) -> None:
     _check_batches(config)
     _check_4bit(config)
     _check_streams(config)
+    _check_chat(config)
     _check_teacher(config)
     _check_unlabelled(config)
 
@@ -48,8 +59,8 @@ def _check_batches(config: Config) -> None:
     optim, data = config.optim, config.data
     if optim.tokens_per_forward and not optim.tokens_per_batch:
         raise ValueError(
-            f"optim.tokens_per_forward is {optim.tokens_per_forward}, which splits optim.tokens_per_batch, and "
-            "that is 0; set it, or optim.micro_batch_size instead"
+            f"optim.tokens_per_forward is {optim.tokens_per_forward}, which splits optim.tokens_per_batch, "
+            "and that is 0; set it, or optim.micro_batch_size instead"
         )
     if optim.tokens_per_batch:
         plain = type(optim)()
@@ -93,6 +104,29 @@ def _check_streams(config: Config) -> None:
         raise ValueError(
             f"data.answer_marker is {data.answer_marker[:100]!r}, white space alone; give words, or leave "
             "it out"
+        )
+
+
+def _check_chat(config: Config) -> None:
+    """Raise ValueError where settings of the chat format contradict, or stand without it."""
+    data, teacher = config.data, config.teacher
+    if data.format == "plain":
+        names = "system", "think_open", "think_close"
+        if given := [f"data.{name}" for name in names if getattr(data, name)]:
+            raise ValueError(
+                f"{' and '.join(given)} goes with data.format chat, and data.format is 'plain'; take chat, "
+                "or leave it out"
+            )
+        return
+    if data.answer_marker:
+        raise ValueError(
+            f"data.answer_marker is {data.answer_marker[:100]!r}, and data.format is 'chat', where "
+            "data.think_close stands between rationale and answer; give that instead"
+        )
+    if teacher.rationales != "none" and not teacher.template:
+        raise ValueError(
+            f"teacher.rationales is {teacher.rationales!r} with data.format chat: set teacher.template, "
+            "which says in the teacher's own format what it is asked"
         )
 
 

@@ -46,8 +46,9 @@ class RunConfig:
     term_gradients_every: NotNegativeInt = 100
     """Steps between two measurements of the gradient norm of each term of the loss; 0: never."""
     peak_tflops: NotNegative = 0.0
-    """Peak rate of one device in 10^12 operations per second, of which `speed/mfu` is a share. 0: measured
-    once, by matrix products. Give the data sheet's figure to compare with published utilisations."""
+    """Peak rate of one device in 10^12 operations per second, of which `speed/mfu` is a share. 0: its data
+    sheet's, in the run's precision, for the GPUs that `runtime/hardware.py` lists; for other devices measured
+    once, by matrix products."""
     eval_every: NotNegativeInt = 0
     """Steps between two evaluations on the validation split; 0: only at the end."""
     eval_limit: NotNegativeInt = 0
@@ -108,6 +109,19 @@ class DataConfig:
     answer_marker: str = ""
     """What stands between rationale and answer in the reason stream. Empty: the task's own words, for most
     tasks `The answer is:`."""
+    format: Literal["plain", "chat"] = "plain"
+    """How a question becomes a prompt. plain: prefix, question and separator; chat: a conversation under the
+    tokenizer's own chat template, for decoder-only models. The prefixes of predict and explain stand in the
+    user's text there, and the reason stream has none."""
+    system: str = ""
+    """The system message of every conversation in format chat. Empty: what the template does without one."""
+    think_open: str = ""
+    """What begins a rationale of the reason stream in format chat. Empty: `<think>`."""
+    think_close: str = ""
+    """What ends a rationale of the reason stream in format chat, before the answer. Empty: `</think>`."""
+    loss_on: Literal["all_turns", "last_turn"] = "all_turns"
+    """Of a conversation of several turns (`messages` of a `jsonl` record, in format chat): whether each turn
+    of the assistant is learned, or the last one. Scores are those of the last one."""
     subsample: ShareOrCount = 1.0
     """Training records to keep: a share up to 1, or a number above 1. Drawn with `subsample_seed`."""
     subsample_seed: Seed = 0
@@ -179,8 +193,10 @@ class StudentConfig:
     """Whether a hub or local model keeps its weights or only its shape. Presets are always random."""
     dropout: Decay | None = None
     """Dropout rate; none: the model's own."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16: bf16 weights and activations with fp32 master weights and optimizer states."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: bf16 weights and activations with fp32 master weights and optimizer states. fp32: all of it in
+    fp32, whose products are in full precision on a GPU too, without TF32. auto: bf16 on a GPU that has it,
+    else fp32."""
     lora_rank: NotNegativeInt = 0
     """Rank of LoRA adapters; 0: train all weights."""
     lora_alpha: Positive = 16.0
@@ -297,8 +313,8 @@ class OptimConfig:
     """Tokens of questions and targets in one optimizer update, over all ranks and micro-batches, at most, in
     place of `batch_size`; the ranks get near-equal tokens and squared lengths. 0: `batch_size` counts."""
     tokens_per_forward: NotNegativeInt = 0
-    """With `tokens_per_batch`, about the tokens in one forward pass of one rank; 0: `tokens_per_batch` / ranks,
-    without accumulation."""
+    """With `tokens_per_batch`, about the tokens in one forward pass of one rank; 0: `tokens_per_batch` /
+    ranks, without accumulation."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay; not applied to norms, biases and embeddings."""
     adam_beta1: Decay = 0.9

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill.data import token_ids
 from ibdistill.data.features import Features
 from ibdistill.data.records import SEGMENTS, segments_of
+from ibdistill.ops.copies import to_device
 
 logger = logging.getLogger("ibdistill")
 
@@ -71,8 +72,10 @@ class Batch:
     cu: dict[str, Tensor]
     """Segment -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
     row_lengths: Tensor | None = None
-    """[S * B] int32, if the batch is packed: `input_ids` are then one row [1, tokens] in which the rows lie one
-    behind the other with these lengths, and `attention_mask` is all ones. None: rows are padded."""
+    """[S * B] int32, if the batch is packed: `input_ids` are then one row [1, tokens] in which the rows lie
+    one behind the other with these lengths, and `attention_mask` is all ones. None: rows are padded."""
+    position_ids: Tensor | None = None
+    """[1, tokens] int64, if the batch is packed: each token's place within its own row."""
 
     @property
     def num_tokens(self) -> int:
@@ -90,15 +93,23 @@ class Batch:
 
         The copy overlaps with what the device is doing.
         """
+        if device.type == "cpu":
+            return self
+        return self._mapped(lambda tensor: to_device(tensor, device))
 
-        def moved(value: Any) -> Any:
+    def pinned(self) -> Batch:
+        """The batch in memory that a GPU can read by itself, which is where `to` would copy it first."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with this done to all its tensors but `cu` and `row_lengths`."""
+
+        def changed(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: moved(tensor) for key, tensor in value.items()}
-            if isinstance(value, Tensor) and device.type == "cuda":
-                return value.pin_memory().to(device, non_blocking=True)
-            return value
+                return {key: changed(tensor) for key, tensor in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
 
-        fields = {f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        fields = {f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return Batch(**fields | {"cu": self.cu, "row_lengths": self.row_lengths})
 
 
@@ -111,6 +122,7 @@ def collate(
     start: int | None,
     bos: int | None = None,
     separator: int | None = None,
+    multiple: int = 1,
     packed: bool = False,
 ) -> Batch:
     """The micro-batch of the records `rows`. `models.families.layout` gives a model's keyword arguments.
@@ -122,16 +134,21 @@ def collate(
             model.
         separator: what stands between question and target for a decoder-only model; None for
             an encoder-decoder model.
+        multiple: rows are padded to a width that is a multiple of this, see `hardware.width_multiple`.
         packed: lay the rows of a decoder-only model one behind the other, without padding.
+
+    Of features whose questions are whole prompts, nothing comes in front of a prompt or behind it.
     """
     questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
     segments = segments_of(streams)
     targets = {segment: [features.targets[segment][row] for row in rows] for segment in segments}
-    if separator is None:
+    if features.whole_prompts:
+        inputs = _decoder_only(questions, targets, pad, None, None, multiple, packed)
+    elif separator is None:
         assert not packed
-        inputs = _encoder_decoder(questions, targets, pad, start, bos)
+        inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple)
     else:
-        inputs = _decoder_only(questions, targets, pad, start, separator, packed)
+        inputs = _decoder_only(questions, targets, pad, start, separator, multiple, packed)
     return Batch(
         streams=tuple(streams),
         question_ids=tuple(features.ids[row] for row in rows),
@@ -144,14 +161,17 @@ def collate(
     )
 
 
-def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int, bos: int | None) -> dict[str, Any]:
-    input_ids, attention_mask = _pad([_led(row, bos) for rows in questions.values() for row in rows], pad)
+def _encoder_decoder(
+    questions: Rows, targets: Rows, pad: int, start: int, bos: int | None, multiple: int
+) -> dict[str, Any]:
+    rows = [_led(row, bos) for rows in questions.values() for row in rows]
+    input_ids, attention_mask = _pad(rows, pad, multiple=multiple)
     lead = int(bos is not None)
     decoder_input_ids, positions = {}, {}
     for stream in questions:
         rows = _whole(targets, stream)
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
-        decoder_input_ids[stream], mask = _pad(shifted, pad)
+        decoder_input_ids[stream], mask = _pad(shifted, pad, multiple=multiple)
         positions |= _segment_places(targets, stream, np.arange(len(rows)) * mask.shape[1])
     first = next(iter(questions.values()))
     return {
@@ -166,7 +186,13 @@ def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int, bos: 
 
 
 def _decoder_only(
-    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int, packed: bool
+    questions: Rows,
+    targets: Rows,
+    pad: int,
+    bos: int | None,
+    separator: int | None,
+    multiple: int,
+    packed: bool,
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
     prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
@@ -176,7 +202,9 @@ def _decoder_only(
         for prompt, target in zip(prompts[stream], _whole(targets, stream), strict=True)
     ]
     lengths = np.array([len(row) for row in rows], dtype=np.int32)
-    input_ids, attention_mask = _pad([np.concatenate(rows)] if packed else rows, pad)
+    input_ids, attention_mask = (
+        _pad([np.concatenate(rows)], pad) if packed else _pad(rows, pad, multiple=multiple)
+    )
     first, positions = next(iter(prompts.values())), {}
     size, lead = len(first), int(bos is not None)
     begins = np.cumsum(lengths) - lengths if packed else np.arange(len(rows)) * input_ids.shape[1]
@@ -190,8 +218,13 @@ def _decoder_only(
         "question_positions": _places(begins[:size] + lead, [len(p) - lead for p in first]),
         "decoder_input_ids": {},
         "positions": positions,
-        "row_lengths": torch.from_numpy(lengths) if packed else None,
+        **(_of_packed(lengths) if packed else {}),
     }
+
+
+def _of_packed(lengths: np.ndarray) -> dict[str, Tensor]:
+    places = np.concatenate([np.arange(length) for length in lengths])
+    return {"row_lengths": torch.from_numpy(lengths), "position_ids": torch.from_numpy(places)[None]}
 
 
 def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
@@ -223,12 +256,15 @@ def _places(starts: np.ndarray, counts: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.concatenate([start + np.arange(count) for start, count in spans]))
 
 
-def _prompt(question: Sequence[int], bos: int | None, separator: int) -> np.ndarray:
+def _prompt(question: Sequence[int], bos: int | None, separator: int | None) -> np.ndarray:
     """[tokens] int64: what a decoder-only model reads before the target.
 
-    The separator takes the place of the question's end token, and of those between its parts.
+    The separator takes the place of the question's end token, and of those between its parts; None: the
+    question is the whole prompt.
     """
     question = np.asarray(question)
+    if separator is None:
+        return question.astype(np.int64)
     return _led(np.where(question == question[-1], separator, question), bos)
 
 
@@ -272,10 +308,20 @@ def prompts(
     return _pad([_prompt(ids, lead, separator) for ids in questions], pad, left=True)
 
 
-def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Ids and mask of real ones, both [rows, longest] int64; at least one column, which models need."""
+def whole_prompts(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Prompts of a decoder-only model as they are: ids and mask, [prompts, longest] int64, padded on the
+    left."""
+    return _pad([np.asarray(row, dtype=np.int64) for row in ids], pad, left=True)
+
+
+def _pad(
+    sequences: Sequence[np.ndarray], pad: int, left: bool = False, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask of real ones, both [rows, longest] int64, with the longest rounded up to a multiple; at
+    least one column, which models need."""
     lengths = np.array([len(sequence) for sequence in sequences])
-    mask = np.arange(max(1, lengths.max(initial=0)))[None, :] < lengths[:, None]
+    width = -(-max(1, lengths.max(initial=0)) // multiple) * multiple
+    mask = np.arange(width)[None, :] < lengths[:, None]
     mask = mask[:, ::-1] if left else mask
     ids = np.full(mask.shape, pad, dtype=np.int64)
     ids[mask] = np.concatenate(sequences)

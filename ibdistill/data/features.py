@@ -10,41 +10,13 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import reasoning, token_ids
+from ibdistill.data import chat_features, reasoning, token_ids
+from ibdistill.data.ragged import Ragged
 from ibdistill.data.records import SEGMENTS, STREAMS, Record
 
 logger = logging.getLogger("ibdistill")
 
 Encode = Callable[[Sequence[str], PreTrainedTokenizerBase], list[list[int]]]
-
-
-class Ragged:
-    """Token sequences as one flat array (int32) and offsets: four bytes per token, however many records."""
-
-    def __init__(self, sequences: Iterable[Sequence[int]]) -> None:
-        arrays = [np.asarray(sequence, dtype=np.int32) for sequence in sequences]
-        self.offsets = np.zeros(len(arrays) + 1, dtype=np.int64)
-        np.cumsum([len(array) for array in arrays], out=self.offsets[1:])
-        self.flat = np.concatenate(arrays) if arrays else np.zeros(0, dtype=np.int32)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        """The ids of one sequence, [tokens] int32; a view."""
-        return self.flat[self.offsets[index] : self.offsets[index + 1]]
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __add__(self, other: Ragged) -> Ragged:
-        """These sequences and then the other ones."""
-        joined = Ragged([])
-        joined.offsets = np.concatenate([self.offsets, self.offsets[-1] + other.offsets[1:]])
-        joined.flat = np.concatenate([self.flat, other.flat])
-        return joined
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """[sequences] int64: the number of tokens of each."""
-        return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
@@ -59,6 +31,11 @@ class Features:
     """Stream -> prefix and question. The first stream's questions are those that question states are of."""
     targets: dict[str, Ragged]
     """Segment -> label or rationale; the explain target of a record without a rationale is empty."""
+    whole_prompts: bool = False
+    """The questions are whole prompts of decoder-only models, as chat templates render them."""
+    samples: np.ndarray | None = None
+    """[records] int: which question each record is a sample of; those of one question share a number, and
+    one of them is drawn in each epoch. None: each record is a question of its own."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many of the `predict questions`, `explain questions`, `labels`, `rationales` and so on were too
     long."""
@@ -92,6 +69,7 @@ class Features:
             self,
             ids=[self.ids[row] for row in rows],
             groups=self.groups[list(rows)],
+            samples=None if self.samples is None else self.samples[list(rows)],
             questions={stream: Ragged(own[row] for row in rows) for stream, own in self.questions.items()},
             targets={segment: Ragged(own[row] for row in rows) for segment, own in self.targets.items()},
         )
@@ -103,8 +81,18 @@ class Features:
             groups=np.concatenate([self.groups, other.groups]),
             questions={stream: own + other.questions[stream] for stream, own in self.questions.items()},
             targets={segment: own + other.targets[segment] for segment, own in self.targets.items()},
+            whole_prompts=self.whole_prompts,
+            samples=self._samples_with(other),
             cut={what: self.cut.get(what, 0) + other.cut.get(what, 0) for what in self.cut | other.cut},
         )
+
+    def _samples_with(self, other: Features) -> np.ndarray | None:
+        if self.samples is None and other.samples is None:
+            return None
+        first, second = (
+            np.arange(len(part)) if part.samples is None else part.samples for part in (self, other)
+        )
+        return np.concatenate([first, second + first.max(initial=-1) + 1])
 
 
 def tokenize(
@@ -124,7 +112,8 @@ def tokenize(
 
     Raises ValueError as `reasonings` does.
     """
-    tasks = list(dict.fromkeys(record.task for record in records))  # in the order of data.task
+    if config.format == "chat":
+        return _in_chat(records, prefixes, tokenizer, config, split, streams)
     cut: dict[str, int] = {}
 
     def table(texts: list[str], encode: Encode, limit: int, what: str) -> Ragged:
@@ -153,11 +142,63 @@ def tokenize(
         found |= reasonings(records, tokenizer, config, split, cut)
     return Features(
         ids=[record.id for record in records],
-        groups=np.array([tasks.index(record.task) for record in records]),
+        groups=_numbered(record.task for record in records),  # in the order of data.task
         questions=of_stream,
         targets=found,
+        samples=samples_of(records),
         cut=cut,
     )
+
+
+def _in_chat(
+    records: Sequence[Record],
+    prefixes: dict[str, dict[str, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    split: str,
+    streams: Sequence[str],
+) -> Features:
+    """`tokenize` for `data.format` chat."""
+    tables = chat_features.tables(records, prefixes, tokenizer, config, streams)
+    limits = {"labels": config.max_label_tokens, "rationales": config.max_rationale_tokens}
+    for what, number in tables.cut.items():
+        if number:
+            message = "%s: %d of %d %s are longer than %d tokens and were cut"
+            limit = limits.get(what, config.max_question_tokens)
+            logger.warning(message, split, number, len(records), what, limit)
+    for stream in tables.prompts:
+        texts = [record.question for record in records]
+        said = token_ids.text_ids(texts, tokenizer)  # a template may hold the unknown token as its BOS
+        _report_unknown(texts, said, tokenizer, f"{split}: %d of %d {stream} questions")
+    for segment, targets in tables.targets.items():
+        texts = [r.label if segment in ("predict", "answer") else r.rationale for r in records]
+        _report_unknown(texts, targets, tokenizer, f"{split}: %d of %d targets of {segment}")
+    cut = tables.cut
+    if "reason" in streams:
+        cut = cut | {"reasonings": len(tables.long)}
+        _report_long(tables.long, records, config, split)
+    return Features(
+        ids=[record.id for record in records],
+        groups=_numbered(record.task for record in records),
+        questions={stream: Ragged(own) for stream, own in tables.prompts.items()},
+        targets={segment: Ragged(own) for segment, own in tables.targets.items()},
+        whole_prompts=True,
+        samples=samples_of(records),
+        cut=cut,
+    )
+
+
+def samples_of(records: Sequence[Record]) -> np.ndarray | None:
+    """`Features.samples` of these records."""
+    if not any(record.sample_of for record in records):
+        return None
+    return _numbered(record.sample_of or record.id for record in records)
+
+
+def _numbered(names: Iterable[str]) -> np.ndarray:
+    """[names] int: each name's number, counted in the order in which they first come."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
 
 
 def reasonings(
@@ -190,6 +231,7 @@ def reasonings(
             )
         _report_unknown(texts, rationales, tokenizer, f"{split}: %d of %d rationales")
         _report_unknown(labels, answers, tokenizer, f"{split}: %d of %d labels")
+        cut["answers"] = cut.get("answers", 0) + sum(len(ids) > config.max_label_tokens for ids in answers)
         for i, ids, answer in zip(mine, rationales, answers, strict=True):
             if len(ids) + len(between) > limit:
                 long.append((i, len(ids) + len(between)))
@@ -198,6 +240,19 @@ def reasonings(
             kept = ids[: limit - len(between)] + between
             rows[i] = kept, token_ids.cut(answer, config.max_label_tokens)
     cut["reasonings"] = len(long)
+    if cut.get("answers"):
+        message = "%s: %d of %d answers of the reason stream are longer than %d tokens and were cut"
+        logger.warning(message, split, cut["answers"], len(records), config.max_label_tokens)
+    _report_long(long, records, config, split)
+    return {name: Ragged(row[part] for row in rows) for part, name in enumerate(SEGMENTS["reason"])}
+
+
+def _report_long(
+    long: list[tuple[int, int]], records: Sequence[Record], config: DataConfig, split: str
+) -> None:
+    """Warn of the rationales of a reason stream that are too long, as (record, tokens), or raise
+    ValueError with `data.long_reasoning` refuse."""
+    limit, what = config.max_rationale_tokens, config.long_reasoning
     if long:
         index, tokens = long[0]
         message = (
@@ -209,7 +264,6 @@ def reasonings(
             raise ValueError(f"{message}. Raise the limit, or take data.long_reasoning drop or cut")
         done = {"drop": "these records do not train it", "cut": "they lost their end"}[what]
         logger.warning("%s: %s (data.long_reasoning %s)", message, done, what)
-    return {name: Ragged(row[part] for row in rows) for part, name in enumerate(SEGMENTS["reason"])}
 
 
 def drop_untaught(records: list[Record], features: Features) -> tuple[list[Record], Features]:

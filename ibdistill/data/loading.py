@@ -21,6 +21,7 @@ import numpy as np
 from ibdistill.config.sections import DataConfig
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks.base import Example, Task, hold_out
+from ibdistill.data.tasks.conversations import spread
 from ibdistill.data.tasks.registry import TASKS
 
 logger = logging.getLogger("ibdistill")
@@ -35,7 +36,8 @@ class Loaded:
     valid: dict[str, list[Record]]
     test: dict[str, list[Record]]
     report: dict[str, int]
-    """`TASK/SPLIT/WHAT` -> how many. WHAT is records, unparsable (LLM outputs), dropped, no_rationale
+    """`TASK/SPLIT/WHAT` -> how many. WHAT is records, questions (if training records are several turns or
+    rationales of one), unparsable (LLM outputs), dropped, no_rationale
     (left out, or with `data.missing_rationales` predict_only trained on their labels alone),
     llm_correct (LLM labels that equal the ground truth) or unscorable (ground truths that no answer can
     equal, as they have no value)."""
@@ -52,6 +54,10 @@ def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
     for task in tasks:
         counts: Counter[str] = Counter()
         train, valid, test = _load_task(task, data, needs_rationale, counts)
+        questions = len(train)
+        train = [one for r in train for one in spread(r, data, needs_rationale=needs_rationale)]
+        if len(train) > questions:
+            counts["train/questions"] = questions
         if data.map_numbers:
             train, valid, test = (
                 [r if r.quantities else map_numbers(r) for r in part] for part in (train, valid, test)

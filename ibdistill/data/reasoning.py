@@ -16,14 +16,16 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import token_ids
+from ibdistill.data import chat, token_ids
 from ibdistill.data.tasks.registry import TASKS
 
 Ids = list[int]
 
 
 def marker_of(task: str, config: DataConfig) -> str:
-    """The words before the answer in a task's reasoning."""
+    """The words before the answer in a task's reasoning; in format chat the tag behind the rationale."""
+    if config.format == "chat":
+        return " ".join(chat.tags_of(config)[1].split())
     return " ".join((config.answer_marker or TASKS[task].answer_marker).split())
 
 

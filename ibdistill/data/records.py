@@ -39,6 +39,13 @@ class Record:
     """With mapped numbers: the i-th quantity of the question, written `n<i>` in every text."""
     answer_check: str = "text"
     """The rule for answers that `data.answer_check` names, for tasks that leave it to the user."""
+    history: tuple[tuple[str, str, str], ...] = ()
+    """The turns of a conversation before the question, in order: (role, text, rationale). Roles are system,
+    which comes first, user and assistant; only the assistant's turns may have a rationale."""
+    rationales: tuple[str, ...] = ()
+    """All rationales of a record that has several, `rationale` among them."""
+    sample_of: str = ""
+    """The name of the question that this record is one sample of; empty for most, which are the only one."""
 
 
 def map_numbers(record: Record) -> Record:

@@ -30,7 +30,8 @@ class Sampler:
     An epoch is a new permutation of the records, cut into length-bucketed batches in random
     order; the records that do not fill the last batch sit out, other ones each epoch. In a
     mixture each task gets its share of every epoch and walks through its own permutations,
-    so a small task may come round several times an epoch.
+    so a small task may come round several times an epoch. Of a question with several rationales one record
+    is drawn in each epoch, by seed, question and epoch.
     """
 
     def __init__(self, features: Features, config: DataConfig, *, batch_size: int, seed: int) -> None:
@@ -40,16 +41,18 @@ class Sampler:
         self._features = features
         self._bucket_batches = config.bucket_batches
         self._epoch = -1
+        self._samples = _Samples(features)
+        firsts = self._samples.firsts
         self._members = [
-            np.flatnonzero(features.groups == group) for group in range(int(features.groups.max()) + 1)
+            firsts[features.groups[firsts] == group] for group in range(int(features.groups.max()) + 1)
         ]
         sizes = np.array([len(rows) for rows in self._members], dtype=np.float64)
         shares = np.array(config.mixture_weights or sizes ** (1 / config.mixture_temperature))
-        self._counts = np.floor(shares / shares.sum() * len(features) + 0.5).astype(int)
+        self._counts = np.floor(shares / shares.sum() * len(firsts) + 0.5).astype(int)
         self.steps_per_epoch = int(self._counts.sum()) // batch_size
         if self.steps_per_epoch == 0:
             raise ValueError(
-                f"optim.batch_size is {batch_size}, but there are only {len(features)} training records; "
+                f"optim.batch_size is {batch_size}, but there are only {len(firsts)} training records; "
                 "use a smaller batch or more data"
             )
 
@@ -98,6 +101,7 @@ class Sampler:
         rng = np.random.default_rng([self._seed, epoch, 1 << 30])
         rows = np.concatenate([self._draw(group, epoch) for group in range(len(self._members))])
         rows = rng.permutation(rows)[: self.steps_per_epoch * self.batch_size]
+        rows = self._samples.drawn(rows, self._seed, epoch)
         pool = self._bucket_batches * self.batch_size
         batches = np.concatenate(
             [self._bucket(rows[start : start + pool]) for start in range(0, len(rows), pool)]
@@ -116,6 +120,26 @@ class Sampler:
             for rows_of_slab in (by_target[start : start + slab] for start in range(0, len(rows), slab))
         ]
         return rows[np.concatenate(order)].reshape(num_batches, self.batch_size)
+
+
+class _Samples:
+    """The questions of some features, of which one record each is drawn in an epoch."""
+
+    def __init__(self, features: Features) -> None:
+        names = np.arange(len(features)) if features.samples is None else features.samples
+        _, self.firsts, self._question, self._sizes = np.unique(
+            names, return_index=True, return_inverse=True, return_counts=True
+        )
+        self._order = np.argsort(self._question, kind="stable")
+        self._starts = np.cumsum(self._sizes) - self._sizes
+
+    def drawn(self, rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """For each row one of those of its question, drawn by seed, question and epoch."""
+        if len(self._sizes) == len(self._order):
+            return rows
+        chosen = np.random.default_rng([seed, epoch, 1 << 29]).random(len(self._sizes)) * self._sizes
+        questions = self._question[rows]
+        return self._order[self._starts[questions] + chosen.astype(int)[questions]]
 
 
 class MixedSampler(Sampler):

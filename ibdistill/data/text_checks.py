@@ -13,7 +13,7 @@ from dataclasses import replace
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import token_ids
+from ibdistill.data import chat, token_ids
 from ibdistill.data.features import Features, Ragged, tokenize
 from ibdistill.data.loading import Loaded
 from ibdistill.data.records import Record
@@ -46,7 +46,7 @@ def check_texts(
         mine = [i for i, record in enumerate(records.train) if record.task == task]
         targets = Ragged(train.labels[i] for i in mine)
         part, name = [records.train[i] for i in mine], f"{task}/train"
-        counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, MAX_UNSAYABLE)
+        counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, config, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
             counts |= check_split(f"{task}/{split}", part, tokenizer, config, MAX_UNSAYABLE)
     return {name: count for name, count in counts.items() if count}
@@ -63,12 +63,39 @@ def check_split(
     said = [_as_said(record, config) for record in records]
     prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
     features = tokenize(said, prefixes, tokenizer, config, split=name)
-    wrong = _unsayable(name, said, features.labels, tokenizer, max_unsayable)
+    wrong = _unsayable(name, said, features.labels, tokenizer, config, max_unsayable)
     return {
         f"{name}/cut_questions": features.cut["predict questions"],
         f"{name}/cut_labels": features.cut["labels"],
         f"{name}/unsayable": wrong,
     }
+
+
+def truncated_shares(records: Loaded, train: Features, config: DataConfig) -> dict[str, float]:
+    """Which texts are too long, as scalars by their tags.
+
+    `data/truncated_share_WHAT` is the share of the training texts that fill their limit, so that they were
+    cut or, in rare cases, just fit. `data/truncated_share_SPLIT_WHAT` is the share that `check_texts` found
+    cut in validation and test, over all tasks; the rationales there are references, which no limit cuts.
+    `data/long_reasonings` is the number of rationales of a reason stream to which `data.long_reasoning` was
+    applied.
+    """
+    limits = {
+        "questions": (train.first_questions, config.max_question_tokens),
+        "labels": (train.labels, config.max_label_tokens),
+        "rationales": (train.rationales, config.max_rationale_tokens),
+    }
+    shares = {name: float((texts.lengths >= limit).mean()) for name, (texts, limit) in limits.items()}
+    if train.whole_prompts:  # the limit is on what the user says, and a prompt holds more
+        shares["questions"] = train.cut.get(f"{train.streams[0]} questions", 0) / len(train)
+    for split, tasks in (("valid", records.valid), ("test", records.test)):
+        total = max(1, sum(len(part) for part in tasks.values()))  # demo_pretrain has no test split
+        for what in ("questions", "labels"):
+            cut = sum(records.report.get(f"{task}/{split}/cut_{what}", 0) for task in tasks)
+            shares[f"{split}_{what}"] = cut / total
+    long = train.cut.get("reasonings")
+    scalars = {f"data/truncated_share_{name}": share for name, share in shares.items()}
+    return scalars if long is None else scalars | {"data/long_reasonings": float(long)}
 
 
 def _as_said(record: Record, config: DataConfig) -> Record:
@@ -84,6 +111,7 @@ def _unsayable(
     records: Sequence[Record],
     targets: Ragged,
     tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
     max_share: float,
 ) -> int:
     """How many labels are right as text, but wrong once they are read back from their target.
@@ -91,7 +119,10 @@ def _unsayable(
     Raises ValueError where they are more than `max_share` of all.
     """
     unique = {ids.tobytes(): ids.tolist() for ids in (targets[i] for i in range(len(targets)))}
-    by_ids = dict(zip(unique, token_ids.read_back(list(unique.values()), tokenizer), strict=True))
+    texts = token_ids.read_back(list(unique.values()), tokenizer)
+    if config.format == "chat":
+        texts = [chat.visible(text, config) for text in texts]
+    by_ids = dict(zip(unique, texts, strict=True))
     wrong = []
     for i, record in enumerate(records):
         text, is_correct = by_ids[targets[i].tobytes()], TASKS[record.task].is_correct

@@ -35,7 +35,7 @@ def text_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[I
         return []
     plainly = {"add_special_tokens": False, "split_special_tokens": True}
     encoded = tokenizer(list(texts), **plainly)["input_ids"]
-    special = _special_tokens(tokenizer).keys()
+    special = special_tokens(tokenizer).keys()
     for i, ids in enumerate(encoded):
         # T5's vocabulary holds `</s>` among its pieces, where splitting finds it again.
         if not special.isdisjoint(ids):
@@ -86,7 +86,7 @@ def in_template(question: str, tokenizer: PreTrainedTokenizerBase, limit: int) -
 
 def defused(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text with a space inside every special token that it spells."""
-    for token in _special_tokens(tokenizer).values():
+    for token in special_tokens(tokenizer).values():
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
 
@@ -98,7 +98,7 @@ def read_back(sequences: Sequence[Sequence[int]] | Tensor, tokenizer: PreTrained
     return tokenizer.batch_decode(sequences, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Id -> spelling of the tokens that no text may hold.
 
     These are more than `all_special_tokens`, which leaves out Llama 3's `<|eot_id|>`. The unknown token is

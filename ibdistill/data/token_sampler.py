@@ -4,10 +4,10 @@ An epoch is a permutation of the records, cut where the next record would exceed
 is a function of the step alone, as that of `data.sampler` is, and which records a step takes does not depend
 on the number of ranks. Only how a step is shared does:
 
-A step's records go to the forward passes of all ranks, `world_size` x `forwards`, the longest records first and
-each to the forward pass that has least: tokens, by which matrix products and memory go, and squares of lengths,
-by which attention goes, both as parts of the step's mean. Every rank runs the same number of forward passes,
-none of them empty, because ranks that run different numbers would wait for each other for ever.
+A step's records go to the forward passes of all ranks, the longest records first and each to the forward
+pass that has least: tokens, by which matrix products and memory go, and squares of lengths, by which
+attention goes, both as parts of the step's sums. Every rank runs the same number of forward passes, none of them
+empty, because ranks that run different numbers would wait for each other for ever.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class TokenSampler(Sampler):
     """Which questions each step learns from, where a step is so many tokens.
 
     A record's tokens are those of its questions and targets in all streams that are trained. The records
-    behind an epoch's last whole step sit out, other ones in each epoch: fewer than a step's tokens, and in each
-    step what was too little for the next record.
+    behind an epoch's last whole step sit out, other ones in each epoch: fewer tokens than
+    a step's, and for each step what it left unused because the next record did not fit.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class TokenSampler(Sampler):
         share, longest = self._budget // (world_size * self._forwards), int(self._tokens.argmax())
         if self._tokens[longest] > share:
             raise ValueError(
-                f"record {features.ids[longest]!r:.100} has {self._tokens[longest]} tokens in all streams, more "
-                f"than one forward pass takes: optim.tokens_per_batch {self._budget} / ({world_size} ranks x "
-                f"{self._forwards} forward passes) = {share}. Raise optim.tokens_per_batch (and "
+                f"record {features.ids[longest]!r:.100} has {self._tokens[longest]} tokens in all streams, "
+                f"more than one forward pass takes: optim.tokens_per_batch {self._budget} / ({world_size} "
+                f"ranks x {self._forwards} forward passes) = {share}. Raise optim.tokens_per_batch (and "
                 "optim.tokens_per_forward, if it is set), or lower data.max_question_tokens or "
                 "data.max_rationale_tokens"
             )
@@ -88,7 +88,9 @@ class TokenSampler(Sampler):
     def _plan_epoch(self, epoch: int) -> list[np.ndarray]:
         """The record indices of each step."""
         rng = np.random.default_rng([self._seed, epoch, 1 << 30])
-        rows = rng.permutation(np.concatenate([self._draw(group, epoch) for group in range(len(self._members))]))
+        rows = rng.permutation(
+            np.concatenate([self._draw(group, epoch) for group in range(len(self._members))])
+        )
         ends, start, steps = self._tokens[rows].cumsum(), 0, []
         for _ in range(self.steps_per_epoch):
             before = ends[start - 1] if start else 0

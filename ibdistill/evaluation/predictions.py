@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import reasoning
+from ibdistill.data import chat, chat_features, reasoning
 from ibdistill.data.json_rows import read_rows, shown
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
@@ -70,11 +70,18 @@ def evaluate(
     mine = range(world.rank, len(records), world.size)
     limits, task = config.answer_limits(), records[0].task
     prefixes = TASKS[task].prefixes
+
+    def questions(stream: str) -> list:
+        if config.format == "chat":
+            part = [records[i] for i in mine]
+            return chat_features.prompts(part, stream, {task: prefixes}, tokenizer, config)
+        return [prefixes[stream] + records[i].question for i in mine]
+
     decoded = {
         stream: decode(
             model,
             tokenizer,
-            [prefixes[stream] + records[i].question for i in mine],
+            questions(stream),
             max_question_tokens=config.max_question_tokens,
             max_new_tokens=limits[stream],
             device=world.device,
@@ -82,11 +89,18 @@ def evaluate(
         )
         for stream in streams
     }
+    if config.format == "chat":
+        decoded |= {
+            stream: [answer._replace(text=chat.visible(answer.text, config)) for answer in decoded[stream]]
+            for stream in decoded.keys() - {"reason"}
+        }
     nothing, marker = [None] * len(mine), reasoning.marker_of(task, config)
     reasoned = [
         reasoned_text.read(answer, records[i], marker, tokenizer)
         for i, answer in zip(mine, decoded.get("reason", ()), strict="reason" in decoded)
     ]
+    if config.format == "chat":
+        reasoned = [replace(own, rationale=chat.thought(own.rationale, config)) for own in reasoned]
     parts = decoded.get("predict", nothing), decoded.get("explain", nothing), reasoned or nothing
     share = {i: own for i, *own in zip(mine, *parts, strict=True)}
     answers = {i: own for part in distributed.gather_objects(share) for i, own in part.items()}

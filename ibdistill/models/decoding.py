@@ -89,7 +89,7 @@ class _Draw(LogitsProcessor):
 def decode(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    questions: Sequence[str],
+    questions: Sequence[str] | Sequence[Sequence[int]],
     *,
     max_question_tokens: int,
     max_new_tokens: int,
@@ -101,6 +101,7 @@ def decode(
 ) -> list[Answer]:
     """The greedy answers to `questions` (with their prefix), in their order.
 
+    Questions that are token ids are whole prompts of a decoder-only model (`data.chat`), read as they are.
     Questions of similar length are decoded together.
 
     Args:
@@ -117,9 +118,12 @@ def decode(
     for start in range(0, len(order), batch_size):
         indices = order[start : start + batch_size]
         texts = [questions[i] for i in indices]
-        input_ids, mask = batches.prompts(
-            texts, tokenizer, max_question_tokens, **layout, as_written=as_written
-        )
+        if isinstance(texts[0], str):
+            input_ids, mask = batches.prompts(
+                texts, tokenizer, max_question_tokens, **layout, as_written=as_written
+            )
+        else:
+            input_ids, mask = batches.whole_prompts(texts, layout["pad"])
         confidence = _Confidence()
         draw = [_Draw(sampling.temperature, sampling.draws[indices].to(device))] if sampling else []
         output = model.generate(

@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import Config
 from ibdistill.data import batches
 from ibdistill.data.token_ids import JOINT
+from ibdistill.models import chat_template as student_template
 from ibdistill.models import model_card
-from ibdistill.models.families import base_of, greedy, layout
+from ibdistill.models.families import greedy, layout
+from ibdistill.models.merging import merged
 from ibdistill.models.prompt import Prompt
 
 _PROBES = (
@@ -41,15 +43,18 @@ def write(
 ) -> None:
     """Write the student for `from_pretrained`: safetensors, tokenizer, and a model card with its `scores`.
 
-    LoRA adapters are merged into a copy of the weights. The tokenizer's own chat template, which the student
-    never saw, gives way to one that makes its prompts, or to none.
+    LoRA adapters are merged into a copy of the weights. The tokenizer's own chat template, which a student
+    of format plain never saw, gives way to one that makes its prompts, or to none.
     """
     model = merged(model)
     prompt = Prompt.of(model, tokenizer, config)
     model.save_pretrained(folder, safe_serialization=True)
     greedy(model.config, tokenizer, max(prompt.limits.values())).save_pretrained(folder)
     tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = chat_template(model, tokenizer, prompt)
+    if config.data.format == "chat":
+        tokenizer.chat_template = student_template.template(tokenizer, config.data, prompt)
+    else:
+        tokenizer.chat_template = chat_template(model, tokenizer, prompt)
     tokenizer.save_pretrained(folder)
     text = model_card.card(config, prompt, scores, has_template=tokenizer.chat_template is not None)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -58,28 +63,6 @@ def write(
 def lines(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path) -> str:
     """The lines of plain transformers that ask the student in `folder` as it was evaluated."""
     return model_card.usage(Prompt.of(model, tokenizer, config), str(folder))
-
-
-def merged(model: nn.Module) -> PreTrainedModel:
-    """The model itself, or a copy of it with its adapters added to the weights."""
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    in_4bit = getattr(base_of(model), "is_loaded_in_4bit", False)
-    return (dequantized(model) if in_4bit else copy.deepcopy(model)).merge_and_unload()
-
-
-def dequantized(model: nn.Module) -> nn.Module:
-    """A copy whose weights below the adapters are no longer in 4 bits, so that adding an adapter is exact.
-
-    Merged as they are, the sums would be rounded to 4 bits again, and the student would answer differently.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    adapters = get_peft_model_state_dict(model)
-    base = copy.deepcopy(model).unload().dequantize()
-    whole = get_peft_model(base, copy.deepcopy(model.peft_config["default"]), autocast_adapter_dtype=False)
-    set_peft_model_state_dict(whole, adapters)
-    return whole
 
 
 def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | None:

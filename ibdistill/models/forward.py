@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from ibdistill.data.batches import Batch
 from ibdistill.data.records import SEGMENTS
-from ibdistill.models.families import ENCODER_DECODER, base_of, family
+from ibdistill.models.architectures import ENCODER_DECODER, family, state_factor
+from ibdistill.models.families import base_of
 from ibdistill.ops import packed_attention
 
 
@@ -46,8 +47,8 @@ def states(
     their mask, and returns a tuple: first what the decoder is to see in their place, then anything more.
 
     Padded positions come last in their row, so under the causal mask no real position sees
-    them. A decoder therefore needs no mask of its own, and its positions count from the row's start. In a packed
-    row positions restart with each sequence, and the sequences' lengths stand for the mask.
+    them. A decoder therefore needs no mask of its own, and its positions count from the row's start. In a
+    packed row positions restart with each sequence, and the sequences' lengths stand for the mask.
     """
     base = base_of(model)
     batch = batch if targets else questions_only(batch)
@@ -65,6 +66,7 @@ def questions_only(batch: Batch) -> Batch:
             "input_ids": batch.input_ids[:, :tokens],
             "attention_mask": batch.attention_mask[:, :tokens],
             "row_lengths": own,
+            "position_ids": batch.position_ids[:, :tokens],
         }
     else:
         rows = len(batch.input_ids) // len(batch.streams)
@@ -91,11 +93,9 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
             encoder_attention_mask=batch.attention_mask[rows],
             use_cache=False,
         )[0]
-        # T5 with tied embeddings scales the states that go into its head
-        scales = getattr(model.config, "scale_decoder_outputs", False)
         for segment in SEGMENTS[stream]:
             hidden = decoded.flatten(0, 1).index_select(0, batch.positions[segment])
-            targets[segment] = hidden * model.config.d_model**-0.5 if scales else hidden
+            targets[segment] = _for_head(hidden, model)
     return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions), tuple(more))
 
 
@@ -106,7 +106,7 @@ def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
     parts = [hidden] * len(batch.streams) if packed else hidden.chunk(len(batch.streams))
     of_stream = dict(zip(batch.streams, parts, strict=True))
     targets = {
-        segment: rows.flatten(0, 1).index_select(0, batch.positions[segment])
+        segment: _for_head(rows.flatten(0, 1).index_select(0, batch.positions[segment]), model)
         for stream, rows in of_stream.items()
         for segment in SEGMENTS[stream]
         if segment in batch.positions
@@ -115,7 +115,11 @@ def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
 
 
 def _packed_arguments(batch: Batch) -> dict[str, Tensor]:
-    """What a decoder reads beside a packed row: positions that restart, and the lengths in the mask's place."""
-    places = torch.cat([torch.arange(length) for length in batch.row_lengths.tolist()])
-    positions = places[None].to(batch.input_ids.device, non_blocking=True)
-    return {"position_ids": positions, "attention_mask": packed_attention.as_mask(batch.row_lengths)}
+    """What a decoder reads beside a packed row: positions that restart, and lengths in the mask's place."""
+    return {"position_ids": batch.position_ids, "attention_mask": packed_attention.as_mask(batch.row_lengths)}
+
+
+def _for_head(hidden: Tensor, model: PreTrainedModel) -> Tensor:
+    """Final states [N, D] as the head takes them: with the factor that the model gives its logits."""
+    factor = state_factor(model.config)
+    return hidden if factor == 1 else hidden * factor

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from ibdistill.config.fields import to_flat
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config, ObjectiveConfig
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import presets
 from ibdistill.models.prompt import Prompt, tasks_of
@@ -78,7 +79,11 @@ def card(config: Config, prompt: Prompt, scores: Any, *, has_template: bool) -> 
         "The chat template makes the same prompt from the last user message"
         + (f" ({', '.join(asks)})" if asks else "")
         + "."
-        if has_template
+        if has_template and not prompt.tags
+        else "The chat template adds to a conversation what the student was trained with"
+        + (f"; it asks {', '.join(asks)}" if asks else "")
+        + f". In training, questions of more than {prompt.question_limit} tokens lost their end."
+        if prompt.tags
         else "There is no chat template, because in this vocabulary no text has the prompt's tokens: the "
         "tokenizer joins the last character of a question and the newline behind it."
     )
@@ -91,13 +96,13 @@ A student distilled with ibdistill on the task {", ".join(tasks_of(config))}. It
 
 ## Use
 
-These lines give the answers that were evaluated:
+These lines give the answers that were evaluated{_rounding(config)}:
 
 ```python
 {usage(prompt, ".")}
 ```
 
-{chat}
+{_prefixes(config, prompt)}{chat}
 
 ## Scores on the test split
 
@@ -114,6 +119,8 @@ These lines give the answers that were evaluated:
 
 def usage(prompt: Prompt, folder: str) -> str:
     """Lines of Python that ask the student in `folder` with transformers alone, as it was evaluated."""
+    if prompt.tags:
+        return _usage_in_chat(prompt, folder)
     auto = "AutoModelForCausalLM" if prompt.decoder_only else "AutoModelForSeq2SeqLM"
     said = "output[0, inputs.shape[1] :]" if prompt.decoder_only else "output[0]"
     end, limit = prompt.end, prompt.question_limit
@@ -147,6 +154,72 @@ def answer(text, max_new_tokens):
 
 question = "..."
 {chr(10).join(asking)}"""
+
+
+def _usage_in_chat(prompt: Prompt, folder: str) -> str:
+    """`usage` of a student that was trained in format chat; its chat template makes the prompts."""
+    first, *_ = prompt.prefixes
+    opened, closed = map(json.dumps, prompt.tags)
+    asking = []
+    for stream, name in {"predict": "label", "explain": "rationale", "reason": "text"}.items():
+        if stream in prompt.prefixes:
+            chosen = "" if stream == first else f", {stream}=True"
+            said = f"answer(question, {prompt.limits[stream]}{chosen})"
+            if prompt.empty_thoughts and stream != "reason":
+                said += f".partition({closed})[2].lstrip()"
+            asking.append(f"{name} = {said}")
+    if "reason" in prompt.prefixes:
+        rationale, label = (
+            ("reasoning", "reasoned") if "predict" in prompt.prefixes else ("rationale", "label")
+        )
+        asking.append(
+            f"{rationale}, _, {label} = map(str.strip, text.rpartition({closed}))  # or there is no answer"
+        )
+        asking.append(f"{rationale} = {rationale}.removeprefix({opened}).strip()")
+    return f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained({json.dumps(folder)})
+model = AutoModelForCausalLM.from_pretrained({json.dumps(folder)}).eval()
+
+
+def answer(question, max_new_tokens, **stream):
+    messages = [{{"role": "user", "content": question}}]
+    settings = dict(add_generation_prompt=True, return_dict=True, return_tensors="pt", **stream)
+    inputs = tokenizer.apply_chat_template(messages, **settings)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+question = "..."
+{chr(10).join(asking)}"""
+
+
+def _rounding(config: Config) -> str:
+    """Why a text of a student in 16 bits may differ from the evaluated one; empty in fp32."""
+    if config.student.precision == "fp32":
+        return ""
+    return (
+        f", up to rounding. The weights are in {config.student.precision}, where the last bits of a result "
+        f"depend on the shape of the batch. The evaluation had batches of {config.run.eval_batch_size} "
+        "questions and the lines ask one, so a text may go on differently where two tokens are nearly as "
+        "probable"
+    )
+
+
+def _prefixes(config: Config, prompt: Prompt) -> str:
+    """What precedes a question of each task of a mixture, as a table; empty for one task."""
+    tasks = tasks_of(config)
+    if len(tasks) == 1:
+        return ""
+    rows = [["task", *prompt.prefixes], ["---"] * (1 + len(prompt.prefixes))]
+    rows += [
+        [t, *(f"`{json.dumps(TASKS[t].prefixes[stream])}`" for stream in prompt.prefixes)] for t in tasks
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"The student was trained on {len(tasks)} tasks, each with its own text in front of a question. "
+        f"The lines above, and the chat template if there is one, have that of {tasks[0]}:\n\n{table}\n\n"
+    )
 
 
 def _front_matter(config: Config) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data.records import STREAMS
 from ibdistill.models import presets
-from ibdistill.models.families import ENCODER_DECODER, family, load_model, load_preset
+from ibdistill.models.families import ENCODER_DECODER, base_of, family, load_model, load_preset
+from ibdistill.models.fused import packs
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALL_LINEAR = "all-linear"
@@ -129,18 +130,43 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
             )
 
 
-def check_context(model: PreTrainedModel, config: DataConfig, streams: Sequence[str] = STREAMS) -> None:
-    """Raise ValueError if the longest question and target do not fit a decoder-only model's positions."""
+def check_context(
+    model: PreTrainedModel, config: DataConfig, streams: Sequence[str] = STREAMS, overhead: int = 0
+) -> None:
+    """Raise ValueError if the longest question and target do not fit a decoder-only model's positions, with
+    `overhead` tokens of a chat template around the question, or if the model's family has no such format."""
     if family(model) == ENCODER_DECODER:
+        if config.format == "chat":
+            raise ValueError(
+                "data.format is 'chat', which is for decoder-only models, and student.model is an "
+                "encoder-decoder model; take data.format plain"
+            )
         return  # its positions are relative, so there is no limit
     have = model.config.max_position_embeddings
     target = max(config.answer_limits()[stream] for stream in streams)
-    need = 1 + config.max_question_tokens + target  # with BOS
+    around = overhead or 1
+    need = around + config.max_question_tokens + target
     if need > have:
+        frame = f"{overhead} of the template" if overhead else "BOS"
         raise ValueError(
             f"student.model has {have} positions, but data.max_question_tokens {config.max_question_tokens} "
-            f"with up to {target} target tokens and BOS need {need}; lower data.max_question_tokens to "
-            f"{have - target - 1}, or data.max_rationale_tokens"
+            f"with up to {target} target tokens and {frame} need {need}; lower data.max_question_tokens to "
+            f"{have - around - target}, or data.max_rationale_tokens"
+        )
+
+
+def check_packing(model: PreTrainedModel, config: DataConfig) -> None:
+    """Raise ValueError if rows are to be packed for a model whose attention cannot keep them apart."""
+    if config.packing == "on" and not packs(base_of(model)):
+        kind = model.config.model_type
+        reason = (
+            "whose encoder and decoder read rows of their own"
+            if family(model) == ENCODER_DECODER
+            else f"with the attention {model.config._attn_implementation!r}"
+        )
+        raise ValueError(
+            f"data.packing is 'on', and student.model is a {kind!r} model {reason}, which would let "
+            "sequences of one row see each other; leave data.packing off"
         )
 
 
@@ -168,7 +194,10 @@ def with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"student.lora_targets is {config.lora_targets}: {error}") from error
     for name, module in adapted.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and id(module.get_base_layer().weight) in vocabulary:
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        # experts have several weights, of other names
+        if id(getattr(module.get_base_layer(), "weight", None)) in vocabulary:
             raise ValueError(
                 f"student.lora_targets is {config.lora_targets}, and {name} is the model's head or embedding "
                 "table. The loss reads the head's weight itself, so an adapter there would not be trained; "

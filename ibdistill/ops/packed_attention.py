@@ -6,7 +6,7 @@ would compute 2.56 million products per head, of which 0.16 million are wanted. 
 to by themselves:
 
 - On a GPU in half precision: torch's variable-length flash attention, one kernel for the whole row.
-- Elsewhere: sequences of near-equal length are gathered into a small padded block, one call of SDPA per block.
+- Elsewhere: sequences of near-equal length are gathered into a padded block, one call of SDPA per block.
   Padding is on the right, where causal attention does not look, so that the blocks need no mask.
 
 The sequences' lengths arrive where a model hands its attention mask on: [1, 1, 1, S] int32 in the host's

@@ -19,14 +19,15 @@ from ibdistill.config.sections import (
     TeacherConfig,
 )
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
-from ibdistill.data import loading, reasoning, tokenizers
+from ibdistill.data import chat_start, loading, reasoning, tokenizers
 from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
-from ibdistill.data.text_checks import check_texts
+from ibdistill.data.text_checks import check_texts, truncated_shares
+from ibdistill.data.token_sampler import TokenSampler
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
-from ibdistill.models.student import check_context, load_student
+from ibdistill.models.student import check_context, check_packing, load_student
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board
@@ -38,10 +39,11 @@ from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import pseudo_labels, run_folder
+from ibdistill.training import device, pseudo_labels, run_folder
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
+from ibdistill.training.prefetch import Prefetch
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -72,7 +74,13 @@ def prepare(config: Config, world: World) -> Job:
     if writes and trains_tokenizer:
         records, teacher = add_teacher_text(config, records, world, stop)
     tokenizer, student = build_student(
-        config.student, config.data, config.objective, records, folder, config.run.seed
+        config.student,
+        config.data,
+        config.objective,
+        records,
+        folder,
+        config.run.seed,
+        teacher="" if config.teacher.placement in ("none", "cache") else config.teacher.model,
     )
     if writes and not trains_tokenizer:
         vocabulary = student.get_output_embeddings().weight.shape[0]
@@ -85,7 +93,7 @@ def prepare(config: Config, world: World) -> Job:
     if too_long := features.cut.get("reasonings"):
         records.report["train/long_reasoning"] = too_long
     records.report.update(check_texts(records, features, tokenizer, config.data))
-    sampler = Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    sampler = build_sampler(config, features, world.size)
     made = (records, unlabelled, features, tokenizer, student)
     distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
     teacher_answers = build_teacher(
@@ -117,14 +125,17 @@ def open_run(config: Config, world: World) -> Path:
     """Check the settings against the number of ranks and the memory; the run's folder. Collective.
 
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
-    `deepspeed.config` auto there.
+    `deepspeed.config` auto and `student.precision` auto there.
     """
     _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
-    weights.check_split(config.objective, config.optim.batch_size, micro_batches)
+    weights.check_split(config.objective, config.optim, micro_batches)
     settle_ds_config(config, world.size)
+    device.settle_precision(config, world)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     memory_check.check(config, world)
+    if world.device.type == "cuda":
+        device.warn_of_slow_losses()
     return folder
 
 
@@ -152,11 +163,27 @@ def add_teacher_text(
     """The records with what the teacher wrote, and the teacher if it is loaded and still needed. Collective.
 
     `student`: its tokenizer and the size of its head's vocabulary, if a loaded teacher has to match them.
+
+    Raises ValueError for conversations of several turns, of which the teacher would see the last question.
     """
+    if several := next((record.id for record in records.train if record.history), None):
+        raise ValueError(
+            f"teacher.rationales is {config.teacher.rationales!r}, and {several} has earlier turns, which "
+            "teacher.template does not show; leave such records out, or set teacher.rationales none"
+        )
     wanted = weights.wanted(config.objective)
     written = writing.write(config, records.train, world, stop, wanted=wanted, student=student)
     report = records.report | written.counts
     return dataclasses.replace(records, train=written.records, report=report), written.teacher
+
+
+def build_sampler(config: Config, features: Features, world_size: int) -> Sampler:
+    """The sampler by questions, or by tokens with `optim.tokens_per_batch`; raises ValueError as these do."""
+    if not config.optim.tokens_per_batch:
+        return Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    streams = weights.streams_of(config.objective)
+    shared = {"streams": streams, "world_size": world_size, "seed": config.run.seed}
+    return TokenSampler(features, config.data, config.optim, **shared)
 
 
 def build_student(
@@ -166,14 +193,21 @@ def build_student(
     records: loading.Loaded,
     folder: Path,
     seed: int,
+    teacher: str = "",
 ) -> tuple[PreTrainedTokenizerBase, nn.Module]:
     """The tokenizer and the model, whole and in fp32 on the CPU, checked against data and objective.
 
-    A tokenizer that is trained here goes to `folder`. Collective.
+    A tokenizer that is trained here goes to `folder`. In format chat its end token becomes that of a turn,
+    and it is compared with that of the model `teacher`. Collective.
     """
-    tokenizer = _tokenizer(config, data, weights.tokenized_streams(objective), records, folder)
+    streams = weights.tokenized_streams(objective)
+    tokenizer = _tokenizer(config, data, streams, records, folder)
+    if data.format == "chat":
+        own = "" if teacher in presets.PRESETS else teacher
+        chat_start.settle(tokenizer, data, streams, own, records.train[0])
     student = load_student(config, tokenizer, seed)
-    check_context(student, data, weights.tokenized_streams(objective))
+    check_packing(student, data)
+    check_context(student, data, streams, chat_start.overhead(tokenizer, data, streams))
     distillation.check_family(objective, student)
     return tokenizer, student
 
@@ -235,7 +269,7 @@ def assemble(
         folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
     )
     board.text("config", to_yaml(config), state.step)
-    board.scalars(data_scalars(features, config.data), state.step)
+    board.scalars(truncated_shares(records, features, config.data), state.step)
     alarms = Alarms(records.train)
     if world.rank == 0:
         alarms.check_labels(records.train)
@@ -259,29 +293,13 @@ def assemble(
         board=board,
         meter=Meter(),
         alarms=alarms,
+        prefetch=Prefetch(pins=True) if world.device.type == "cuda" else None,
         unlabelled=unlabelled,
     )
     state.pseudo = state.pseudo if unlabelled else ""
     if state.pseudo:
         job.mix(pseudo_labels.read(folder, state.pseudo))
     return job
-
-
-def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
-    """`data/truncated_share_WHAT`: the share of the training texts that fill their limit. They were cut, or
-    in rare cases just fit. `data/long_reasonings`: the number of rationales of a reason stream to which
-    `data.long_reasoning` was applied."""
-    limits = {
-        "questions": (features.first_questions, config.max_question_tokens),
-        "labels": (features.labels, config.max_label_tokens),
-        "rationales": (features.rationales, config.max_rationale_tokens),
-    }
-    shares = {
-        f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
-        for name, (texts, limit) in limits.items()
-    }
-    long = features.cut.get("reasonings")
-    return shares if long is None else shares | {"data/long_reasonings": float(long)}
 
 
 def _tokenizer(

@@ -30,7 +30,7 @@ from ibdistill.models import families, presets
 from ibdistill.objectives import weights
 from ibdistill.runtime import files
 from ibdistill.runtime.version import version
-from ibdistill.training.checkpoint import MARKER
+from ibdistill.training.checkpoint_marker import MARKER
 
 RESULT = "result.json"
 _CONFIG, _INPUTS = "config.yaml", "inputs.json"
@@ -137,7 +137,7 @@ def _token_ids(features: Features) -> str:
 
 def _described(records: Sequence[Record], token_ids: str = "") -> str:
     """The number of records, and a digest of their names and texts (and of what they were tokenized to)."""
-    rows = [[r.id, r.question, r.label, r.gold, r.rationale] for r in records]
+    rows = [[r.id, r.question, r.label, r.gold, r.rationale, *r.history] for r in records]
     return f"{len(rows)} records, {_digest(json.dumps(rows) + token_ids)}"
 
 

@@ -8,10 +8,11 @@ from feature_tables import features_of
 from tiny_models import SHAPES, tiny
 from torch.nn import functional as F
 
+from ibdistill.config.sections import DataConfig
 from ibdistill.data import batches
 from ibdistill.models import forward
 from ibdistill.models.fused import fused, packs
-from ibdistill.objectives.distillation import Distillation
+from ibdistill.models.student import check_packing
 
 STREAMS = ("predict", "explain")
 RAGGED = [(5, 1, 0), (9, 2, 14), (3, 3, 1), (21, 1, 30), (6, 4, 13)]
@@ -22,7 +23,7 @@ WINDOWED = {
     "qwen2": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
     "qwen3": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
 }
-CASES = [(kind, {}) for kind in SHAPES] + list(WINDOWED.items())
+CASES = [(kind, {}) for kind in SHAPES if kind != "gemma2"] + list(WINDOWED.items())
 
 
 @pytest.fixture(autouse=True)
@@ -44,7 +45,7 @@ def double(kind: str, **overrides):
     return fused(tiny(kind, **overrides)).double().eval()
 
 
-def collated(packed: bool, rows=range(len(RAGGED)), streams=STREAMS, start: int | None = 7):
+def collated(packed: bool, rows=range(5), streams=STREAMS, start: int | None = 7):
     return batches.collate(features(), rows, streams, pad=0, start=start, separator=5, packed=packed)
 
 
@@ -63,7 +64,9 @@ def test_losses_and_gradients_are_those_of_unpadded_sequences(kind, overrides):
     model = double(kind, **overrides)
     assert packs(model)
     batch = collated(packed=True)
-    assert batch.input_ids.shape == (1, int(batch.row_lengths.sum())) and batch.num_positions == batch.num_tokens
+    assert (
+        batch.input_ids.shape == (1, int(batch.row_lengths.sum())) and batch.num_positions == batch.num_tokens
+    )
     got = forward.states(model, batch)
     loss, gradients = losses_and_gradients(model, got.targets, batch)
     alone, questions = {s: [] for s in STREAMS}, []
@@ -88,7 +91,9 @@ def test_the_first_streams_questions_alone(kind):
     assert got.targets == {}
     torch.testing.assert_close(got.questions, padded.questions, rtol=0, atol=1e-10)
     shorter = forward.questions_only(collated(packed=True))
-    assert shorter.input_ids.shape[1] == int(shorter.row_lengths.sum()) and len(shorter.row_lengths) == len(RAGGED)
+    assert shorter.input_ids.shape[1] == int(shorter.row_lengths.sum()) and len(shorter.row_lengths) == len(
+        RAGGED
+    )
 
 
 def test_activation_checkpointing_reads_the_lengths_again():
@@ -102,6 +107,17 @@ def test_activation_checkpointing_reads_the_lengths_again():
     forward.states(model, other)  # another row between the two forward passes of the first
     got = losses_and_gradients(model, before.targets, batch)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"), [("gemma2", "with the attention 'eager'"), ("t5", "encoder and decoder read rows of")]
+)
+def test_a_model_whose_attention_cannot_be_packed_is_refused_by_name(kind, words):
+    model = fused(tiny(kind))
+    with pytest.raises(ValueError, match=f"data.packing is 'on'.*'{kind}' model.*{words}.*packing off"):
+        check_packing(model, DataConfig(packing="on"))
+    check_packing(model, DataConfig())
+    check_packing(fused(tiny("llama")), DataConfig(packing="on"))
 
 
 def test_positions_and_masks_of_the_collated_row():

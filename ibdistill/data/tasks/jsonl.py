@@ -16,6 +16,7 @@ from ibdistill.data.json_rows import SUFFIXES, field_text, read_rows
 from ibdistill.data.lettered_options import option_of, options, same_choice, same_stated_choice
 from ibdistill.data.llm_text import FINAL, before, split_at_marker, stated
 from ibdistill.data.records import Record
+from ibdistill.data.tasks import conversations
 from ibdistill.data.tasks.base import Example, Task, check_exists, examples
 
 
@@ -23,12 +24,49 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
     """A folder with train, test and perhaps valid.jsonl, or one file, with the fields that `data` names.
 
     The files may have the other forms of `json_rows` too, under the names that go with them
-    (train.parquet). One file is split: a tenth of it is the test split, always the same. Records of a
+    (train.parquet). One file is split: a tenth of it is the test split, always the same. A record may have
+    `messages` or `rationales` too (`conversations`). Records of a
     train.jsonl may lack a label where the teacher gives it. `task` names the records and stands in messages.
 
     Raises:
         ValueError: no `data.path`, missing files, or a bad line.
     """
+    files = split_files(task, data)
+    unlabelled = data.label_source == "teacher" and Path(data.path).is_dir()
+
+    def optional(row: dict[str, Any], key: str) -> str:
+        return field_text(row, key) if row.get(key) is not None else ""
+
+    def fields(row: dict[str, Any]) -> tuple[str, str, str]:
+        if in_conversation(row):
+            _, question, answer, rationale = conversations.conversation(row, data)
+            return question, answer, next(iter(conversations.rationales(row, data)), rationale)
+        label = optional if unlabelled else field_text
+        samples = conversations.rationales(row, data)
+        return (
+            field_text(row, data.question_field),
+            label(row, data.label_field),
+            samples[0] if samples else optional(row, data.rationale_field),
+        )
+
+    def completed(example: Example) -> Example:
+        row = by_place[example.where]
+        history = conversations.conversation(row, data).history if in_conversation(row) else ()
+        samples = conversations.rationales(row, data)
+        own = replace(example.record, answer_check=data.answer_check, history=history, rationales=samples)
+        return replace(example, record=own)
+
+    def in_conversation(row: dict[str, Any]) -> bool:
+        return conversations.MESSAGES in row and data.question_field not in row
+
+    rows = {split: read_rows(file) for split, file in files.items()}
+    by_place = {where: row for part in rows.values() for where, row in part}
+    splits = examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
+    return {split: [completed(example) for example in part] for split, part in splits.items()}
+
+
+def split_files(task: str, data: DataConfig) -> dict[str, Path]:
+    """Split -> its file at `data.path`; one file stands under train. Raises as `read_jsonl`."""
     if data.path is None:
         raise ValueError(
             f"data.path is not set: the task {task!r} needs a file, or a folder with train.jsonl"
@@ -45,29 +83,7 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
                 "train.jsonl, test.jsonl and perhaps valid.jsonl (or such files ending in "
                 f"{', '.join(SUFFIXES[1:])}); or name one file, which is then split"
             )
-
-    def optional(row: dict[str, Any], key: str) -> str:
-        return field_text(row, key) if row.get(key) is not None else ""
-
-    unlabelled = data.label_source == "teacher" and path.is_dir()
-
-    def fields(row: dict[str, Any]) -> tuple[str, str, str]:
-        label = optional if unlabelled else field_text
-        return (
-            field_text(row, data.question_field),
-            label(row, data.label_field),
-            optional(row, data.rationale_field),
-        )
-
-    rows = {split: read_rows(file) for split, file in files.items()}
-    splits = examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
-    return {
-        split: [
-            replace(example, record=replace(example.record, answer_check=data.answer_check))
-            for example in part
-        ]
-        for split, part in splits.items()
-    }
+    return files
 
 
 def _file_of(folder: Path, split: str) -> Path | None:

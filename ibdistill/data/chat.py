@@ -1,0 +1,282 @@
+"""Conversations under a tokenizer's own chat template: prompts and targets of `data.format` chat.
+
+Nothing of a template is searched for or rebuilt here. A conversation is rendered three times: up to the
+assistant's turn as a generation prompt, whole, and whole with stand-ins for what the assistant says, which
+tell where that stands. The ids of the generation prompt have to be those with which the ids of the whole
+begin; the rest is the target. So a student reads in training what it reads when it is asked.
+
+- A target ends with the first special token behind the assistant's words, the **turn's end**. What the
+  template writes behind it (a newline, mostly) is neither learned nor generated. The tokenizer's end token is
+  set to it (`adopt_turn_end`), so decoding, the exported student and the teacher all stop there.
+- The ids are those of `apply_chat_template`: BOS is there once if the template writes it, and else not.
+- A rationale stands in `reasoning_content` if the template takes that and puts it between the tags that are
+  expected, else before the answer within `data.think_open` and `data.think_close`. The labels of the predict
+  stream and the rationales of the explain stream are rendered with `enable_thinking` false: templates that
+  know it put an empty block of thoughts into the prompt, others ignore it. Where a template puts such a block
+  into the whole alone, the student learns to write it, and `visible` takes it away again.
+- What users and assistants say is text: a special token or tag that it spells is broken up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from ibdistill.config.sections import DataConfig
+from ibdistill.data import token_ids
+
+Ids = list[int]
+Message = dict[str, str]
+OPEN, CLOSE = "<think>", "</think>"
+PREAMBLE_END = "{#- end of what ibdistill puts before the tokenizer's own template -#}"
+"""What follows it in the template of an exported student is the template of training."""
+_THOUGHT, _SAID = (
+    "\ue000\ue001",
+    "\ue002\ue003",
+)  # private characters, which stand in for an assistant's words
+_AROUND = 40
+_CHUNK = 512
+
+
+class Row(NamedTuple):
+    """A conversation as token ids."""
+
+    prompt: Ids
+    """All before the assistant's words, the opening of its turn included."""
+    rationale: Ids
+    """The rationale with the tags around it; empty without one."""
+    tail: int
+    """The number of tokens of the rationale that follow its last word."""
+    answer: Ids
+    """What follows, to the turn's end."""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A tokenizer's template, and how a run uses it."""
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str
+    system: str
+    tags: tuple[str, str]
+    by_field: bool
+    """Whether a rationale is given to the template as `reasoning_content`, and not within the text."""
+    end: int
+    """The token that ends a turn of the assistant."""
+    quiet: bool = True
+    """Whether `enable_thinking` false goes to the template where there is no rationale."""
+    empty_thoughts: bool = False
+    """Whether the template then puts an empty block of thoughts into the target."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, thinks: bool = False) -> Chat:
+        """The tokenizer's template under the settings of a run; `thinks`: it has to take rationales.
+
+        Raises ValueError if there is no template, or if it cannot be used; the message says why.
+        """
+        template = own_template(tokenizer)
+        chat = cls(tokenizer, template, config.system, tags_of(config), by_field=False, end=-1)
+        probe = ("", (), "a", None, "b")
+        try:
+            [row] = chat.rows([probe])
+        except ValueError:
+            chat = replace(chat, quiet=False)  # for a template whose empty thoughts stand in the prompt alone
+            [row] = chat.rows([probe])
+        text = token_ids.read_back([row.answer], tokenizer)[0]
+        empty_thoughts = visible(text, config) != text
+        chat = replace(chat, end=row.answer[-1], empty_thoughts=empty_thoughts)
+        return chat._with_thoughts() if thinks else chat
+
+    def _with_thoughts(self) -> Chat:
+        """The template with the form in which it takes rationales. Raises ValueError if it takes none."""
+        found = []
+        for by_field in (True, False) if "reasoning_content" in self.template else (False,):
+            chat = replace(self, by_field=by_field)
+            try:
+                [row] = chat.rows([("", (), "a", "b", "c")])
+            except ValueError as error:
+                found.append(str(error))
+                continue
+            text = token_ids.read_back([row.rationale], self.tokenizer)[0]
+            if text.split() and text.split()[-1].endswith(self.tags[1]):
+                return chat
+            found.append(f"it writes {_shown(text)} for the rationale 'b'")
+        raise ValueError(
+            f"the tokenizer's chat template, or its special tokens, swallow the tags {self.tags[0]!r} and "
+            f"{self.tags[1]!r} around a rationale ({found[0]}). Give others in data.think_open and "
+            "data.think_close, words of ordinary text if need be"
+        )
+
+    def messages(self, system: str, history: Sequence[tuple[str, str, str]], user: str) -> list[Message]:
+        """A conversation up to the assistant's turn; `history` holds (role, text, rationale)."""
+        found = [{"role": "system", "content": system}] if (system := system or self.system) else []
+        for role, text, rationale in history:
+            turn = {"role": role, "content": self.defused(text)}
+            if rationale and "reasoning_content" in self.template:
+                turn["reasoning_content"] = self.defused(rationale)
+            found.append(turn)
+        return [*found, {"role": "user", "content": user}]
+
+    def defused(self, text: str) -> str:
+        """The text without special tokens and tags."""
+        for tag in self.tags:
+            text = text.replace(tag, f"{tag[0]} {tag[1:]}") if tag.startswith("<") else text
+        return token_ids.defused(text, self.tokenizer)
+
+    def text(self, messages: list[Message], *, prompt: bool = False, thinks: bool = False) -> str:
+        """What the template makes of a conversation. Raises ValueError if it refuses it."""
+        settings = {"enable_thinking": thinks} if thinks or self.quiet else {}
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **settings,
+            )
+        except Exception as error:  # of a template: anything
+            roles = ", ".join(message["role"] for message in messages)
+            raise ValueError(
+                f"the tokenizer's chat template refuses a conversation of {roles} ({str(error)[:200]})"
+                + ("; leave data.system out" if messages[0]["role"] == "system" else "")
+            ) from error
+
+    def prompts(self, conversations: Sequence[tuple[str, Sequence, str]], *, thinks: bool) -> list[Ids]:
+        """The generation prompts of (system, history, user's text)."""
+        texts = [self.text(self.messages(*c), prompt=True, thinks=thinks) for c in conversations]
+        return self.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+
+    def rows(self, conversations: Sequence[tuple[str, Sequence, str, str | None, str]]) -> list[Row]:
+        """Prompts and targets of (system, history, user's text, rationale or None, answer).
+
+        Raises ValueError if the whole does not begin with the prompt, if the template changes or leaves out
+        what the assistant says, or if no special token ends its turn.
+        """
+        found = []
+        for first in range(0, len(conversations), _CHUNK):
+            rendered = [self._rendered(*c) for c in conversations[first : first + _CHUNK]]
+            prompts, wholes = ([r[i] for r in rendered] for i in (0, 1))
+            plainly: dict[str, Any] = {"add_special_tokens": False}
+            ids = self.tokenizer(prompts, **plainly)["input_ids"]
+            whole = self.tokenizer(wholes, **plainly, return_offsets_mapping=True)
+            parts = zip(ids, whole["input_ids"], whole["offset_mapping"], rendered, strict=True)
+            found += [self._row(*part) for part in parts]
+        return found
+
+    def _rendered(
+        self, system: str, history: Sequence, user: str, rationale: str | None, answer: str
+    ) -> tuple[str, str, int, int, int]:
+        """Prompt and whole as text, and the places in it: the rationale's end, the answer's begin and end."""
+        messages, thinks = self.messages(system, history, user), rationale is not None
+
+        def whole(thought: str, said: str) -> str:
+            return self.text([*messages, self._turn(thought if thinks else None, said)], thinks=thinks)
+
+        prompt = self.text(messages, prompt=True, thinks=thinks)
+        thought, said = self.defused(rationale or "").strip(), self.defused(answer).strip()
+        text, frame = whole(thought, said), whole(_THOUGHT, _SAID)
+        head, has_answer, tail = frame.partition(_SAID)
+        if not has_answer:
+            raise ValueError(
+                "the tokenizer's chat template leaves out what the assistant says, as one without an "
+                f"assistant role does: it makes {_shown(frame[-2 * _AROUND :])} of a whole conversation. "
+                "Take a tokenizer whose template has that role, or data.format plain"
+            )
+        between = ""
+        if thinks:
+            head, has_thought, between = head.partition(_THOUGHT)
+            if not has_thought or not _agrees(head, between, self.tags):
+                raise ValueError(f"it swallows the tags: {_shown(frame[-2 * _AROUND :])}")
+        if text != head + thought + between + said + tail:
+            raise ValueError(
+                "the tokenizer's chat template changes what the assistant says: of "
+                f"{_shown(said)} it makes {_shown(text[len(head) :])}; take another tokenizer, or "
+                "data.format plain"
+            )
+        stop = len(text) - len(tail)
+        return prompt, text, len(head) + len(thought), stop - len(said), stop
+
+    def _turn(self, thought: str | None, said: str) -> Message:
+        if thought is None:
+            return {"role": "assistant", "content": said}
+        if self.by_field:
+            return {"role": "assistant", "reasoning_content": thought, "content": said}
+        opened, closed = self.tags
+        return {"role": "assistant", "content": f"{opened}\n{thought}\n{closed}\n\n{said}"}
+
+    def _row(self, prompt: Ids, ids: Ids, spans: list[tuple[int, int]], rendered: tuple) -> Row:
+        same = next((i for i, (a, b) in enumerate(zip(prompt, ids, strict=False)) if a != b), len(prompt))
+        if same < len(prompt) or len(ids) <= len(prompt):
+            ours, theirs = (
+                self.tokenizer.decode(part[max(0, same - 8) : same + 8]) for part in (prompt, ids)
+            )
+            raise ValueError(
+                "the tokenizer's chat template renders a whole conversation otherwise than the prompt that "
+                f"asks for its last turn: from token {same} on the prompt goes {_shown(ours)} and the whole "
+                f"{_shown(theirs)}. A student would be asked in other tokens than it learned; take a "
+                "tokenizer "
+                "whose template keeps the prompt, or data.format plain"
+            )
+        _, text, thought_stop, answer_start, answer_stop = rendered
+        thinks, special = answer_start > thought_stop, {*token_ids.special_tokens(self.tokenizer)}
+        special.add(self.tokenizer.eos_token_id)
+        places = range(len(prompt), len(ids))
+        end = next((i for i in places if spans[i][0] >= answer_stop and ids[i] in special), None)
+        if end is None:
+            raise ValueError(
+                "the tokenizer's chat template puts no special token behind the assistant's words: they end "
+                f"with {_shown(text[-_AROUND:])}, after which a student would not stop. Take a tokenizer "
+                "whose template ends a turn, or data.format plain"
+            )
+        first = next(i for i in places if spans[i][1] > answer_start or i == end) if thinks else len(prompt)
+        tail = sum(spans[i][0] >= thought_stop for i in range(len(prompt), first))
+        return Row(prompt, ids[len(prompt) : first], tail, ids[first : end + 1])
+
+
+def tags_of(config: DataConfig) -> tuple[str, str]:
+    """What stands before and behind a rationale of the reason stream."""
+    return config.think_open or OPEN, config.think_close or CLOSE
+
+
+def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The template of the tokenizer, without what an export put before it. Raises ValueError without one."""
+    try:
+        template = tokenizer.get_chat_template()
+    except ValueError as error:
+        raise ValueError(
+            "data.format is 'chat', and the tokenizer has no chat template; take the tokenizer of an "
+            "instructed model of the family (student.tokenizer), or data.format plain"
+        ) from error
+    _, _, own = template.rpartition(PREAMBLE_END)
+    return own
+
+
+def adopt_turn_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+    """Let the tokenizer's end token be that of an assistant's turn. Raises ValueError as `Chat.of` does."""
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(Chat.of(tokenizer, config).end)
+    tokenizer.ends_turns = True
+
+
+def visible(text: str, config: DataConfig) -> str:
+    """A label or rationale without the empty block of thoughts that some templates put before it."""
+    opened, closed = tags_of(config)
+    rest = text.lstrip().removeprefix(opened).lstrip()
+    return rest.removeprefix(closed).lstrip() if rest.startswith(closed) else text
+
+
+def thought(text: str, config: DataConfig) -> str:
+    """A rationale without the tag before it."""
+    return text.removeprefix(tags_of(config)[0]).strip()
+
+
+def _agrees(head: str, between: str, tags: tuple[str, str]) -> bool:
+    """Whether a rationale stands within the tags, of which the prompt may hold the first."""
+    return head.rstrip().endswith(tags[0]) and between.strip() == tags[1]
+
+
+def _shown(text: str) -> str:
+    shown = ascii(text)
+    return shown if len(shown) <= 3 * _AROUND else f"{shown[: 3 * _AROUND]}..."

@@ -1,0 +1,136 @@
+"""Runs in format chat: through train.py, evaluated, exported, and asked by plain transformers."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from card_lines import answers_by_card
+from chat_tokenizers import CHATML, THINKING, chatml, save_chat_model
+from harness import TRAIN, as_arguments, launch
+from tiny_models import tiny
+from transformers import AutoTokenizer, GenerationConfig, pipeline
+
+from ibdistill import evaluate_student
+from ibdistill.config.load import load_settings
+from ibdistill.config.sections import DataConfig
+from ibdistill.data import chat_features
+from ibdistill.data.chat import adopt_turn_end
+from ibdistill.data.records import Record
+from ibdistill.data.tasks.registry import TASKS
+from ibdistill.models import chat_template
+from ibdistill.models.prompt import Prompt
+
+PAIRS = ((3, 4), (1, 1), (5, 4), (2, 6))
+ROWS = [
+    {"question": f"{a} + {b} ?", "rationale": f"start {a} . found means + {b} .", "label": str(a + b)}
+    for a, b in PAIRS
+]
+EMPTY_IN_TARGET = CHATML.replace(
+    "'\n' + m['content']",
+    "'\n' + ('<think>\n\n</think>\n\n' if loop.last and m['role'] == 'assistant' else '') + m['content']",
+)
+
+
+def data_folder(folder) -> str:
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "template"), [("cot", CHATML), ("dss+cot", CHATML), ("dss", EMPTY_IN_TARGET)]
+)
+def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, world, method, template):
+    settings = {
+        **{"data.task": "jsonl", "data.path": data_folder(tmp_path / "data"), "data.format": "chat"},
+        **{"student.model": save_chat_model(tmp_path / "model", template=template)},
+        **{"objective.method": method, "data.system": "answer ."},
+        **{"run.dir": str(tmp_path / "run"), "optim.batch_size": 4, "optim.lr": 5e-3},
+        **{"optim.warmup_steps": 10, "optim.max_steps": 150},
+        **{"data.max_question_tokens": 64, "data.max_rationale_tokens": 64, "data.max_label_tokens": 24},
+    }
+    log = tmp_path / "log"
+    assert launch([TRAIN, *as_arguments(settings)], log=log) == 0, log.read_text()[-3000:]
+    scores = json.loads((tmp_path / "run/result.json").read_text())["test"]["jsonl"]
+    assert scores["accuracy"] == 1 and scores["rationale_bleu"] > 99.99
+    assert "chat: student, " in log.read_text() and "a turn ends with '<|im_end|>'" in log.read_text()
+    path = next((tmp_path / "run/predictions").glob("*/test_jsonl.jsonl"))
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row, given in zip(rows, ROWS, strict=True):
+        assert (row["label"], row["rationale"]) == (given["label"], given["rationale"])
+        assert method == "dss" or row["reasoned"]["rationale"] == given["rationale"]
+    student = tmp_path / "run/student"
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert tokenizer.eos_token_id == end == GenerationConfig.from_pretrained(student).eos_token_id
+    asked = [row["question"] for row in ROWS]
+    assert answers_by_card(student, asked) == [(row["label"], row["rationale"]) for row in rows]
+    say = pipeline("text-generation", str(student))
+    [told] = say([[{"role": "user", "content": asked[0]}]], return_full_text=False)
+    [told] = told if isinstance(told, list) else [told]
+    first = {"cot": f"<think>\n{ROWS[0]['rationale']}\n</think>\n\n7", "dss+cot": "7"}
+    assert told["generated_text"] == first.get(method, "<think>\n\n</think>\n\n7")
+    again = evaluate_student.with_run(str(student), {"eval.dir": str(tmp_path / "again")})
+    again = evaluate_student.fields.from_flat(evaluate_student.StudentEvaluation, again)
+    result = evaluate_student.prepare(str(student), again, world)()
+    assert {k: v for k, v in result["scores"].items() if "accuracy" in k} == {
+        k: v for k, v in scores.items() if "accuracy" in k
+    }
+
+
+def test_a_teacher_of_the_same_template_and_vid(tmp_path):
+    """The teacher reads the student's prompts; its vid term is over all prompt tokens."""
+    folder = save_chat_model(tmp_path / "teacher")
+    settings = {
+        **{"data.task": "jsonl", "data.path": data_folder(tmp_path / "data"), "data.format": "chat"},
+        **{
+            "student.model": save_chat_model(tmp_path / "model", hidden_size=32),
+            "objective.method": "cot+ib+kd",
+        },
+        **{"teacher.placement": "replica", "teacher.model": folder, "teacher.precision": "fp32"},
+        **{"run.dir": str(tmp_path / "run"), "optim.batch_size": 4, "optim.max_steps": 3},
+        **{"data.max_question_tokens": 64, "data.max_rationale_tokens": 64, "data.max_label_tokens": 24},
+    }
+    log = tmp_path / "log"
+    assert launch([TRAIN, *as_arguments(settings)], log=log) == 0, log.read_text()[-3000:]
+    assert "chat: teacher, reason" in log.read_text() and "renders the reason stream" not in log.read_text()
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("method", ["finetune", "cot", "dss+cot"])
+def test_the_exported_template_makes_the_training_prompts(method, thinking):
+    """With system message and prefixes, for a template with thoughts, and again after a second export."""
+    tokenizer = chatml(THINKING if thinking else CHATML)
+    settings = {"objective.method": method, "data.task": "jsonl", "data.path": "x", "data.format": "chat"}
+    config = load_settings(None, settings | {"data.system": 'Be "brief" \\ \N{SNOWMAN}\n.'})
+    adopt_turn_end(tokenizer, config.data)
+    prompt = Prompt.of(tiny("llama"), tokenizer, config)
+    record = Record("x", "jsonl", "3 + 4 ?", "7", "so", gold="7")
+    prefixes = {"jsonl": TASKS["jsonl"].prefixes}
+    expected = {
+        stream: chat_features.prompts([record], stream, prefixes, tokenizer, config.data)[0]
+        for stream in prompt.prefixes
+    }
+    for _ in range(2):
+        tokenizer.chat_template = chat_template.template(tokenizer, config.data, prompt)
+        for stream, ids in expected.items():
+            talk = [{"role": "user", "content": record.question}]
+            own = tokenizer.apply_chat_template(
+                talk, add_generation_prompt=True, return_dict=False, **{stream: True}
+            )
+            assert own == ids
+            assert chat_features.prompts([record], stream, prefixes, tokenizer, config.data)[0] == ids
+    plain = DataConfig(format="chat")
+    tokenizer.chat_template = CHATML
+    config.data = plain
+    alone = chat_template.template(tokenizer, plain, Prompt.of(tiny("llama"), tokenizer, config))
+    assert (alone == CHATML) == (method == "cot")
+
+
+def test_an_encoder_decoder_model_is_refused(tmp_path):
+    from ibdistill.models.student import check_context
+
+    with pytest.raises(ValueError, match="data.format is 'chat', which is for decoder-only models"):
+        check_context(tiny("t5"), DataConfig(format="chat"))
