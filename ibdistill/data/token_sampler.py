@@ -6,8 +6,8 @@ on the number of ranks. Only how a step is shared does:
 
 A step's records go to the forward passes of all ranks, the longest records first and each to the forward
 pass that has least: tokens, by which matrix products and memory go, and squares of lengths, by which
-attention goes, both as parts of the step's sums. Every rank runs the same number of forward passes, none of them
-empty, because ranks that run different numbers would wait for each other for ever.
+attention goes, both as parts of the step's sums. Every rank runs the same number of forward passes, none of
+them empty, because ranks that run different numbers would wait for each other for ever.
 """
 
 from __future__ import annotations
