@@ -94,7 +94,7 @@ def _with_gpu_form(layer: type[nn.Module]) -> type[nn.Module] | None:
     return None
 
 
-class _Attention(T5Attention):
+class _BiasedT5Attention(T5Attention):
     """T5's attention; on a GPU its bias is a vector by distance, and there is no matrix for it."""
 
     def forward(
@@ -210,7 +210,7 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
         if type(module) in (T5LayerNorm, MT5LayerNorm):
             module.__class__ = _Norm
         elif type(module) in (T5Attention, MT5Attention):
-            module.__class__ = _Attention
+            module.__class__ = _BiasedT5Attention
         elif type(module) in (T5DenseActDense, MT5DenseActDense) and type(module.act) is nn.ReLU:
             module.__class__ = _FeedForward
         elif type(module) in (T5DenseGatedActDense, MT5DenseGatedActDense) and type(module.act) is nn.GELU:

@@ -140,13 +140,6 @@ def model_states(engine: deepspeed.DeepSpeedEngine) -> int:
     return sum(storages.values())
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device; the copy to a GPU goes through pinned memory and is not waited for."""
-    if device.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
 class ToHost:
     """Copies of tensors in the host's memory, which the host does not wait for until it needs them."""
 

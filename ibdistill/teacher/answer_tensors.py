@@ -31,9 +31,10 @@ from ibdistill.data.records import SEGMENTS, segments_of
 from ibdistill.data.tokenizers import bos_of
 from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.ops.head_loss.softcap import capped
-from ibdistill.runtime import files, hardware
+from ibdistill.runtime import files
 from ibdistill.teacher.cache_shard import Entry, checksum
 
 logger = logging.getLogger("ibdistill")
@@ -86,8 +87,8 @@ def join(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
 
     def joined(parts: list[Tensor]) -> Tensor:
         if all(part.device.type == "cpu" for part in parts):
-            return hardware.to_device(torch.cat(parts), device)
-        return torch.cat([hardware.to_device(part, device) for part in parts])
+            return to_device(torch.cat(parts), device)
+        return torch.cat([to_device(part, device) for part in parts])
 
     return {name: joined([entry[name] for entry in entries]) for name in entries[0]}
 

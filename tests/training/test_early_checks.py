@@ -59,7 +59,9 @@ def test_files_of_a_folder_are_looked_at_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [ROW.encode(), b"\n  [\n]", gzip.compress(ROW.encode()), b"PAR1...", b"", b"\xff\xfe{\x00"]
+    "content",
+    [ROW.encode(), b"\n  [\n]", gzip.compress(ROW.encode()), b"PAR1...", b"", b"\xff\xfe{\x00"],
+    ids=["row", "list", "gzip", "parquet", "empty", "UTF-16"],  # gzip's bytes hold the time
 )
 def test_what_the_reader_takes_or_explains_itself_passes(tmp_path, content):
     path = file(tmp_path / "any name.csv", content)

@@ -2,8 +2,8 @@
 
 Both learn from the same ragged micro-batches and start from the same weights. The plain loop is what a
 careful script does: transformers' model with torch's attention, bf16 under autocast with weights in fp32, the
-losses from full logits, fused AdamW. Its KD takes the teacher's full logits. The floor is the time of the step's
-products of the weights, padding left out, at the rate of a large square product measured here.
+losses from full logits, fused AdamW. Its KD takes the teacher's full logits. The floor is the time of the
+step's products of the weights, padding left out, at the rate of a large square product measured here.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ def biased_attention(
     """
     _check(query, key, value, bias, mask, rate)
     seed, level, _ = draw(rate, query.device)
-    return _Attention.apply(query, key, value, bias, mask, seed, causal, level, impl)
+    return _BiasedAttention.apply(query, key, value, bias, mask, seed, causal, level, impl)
 
 
 def _forward(
@@ -103,7 +103,7 @@ _forward_op = custom.opaque("biased_attention", _forward, _fake_forward)
 _backward_op = custom.opaque("biased_attention_backward", _backward, _fake_backward)
 
 
-class _Attention(torch.autograd.Function):
+class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, query, key, value, bias, mask, seed, causal: bool, level: int, impl: str) -> Tensor:
         out, logs = _forward_op(query, key, value, bias, mask, seed, causal, level, impl)
