@@ -65,7 +65,11 @@ def _check_batches(config: Config) -> None:
     if optim.tokens_per_batch:
         plain = type(optim)()
         others = {
-            "optim.batch_size": (optim.batch_size, plain.batch_size, "leave one of the two out"),
+            "optim.batch_size": (
+                optim.batch_size,
+                plain.batch_size,
+                f"leave one of the two out (its default {plain.batch_size} does that too)",
+            ),
             "optim.micro_batch_size": (optim.micro_batch_size, 0, "set optim.tokens_per_forward instead"),
             "data.bucket_batches": (data.bucket_batches, 1, "leave it out, or set optim.batch_size"),
             "data.unlabelled": (data.unlabelled, None, "leave it out, or set optim.batch_size"),
