@@ -1,14 +1,14 @@
 """Packed against padded rows against a plain loop, for decoder-only students: what `train.py --family` runs.
 
 `sft` is the loop that a supervised fine-tuning script runs: shuffled batches padded to their longest row,
-transformers' model with logits for all positions, cross entropy, clipping and fused AdamW. `padded` and `packed`
-are `ibdistill.train.train_step` with `data.packing` off and on. All three learn from the same questions in each
-step, in method cot: question, rationale and answer in one row. Nothing is measured unless the losses of a
-ragged batch agree.
+transformers' model with logits for all positions, cross entropy, clipping and fused AdamW. `padded` and
+`packed` are `ibdistill.train.train_step` with `data.packing` off and on. All three learn from the same
+questions in each step, in method cot: question, rationale and answer in one row. Nothing is measured
+unless the losses of a ragged batch agree.
 
-Variants take turns at every step, and the least time of a step over the rounds counts. Memory is the most that
-the resident set (or torch's tensors on a GPU) grows to during the three largest steps, in a process of its own,
-less what was in use before and less 16 bytes per parameter of model states.
+Variants take turns at every step, and the least time of a step over the rounds counts. Memory is the most
+that the resident set (or torch's tensors on a GPU) grows to during the three largest steps, in a process
+of its own, less what was in use before and less 16 bytes per parameter of model states.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ LENGTHS = {
     "long": ((4.5, 0.5, 8, 512), (6.3, 0.7, 16, 4096)),
 }
 """Mean and deviation of the logarithm of a length and its bounds, of questions and of rationales. gsm8k:
-fitted to its training split in 4,000 pieces, with their correlation of 0.52; long: made up, medians 90 and 545."""
+fitted to its training split in 4,000 pieces, with their correlation of 0.52; long: made up, medians 90
+and 545."""
 
 
 def draw(lengths: str, records: int = 2000) -> Features:
@@ -132,7 +133,8 @@ def build(case: Case, name: str, world):
     parts |= {"config": settings, "world": world, "streams": STREAMS, "features": case.features}
     parts |= {"tokenizer": tokenizers.demo_tokenizer(), "sampler": sampler, "meter": Meter()}
     sections = settings.student.precision, settings.optim, settings.deepspeed
-    work = job.Job(**parts, engine=engine.build_engine(module, *sections, world), state=TrainState())
+    parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
+    work = job.Job(**parts)
 
     def step(index: int) -> None:
         work.state.step = index
