@@ -69,7 +69,7 @@ def draw(lengths: str, records: int = 2000) -> Features:
 
 
 @dataclass
-class Case:
+class PackedCase:
     """What the variants share."""
 
     features: Features
@@ -113,7 +113,7 @@ def sft_loss(model, batch: batches.Batch, alpha: float = 0.5) -> torch.Tensor:
     return alpha * losses["answer"] + (1 - alpha) * losses["rationale"]
 
 
-def build(case: Case, name: str, world):
+def build(case: PackedCase, name: str, world):
     """A variant's step, which takes a step's number, and its number of parameters."""
     model = case.model()
     size = sum(parameter.numel() for parameter in model.parameters())
@@ -143,7 +143,7 @@ def build(case: Case, name: str, world):
     return step, size
 
 
-def check_losses(case: Case) -> float:
+def check_losses(case: PackedCase) -> float:
     """The largest relative difference between the losses of one ragged batch."""
     model = case.model()
     with torch.no_grad():
@@ -157,7 +157,7 @@ def check_losses(case: Case) -> float:
     return max(float((loss - expected).abs() / expected.abs()) for loss in found)
 
 
-def peak_bytes(case: Case, name: str) -> int:
+def peak_bytes(case: PackedCase, name: str) -> int:
     """The most bytes above the model states, in a new process."""
     world = distributed.init()
     build(case, name, world)[0](0)  # libraries are warm
@@ -175,7 +175,7 @@ def main(family: str, lengths: str, batch_size: int, steps: int, rounds: int, me
     """Measure and print. `lengths`: gsm8k or long."""
     if lengths not in LENGTHS:
         sys.exit(f"--lengths is {lengths!r}; choose {' or '.join(LENGTHS)}")
-    case = Case(draw(lengths), family, batch_size, steps, devices.choose())
+    case = PackedCase(draw(lengths), family, batch_size, steps, devices.choose())
     print(f"{family} of {SHAPE}, cot, {steps} x {batch_size} of {lengths} lengths, shuffled")
     print(f"every variant runs on {devices.name(case.device)}")
     print(f"loss of one batch: relative difference {(difference := check_losses(case)):.1e}")
