@@ -46,11 +46,45 @@ def check(config: Config) -> None:
             f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps}); "
             "give fewer steps, or a share of them below 1"
         )
+    _check_batches(config)
     _check_4bit(config)
     _check_streams(config)
     _check_chat(config)
     _check_teacher(config)
     _check_unlabelled(config)
+
+
+def _check_batches(config: Config) -> None:
+    """Raise ValueError where settings of the batches contradict."""
+    optim, data = config.optim, config.data
+    if optim.tokens_per_forward and not optim.tokens_per_batch:
+        raise ValueError(
+            f"optim.tokens_per_forward is {optim.tokens_per_forward}, which splits optim.tokens_per_batch, "
+            "and that is 0; set it, or optim.micro_batch_size instead"
+        )
+    if optim.tokens_per_batch:
+        plain = type(optim)()
+        others = {
+            "optim.batch_size": (
+                optim.batch_size,
+                plain.batch_size,
+                f"leave one of the two out (its default {plain.batch_size} does that too)",
+            ),
+            "optim.micro_batch_size": (optim.micro_batch_size, 0, "set optim.tokens_per_forward instead"),
+            "data.bucket_batches": (data.bucket_batches, 1, "leave it out, or set optim.batch_size"),
+            "data.unlabelled": (data.unlabelled, None, "leave it out, or set optim.batch_size"),
+        }
+        for name, (value, default, way_out) in others.items():
+            if value != default:
+                raise ValueError(
+                    f"optim.tokens_per_batch is {optim.tokens_per_batch} and {name} is {str(value)[:100]!r}, "
+                    f"which counts questions; {way_out}"
+                )
+    if data.packing == "on" and config.student.compile:
+        raise ValueError(
+            "data.packing is 'on' and student.compile is true: each packed row has lengths of its own, for "
+            "which the model would be compiled anew; leave one of the two out"
+        )
 
 
 def _check_streams(config: Config) -> None:

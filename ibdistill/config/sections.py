@@ -143,6 +143,9 @@ class DataConfig:
     bucket_batches: AtLeastOne = 1
     """Number of batches that are sorted by length together, which saves padding and makes batches less
     random: see `data/sampler.py`. 1: plain shuffling."""
+    packing: Literal["off", "on"] = "off"
+    """on: the rows of a micro-batch lie one behind the other without padding, and attention stays within each
+    (`ops/packed_attention.py`). The losses are the same; for decoder-only models. off: rows are padded."""
     unlabelled: AtLeastOne | str | None = None
     """Questions to learn from where the student's two streams agree, see `training/pseudo_labels.py`: a JSONL
     file of them, as the student reads them without the prefix; for the task demo how many to generate. None:
@@ -306,6 +309,12 @@ class OptimConfig:
     """Questions in one optimizer update, over all ranks and micro-batches."""
     micro_batch_size: NotNegativeInt = 0
     """Questions in one forward pass of one rank; 0: `batch_size` / ranks, without accumulation."""
+    tokens_per_batch: NotNegativeInt = 0
+    """Tokens of questions and targets in one optimizer update, over all ranks and micro-batches, at most, in
+    place of `batch_size`; the ranks get near-equal tokens and squared lengths. 0: `batch_size` counts."""
+    tokens_per_forward: NotNegativeInt = 0
+    """With `tokens_per_batch`, about the tokens in one forward pass of one rank; 0: `tokens_per_batch` /
+    ranks, without accumulation."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay; not applied to norms, biases and embeddings."""
     adam_beta1: Decay = 0.9

@@ -63,8 +63,12 @@ _OTHER: dict[str, tuple[type | tuple[type, ...], str]] = {
 def split_batch(optim: OptimConfig, world_size: int) -> tuple[int, int]:
     """(questions per micro-batch, micro-batches per step) of one rank.
 
-    Raises ValueError if the global batch does not divide evenly.
+    With `optim.tokens_per_batch` a micro-batch counts as 1, since its questions vary. Raises ValueError if
+    the global batch does not divide evenly.
     """
+    if optim.tokens_per_batch:
+        per_forward = world_size * (optim.tokens_per_forward or optim.tokens_per_batch)
+        return 1, -(-optim.tokens_per_batch // per_forward)
     batch, micro = optim.batch_size, optim.micro_batch_size
     if micro == 0:
         if batch % world_size:

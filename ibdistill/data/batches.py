@@ -56,7 +56,8 @@ class Batch:
     attention_mask: Tensor
     """[S * B, L] int64, 1 at real tokens and 0 at padding."""
     question_positions: Tensor
-    """[N_question] int64: where the first stream's question tokens sit in its flattened [B * L].
+    """[N_question] int64: where the first stream's question tokens sit in its flattened [B * L], or in a
+    packed row.
 
     The same tokens in the same order for both families: BOS is left out, and the separator of
     a decoder-only model stands for the end token of the other family."""
@@ -64,11 +65,17 @@ class Batch:
     """Stream -> [B, T_stream] int64, targets shifted right behind the start token. Decoder-only: empty."""
     positions: dict[str, Tensor]
     """Segment -> [N_segment] int64: the places that predict the targets, in the flattened [B * T_stream] of
-    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows."""
+    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows, or in the packed row
+    of all streams."""
     labels: dict[str, Tensor]
     """Segment -> [N_segment] int64."""
     cu: dict[str, Tensor]
     """Segment -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
+    row_lengths: Tensor | None = None
+    """[S * B] int32, if the batch is packed: `input_ids` are then one row [1, tokens] in which the rows lie
+    one behind the other with these lengths, and `attention_mask` is all ones. None: rows are padded."""
+    position_ids: Tensor | None = None
+    """[1, tokens] int64, if the batch is packed: each token's place within its own row."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,7 +89,7 @@ class Batch:
         return self.input_ids.numel() + sum(ids.numel() for ids in self.decoder_input_ids.values())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, except for `cu`, which the host reads.
+        """The batch on a device, except for `cu` and `row_lengths`, which the host reads.
 
         The copy overlaps with what the device is doing.
         """
@@ -95,7 +102,7 @@ class Batch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with this done to all its tensors but `cu`."""
+        """The batch with this done to all its tensors but `cu` and `row_lengths`."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
@@ -103,7 +110,7 @@ class Batch:
             return function(value) if isinstance(value, Tensor) else value
 
         fields = {f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return Batch(**fields | {"cu": self.cu})
+        return Batch(**fields | {"cu": self.cu, "row_lengths": self.row_lengths})
 
 
 def collate(
@@ -116,6 +123,7 @@ def collate(
     bos: int | None = None,
     separator: int | None = None,
     multiple: int = 1,
+    packed: bool = False,
 ) -> Batch:
     """The micro-batch of the records `rows`. `models.families.layout` gives a model's keyword arguments.
 
@@ -127,6 +135,7 @@ def collate(
         separator: what stands between question and target for a decoder-only model; None for
             an encoder-decoder model.
         multiple: rows are padded to a width that is a multiple of this, see `hardware.width_multiple`.
+        packed: lay the rows of a decoder-only model one behind the other, without padding.
 
     Of features whose questions are whole prompts, nothing comes in front of a prompt or behind it.
     """
@@ -134,11 +143,12 @@ def collate(
     segments = segments_of(streams)
     targets = {segment: [features.targets[segment][row] for row in rows] for segment in segments}
     if features.whole_prompts:
-        inputs = _decoder_only(questions, targets, pad, None, None, multiple)
+        inputs = _decoder_only(questions, targets, pad, None, None, multiple, packed)
     elif separator is None:
+        assert not packed
         inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple)
     else:
-        inputs = _decoder_only(questions, targets, pad, start, separator, multiple)
+        inputs = _decoder_only(questions, targets, pad, start, separator, multiple, packed)
     return Batch(
         streams=tuple(streams),
         question_ids=tuple(features.ids[row] for row in rows),
@@ -162,19 +172,27 @@ def _encoder_decoder(
         rows = _whole(targets, stream)
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
         decoder_input_ids[stream], mask = _pad(shifted, pad, multiple=multiple)
-        positions |= _segment_places(targets, stream, [0] * len(rows), mask.shape[1])
+        positions |= _segment_places(targets, stream, np.arange(len(rows)) * mask.shape[1])
     first = next(iter(questions.values()))
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places([(lead, len(row)) for row in first], input_ids.shape[1]),
+        "question_positions": _places(
+            np.arange(len(first)) * input_ids.shape[1] + lead, [len(row) for row in first]
+        ),
         "decoder_input_ids": decoder_input_ids,
         "positions": positions,
     }
 
 
 def _decoder_only(
-    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int | None, multiple: int
+    questions: Rows,
+    targets: Rows,
+    pad: int,
+    bos: int | None,
+    separator: int | None,
+    multiple: int,
+    packed: bool,
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
     prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
@@ -183,18 +201,30 @@ def _decoder_only(
         for stream in prompts
         for prompt, target in zip(prompts[stream], _whole(targets, stream), strict=True)
     ]
-    input_ids, attention_mask = _pad(rows, pad, multiple=multiple)
-    width, lead = input_ids.shape[1], int(bos is not None)
+    lengths = np.array([len(row) for row in rows], dtype=np.int32)
+    input_ids, attention_mask = (
+        _pad([np.concatenate(rows)], pad) if packed else _pad(rows, pad, multiple=multiple)
+    )
     first, positions = next(iter(prompts.values())), {}
-    for stream, own in prompts.items():
-        positions |= _segment_places(targets, stream, [len(prompt) - 1 for prompt in own], width)
+    size, lead = len(first), int(bos is not None)
+    begins = np.cumsum(lengths) - lengths if packed else np.arange(len(rows)) * input_ids.shape[1]
+    for number, (stream, own) in enumerate(prompts.items()):
+        # a packed row is shared by all streams; padded rows are numbered within their own
+        starts = begins[number * size :][:size] if packed else begins[:size]
+        positions |= _segment_places(targets, stream, starts + [len(prompt) - 1 for prompt in own])
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places([(lead, len(p) - lead) for p in first], width),
+        "question_positions": _places(begins[:size] + lead, [len(p) - lead for p in first]),
         "decoder_input_ids": {},
         "positions": positions,
+        **(_of_packed(lengths) if packed else {}),
     }
+
+
+def _of_packed(lengths: np.ndarray) -> dict[str, Tensor]:
+    places = np.concatenate([np.arange(length) for length in lengths])
+    return {"row_lengths": torch.from_numpy(lengths), "position_ids": torch.from_numpy(places)[None]}
 
 
 def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
@@ -207,24 +237,23 @@ def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
     )
 
 
-def _segment_places(targets: Rows, stream: str, starts: Sequence[int], width: int) -> dict[str, Tensor]:
-    """Segment -> the places that predict its tokens in a stream's flattened rows of `width` columns.
+def _segment_places(targets: Rows, stream: str, starts: np.ndarray) -> dict[str, Tensor]:
+    """Segment -> the places that predict its tokens in a stream's flattened rows.
 
-    `starts`: the column of each row that predicts the target's first token.
+    `starts`: the place that predicts each target's first token.
     """
     places = {}
     for segment in SEGMENTS[stream]:
         lengths = [len(target) for target in targets[segment]]
-        places[segment] = _places(list(zip(starts, lengths, strict=True)), width)
-        starts = [start + length for start, length in zip(starts, lengths, strict=True)]
+        places[segment] = _places(starts, lengths)
+        starts = starts + lengths
     return places
 
 
-def _places(spans: Sequence[tuple[int, int]], width: int) -> Tensor:
-    """[positions] int64: each row's `count` columns from `first` on, numbered in the flattened rows."""
-    return torch.from_numpy(
-        np.concatenate([row * width + first + np.arange(count) for row, (first, count) in enumerate(spans)])
-    )
+def _places(starts: np.ndarray, counts: Sequence[int]) -> Tensor:
+    """[positions] int64: of each row `count` places from its start on, in the flattened rows."""
+    spans = zip(starts, counts, strict=True)
+    return torch.from_numpy(np.concatenate([start + np.arange(count) for start, count in spans]))
 
 
 def _prompt(question: Sequence[int], bos: int | None, separator: int | None) -> np.ndarray:

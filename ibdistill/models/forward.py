@@ -22,6 +22,7 @@ from ibdistill.data.batches import Batch
 from ibdistill.data.records import SEGMENTS
 from ibdistill.models.architectures import ENCODER_DECODER, family, state_factor
 from ibdistill.models.families import base_of
+from ibdistill.ops import packed_attention
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def states(
     their mask, and returns a tuple: first what the decoder is to see in their place, then anything more.
 
     Padded positions come last in their row, so under the causal mask no real position sees
-    them. A decoder therefore needs no mask of its own, and its positions count from the row's start.
+    them. A decoder therefore needs no mask of its own, and its positions count from the row's start. In a
+    packed row positions restart with each sequence, and the sequences' lengths stand for the mask.
     """
     base = base_of(model)
     batch = batch if targets else questions_only(batch)
@@ -57,15 +59,19 @@ def states(
 
 def questions_only(batch: Batch) -> Batch:
     """The batch without targets, and with the rows of the first stream alone."""
-    rows = len(batch.input_ids) // len(batch.streams)
-    return replace(
-        batch,
-        streams=batch.streams[:1],
-        input_ids=batch.input_ids[:rows],
-        attention_mask=batch.attention_mask[:rows],
-        decoder_input_ids={},
-        positions={},
-    )
+    if batch.row_lengths is not None:
+        own = batch.row_lengths[: len(batch.row_lengths) // len(batch.streams)]
+        tokens = int(own.sum())
+        kept = {
+            "input_ids": batch.input_ids[:, :tokens],
+            "attention_mask": batch.attention_mask[:, :tokens],
+            "row_lengths": own,
+            "position_ids": batch.position_ids[:, :tokens],
+        }
+    else:
+        rows = len(batch.input_ids) // len(batch.streams)
+        kept = {"input_ids": batch.input_ids[:rows], "attention_mask": batch.attention_mask[:rows]}
+    return replace(batch, streams=batch.streams[:1], decoder_input_ids={}, positions={}, **kept)
 
 
 def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module | None) -> States:
@@ -94,8 +100,11 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
 
 
 def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
-    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
-    of_stream = dict(zip(batch.streams, hidden.chunk(len(batch.streams)), strict=True))
+    packed = {} if batch.row_lengths is None else _packed_arguments(batch)
+    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False, **packed)[0]
+    # positions count within a stream's rows, but within the whole of a packed row
+    parts = [hidden] * len(batch.streams) if packed else hidden.chunk(len(batch.streams))
+    of_stream = dict(zip(batch.streams, parts, strict=True))
     targets = {
         segment: _for_head(rows.flatten(0, 1).index_select(0, batch.positions[segment]), model)
         for stream, rows in of_stream.items()
@@ -103,6 +112,11 @@ def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
         if segment in batch.positions
     }
     return States(targets, hidden.flatten(0, 1).index_select(0, batch.question_positions))
+
+
+def _packed_arguments(batch: Batch) -> dict[str, Tensor]:
+    """What a decoder reads beside a packed row: positions that restart, and lengths in the mask's place."""
+    return {"position_ids": batch.position_ids, "attention_mask": packed_attention.as_mask(batch.row_lengths)}
 
 
 def _for_head(hidden: Tensor, model: PreTrainedModel) -> Tensor:

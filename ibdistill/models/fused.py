@@ -27,13 +27,14 @@ from transformers.models.t5.modeling_t5 import (
     T5LayerNorm,
 )
 
-from ibdistill.ops import implementation, layers
+from ibdistill.ops import implementation, layers, packed_attention
 from ibdistill.ops.biased_attention import biased_attention
 from ibdistill.ops.cpu import attention
 from ibdistill.ops.gates import activate
 
 ATTENTION = "ibdistill"
-"""The name in transformers of SDPA, with our own on a CPU where there is dropout and for T5 on a GPU."""
+"""The name in transformers of SDPA, with our own on a CPU where there is dropout, for T5 on a GPU, and for
+packed rows."""
 
 
 class _Norm(T5LayerNorm):
@@ -142,7 +143,19 @@ def _attend_by_distance(module: T5Attention, query, key, value, mask, bias, drop
 
 
 def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """`sdpa_attention_forward`, save for dropout on a CPU, where it has no kernel, and T5's bias on a GPU."""
+    """`sdpa_attention_forward`, save for packed rows, dropout on a CPU, where it has no kernel, and T5's bias
+    on a GPU."""
+    if packed_attention.is_packed(attention_mask):
+
+        def block(query, key, value, mask):
+            return _attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
+
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        window = kwargs.get("sliding_window")
+        out = packed_attention.packed_attention(
+            block, query, key, value, attention_mask, scale=scale, dropout=dropout, window=window
+        )
+        return out, None
     bias = kwargs.get("position_bias")
     if bias is not None and bias.dim() < 4:
         return _attend_by_distance(module, query, key, value, attention_mask, bias, dropout)
@@ -173,6 +186,11 @@ def _mask(*, mask_function, attention_mask=None, **kwargs) -> torch.Tensor | Non
 
 AttentionInterface.register(ATTENTION, _attend)
 AttentionMaskInterface.register(ATTENTION, _mask)
+
+
+def packs(model: PreTrainedModel) -> bool:
+    """Whether a decoder-only model's attention can read packed rows (`ops.packed_attention`)."""
+    return model.config._attn_implementation == ATTENTION and not model.config.is_encoder_decoder
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:

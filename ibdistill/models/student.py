@@ -16,7 +16,8 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data.records import STREAMS
 from ibdistill.models import presets
-from ibdistill.models.families import ENCODER_DECODER, family, load_model, load_preset
+from ibdistill.models.families import ENCODER_DECODER, base_of, family, load_model, load_preset
+from ibdistill.models.fused import packs
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALL_LINEAR = "all-linear"
@@ -151,6 +152,21 @@ def check_context(
             f"student.model has {have} positions, but data.max_question_tokens {config.max_question_tokens} "
             f"with up to {target} target tokens and {frame} need {need}; lower data.max_question_tokens to "
             f"{have - around - target}, or data.max_rationale_tokens"
+        )
+
+
+def check_packing(model: PreTrainedModel, config: DataConfig) -> None:
+    """Raise ValueError if rows are to be packed for a model whose attention cannot keep them apart."""
+    if config.packing == "on" and not packs(base_of(model)):
+        kind = model.config.model_type
+        reason = (
+            "whose encoder and decoder read rows of their own"
+            if family(model) == ENCODER_DECODER
+            else f"with the attention {model.config._attn_implementation!r}"
+        )
+        raise ValueError(
+            f"data.packing is 'on', and student.model is a {kind!r} model {reason}, which would let "
+            "sequences of one row see each other; leave data.packing off"
         )
 
 

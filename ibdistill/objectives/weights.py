@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ibdistill.config.methods import METHODS, QUESTION_ESTIMATORS
-from ibdistill.config.sections import ObjectiveConfig
+from ibdistill.config.sections import ObjectiveConfig, OptimConfig
 from ibdistill.data.records import STREAMS
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.ops.head_loss.api import MISettings
@@ -70,18 +70,21 @@ def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
     )
 
 
-def check_split(objective: ObjectiveConfig, batch_size: int, micro_batches: int) -> None:
+def check_split(objective: ObjectiveConfig, optim: OptimConfig, micro_batches: int) -> None:
     """Raise ValueError for an estimator that compares questions, where a rank has them in several parts.
 
-    `batch_size`: questions of a step, over all ranks; `micro_batches`: of one rank per step.
+    `micro_batches`: of one rank per step.
     """
     mi = mi_settings(objective)
     if mi and ESTIMATORS[mi.estimator].space == "state" and micro_batches > 1:
+        size, splits, whole = "batch_size", "micro_batch_size", optim.batch_size
+        if optim.tokens_per_batch:
+            size, splits, whole = "tokens_per_batch", "tokens_per_forward", optim.tokens_per_batch
         raise ValueError(
             f"objective.estimator is {mi.estimator}, which compares a step's questions with each other, and "
-            f"optim.micro_batch_size splits the {batch_size} of optim.batch_size into {micro_batches} "
+            f"optim.{splits} splits the {whole} of optim.{size} into {micro_batches} "
             "micro-batches per rank, each of which would only see its own: another loss. Leave "
-            "optim.micro_batch_size out, with more ranks, a smaller optim.batch_size or "
+            f"optim.{splits} out, with more ranks, a smaller optim.{size} or "
             "student.gradient_checkpointing where memory is short, or choose another objective.estimator"
         )
 

@@ -287,7 +287,7 @@ class TeacherAnswers:
 
     def _for_teacher(self, indices: Sequence[int], batch: Batch) -> Batch:
         """The micro-batch as the teacher's family reads it."""
-        if self.teacher.layout == self._layout:
+        if self.teacher.layout == self._layout and (batch.row_lengths is None or self.teacher.packs):
             return batch
         theirs = batches.collate(self._features, indices, self._features.streams, **self.teacher.layout)
         return theirs.to(self._world.device)

@@ -39,7 +39,7 @@ from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokeniz
 from ibdistill.config.sections import TeacherConfig
 from ibdistill.data import tokenizers
 from ibdistill.data.batches import Batch
-from ibdistill.models import families, presets
+from ibdistill.models import families, fused, presets
 from ibdistill.models import forward as models_forward
 from ibdistill.models.architectures import softcap
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
@@ -85,6 +85,7 @@ class Teacher:
         skeleton = self._skeleton(tokenizer)
         self.width = skeleton.get_input_embeddings().embedding_dim
         self._model_config = skeleton.config
+        self.packs = fused.packs(skeleton)
         self._own_rows = skeleton.get_output_embeddings().weight.shape[0]
         if head_rows is not None:
             self.pair(tokenizer, head_rows)

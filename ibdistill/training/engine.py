@@ -36,7 +36,7 @@ def build_engine(
     bf16 = precision == "bf16"
     unsharded_fp32 = zero["stage"] == 0 and not bf16
     ds_config |= {
-        "train_batch_size": optim.batch_size,
+        "train_batch_size": micro_batch_size * accumulation * world.size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         # here DeepSpeed clips before it could see a NaN; `guard_fp32_steps` does both in this case

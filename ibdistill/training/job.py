@@ -133,4 +133,5 @@ class Job:
         layout = families.layout(model, self.tokenizer)
         positions = getattr(model.config, "max_position_embeddings", None)
         layout["multiple"] = hardware.width_multiple(self.world.device, positions)
+        layout["packed"] = self.config.data.packing == "on"
         return lambda indices: data_batches.collate(features, indices, self.streams, **layout)

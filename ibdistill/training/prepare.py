@@ -24,9 +24,10 @@ from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.text_checks import check_texts, truncated_shares
+from ibdistill.data.token_sampler import TokenSampler
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
-from ibdistill.models.student import check_context, load_student
+from ibdistill.models.student import check_context, check_packing, load_student
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board
@@ -92,7 +93,7 @@ def prepare(config: Config, world: World) -> Job:
     if too_long := features.cut.get("reasonings"):
         records.report["train/long_reasoning"] = too_long
     records.report.update(check_texts(records, features, tokenizer, config.data))
-    sampler = Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    sampler = build_sampler(config, features, world.size)
     made = (records, unlabelled, features, tokenizer, student)
     distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
     teacher_answers = build_teacher(
@@ -127,7 +128,7 @@ def open_run(config: Config, world: World) -> Path:
     `deepspeed.config` auto and `student.precision` auto there.
     """
     _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
-    weights.check_split(config.objective, config.optim.batch_size, micro_batches)
+    weights.check_split(config.objective, config.optim, micro_batches)
     settle_ds_config(config, world.size)
     device.settle_precision(config, world)
     folder = Path(config.run.dir)
@@ -176,6 +177,15 @@ def add_teacher_text(
     return dataclasses.replace(records, train=written.records, report=report), written.teacher
 
 
+def build_sampler(config: Config, features: Features, world_size: int) -> Sampler:
+    """The sampler by questions, or by tokens with `optim.tokens_per_batch`; raises ValueError as these do."""
+    if not config.optim.tokens_per_batch:
+        return Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+    streams = weights.streams_of(config.objective)
+    shared = {"streams": streams, "world_size": world_size, "seed": config.run.seed}
+    return TokenSampler(features, config.data, config.optim, **shared)
+
+
 def build_student(
     config: StudentConfig,
     data: DataConfig,
@@ -196,6 +206,7 @@ def build_student(
         own = "" if teacher in presets.PRESETS else teacher
         chat_start.settle(tokenizer, data, streams, own, records.train[0])
     student = load_student(config, tokenizer, seed)
+    check_packing(student, data)
     check_context(student, data, streams, chat_start.overhead(tokenizer, data, streams))
     distillation.check_family(objective, student)
     return tokenizer, student

@@ -8,7 +8,7 @@ from feature_tables import random_features
 from tiny_t5 import SHAPE, two_forwards
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ibdistill.config.sections import DataConfig, ObjectiveConfig
+from ibdistill.config.sections import DataConfig, ObjectiveConfig, OptimConfig
 from ibdistill.data import batches
 from ibdistill.data.sampler import Sampler
 from ibdistill.objectives import distillation
@@ -60,10 +60,10 @@ def test_infonce_is_refused_where_a_step_is_split(make_job, tmp_path):
     with pytest.raises(ValueError, match=words):
         make_job(tmp_path / "run", **settings)
     assert not (tmp_path / "run").exists()
-    check_split(ObjectiveConfig(method="ib", estimator="infonce"), 8, 1)
+    check_split(ObjectiveConfig(method="ib", estimator="infonce"), OptimConfig(batch_size=8), 1)
     for own in ({"method": "ib", "estimator": "normalized"}, {"method": "dss", "estimator": "infonce"}):
-        check_split(ObjectiveConfig(beta=0.1, **own), 8, 4)
-    check_split(ObjectiveConfig(method="ib", estimator="infonce", beta=0.0), 8, 4)
+        check_split(ObjectiveConfig(beta=0.1, **own), OptimConfig(batch_size=8), 4)
+    check_split(ObjectiveConfig(method="ib", estimator="infonce", beta=0.0), OptimConfig(batch_size=8), 4)
 
 
 def test_any_estimator_on_states_is_refused_so(monkeypatch):
@@ -71,8 +71,12 @@ def test_any_estimator_on_states_is_refused_so(monkeypatch):
     monkeypatch.setitem(ESTIMATORS, "own_states", Estimator(infonce, "state"))
     monkeypatch.setitem(ESTIMATORS, "own_distributions", Estimator(infonce, "distribution"))
     with pytest.raises(ValueError, match="own_states"):
-        check_split(ObjectiveConfig(method="ib", estimator="own_states", beta=0.1), 8, 2)
-    check_split(ObjectiveConfig(method="ib", estimator="own_distributions", beta=0.1), 8, 2)
+        check_split(
+            ObjectiveConfig(method="ib", estimator="own_states", beta=0.1), OptimConfig(batch_size=8), 2
+        )
+    check_split(
+        ObjectiveConfig(method="ib", estimator="own_distributions", beta=0.1), OptimConfig(batch_size=8), 2
+    )
 
 
 def test_weights_divide_by_global_counts():

@@ -47,6 +47,21 @@ def test_logits_stay_within_the_chunk(mi, generator):
     assert watch.largest > chunk_bytes
 
 
+@pytest.mark.parametrize("mi", [None, MISettings()], ids=name_of)
+def test_logits_of_8192_tokens_take_what_those_of_512_take(mi, generator):
+    V, largest = 997, []
+    for tokens in (512, 8192):
+        predict, explain = (
+            make_stream([n, 3], 4, V, dtype=torch.float32, generator=generator) for n in (5, tokens)
+        )
+        weight, _ = make_head(4, V, torch.float32, generator=generator)
+        call = Call(predict, explain, WEIGHTS, mi, None, 64 * V * 4)
+        with LogitsWatch(V, {(V, 4), (4, V), (V,), (1, V), (2, V)}) as watch:
+            compute(call, weight, None, [True, True, True, False])
+        largest.append(watch.largest)
+    assert 0 < largest[0] == largest[1] <= 64 * V * 4
+
+
 def test_default_chunk_at_t5s_vocabulary(generator):
     """8 questions of 16 + 64 tokens are three chunks of whole questions instead of 640 rows."""
     predict, explain = (

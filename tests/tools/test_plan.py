@@ -233,6 +233,16 @@ def test_micro_batches_divide_a_ranks_questions(small):
         Planner(tiny(**{"optim.micro_batch_size": 3}), H100, 1, 8, 20, 3, 9).micro_batch_sizes()
 
 
+def test_a_step_of_tokens_is_planned_as_the_questions_that_it_holds():
+    """Two streams of 20 question tokens and 3 + 9 target tokens: 52 tokens for each question."""
+    tokens = {"optim.batch_size": 64, "optim.tokens_per_batch": 8 * 52 * 10 + 51}
+    planned = Planner(tiny(**tokens), H100, 1, 8, 20, 3, 9)
+    assert (planned.per_rank, planned.micro_batch_sizes()) == (10, [10, 5, 2, 1])
+    tokens["optim.tokens_per_forward"] = 52 * 5 + 7
+    split = Planner(tiny(**tokens), H100, 1, 8, 20, 3, 9)
+    assert (split.per_rank, split.micro_batch_sizes()) == (10, [5])
+
+
 def test_a_loss_that_compares_questions_has_one_micro_batch_per_rank():
     """Smaller ones would be another loss, which `train.py` refuses."""
     infonce = {"objective.method": "ib+kd", "objective.estimator": "infonce"}

@@ -38,6 +38,7 @@ from pathlib import Path
 
 import devices
 import numpy as np
+import packed
 import torch
 from plain_loop import PAD, plain_batch, plain_loss
 from torch import nn
@@ -278,12 +279,17 @@ def main(
     rounds: int = 2,
     zero: str = "auto",
     memory: bool = True,
+    family: str | None = None,
+    lengths: str = "gsm8k",
 ) -> None:
     """Measure and print.
 
     `data`: a folder with GSM8K's files, without which lengths are drawn. `method`: ib or dss. `zero`: a file
-    of ds_configs.
+    of ds_configs. `family`: a decoder-only model type, for which packed and padded rows of `lengths` (gsm8k
+    or long) are compared instead: see `packed.py`.
     """
+    if family:
+        return packed.main(family, lengths, batch_size, steps, rounds, memory)
     features = read_features(data) if data else generate_features()
     case = TrainCase(features, preset, method, batch_size, steps, zero, devices.choose())
     used = case.settings().deepspeed.config

@@ -47,6 +47,7 @@ class Planner:
     rationale: int
 
     def __post_init__(self) -> None:
+        self._count_questions()
         self._check_division()
         self.config = dataclasses.replace(self.config, student=dataclasses.replace(self.config.student))
         consistency.settle_precision(self.config, multiplies_bf16=True)  # as all of these GPUs do
@@ -57,6 +58,26 @@ class Planner:
         self.teacher = footprint.teacher_skeleton(self.config) if self.wanted else None
         self.sizes = footprint.student_sizes(self.config, self.student, self.teacher)
         self._gathers: dict[Zero, footprint.Gathers | None] = {}
+
+    def _count_questions(self) -> None:
+        """Let `optim.batch_size` and `micro_batch_size` say what the recipe's tokens are in questions.
+
+        All questions have one length here, so packed and padded rows are the same.
+        """
+        optim = self.config.optim
+        if not optim.tokens_per_batch:
+            return
+        streams = weights.streams_of(self.config.objective)
+        of_one = Lengths(1, self.question, self.label, self.rationale)
+        tokens = len(streams) * self.question + of_one.targets(streams)
+        _, forwards = zero_file.split_batch(optim, self.ranks)
+        size = max(1, optim.tokens_per_batch // (tokens * forwards * self.ranks))
+        counted = {
+            "batch_size": size * forwards * self.ranks,
+            "micro_batch_size": size if forwards > 1 else 0,
+        }
+        counted |= {"tokens_per_batch": 0, "tokens_per_forward": 0}
+        self.config = dataclasses.replace(self.config, optim=dataclasses.replace(optim, **counted))
 
     def _check_division(self) -> None:
         zero_file.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
@@ -93,7 +114,7 @@ class Planner:
         optim = self.config.optim
         if optim.micro_batch_size:
             size, micro_batches = zero_file.split_batch(optim, self.ranks)
-            weights.check_split(self.config.objective, optim.batch_size, micro_batches)
+            weights.check_split(self.config.objective, optim, micro_batches)
             return [size]
         if self._compares_questions():
             return [self.per_rank]

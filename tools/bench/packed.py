@@ -1,0 +1,203 @@
+"""Packed against padded rows against a plain loop, for decoder-only students: what `train.py --family` runs.
+
+`sft` is the loop that a supervised fine-tuning script runs: shuffled batches padded to their longest row,
+transformers' model with logits for all positions, cross entropy, clipping and fused AdamW. `padded` and
+`packed` are `ibdistill.train.train_step` with `data.packing` off and on. All three learn from the same
+questions in each step, in method cot: question, rationale and answer in one row. Nothing is measured
+unless the losses of a ragged batch agree.
+
+Variants take turns at every step, and the least time of a step over the rounds counts. Memory is the most
+that the resident set (or torch's tensors on a GPU) grows to during the three largest steps, in a process
+of its own, less what was in use before and less 16 bytes per parameter of model states.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, fields
+from functools import partial
+
+import devices
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from ibdistill import train
+from ibdistill.config import zero_file
+from ibdistill.config.load import load_settings
+from ibdistill.data import batches, tokenizers
+from ibdistill.data.features import Features, Ragged
+from ibdistill.data.sampler import Sampler
+from ibdistill.models import families, fused
+from ibdistill.monitor.meter import Meter
+from ibdistill.objectives import distillation, weights
+from ibdistill.runtime import distributed
+from ibdistill.training import engine, job
+from ibdistill.training.checkpoint import TrainState
+
+VARIANTS = ("sft", "padded", "packed")
+STREAMS, PIECES, IGNORED = ("reason",), 4000, -100
+SHAPE = {"vocab_size": PIECES + 100, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
+SHAPE |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+LENGTHS = {
+    "gsm8k": ((4.12, 0.35, 8, 1024), (4.07, 0.50, 4, 256)),
+    "long": ((4.5, 0.5, 8, 512), (6.3, 0.7, 16, 4096)),
+}
+"""Mean and deviation of the logarithm of a length and its bounds, of questions and of rationales. gsm8k:
+fitted to its training split in 4,000 pieces, with their correlation of 0.52; long: made up, medians 90
+and 545."""
+
+
+def draw(lengths: str, records: int = 2000) -> Features:
+    """Random ids in these lengths; answers have 3 tokens."""
+    rng = np.random.default_rng(0)
+    normal = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
+    drawn = [
+        np.exp(m + d * part).clip(low, high).astype(int)
+        for part, (m, d, low, high) in zip(normal, LENGTHS[lengths], strict=True)
+    ]
+    questions, rationales, answers = (
+        Ragged([rng.integers(3, PIECES, n) for n in part]) for part in (*drawn, np.full(records, 3))
+    )
+    targets = {"rationale": rationales, "answer": answers}
+    ids = [str(i) for i in range(records)]
+    return Features(ids, np.zeros(records, dtype=int), {"reason": questions}, targets)
+
+
+@dataclass
+class PackedCase:
+    """What the variants share."""
+
+    features: Features
+    family: str
+    batch_size: int
+    steps: int
+    device: torch.device
+
+    def settings(self, packing: str):
+        """The settings of our run."""
+        overrides = {"objective.method": "cot", "optim.batch_size": self.batch_size, "data.packing": packing}
+        overrides |= {"run.term_gradients_every": 0, "student.precision": "fp32"}
+        settings = load_settings(None, overrides)
+        zero_file.settle_ds_config(settings, 1)
+        return settings
+
+    def sampler(self) -> Sampler:
+        """Shuffled batches."""
+        return Sampler(self.features, self.settings("off").data, batch_size=self.batch_size, seed=0)
+
+    def model(self):
+        """A new model on the device, with the same weights at every call."""
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(self.family, **SHAPE, tie_word_embeddings=True)
+        return AutoModelForCausalLM.from_config(config).train().to(self.device)
+
+    def batch(self, model, step: int, packed: bool) -> batches.Batch:
+        """A step's questions."""
+        layout = families.layout(model, tokenizers.demo_tokenizer())
+        return batches.collate(self.features, self.sampler().step(step), STREAMS, packed=packed, **layout)
+
+
+def sft_loss(model, batch: batches.Batch, alpha: float = 0.5) -> torch.Tensor:
+    """The objective from a transformers model's logits of all positions, and no other loss of it."""
+    batch = batch.to(model.device)
+    logits = model(batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits.flatten(0, 1)
+    labels = {name: torch.full_like(batch.input_ids.flatten(), IGNORED) for name in batch.positions}
+    for name, places in batch.positions.items():
+        labels[name][places] = batch.labels[name]
+    losses = {name: nn.functional.cross_entropy(logits, ids) for name, ids in labels.items()}
+    return alpha * losses["answer"] + (1 - alpha) * losses["rationale"]
+
+
+def build(case: PackedCase, name: str, world):
+    """A variant's step, which takes a step's number, and its number of parameters."""
+    model = case.model()
+    size = sum(parameter.numel() for parameter in model.parameters())
+    settings, sampler = case.settings("on" if name == "packed" else "off"), case.sampler()
+    if name == "sft":
+        optimizer = torch.optim.AdamW(model.parameters(), lr=settings.optim.lr, weight_decay=0.0, fused=True)
+
+        def sft_step(index: int) -> None:
+            sft_loss(model, case.batch(model, index, packed=False)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), settings.optim.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return sft_step, size
+    module = distillation.Distillation(fused.fused(model), settings.objective)
+    parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
+    parts |= {"config": settings, "world": world, "streams": STREAMS, "features": case.features}
+    parts |= {"tokenizer": tokenizers.demo_tokenizer(), "sampler": sampler, "meter": Meter()}
+    sections = settings.student.precision, settings.optim, settings.deepspeed
+    parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
+    work = job.Job(**parts)
+
+    def step(index: int) -> None:
+        work.state.step = index
+        train.train_step(work)
+
+    return step, size
+
+
+def check_losses(case: PackedCase) -> float:
+    """The largest relative difference between the losses of one ragged batch."""
+    model = case.model()
+    with torch.no_grad():
+        expected = sft_loss(model, case.batch(model, 0, packed=False))
+        counts, found, model = case.sampler().counts(0), [], fused.fused(model)
+        for packing in ("off", "on"):
+            settings = case.settings(packing)
+            module = distillation.Distillation(model, settings.objective)
+            batch = case.batch(model, 0, packed=packing == "on").to(case.device)
+            found.append(module(batch, weights.step_weights(settings.objective, counts))[0])
+    return max(float((loss - expected).abs() / expected.abs()) for loss in found)
+
+
+def peak_bytes(case: PackedCase, name: str) -> int:
+    """The most bytes above the model states, in a new process."""
+    world = distributed.init()
+    build(case, name, world)[0](0)  # libraries are warm
+    before = devices.held_bytes(case.device)
+    step, size = build(case, name, world)
+    order = np.argsort([case.sampler().counts(index)["rationale"] for index in range(case.steps)])
+    step(int(order[0]))
+    devices.restart_peak(case.device)
+    for index in order[-3:]:
+        step(int(index))
+    return devices.peak_bytes(case.device) - before - 16 * size
+
+
+def main(family: str, lengths: str, batch_size: int, steps: int, rounds: int, memory: bool) -> None:
+    """Measure and print. `lengths`: gsm8k or long."""
+    if lengths not in LENGTHS:
+        sys.exit(f"--lengths is {lengths!r}; choose {' or '.join(LENGTHS)}")
+    case = PackedCase(draw(lengths), family, batch_size, steps, devices.choose())
+    print(f"{family} of {SHAPE}, cot, {steps} x {batch_size} of {lengths} lengths, shuffled")
+    print(f"every variant runs on {devices.name(case.device)}")
+    print(f"loss of one batch: relative difference {(difference := check_losses(case)):.1e}")
+    if not difference < 1e-4:
+        sys.exit("the losses disagree: nothing is measured")
+    peaks = {}
+    for name in VARIANTS if memory else ():
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            peaks[name] = process.submit(peak_bytes, case, name).result()
+    world = distributed.init()
+    takes = {name: build(case, name, world)[0] for name in VARIANTS}
+    seconds = {name: np.full(steps, np.inf) for name in VARIANTS}
+    for _, index, name in itertools.product(range(rounds), range(steps), VARIANTS):
+        took = devices.timed(partial(takes[name], index), case.device)
+        seconds[name][index] = min(seconds[name][index], took)
+    model = case.model()
+    print(" " * 11 + "s/step tokens/s  padding  peak_MiB")
+    for name in VARIANTS:
+        made = [case.batch(model, index, packed=name == "packed") for index in range(steps)]
+        real, all_ = (sum(getattr(b, n) for b in made) for n in ("num_tokens", "num_positions"))
+        time = seconds[name].sum()
+        peak = f"{peaks[name] / 2**20:10.0f}" if peaks else ""
+        print(f"{name:8}{time / steps:9.3f}{real / time:9.0f}{1 - real / all_:9.1%}{peak}")
+    for name, other in (("packed", "padded"), ("packed", "sft"), ("padded", "sft")):
+        print(f"{name} / {other}: {seconds[other].sum() / seconds[name].sum():.2f} times the tokens/s")
