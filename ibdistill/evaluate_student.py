@@ -45,13 +45,12 @@ from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.evaluation import calibration, report, text_scores
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.evaluation.predictions import Prediction
-from ibdistill.models import presets
+from ibdistill.models import asking
 from ibdistill.models.student import load_student
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.version import version
 from ibdistill.training import pseudo_labels
-from ibdistill.training.checkpoint import MARKER
 
 logger = logging.getLogger("ibdistill")
 
@@ -210,20 +209,7 @@ def _decoder(
     student: str, records: list[Record], config: StudentEvaluation, world: World
 ) -> Callable[[], list[Prediction]]:
     """Load the student; what is returned lets it answer."""
-    if student in presets.PRESETS:
-        raise ValueError(f"{student!r} is a preset, whose weights are random; give a trained student")
-    path = Path(student)
-    if (path / MARKER).is_file():
-        raise ValueError(
-            f"{student!r} is a checkpoint for resuming a run; give RUN/student, which a finished run exports"
-        )
-    if (path / "config.yaml").is_file():
-        path = path / "student"
-        if not path.is_dir():
-            raise ValueError(
-                f"{student!r} is a run without a student: it is not finished, or run.export is off"
-            )
-    source = str(path) if path.is_dir() else student
+    source = asking.student_folder(student)
     tokenizer = load_tokenizer(source, "STUDENT")
     if config.data.format == "chat":
         adopt_turn_end(tokenizer, config.data)

@@ -1,4 +1,4 @@
-"""The settings of `evaluate_student.py`: those of its own, and the section `data` of a run."""
+"""The settings of `evaluate_student.py` (its own, and the section `data` of a run) and of `ask.py`."""
 
 from __future__ import annotations
 
@@ -41,3 +41,26 @@ class StudentEvaluation:
 
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(kw_only=True)
+class AskConfig:
+    """What `ask.py` asks, and where the answers go."""
+
+    questions: str = ""
+    """A JSONL file of questions; empty: the question on the command line, else the standard input."""
+    question_field: str = "question"
+    """The field of that file with the question."""
+    out: str = ""
+    """A JSONL file for the answers to `questions`; empty: the standard output."""
+    batch_size: AtLeastOne = 64
+    """Questions of a file that are answered together."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the student runs; auto: on a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """All sections of `ask.py`."""
+
+    ask: AskConfig = field(default_factory=AskConfig)

@@ -101,7 +101,7 @@ def decode(
 ) -> list[Answer]:
     """The greedy answers to `questions` (with their prefix), in their order.
 
-    Questions that are token ids are whole prompts of a decoder-only model (`data.chat`), read as they are.
+    Questions that are token ids are whole prompts (`data.chat`, `models.prompt`), read as they are.
     Questions of similar length are decoded together.
 
     Args:
@@ -123,7 +123,7 @@ def decode(
                 texts, tokenizer, max_question_tokens, **layout, as_written=as_written
             )
         else:
-            input_ids, mask = batches.whole_prompts(texts, layout["pad"])
+            input_ids, mask = batches.whole_prompts(texts, layout["pad"], left=decoder_only)
         confidence = _Confidence()
         draw = [_Draw(sampling.temperature, sampling.draws[indices].to(device))] if sampling else []
         output = model.generate(

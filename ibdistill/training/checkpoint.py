@@ -32,11 +32,10 @@ import deepspeed
 
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
+from ibdistill.runtime.files import COMPLETE as MARKER
 from ibdistill.runtime.files import checksum, write_json
 
 logger = logging.getLogger("ibdistill")
-
-MARKER = "complete.json"
 
 
 @dataclass
