@@ -195,7 +195,12 @@ def test_one_version_of_ruff():
     assert found == [[wanted]] * 2
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "xdist": "pytest-xdist", "sentence_transformers": "sentence-transformers"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "xdist": "pytest-xdist",
+    "sentence_transformers": "sentence-transformers",
+    "math_verify": "math-verify",
+}
 INDIRECT = {
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
@@ -228,7 +233,8 @@ def declared(name: str) -> set[str]:
 
 
 def test_what_is_imported_is_declared():
-    """`pip install -e .[dev]` is enough. Triton comes with torch, and bitsandbytes is asked for by name."""
-    plain, optional = declared("dependencies"), {"triton", "bitsandbytes"} | declared("embedding")
+    """`pip install -e .[dev]` is enough. Triton comes with torch; others are asked for by name."""
+    plain, optional = declared("dependencies"), {"triton", "bitsandbytes", "vllm"}
+    optional |= declared("embedding") | declared("math")
     assert third_party(["ibdistill", "slurm"]) <= plain | optional
     assert third_party(["tests", "tools"]) <= plain | optional | declared("dev")

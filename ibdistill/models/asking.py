@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import StudentConfig
 from ibdistill.data import chat, reasoning
-from ibdistill.data.records import Record, map_numbers
+from ibdistill.data.records import Record, map_numbers, with_numbers
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.models.decoding import decode
@@ -56,7 +55,7 @@ def ask(student: Student, questions: Sequence[str], batch_size: int = 64) -> lis
     said: list[Said] = [{} for _ in questions]
     for stream in student.prompt.prefixes:
         texts = _texts(student, stream, questions, batch_size)
-        texts = [_with_numbers(text, own) for text, own in zip(texts, quantities, strict=True)]
+        texts = [with_numbers(text, own) for text, own in zip(texts, quantities, strict=True)]
         for own, text in zip(said, texts, strict=True):
             if stream != "reason":
                 own["label" if stream == "predict" else "rationale"] = text
@@ -85,13 +84,6 @@ def _texts(student: Student, stream: str, questions: Sequence[str], batch_size: 
     if prompt.tags is not None and stream != "reason":
         texts = [chat.visible(text, prompt.chat_settings()) for text in texts]
     return texts
-
-
-def _with_numbers(text: str, quantities: Sequence[str]) -> str:
-    """The text with the question's numbers in the place of `n0`, `n1` and so on."""
-    return re.sub(
-        r"\bn(\d+)\b", lambda m: quantities[int(m[1])] if int(m[1]) < len(quantities) else m[0], text
-    )
 
 
 def student_folder(student: str) -> str:
