@@ -33,6 +33,7 @@ from ibdistill.data.json_rows import field_text, read_rows, shown
 from ibdistill.models import asking
 from ibdistill.models.asking import Said, Student
 from ibdistill.runtime import files
+from ibdistill.training import run_folder
 
 Answer = Callable[[], None]
 
@@ -72,7 +73,7 @@ def prepare(positions: list[str], config: AskConfig) -> Answer:
         raise ValueError("ask.device is 'cuda', and torch finds no GPU here; take auto or cpu")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(automatic if config.device == "auto" else config.device)
-    student = asking.load(Path(asking.student_folder(source)), device)
+    student = asking.load(Path(run_folder.student_folder(source)), device)
     if config.questions:
         return lambda: answer_file(student, rows, config)
     if questions:

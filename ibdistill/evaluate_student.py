@@ -48,12 +48,12 @@ from ibdistill.evaluation import calibration, math_equal, report, sampled, text_
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.evaluation.predictions import Prediction
 from ibdistill.evaluation.sampled import Samples
-from ibdistill.models import asking, decoding, families
+from ibdistill.models import decoding, families
 from ibdistill.models.student import load_student
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.version import version
-from ibdistill.training import pseudo_labels
+from ibdistill.training import pseudo_labels, run_folder
 
 logger = logging.getLogger("ibdistill")
 
@@ -245,7 +245,7 @@ def _decoder(
 ) -> Callable[[], tuple[list[Prediction], dict[str, Samples]]]:
     """Load the student; what is returned lets it answer, greedily and in samples by stream."""
     eval_ = config.eval
-    source = asking.student_folder(student)
+    source = run_folder.student_folder(student)
     tokenizer = load_tokenizer(source, "STUDENT")
     if config.data.format == "chat":
         adopt_turn_end(tokenizer, config.data)

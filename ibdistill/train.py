@@ -43,7 +43,7 @@ from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import EXIT_DIVERGED, EXIT_UNWRITTEN
 from ibdistill.runtime.folder_lock import FolderLock
 from ibdistill.runtime.version import version
-from ibdistill.training import pseudo_labels, run_folder
+from ibdistill.training import early_checks, pseudo_labels, run_folder
 from ibdistill.training.evaluation import answers, evaluate
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
@@ -60,6 +60,7 @@ def main() -> None:
         with distributed.user_errors():
             given = command_line.parse(sys.argv[1:])
             config = load_settings(given.first, given.settings)
+            distributed.run_on_rank_0(lambda: early_checks.check(config))
             lock = FolderLock(Path(config.run.dir))  # rank 0's process holds it
             at_the_end.callback(lock.release)
             distributed.run_on_rank_0(lock.acquire)
@@ -127,14 +128,14 @@ def train_step(job: Job) -> None:
     data_seconds = time.perf_counter() - start
 
     for index, (indices, batch) in enumerate(micro_batches):
-        batch = batch.to(job.world.device)
+        on_host, batch = batch, batch.to(job.world.device)
         answer = job.teacher_answers.of(indices, batch) if job.teacher_answers else None
         if job.teacher_answers and job.teacher_answers.overlaps and (following := job.following(index)):
             job.teacher_answers.start(*following)
         loss, terms = job.engine(batch, weights, answer, counts["question_tokens"])
         job.engine.backward(loss * job.world.size, scale_wrt_gas=False)
         job.engine.step()
-        job.meter.add(batch, terms)
+        job.meter.add(on_host, terms)  # which counts tokens: on a GPU the host would wait for their number
 
     job.meter.end_step(counts, data_seconds, norm=job.engine.get_global_grad_norm())
     state.step += 1
@@ -236,15 +237,16 @@ def export_student(job: Job) -> None:
 
 def write_result(job: Job) -> None:
     """Write `result.json`, on rank 0. Scores that an earlier start of the same run has left there stay."""
-    state, path = job.state, job.folder / run_folder.RESULT
+    config, state, path = job.config, job.state, job.folder / run_folder.RESULT
     before = run_folder.result(job.folder)
     earlier = before if before.get("steps") == state.step else {}
     result = {
-        "method": job.config.objective.method,
+        "method": config.objective.method,
         "steps": state.step,
         "tokens": state.tokens,
         "seconds": round(state.seconds, 1),
         "ranks": job.world.size,
+        "precision": config.student.precision,
         **version(),
         "skipped_steps": state.skipped,
         "best_step": state.best_step if state.best_step >= 0 else None,

@@ -32,7 +32,7 @@ from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest
 from ibdistill.teacher import writing
-from ibdistill.training import pseudo_labels
+from ibdistill.training import early_checks, pseudo_labels
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
         share = part_of(given.options.get("part", "0/1"))
         config = load_settings(given.first, given.settings)
         config.rationale_folder()  # before the data is read
+        distributed.run_on_rank_0(lambda: early_checks.check(config))
         memory_check.check_models(config, world, with_student=False, with_teacher=True)
         records = loading.load(config.data, needs_rationale=False).train
         records += pseudo_labels.questions(config.data, "taught")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,3 +132,14 @@ def test_entry_points_define_no_classes():
     """They would be pickled as members of __main__."""
     tree = ast.parse((PACKAGE / "train.py").read_text())
     assert not [node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+
+
+def test_no_two_classes_have_one_name():
+    """A name that stands for two things makes a reader look twice."""
+    found = [
+        name
+        for folder in ("ibdistill", "tools")
+        for path in (ROOT / folder).rglob("*.py")
+        for name in re.findall(r"(?m)^class (\w+)", path.read_text())
+    ]
+    assert sorted(name for name in set(found) if found.count(name) > 1) == []

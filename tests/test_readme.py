@@ -13,13 +13,13 @@ import pytest
 import yaml
 from harness import ROOT
 
-from ibdistill.config.evaluation_sections import EvaluationConfig
+from ibdistill.config.evaluation_sections import AskConfig, EvaluationConfig
 from ibdistill.config.sections import Config
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "ds_configs/README.md")]
 PAGES += sorted([*ROOT.glob("ibdistill/**/README.md"), *ROOT.glob("tools/**/README.md")])
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
-SECTIONS = {f.name: f.default_factory for f in fields(Config)} | {"eval": EvaluationConfig}
+SECTIONS = {f.name: f.default_factory for f in fields(Config)} | {"eval": EvaluationConfig, "ask": AskConfig}
 SETTINGS = {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)}
 OTHER_SETTINGS = {"section.field", "rates.FIELD", "tokens.question", "tokens.label", "tokens.rationale"}
 """Settings that no run has: a placeholder, and those that `tools/plan.py` takes besides."""

@@ -19,18 +19,37 @@ SHAPE = dict(
     pad_token_id=0,
 )
 GROUPED = SHAPE | {"num_key_value_heads": 2}
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS |= {"shared_expert_intermediate_size": 32, "experts_implementation": "eager"}  # others have no fp64
 SHAPES = {
+    "cohere": GROUPED,
+    "cohere2": GROUPED | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma": GROUPED | {"head_dim": 8},
+    # their embeddings reach logits of some 10; with a cap of 5 many of them are near it
+    "gemma2": GROUPED | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": GROUPED | {"head_dim": 8, "sliding_window": 8, "final_logit_softcapping": 5.0},
+    "glm4": GROUPED | {"head_dim": 8},
     "gpt2": dict(vocab_size=420, n_embd=32, n_layer=2, n_head=4, n_positions=256),
     "gpt_neox": SHAPE,
+    "granite": GROUPED | {"logits_scaling": 3.0},
+    "granitemoe": GROUPED | EXPERTS | {"logits_scaling": 3.0},
     "llama": GROUPED,
+    "ministral3": GROUPED | {"head_dim": 8},
     "mistral": GROUPED | {"sliding_window": 8},
+    "mixtral": GROUPED | EXPERTS,
+    "olmo": GROUPED,
     "olmo2": GROUPED,
+    "olmo3": GROUPED | {"sliding_window": 8},
+    "olmoe": GROUPED | EXPERTS,
     "opt": SHAPE | {"ffn_dim": 64, "word_embed_proj_dim": 16},
+    "phi": GROUPED,
     "phi3": GROUPED,
     "qwen2": GROUPED | {"tie_word_embeddings": True},
+    "qwen2_moe": GROUPED | EXPERTS,
     "qwen3": GROUPED | {"head_dim": 16},
+    "qwen3_moe": GROUPED | EXPERTS | {"head_dim": 16},
     "smollm3": GROUPED,
+    "starcoder2": GROUPED,
 }
 T5 = dict(vocab_size=420, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 T5 |= dict(pad_token_id=0, eos_token_id=0, decoder_start_token_id=0)  # of the tokenizer below

@@ -28,6 +28,16 @@ def settle(config: Config) -> None:
         teacher.cache_form = "states" if objective.mi_pair == "teacher" else "topk"
 
 
+def settle_precision(config: Config, *, multiplies_bf16: bool) -> None:
+    """Replace `student.precision` auto by what it stands for on devices that multiply in bf16, or do not.
+
+    fp32 on a GPU stays in full precision: bf16 is the fast choice, and fp32 is the one to compare it with,
+    which TF32's products, of 11 bits, would not be.
+    """
+    if config.student.precision == "auto":
+        config.student.precision = "bf16" if multiplies_bf16 else "fp32"
+
+
 def check(config: Config) -> None:
     """Raise ValueError where settings contradict; it names the settings, their values and the way out."""
     optim = config.optim

@@ -46,8 +46,9 @@ class RunConfig:
     term_gradients_every: NotNegativeInt = 100
     """Steps between two measurements of the gradient norm of each term of the loss; 0: never."""
     peak_tflops: NotNegative = 0.0
-    """Peak rate of one device in 10^12 operations per second, of which `speed/mfu` is a share. 0: measured
-    once, by matrix products. Give the data sheet's figure to compare with published utilisations."""
+    """Peak rate of one device in 10^12 operations per second, of which `speed/mfu` is a share. 0: its data
+    sheet's, in the run's precision, for the GPUs that `runtime/hardware.py` lists; for other devices measured
+    once, by matrix products."""
     eval_every: NotNegativeInt = 0
     """Steps between two evaluations on the validation split; 0: only at the end."""
     eval_limit: NotNegativeInt = 0
@@ -189,8 +190,10 @@ class StudentConfig:
     """Whether a hub or local model keeps its weights or only its shape. Presets are always random."""
     dropout: Decay | None = None
     """Dropout rate; none: the model's own."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16: bf16 weights and activations with fp32 master weights and optimizer states."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """bf16: bf16 weights and activations with fp32 master weights and optimizer states. fp32: all of it in
+    fp32, whose products are in full precision on a GPU too, without TF32. auto: bf16 on a GPU that has it,
+    else fp32."""
     lora_rank: NotNegativeInt = 0
     """Rank of LoRA adapters; 0: train all weights."""
     lora_alpha: Positive = 16.0

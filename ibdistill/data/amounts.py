@@ -2,7 +2,8 @@
 
 `-$3.50`, `8 red apples`, `1.5 million` and `10 - 4 = 6 apples` state one amount each. A text with anything
 number-like beside its amount (`3 or 4`, `3-4 days`, `5:30`, `2½`, `8 and a half`) states none: a part of an
-answer is another answer.
+answer is another answer. Nor does one whose number is a bound, a guess or denied (`less than 5`, `5 or more`,
+`about 7`, `not 5`).
 """
 
 from __future__ import annotations
@@ -40,6 +41,21 @@ _LONE = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]+)?")
 _MIXED = re.compile(r"([-+]?)([0-9]+) ([0-9]+/[0-9]+)")
 _RANGE_OR_DATE = re.compile(r"[0-9]\s*-[0-9]|[0-9]-\s*[0-9]|[0-9]/[0-9]+/[0-9]")
 _INEXACT = re.compile(r"[<>~\u2248\u2264\u2265\u00b1^]")
+_HEDGED = re.compile(
+    r"\b(?:than(?: or equal to)?|at (?:the )?(?:least|most|minimum|maximum|best|worst)"
+    r"|(?:minimum|maximum|upwards?|excess|order|range|vicinity) of|as (?:many|much|few|little) as"
+    r"|up to|close to|next to|about|around|above|below|beyond|over|under|near|nearly|almost|some|circa|ca|est"
+    r"|exceed(?:s|ing)?|estimated|not|isn['\u2019]t|within)\b[\s.:,(\"']*(?:(?:an?|the|just|only)\s+)?$",
+    re.IGNORECASE,
+)
+"""How a text ends before a number that is a bound, a guess or denied: `less than 5` is no 5."""
+_HEDGED_AFTER = re.compile(
+    r"\b(?:or|and) (?:so|up|over|under|above|below|beyond)\b"
+    r"|\b(?:or|and) (?:any )?(?:more|less|fewer|greater|higher|lower)\b"
+    r"|\bat (?:the )?(?:least|most|minimum|maximum)\b|\bor thereabouts\b|\bgive or take\b|^-?ish\b",
+    re.IGNORECASE,
+)
+_ROUGHLY = re.compile(r"\b(?:approx|approximate|approximately|roughly)\b", re.IGNORECASE)
 _NUMBER = re.compile(
     r"(?<![\d.])(?<![^\W\d_xX])(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?!,?[0-9])|[0-9]+)(?:\.[0-9]+)?|\.[0-9]+)"
 )
@@ -134,6 +150,8 @@ def _parts(text: str) -> tuple[str, int] | None:
     elif _RANGE_OR_DATE.search(core):
         return None
     core = balanced(core)
+    if _HEDGED.search(before) or _HEDGED_AFTER.search(after) or _ROUGHLY.search(before + after):
+        return None
     glued = bool(before) and (before[-1].isalnum() or before[-1] == "\u2014")
     dash = core[0] in "+-" and core[1] == " " and before.strip(" *(:=")  # `the sum - 5` is no -5
     goes_on = re.match(r"\s*[-+*/=:_]", after)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill.data import token_ids
 from ibdistill.data.features import Features
 from ibdistill.data.records import SEGMENTS, segments_of
+from ibdistill.ops.copies import to_device
 
 logger = logging.getLogger("ibdistill")
 
@@ -85,15 +86,23 @@ class Batch:
 
         The copy overlaps with what the device is doing.
         """
+        if device.type == "cpu":
+            return self
+        return self._mapped(lambda tensor: to_device(tensor, device))
 
-        def moved(value: Any) -> Any:
+    def pinned(self) -> Batch:
+        """The batch in memory that a GPU can read by itself, which is where `to` would copy it first."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with this done to all its tensors but `cu`."""
+
+        def changed(value: Any) -> Any:
             if isinstance(value, dict):
-                return {key: moved(tensor) for key, tensor in value.items()}
-            if isinstance(value, Tensor) and device.type == "cuda":
-                return value.pin_memory().to(device, non_blocking=True)
-            return value
+                return {key: changed(tensor) for key, tensor in value.items()}
+            return function(value) if isinstance(value, Tensor) else value
 
-        fields = {f.name: moved(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        fields = {f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)}
         return Batch(**fields | {"cu": self.cu})
 
 
@@ -106,6 +115,7 @@ def collate(
     start: int | None,
     bos: int | None = None,
     separator: int | None = None,
+    multiple: int = 1,
 ) -> Batch:
     """The micro-batch of the records `rows`. `models.families.layout` gives a model's keyword arguments.
 
@@ -116,6 +126,7 @@ def collate(
             model.
         separator: what stands between question and target for a decoder-only model; None for
             an encoder-decoder model.
+        multiple: rows are padded to a width that is a multiple of this, see `hardware.width_multiple`.
 
     Of features whose questions are whole prompts, nothing comes in front of a prompt or behind it.
     """
@@ -123,11 +134,11 @@ def collate(
     segments = segments_of(streams)
     targets = {segment: [features.targets[segment][row] for row in rows] for segment in segments}
     if features.whole_prompts:
-        inputs = _decoder_only(questions, targets, pad, None, None)
+        inputs = _decoder_only(questions, targets, pad, None, None, multiple)
     elif separator is None:
-        inputs = _encoder_decoder(questions, targets, pad, start, bos)
+        inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple)
     else:
-        inputs = _decoder_only(questions, targets, pad, start, separator)
+        inputs = _decoder_only(questions, targets, pad, start, separator, multiple)
     return Batch(
         streams=tuple(streams),
         question_ids=tuple(features.ids[row] for row in rows),
@@ -140,14 +151,17 @@ def collate(
     )
 
 
-def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int, bos: int | None) -> dict[str, Any]:
-    input_ids, attention_mask = _pad([_led(row, bos) for rows in questions.values() for row in rows], pad)
+def _encoder_decoder(
+    questions: Rows, targets: Rows, pad: int, start: int, bos: int | None, multiple: int
+) -> dict[str, Any]:
+    rows = [_led(row, bos) for rows in questions.values() for row in rows]
+    input_ids, attention_mask = _pad(rows, pad, multiple=multiple)
     lead = int(bos is not None)
     decoder_input_ids, positions = {}, {}
     for stream in questions:
         rows = _whole(targets, stream)
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
-        decoder_input_ids[stream], mask = _pad(shifted, pad)
+        decoder_input_ids[stream], mask = _pad(shifted, pad, multiple=multiple)
         positions |= _segment_places(targets, stream, [0] * len(rows), mask.shape[1])
     first = next(iter(questions.values()))
     return {
@@ -160,7 +174,7 @@ def _encoder_decoder(questions: Rows, targets: Rows, pad: int, start: int, bos: 
 
 
 def _decoder_only(
-    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int | None
+    questions: Rows, targets: Rows, pad: int, bos: int | None, separator: int | None, multiple: int
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
     prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
@@ -169,7 +183,7 @@ def _decoder_only(
         for stream in prompts
         for prompt, target in zip(prompts[stream], _whole(targets, stream), strict=True)
     ]
-    input_ids, attention_mask = _pad(rows, pad)
+    input_ids, attention_mask = _pad(rows, pad, multiple=multiple)
     width, lead = input_ids.shape[1], int(bos is not None)
     first, positions = next(iter(prompts.values())), {}
     for stream, own in prompts.items():
@@ -271,10 +285,14 @@ def whole_prompts(ids: Sequence[Sequence[int]], pad: int, *, left: bool = True) 
     return _pad([np.asarray(row, dtype=np.int64) for row in ids], pad, left=left)
 
 
-def _pad(sequences: Sequence[np.ndarray], pad: int, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Ids and mask of real ones, both [rows, longest] int64; at least one column, which models need."""
+def _pad(
+    sequences: Sequence[np.ndarray], pad: int, left: bool = False, multiple: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Ids and mask of real ones, both [rows, longest] int64, with the longest rounded up to a multiple; at
+    least one column, which models need."""
     lengths = np.array([len(sequence) for sequence in sequences])
-    mask = np.arange(max(1, lengths.max(initial=0)))[None, :] < lengths[:, None]
+    width = -(-max(1, lengths.max(initial=0)) // multiple) * multiple
+    mask = np.arange(width)[None, :] < lengths[:, None]
     mask = mask[:, ::-1] if left else mask
     ids = np.full(mask.shape, pad, dtype=np.int64)
     ids[mask] = np.concatenate(sequences)

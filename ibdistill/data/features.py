@@ -231,6 +231,7 @@ def reasonings(
             )
         _report_unknown(texts, rationales, tokenizer, f"{split}: %d of %d rationales")
         _report_unknown(labels, answers, tokenizer, f"{split}: %d of %d labels")
+        cut["answers"] = cut.get("answers", 0) + sum(len(ids) > config.max_label_tokens for ids in answers)
         for i, ids, answer in zip(mine, rationales, answers, strict=True):
             if len(ids) + len(between) > limit:
                 long.append((i, len(ids) + len(between)))
@@ -239,6 +240,9 @@ def reasonings(
             kept = ids[: limit - len(between)] + between
             rows[i] = kept, token_ids.cut(answer, config.max_label_tokens)
     cut["reasonings"] = len(long)
+    if cut.get("answers"):
+        message = "%s: %d of %d answers of the reason stream are longer than %d tokens and were cut"
+        logger.warning(message, split, cut["answers"], len(records), config.max_label_tokens)
     _report_long(long, records, config, split)
     return {name: Ragged(row[part] for row in rows) for part, name in enumerate(SEGMENTS["reason"])}
 

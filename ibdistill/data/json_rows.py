@@ -52,6 +52,19 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def check_form(path: Path) -> None:
+    """Raise ValueError if a file begins as none of the forms above does, as a CSV table or a spreadsheet."""
+    with path.open("rb") as file:
+        start = file.read(1 << 12).removeprefix(b"\xef\xbb\xbf").lstrip()
+    if not start or start[0] in b"{[" or start.startswith((b"PAR1", b"\x1f\x8b")):
+        return
+    if start[0] < 0x80:  # else it is no UTF-8, which `read_rows` says
+        raise ValueError(
+            f"{path} begins with {shown(start[:40].decode(errors='replace'))}; expected {_EXPECTED}. A CSV "
+            'table becomes one by `datasets.load_dataset("csv", data_files=FILE)["train"].to_json(NEW_FILE)`'
+        )
+
+
 def field_text(row: dict[str, Any], key: str) -> str:
     """The field as text. A number counts as the text of its value: `8`, `8.0` and `8e0` are all `8`.
 

@@ -71,6 +71,33 @@ def check_split(
     }
 
 
+def truncated_shares(records: Loaded, train: Features, config: DataConfig) -> dict[str, float]:
+    """Which texts are too long, as scalars by their tags.
+
+    `data/truncated_share_WHAT` is the share of the training texts that fill their limit, so that they were
+    cut or, in rare cases, just fit. `data/truncated_share_SPLIT_WHAT` is the share that `check_texts` found
+    cut in validation and test, over all tasks; the rationales there are references, which no limit cuts.
+    `data/long_reasonings` is the number of rationales of a reason stream to which `data.long_reasoning` was
+    applied.
+    """
+    limits = {
+        "questions": (train.first_questions, config.max_question_tokens),
+        "labels": (train.labels, config.max_label_tokens),
+        "rationales": (train.rationales, config.max_rationale_tokens),
+    }
+    shares = {name: float((texts.lengths >= limit).mean()) for name, (texts, limit) in limits.items()}
+    if train.whole_prompts:  # the limit is on what the user says, and a prompt holds more
+        shares["questions"] = train.cut.get(f"{train.streams[0]} questions", 0) / len(train)
+    for split, tasks in (("valid", records.valid), ("test", records.test)):
+        total = max(1, sum(len(part) for part in tasks.values()))  # demo_pretrain has no test split
+        for what in ("questions", "labels"):
+            cut = sum(records.report.get(f"{task}/{split}/cut_{what}", 0) for task in tasks)
+            shares[f"{split}_{what}"] = cut / total
+    long = train.cut.get("reasonings")
+    scalars = {f"data/truncated_share_{name}": share for name, share in shares.items()}
+    return scalars if long is None else scalars | {"data/long_reasonings": float(long)}
+
+
 def _as_said(record: Record, config: DataConfig) -> Record:
     """The record with the label that a student who learned from `config` would have to give."""
     letter_of = TASKS[record.task].letter_of

@@ -14,11 +14,9 @@ from ibdistill.config.sections import StudentConfig
 from ibdistill.data import chat, reasoning
 from ibdistill.data.records import Record, map_numbers, with_numbers
 from ibdistill.data.tokenizers import load_tokenizer
-from ibdistill.models import presets
 from ibdistill.models.decoding import decode
 from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
-from ibdistill.runtime.files import COMPLETE
 
 Said = dict[str, Any]
 
@@ -84,24 +82,3 @@ def _texts(student: Student, stream: str, questions: Sequence[str], batch_size: 
     if prompt.tags is not None and stream != "reason":
         texts = [chat.visible(text, prompt.chat_settings()) for text in texts]
     return texts
-
-
-def student_folder(student: str) -> str:
-    """The folder of the student that is meant by a run folder; the name itself of any other folder or model.
-
-    Raises ValueError for a preset, a checkpoint, and a run without a student.
-    """
-    if student in presets.PRESETS:
-        raise ValueError(f"{student!r} is a preset, whose weights are random; give a trained student")
-    path = Path(student)
-    if (path / COMPLETE).is_file():
-        raise ValueError(
-            f"{student!r} is a checkpoint for resuming a run; give RUN/student, which a finished run exports"
-        )
-    if (path / "config.yaml").is_file():
-        path = path / "student"
-        if not path.is_dir():
-            raise ValueError(
-                f"{student!r} is a run without a student: it is not finished, or run.export is off"
-            )
-    return str(path) if path.is_dir() else student

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import Config
 from ibdistill.data import batches
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import chat_template as student_template
 from ibdistill.models import model_card
-from ibdistill.models.families import base_of, greedy, layout
+from ibdistill.models.families import greedy, layout
+from ibdistill.models.merging import merged
 from ibdistill.models.prompt import Prompt
 
 _PROBES = (
@@ -63,28 +64,6 @@ def write(
 def lines(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, folder: Path) -> str:
     """The lines of plain transformers that ask the student in `folder` as it was evaluated."""
     return model_card.usage(Prompt.of(model, tokenizer, config), str(folder))
-
-
-def merged(model: nn.Module) -> PreTrainedModel:
-    """The model itself, or a copy of it with its adapters added to the weights."""
-    if not hasattr(model, "merge_and_unload"):
-        return model
-    in_4bit = getattr(base_of(model), "is_loaded_in_4bit", False)
-    return (dequantized(model) if in_4bit else copy.deepcopy(model)).merge_and_unload()
-
-
-def dequantized(model: nn.Module) -> nn.Module:
-    """A copy whose weights below the adapters are no longer in 4 bits, so that adding an adapter is exact.
-
-    Merged as they are, the sums would be rounded to 4 bits again, and the student would answer differently.
-    """
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-
-    adapters = get_peft_model_state_dict(model)
-    base = copy.deepcopy(model).unload().dequantize()
-    whole = get_peft_model(base, copy.deepcopy(model.peft_config["default"]), autocast_adapter_dtype=False)
-    set_peft_model_state_dict(whole, adapters)
-    return whole
 
 
 def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | None:

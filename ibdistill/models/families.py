@@ -1,9 +1,4 @@
-"""The two families of models, and loading any of their members.
-
-A model type is in `FAMILIES` if its base model's forward gives the states that its head
-takes, so that `forward.states` needs to know nothing else about it; the tests hold every type
-to that, on its own logits.
-"""
+"""Loading the models of both families (`architectures`)."""
 
 from __future__ import annotations
 
@@ -25,33 +20,23 @@ from transformers import (
 
 from ibdistill.data import tokenizers
 from ibdistill.models import presets
+from ibdistill.models.architectures import DECODER_ONLY as DECODER_ONLY  # for those who import both families
+from ibdistill.models.architectures import ENCODER_DECODER, FAMILIES, check_logits, family
 from ibdistill.models.fused import fused
 from ibdistill.runtime.files import digest
 
 logger = logging.getLogger("ibdistill")
 
-ENCODER_DECODER, DECODER_ONLY = "encoder-decoder", "decoder-only"
-FAMILIES = dict.fromkeys(("t5", "mt5"), ENCODER_DECODER) | dict.fromkeys(
-    ("gemma", "gpt2", "gpt_neox", "llama", "mistral", "olmo2", "opt", "phi3", "qwen2", "qwen3", "smollm3"),
-    DECODER_ONLY,
+# T5 has the first, GPT-2 the next three, Starcoder2 the two after these, all others some of the rest
+_DROPOUTS = (
+    "dropout_rate",
+    "attn_pdrop",
+    "embd_pdrop",
+    "resid_pdrop",
+    "residual_dropout",
+    "embedding_dropout",
 )
-"""Model type -> family, of all supported types."""
-
-_SCALES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-    "logits_mup_width_multiplier",
-)
-# T5 has the first, GPT-2 the next three, all others one or both of the last two
-_DROPOUTS = ("dropout_rate", "attn_pdrop", "embd_pdrop", "resid_pdrop", "attention_dropout", "dropout")
-
-
-def family(model: nn.Module | PreTrainedConfig) -> str:
-    """`encoder-decoder` or `decoder-only`: the family of a supported model or of its configuration."""
-    return FAMILIES[getattr(model, "config", model).model_type]
+_DROPOUTS += ("attention_dropout", "dropout")
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:
@@ -77,9 +62,9 @@ def layout(
 def load_config(name: str, setting: str) -> PreTrainedConfig:
     """A model's configuration by hub name or folder.
 
-    Raises ValueError, naming `setting`, if there is none, if the type is not supported, if the
-    model changes its logits after the head, which our loss on the head's weights would miss, or if
-    an encoder-decoder model does not say with which token its decoder starts.
+    Raises ValueError, naming `setting`, if there is none, if the type is not supported, if what the
+    logits are scaled or capped with is no positive number, or if an encoder-decoder model does not say
+    with which token its decoder starts.
     """
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -87,16 +72,11 @@ def load_config(name: str, setting: str) -> PreTrainedConfig:
         known = f"no preset ({', '.join(presets.PRESETS)}), and " if setting == "student.model" else ""
         reason = tokenizers.why_not_loaded(name, error)
         raise ValueError(f"{setting} is {name!r}: {known}no model could be loaded: {reason}") from error
-    for field in _SCALES:
-        if (value := getattr(config, field, None)) not in (None, 1):
-            raise ValueError(
-                f"{setting} is {name!r}, a {config.model_type!r} model with {field} {value} between its head "
-                "and its logits, which is not supported; take a model without"
-            )
     if config.model_type not in FAMILIES:
         raise ValueError(
             f"{setting} is {name!r}, a {config.model_type!r} model; supported are {', '.join(FAMILIES)}"
         )
+    check_logits(config, f"{setting} is {name!r}, which")
     if family(config) == ENCODER_DECODER and getattr(config, "decoder_start_token_id", None) is None:
         raise ValueError(
             f"{setting} is {name!r}, whose config.json has no decoder_start_token_id, the token with which "

@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from ibdistill.data.batches import Batch
 from ibdistill.data.records import SEGMENTS
-from ibdistill.models.families import ENCODER_DECODER, base_of, family
+from ibdistill.models.architectures import ENCODER_DECODER, family, state_factor
+from ibdistill.models.families import base_of
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,9 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
             encoder_attention_mask=batch.attention_mask[rows],
             use_cache=False,
         )[0]
-        # T5 with tied embeddings scales the states that go into its head
-        scales = getattr(model.config, "scale_decoder_outputs", False)
         for segment in SEGMENTS[stream]:
             hidden = decoded.flatten(0, 1).index_select(0, batch.positions[segment])
-            targets[segment] = hidden * model.config.d_model**-0.5 if scales else hidden
+            targets[segment] = _for_head(hidden, model)
     return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions), tuple(more))
 
 
@@ -98,9 +97,15 @@ def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
     hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False)[0]
     of_stream = dict(zip(batch.streams, hidden.chunk(len(batch.streams)), strict=True))
     targets = {
-        segment: rows.flatten(0, 1).index_select(0, batch.positions[segment])
+        segment: _for_head(rows.flatten(0, 1).index_select(0, batch.positions[segment]), model)
         for stream, rows in of_stream.items()
         for segment in SEGMENTS[stream]
         if segment in batch.positions
     }
     return States(targets, hidden.flatten(0, 1).index_select(0, batch.question_positions))
+
+
+def _for_head(hidden: Tensor, model: PreTrainedModel) -> Tensor:
+    """Final states [N, D] as the head takes them: with the factor that the model gives its logits."""
+    factor = state_factor(model.config)
+    return hidden if factor == 1 else hidden * factor

@@ -12,6 +12,7 @@ from huggingface_hub import try_to_load_from_cache
 from ibdistill.config.fields import to_flat
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config, ObjectiveConfig
+from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import presets
 from ibdistill.models.prompt import Prompt, tasks_of
@@ -95,13 +96,13 @@ A student distilled with ibdistill on the task {", ".join(tasks_of(config))}. It
 
 ## Use
 
-These lines give the answers that were evaluated:
+These lines give the answers that were evaluated{_rounding(config)}:
 
 ```python
 {usage(prompt, ".")}
 ```
 
-{chat}
+{_prefixes(config, prompt)}{chat}
 
 ## Scores on the test split
 
@@ -191,6 +192,34 @@ def answer(question, max_new_tokens, **stream):
 
 question = "..."
 {chr(10).join(asking)}"""
+
+
+def _rounding(config: Config) -> str:
+    """Why a text of a student in 16 bits may differ from the evaluated one; empty in fp32."""
+    if config.student.precision == "fp32":
+        return ""
+    return (
+        f", up to rounding. The weights are in {config.student.precision}, where the last bits of a result "
+        f"depend on the shape of the batch. The evaluation had batches of {config.run.eval_batch_size} "
+        "questions and the lines ask one, so a text may go on differently where two tokens are nearly as "
+        "probable"
+    )
+
+
+def _prefixes(config: Config, prompt: Prompt) -> str:
+    """What precedes a question of each task of a mixture, as a table; empty for one task."""
+    tasks = tasks_of(config)
+    if len(tasks) == 1:
+        return ""
+    rows = [["task", *prompt.prefixes], ["---"] * (1 + len(prompt.prefixes))]
+    rows += [
+        [t, *(f"`{json.dumps(TASKS[t].prefixes[stream])}`" for stream in prompt.prefixes)] for t in tasks
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return (
+        f"The student was trained on {len(tasks)} tasks, each with its own text in front of a question. "
+        f"The lines above, and the chat template if there is one, have that of {tasks[0]}:\n\n{table}\n\n"
+    )
 
 
 def _front_matter(config: Config) -> dict[str, Any]:

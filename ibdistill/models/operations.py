@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ibdistill.models.families import ENCODER_DECODER, base_of, family
+from ibdistill.models.architectures import ENCODER_DECODER, active_experts, family
+from ibdistill.models.families import base_of
 
 _ON_QUESTION = (".EncDecAttention.k", ".EncDecAttention.v")
 """Parts of the names of those matrices of T5's decoder that make the keys and values of cross-attention."""
@@ -23,11 +24,13 @@ def operations_per_token(model: nn.Module) -> tuple[int, int]:
 
     In an encoder-decoder model a question's tokens meet the encoder and the keys and values of the decoder's
     cross-attention, which read the encoder's states; a target's tokens meet the rest of the decoder and the
-    head. In a decoder-only model both meet all blocks.
+    head. In a decoder-only model both meet all blocks, but of a mixture of experts only those that the router
+    chooses.
     """
     base = base_of(model)
     head = base.get_output_embeddings()
-    matrices = dict(_matrices(base, without=head))
+    share = active_experts(base.config)
+    matrices = dict(_matrices(base, without=head, share=share))
     if family(base) == ENCODER_DECODER:
         of_decoder = {
             name
@@ -41,9 +44,11 @@ def operations_per_token(model: nn.Module) -> tuple[int, int]:
     return question, target + sum(cost for _, cost in _matrices(head))
 
 
-def _matrices(module: nn.Module, without: nn.Module | None = None) -> Iterable[tuple[str, int]]:
+def _matrices(
+    module: nn.Module, without: nn.Module | None = None, share: float = 1.0
+) -> Iterable[tuple[str, int]]:
     """(name, operations per token) of the matrices in a module, also where ZeRO-3 has partitioned them or
-    their weights are packed."""
+    their weights are packed. `share`: of experts, whose matrices stand in one tensor [experts, ., .]."""
     left_out = set() if without is None else set(without.modules())
     for name, part in module.named_modules():
         if isinstance(part, nn.Embedding) or part in left_out:
@@ -55,4 +60,6 @@ def _matrices(module: nn.Module, without: nn.Module | None = None) -> Iterable[t
                 size = (
                     part.in_features * part.out_features if is_linear else getattr(p, "ds_numel", p.numel())
                 )
+                if len(getattr(p, "ds_shape", p.shape)) == 3:
+                    size = int(size * share)
                 yield f"{name}.{key}", (6 if p.requires_grad else 4) * size

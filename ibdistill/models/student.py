@@ -178,7 +178,10 @@ def with_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     except ValueError as error:
         raise ValueError(f"student.lora_targets is {config.lora_targets}: {error}") from error
     for name, module in adapted.base_model.model.named_modules():
-        if isinstance(module, BaseTunerLayer) and id(module.get_base_layer().weight) in vocabulary:
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        # experts have several weights, of other names
+        if id(getattr(module.get_base_layer(), "weight", None)) in vocabulary:
             raise ValueError(
                 f"student.lora_targets is {config.lora_targets}, and {name} is the model's head or embedding "
                 "table. The loss reads the head's weight itself, so an adapter there would not be trained; "

@@ -140,6 +140,6 @@ def utilization(interval: Interval, operations: tuple[int, int], peak: float, wo
 
 
 def peak_rate(config: Config, world: World) -> float:
-    """Operations per second that a device could do: `run.peak_tflops`, or else measured."""
+    """Operations per second that a device could do: `run.peak_tflops`, or else `hardware.peak_rate`."""
     dtype = torch.bfloat16 if config.student.precision == "bf16" else torch.float32
-    return 1e12 * config.run.peak_tflops or hardware.measured_peak(world.device, dtype)
+    return 1e12 * config.run.peak_tflops or hardware.peak_rate(world.device, dtype)

@@ -26,10 +26,12 @@ from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.data.batches import Batch
 from ibdistill.data.records import STREAMS
 from ibdistill.models import forward as models_forward
-from ibdistill.models.families import ENCODER_DECODER, base_of, family
+from ibdistill.models.architectures import ENCODER_DECODER, family, softcap
+from ibdistill.models.families import base_of
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.objectives.weights import GRADIENT, mi_settings, pairs_of, uses_vib, uses_vid
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions, Weights, head_loss
 
 
@@ -76,10 +78,11 @@ class _LossHead(nn.Module):
     happen inside a module that owns the head. The parameter is the model's own, not a copy.
     """
 
-    def __init__(self, head: nn.Linear) -> None:
+    def __init__(self, head: nn.Linear, softcap: float | None) -> None:
         super().__init__()
         self.weight = head.weight
         self.bias = head.bias
+        self.softcap = softcap
         self.measures = False
         """Whether the next forward also measures each term's gradient (`term_gradients`)."""
 
@@ -88,9 +91,10 @@ class _LossHead(nn.Module):
         total, terms = 0.0, {}
         for pair in pairs:
             arguments = pair.label, pair.rationale, self.weight, self.bias
-            loss, own = head_loss(*arguments, weights=pair.weights, mi=mi, teacher=pair.teacher)
+            settings = {"mi": mi, "teacher": pair.teacher, "softcap": self.softcap}
+            loss, own = head_loss(*arguments, weights=pair.weights, **settings)
             if self.measures:
-                own |= term_gradients(*arguments, pair.weights, mi=mi, teacher=pair.teacher)
+                own |= term_gradients(*arguments, pair.weights, **settings)
             total, terms = total + loss, terms | {pair.named(name): value for name, value in own.items()}
         return total, terms
 
@@ -147,7 +151,7 @@ def teacher_accuracy(answer: TeacherAnswer, batch: Batch) -> dict[str, Tensor]:
     else:
         best = nn.functional.linear(target.hidden, answer.weight, answer.bias).argmax(-1)
     differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
-    bounds = batch.cu[segment].to(labels.device).long()
+    bounds = to_device(batch.cu[segment].long(), labels.device)
     right = (differs[bounds[1:]] == differs[bounds[:-1]]).sum()
     return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(bounds) - 1).float()}
 
@@ -166,7 +170,7 @@ class Distillation(nn.Module):
         """`teacher_width`: size of the teacher's question states, for vid; `seed`: for vid's map."""
         super().__init__()
         self.model = model
-        self.head = _LossHead(model.get_output_embeddings())
+        self.head = _LossHead(model.get_output_embeddings(), softcap(base_of(model).config))
         self.objective = objective
         self.mi = mi_settings(objective)
         width = model.get_input_embeddings().embedding_dim
@@ -225,6 +229,7 @@ class Distillation(nn.Module):
             explain=answer.targets.get(names[1]),  # a method may train on the label alone
             weight=answer.weight,
             bias=answer.bias,
+            softcap=answer.softcap,
             divergence=self.objective.divergence,
             beta=self.objective.jsd_beta,
             temperature=self.objective.kd_temperature,

@@ -24,6 +24,8 @@ class TeacherAnswer:
     """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states."""
     bias: Tensor | None = None
     """[V]"""
+    softcap: float | None = None
+    """The cap of the head's logits (`ops.head_loss.softcap`)."""
 
     def tensors(self) -> list[Tensor]:
         """All tensors of it."""

@@ -8,10 +8,12 @@ backward pass multiplies these by the upstream gradient.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+
+_LIBRARY = torch.library.Library("ibdistill", "FRAGMENT")
 
 
 def differentiable_once(op: torch.library.CustomOpDef) -> None:
@@ -56,3 +58,15 @@ def _scale(gradient: Tensor, upstream: Tensor) -> Tensor:
     if type(upstream) is Tensor and upstream.device.type == "cpu" and upstream == 1:
         return gradient
     return gradient.mul_(upstream)
+
+
+def opaque(name: str, function: Callable, fake: Callable) -> Callable:
+    """`function` as the op ibdistill::name, opaque to torch.compile, without a gradient.
+
+    `torch.library.custom_op` gives the same at 20 microseconds more per call, which matter for an op that
+    runs in every layer. `function` must not return or change its arguments; `fake` makes the shapes.
+    """
+    _LIBRARY.define(name + torch.library.infer_schema(function, mutates_args=()))
+    _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ibdistill::{name}", fake)
+    return getattr(torch.ops.ibdistill, name).default

@@ -5,7 +5,12 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +20,11 @@ from ibdistill.ops.checks import check_choice
 IMPLEMENTATIONS = ("auto", "triton", "torch")
 
 logger = logging.getLogger(__name__)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the forms for a GPU run on x; a dry run puts the answer for its device in this place."""
+    return x.device.type == "cuda"
 
 
 def choose(op: str, impl: str, example: Tensor, missing: str | None = None) -> str:
@@ -50,7 +60,35 @@ def _why_not_triton(example: Tensor) -> str | None:
         return "the tensors are not on a GPU, and TRITON_INTERPRET=1 is not set"
     if example.dtype == torch.float64:
         return "it has no float64"
-    return None
+    return compilation_trouble() if example.device.type == "cuda" else None
+
+
+@cache
+def compilation_trouble() -> str | None:
+    """Why Triton cannot compile what launches its kernels on a GPU; None if it can. Probed once, in 0.1 s.
+
+    Triton calls the C compiler that CC names, else gcc, else clang, on a file that includes Python.h. Without
+    either its first kernel would end the run.
+    """
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no C compiler (Debian, Ubuntu: apt-get install gcc python3-dev; or set CC)"
+    # as Triton does, which works around the folder that Debian adds
+    scheme = sysconfig.get_default_scheme().replace("posix_local", "posix_prefix")
+    include = sysconfig.get_paths(scheme=scheme)["include"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <Python.h>\nint probe(void) { return PY_VERSION_HEX; }\n")
+        command = [compiler, str(source), "-shared", "-fPIC", f"-I{include}", "-o", f"{folder}/probe.so"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"the C compiler {compiler} cannot be run ({error}); set CC to another"
+    if done.returncode == 0:
+        return None
+    if not Path(include, "Python.h").is_file():
+        return f"{include} has no Python.h (Debian, Ubuntu: apt-get install python3-dev)"
+    return f"the C compiler {compiler} fails ({done.stderr.strip()[-200:]}); set CC to another"
 
 
 @cache

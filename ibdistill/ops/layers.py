@@ -6,7 +6,8 @@ input and one number per row, a gate keeps its two inputs, and a dropout mask ta
 rest is computed again in the backward pass, by operations that cost next to nothing beside the matrix
 products.
 
-On a GPU dropout is torch's own kernel. A CPU has other masks and an attention of its own: see `ops.cpu`.
+On a GPU dropout and the norm are torch's own kernels, and a gate is `ops.gates`. A CPU has other masks and an
+attention of its own: see `ops.cpu`.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ibdistill.ops import implementation
 from ibdistill.ops.cpu.dropout import apply_mask, keep_mask
+from ibdistill.ops.gates import activate
 
 
 def dropout(x: Tensor, rate: float) -> Tensor:
     """Dropout of any tensor at a rate in [0, 1), scaled by 1 / (1 - rate) to keep the mean."""
-    if rate == 0 or x.device.type != "cpu":  # a GPU has one kernel for it, with a mask of bytes
+    if rate == 0:
         return nn.functional.dropout(x, rate)
+    if implementation.on_gpu(x):  # one kernel, with a mask of bytes
+        return torch.native_dropout(x, rate, True)[0]
     return _Dropout.apply(x, rate)
 
 
@@ -34,13 +39,18 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         epsilon: added to the mean of the squares.
 
     Sums are accumulated in float32 (float64 for a float64 x); x is divided before it is rounded to the
-    weight's dtype, and rounded before it is multiplied, as transformers does.
+    weight's dtype, and rounded before it is multiplied, as transformers does. On a GPU it is rounded once, at
+    the end, by torch's kernel.
     """
+    if implementation.on_gpu(x) and x.dtype == weight.dtype:
+        return nn.functional.rms_norm(x, x.shape[-1:], weight, epsilon)
     return _RMSNorm.apply(x, weight, epsilon)
 
 
 def gated_gelu(gate: Tensor, up: Tensor, rate: float) -> Tensor:
     """dropout(gelu(gate) up), with the tanh form of GELU; `gate` and `up` have one shape and dtype."""
+    if implementation.on_gpu(gate):
+        return activate(gate, up, activation="gelu", rate=rate)
     return _GatedGELU.apply(gate, up, rate)
 
 
@@ -52,17 +62,10 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
-def _keep(x: Tensor, rate: float) -> tuple[Tensor, float]:
-    """A bool mask of the elements of x that stay, and what they are multiplied with."""
-    if x.device.type == "cpu":
-        return keep_mask(x, rate)
-    return torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - rate), 1 / (1 - rate)
-
-
 class _Dropout(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, rate: float) -> Tensor:
-        mask, ctx.scale = _keep(x, rate)
+        mask, ctx.scale = keep_mask(x, rate)
         ctx.save_for_backward(mask)
         return apply_mask(x, mask, ctx.scale)
 
@@ -99,7 +102,7 @@ class _GatedGELU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate: Tensor, up: Tensor, rate: float) -> Tensor:
         out = nn.functional.gelu(gate, approximate="tanh").mul_(up)
-        mask, ctx.scale = _keep(out, rate) if rate else (None, 1.0)
+        mask, ctx.scale = keep_mask(out, rate) if rate else (None, 1.0)
         ctx.save_for_backward(gate, up, mask)
         return out if mask is None else apply_mask(out, mask, ctx.scale)
 

@@ -1,4 +1,8 @@
-"""Attention with the memory that a device's kernels take, for dry runs."""
+"""Attention and norms with the memory that a device's kernels take, for dry runs.
+
+T5's attention with a bias is an op of its own, which makes shapes on fake tensors. Whether a layer calls it,
+or another form for a GPU, is asked of `ops.implementation.on_gpu`, which answers for the planned device here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from ibdistill.ops import implementation
+
 
 class _FusedAttention(torch.autograd.Function):
     """An attention with the memory of a fused kernel, which keeps its inputs, its output and a logarithm per
@@ -15,26 +21,42 @@ class _FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        out = torch.empty_like(query[..., :1]).expand(*query.shape[:-1], value.shape[-1]).contiguous()
+        out = query.new_empty(*query.shape[:-1], value.shape[-1]).zero_()  # in place of the kernel
         ctx.save_for_backward(query, key, value, mask, out, torch.empty(query.shape[:-1]))
         return out
 
     @staticmethod
     def backward(ctx, _):
         inputs = ctx.saved_tensors[:4]
+        torch.empty(1).zero_()  # in place of the kernel
         return tuple(
             torch.empty_like(x) if need else None
             for x, need in zip(inputs, ctx.needs_input_grad, strict=True)
         )
 
 
+class _FusedNorm(torch.autograd.Function):
+    """A norm with the memory of torch's kernel, which keeps its input and a number per row."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight, x.new_empty(x.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(x).zero_()  # in place of the kernel
+
+    @staticmethod
+    def backward(ctx, _):
+        x, weight, _ = ctx.saved_tensors
+        d_x = torch.empty_like(x).zero_()  # in place of the kernel
+        return d_x, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
 @contextmanager
 def attention_of(device: str) -> Iterator[None]:
-    """Within this context attention takes the memory of a GPU's fused kernel; for a CPU nothing changes."""
+    """Within this context attention and norms take the memory of a GPU's kernels; a CPU's stay."""
     if device == "cpu":
         yield
         return
-    original = nn.functional.scaled_dot_product_attention
+    originals = nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu
 
     def fused(query, key, value, attn_mask=None, *args, **kwargs):
         groups = query.shape[1] // key.shape[1]
@@ -43,7 +65,9 @@ def attention_of(device: str) -> Iterator[None]:
         return _FusedAttention.apply(query, key, value, attn_mask)
 
     nn.functional.scaled_dot_product_attention = fused
+    nn.functional.rms_norm = lambda x, shape, weight, epsilon: _FusedNorm.apply(x, weight)
+    implementation.on_gpu = lambda x: True
     try:
         yield
     finally:
-        nn.functional.scaled_dot_product_attention = original
+        nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu = originals

@@ -5,8 +5,7 @@ two things are counted for every supported family without a formula for each: th
 live at once, and the order in which modules use their parameters. What happens inside custom operators (head
 loss, vid) cannot be seen this way; `footprint` adds their buffers by formula.
 
-The attention kernels of a GPU keep no [T, T] matrices. Those of a CPU keep them where there is dropout or a
-trained bias. `device` chooses between the two.
+`device` chooses between the layers of a GPU, which keep no [T, T] matrices, and those of a CPU.
 """
 
 from __future__ import annotations
@@ -38,6 +37,8 @@ from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
 from ibdistill.planning.attention import attention_of
+from ibdistill.planning.experts import experts_in_any_dtype
+from ibdistill.planning.kernels import launches
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -170,8 +171,7 @@ class Skeleton:
 
 
 def _published(name: str) -> PreTrainedConfig | None:
-    shape = published_shapes.PUBLISHED.get(name)
-    return AutoConfig.for_model(**shape) if shape else None
+    return AutoConfig.for_model(**shape) if (shape := published_shapes.PUBLISHED.get(name)) else None
 
 
 @dataclass(frozen=True)
@@ -182,6 +182,8 @@ class Living:
     """The most at any time, without what custom operators hold inside."""
     at_head: int = 0
     """Bytes of the tensors that exist when the head loss starts."""
+    kernels: int = 0
+    """Kernels that the pass launches, as `planning.kernels` counts them."""
 
 
 def student_step(
@@ -208,23 +210,23 @@ def student_step(
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, dict.fromkeys([*segments_of(SEGMENTS), "explained"], 1))
-    with attention_of(device), skeleton.mode, tracker:
+    with attention_of(device), experts_in_any_dtype(), skeleton.mode, tracker:
         loss, _ = module(batch, weights, answer, 1)
         loss.backward()
     hook.remove()
     for parameter in module.parameters():
         parameter.grad = None
-    return Living(tracker.peak, at_head[0])
+    return Living(tracker.peak, at_head[0], tracker.kernels)
 
 
 def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str) -> Living:
     """A teacher's forward pass over a micro-batch, with its answers."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
-    with attention_of(device), skeleton.mode, tracker, torch.no_grad():
+    with attention_of(device), experts_in_any_dtype(), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
-    return Living(tracker.peak)
+    return Living(tracker.peak, kernels=tracker.kernels)
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,7 @@ def uses(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], *, head: 
     owners = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
     hooks = [module.register_forward_pre_hook(note) for module in owners]
     batch = skeleton.fake(lengths.batch(model, streams))
-    with skeleton.mode, torch.no_grad():
+    with experts_in_any_dtype(), skeleton.mode, torch.no_grad():
         models_forward.states(model, batch)
     for hook in hooks:
         hook.remove()
@@ -265,21 +267,22 @@ def teacher_answer(batch: batches.Batch, wanted: Wanted, head: tuple[int, int]) 
 
 
 def _tensors(batch: batches.Batch) -> list[Tensor]:
-    values = [getattr(batch, f.name) for f in fields(batch)]
-    return [t for t in tree_leaves(values) if isinstance(t, Tensor)]
+    values = tree_leaves([getattr(batch, f.name) for f in fields(batch)])
+    return [t for t in values if isinstance(t, Tensor)]
 
 
 class _Tracker(TorchDispatchMode):
-    """Sums the bytes of the storages that operators make, for as long as they exist."""
+    """Sums the bytes of the storages that operators make, for as long as they exist, and counts kernels."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.kernels = 0
         self._known = {t.untyped_storage()._cdata for t in known}
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        self.kernels += launches(function)
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())

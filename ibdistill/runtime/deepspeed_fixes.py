@@ -14,6 +14,8 @@ import torch
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from torch import Tensor, nn
 
+NO_THROUGHPUT_TIMER = {"throughput": {"enabled": False}}
+"""`timers` of a DeepSpeed configuration. By default DeepSpeed waits for the device in order to measure."""
 STEP_ELEMENTS = 4_000_000
 """Gradients that a step in parts holds in fp32 at a time, at least."""
 
@@ -86,29 +88,53 @@ def _step_in_parts(wrapper: FP16_UnfusedOptimizer) -> None:
         return
     wrapper._global_grad_norm = norm
     wrapper._update_scale(False)
+    scale = 1.0 / wrapper.unscale_and_clip_grads(norm, apply_scale=False)
     for part in _parts(pairs, elements):
-        for parameter, master in part:
-            # a parameter without a gradient still decays
-            master.grad = torch.zeros_like(master) if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        wrapper.unscale_and_clip_grads(norm)
+        gradients = _widened(part)
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, scale)
+        for (parameter, master), gradient in zip(part, gradients, strict=True):
+            parameter.grad, master.grad = None, gradient
+        del gradients, gradient  # the next part's must not join them in memory
         wrapper.optimizer.step()  # it passes over the masters without a gradient
-        for parameter, master in part:
+        torch._foreach_copy_([p.data for p, _ in part], [master.data for _, master in part])
+        for _, master in part:
             master.grad = None
-            parameter.data.copy_(master.data)
+
+
+def _widened(part: Sequence[tuple[nn.Parameter, Tensor]]) -> list[Tensor]:
+    """The parameters' gradients in fp32; zeros for one that has none, since it decays all the same.
+
+    A GPU launches few kernels for the whole list, as for the other `_foreach` operations here, where a loop
+    would launch one for each tensor.
+    """
+    wide = [torch.zeros_like(m) if p.grad is None else torch.empty_like(m) for p, m in part]
+    there = [(w, p.grad) for w, (p, _) in zip(wide, part, strict=True) if p.grad is not None]
+    if there:
+        torch._foreach_copy_([w for w, _ in there], [gradient for _, gradient in there])
+    return wide
 
 
 def _norm(gradients: Sequence[Tensor], elements: int) -> float:
-    """The norm of all gradients together, in fp32.
+    """The norm of all gradients together, in fp32. Waits for the device.
 
-    They are widened through one scratch tensor, since a copy of each would fragment a CPU's heap.
+    On a CPU they are widened through one scratch tensor, since a copy of each would fragment its heap. A GPU
+    widens them while it reads them.
     """
+    if gradients[0].device.type != "cpu":
+        return _norm_at_once(gradients)
     pieces = [piece for gradient in gradients for piece in gradient.flatten().split(elements)]
     wide = torch.empty(max(map(len, pieces)), device=pieces[0].device)
     norms = wide.new_empty(len(pieces))
     for piece, norm in zip(pieces, norms, strict=True):
         torch.linalg.vector_norm(wide[: len(piece)].copy_(piece), out=norm)
     return float(torch.linalg.vector_norm(norms))
+
+
+def _norm_at_once(gradients: Sequence[Tensor]) -> float:
+    """`_norm` in few kernels."""
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    return float(torch.linalg.vector_norm(torch.stack(norms)))
 
 
 def _parts(

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from ibdistill.runtime import deepspeed_fixes, launcher, rendezvous
+from ibdistill.runtime import deepspeed_fixes, hardware, launcher, rendezvous
 
 logger = logging.getLogger("ibdistill")
 T = TypeVar("T")
@@ -44,6 +44,29 @@ EXIT_REQUEUE = 85
 EXIT_TERMINATED = 143
 """Saved after SIGTERM (128 + 15): somebody wants this run gone."""
 _STOP_SIGNALS = {signal.SIGUSR1: EXIT_REQUEUE, signal.SIGTERM: EXIT_TERMINATED}
+
+
+PATIENCE = timedelta(hours=12)
+"""How long ranks wait for what rank 0 does alone. If its process ends, the launcher ends theirs."""
+
+
+class _Done:
+    """How ranks learn from the run's store, in no collective, that rank 0 has done its part."""
+
+    def __init__(self, store: dist.Store, rank: int) -> None:
+        self._store, self._rank, self._count = store, rank, 0
+
+    def meet(self) -> None:
+        """Return on rank 0 at once, and on the others when rank 0 has come here too."""
+        self._count += 1
+        key = f"done by rank 0/{self._count}"
+        if self._rank == 0:
+            self._store.set(key, "")
+        else:
+            self._store.wait([key], PATIENCE)
+
+
+_done_by_rank_0: _Done | None = None
 
 
 @dataclass(frozen=True)
@@ -70,14 +93,11 @@ def init(timeout_minutes: int = 30) -> World:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_BAD_INPUT)
-    device = torch.device("cpu")
-    backend = "gloo"
-    if torch.cuda.is_available():
-        # under --gpus-per-task=1 a task sees one device, whatever its local rank
-        device = torch.device("cuda", local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
+    device = _device(local_rank)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    global _done_by_rank_0
+    _done_by_rank_0 = _Done(store, rank)
     sum_over_ranks(torch.zeros(1))  # all ranks are here
     rendezvous.clear_up(rank)
     deepspeed_fixes.leave_shared_memory_operator_out()
@@ -103,6 +123,21 @@ def _place() -> tuple[int, int, int]:
             "`deepspeed ibdistill/train.py ...`, through slurm/, or as one process with plain `python`"
         )
     return tuple(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+
+
+def _device(local_rank: int) -> torch.device:
+    """This rank's device, made the current one, with LOCAL_RANK set to its index.
+
+    Under `srun --gpus-per-task=1` a task sees one device, whatever its rank on the node. DeepSpeed takes
+    LOCAL_RANK for the index of the device.
+    """
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index)
+    hardware.choose_attention_kernels()
+    return device
 
 
 def _share_cores() -> None:
@@ -162,13 +197,19 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def run_on_rank_0(action: Callable[[], T]) -> T:
-    """Rank 0's result on every rank; what it raises is raised on every rank. Collective."""
+    """Rank 0's result on every rank; what it raises is raised on every rank. Collective.
+
+    The action may take longer than the timeout of collectives, as reading a large model does: until it is
+    done the other ranks wait outside of any collective.
+    """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
         try:
             outcome[0] = action()
         except (ValueError, OSError) as error:
             outcome[1] = error
+    if _done_by_rank_0 is not None:
+        _done_by_rank_0.meet()
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise outcome[1]

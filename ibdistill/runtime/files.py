@@ -16,9 +16,6 @@ from typing import Any
 TEMPORARY = ".tmp-"
 """How the name of a file begins that is being written, or that a crash left behind."""
 
-COMPLETE = "complete.json"
-"""The file that is written last into a checkpoint, which counts when it is there."""
-
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """Write a file so that a reader sees the old content or the new, never half of it.

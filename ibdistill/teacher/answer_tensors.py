@@ -15,9 +15,11 @@ pools the teacher's distribution over the whole vocabulary, and therefore keeps 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -26,16 +28,21 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import TeacherConfig
 from ibdistill.data.records import SEGMENTS, segments_of
+from ibdistill.data.tokenizers import bos_of
 from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.arguments import TeacherStream
+from ibdistill.ops.head_loss.softcap import capped
 from ibdistill.runtime import files
-from ibdistill.teacher.cache_shard import checksum
+from ibdistill.teacher.cache_shard import Entry, checksum
 
 logger = logging.getLogger("ibdistill")
 
-Head = tuple[Tensor | None, Tensor | None]
-"""A head's weight [V, D_teacher] and bias [V]; (None, None) where no distributions are wanted."""
+Head = tuple[Tensor | None, Tensor | None, float | None]
+"""A head: weight [V, D_teacher], bias [V], cap of its logits; NO_HEAD where no distributions are wanted."""
+
+NO_HEAD: Head = (None, None, None)
 
 _HEAD = "head.tensors"  # safetensors, under a name that the cache does not take for a shard
 
@@ -47,9 +54,8 @@ def pack(answer: TeacherAnswer, config: TeacherConfig, temperature: float) -> di
         if config.cache_form == "states":
             packed[segment] = target.hidden
         else:
-            ids, probabilities = top_k(
-                target.hidden, answer.weight, answer.bias, config.cache_top_k, temperature
-            )
+            head = answer.weight, answer.bias, answer.softcap
+            ids, probabilities = top_k(target.hidden, head, config.cache_top_k, temperature)
             packed |= {f"{segment}.ids": ids.int(), f"{segment}.probabilities": probabilities.half()}
     return packed
 
@@ -70,6 +76,23 @@ def unpack(packed: dict[str, Tensor], head: Head) -> TeacherAnswer:
     return TeacherAnswer(questions, targets)
 
 
+def pieces(packed: dict[str, Tensor], lengths: dict[str, np.ndarray]) -> list[Entry]:
+    """Each record's part of packed tensors, where these are. `lengths`: [records] rows, by content."""
+    parts = {name: tensor.split(lengths[name.split(".")[0]].tolist()) for name, tensor in packed.items()}
+    return [dict(zip(parts, record, strict=True)) for record in zip(*parts.values(), strict=True)]
+
+
+def join(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
+    """The records' entries, on the host or on the device, as one packed tensor per name on the device."""
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        if all(part.device.type == "cpu" for part in parts):
+            return to_device(torch.cat(parts), device)
+        return torch.cat([to_device(part, device) for part in parts])
+
+    return {name: joined([entry[name] for entry in entries]) for name in entries[0]}
+
+
 def fingerprint(config: TeacherConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Everything that a record's entry depends on besides its tokens."""
     holds = ["question states"] * wanted.questions + ["target states"] * wanted.targets
@@ -79,18 +102,25 @@ def fingerprint(config: TeacherConfig, wanted: Wanted, tokenizer: PreTrainedToke
         "precision": "8bit" if config.load_in_8bit else config.precision,
         "holds": holds,
     }
+    # What a tokenizer puts in front of a question is in the teacher's rows, and not in an entry's key. Most
+    # put nothing there, and their caches need no word of it.
+    if (bos := bos_of(tokenizer)) is not None:
+        found["bos"] = bos
     if wanted.targets and config.cache_form == "topk":
         found |= {"top_k": config.cache_top_k, "temperature": wanted.temperature}
     return found
 
 
-def write_head(folder: Path, width: int, weight: Tensor | None, bias: Tensor | None) -> None:
+def write_head(folder: Path, width: int, head: Head) -> None:
     """Write the teacher's width and, where there is one, its head, unless the cache has them already."""
     if read_head(folder, torch.device("cpu")) is not None:
         return
+    weight, bias, softcap = head
     tensors = {"weight": weight, "bias": bias}
     tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items() if t is not None}
     metadata = {"width": str(width), "checksum": checksum(tensors)}
+    if softcap is not None:
+        metadata["softcap"] = repr(float(softcap))
     files.write_atomically(folder / _HEAD, save(tensors, metadata=metadata))
 
 
@@ -107,26 +137,24 @@ def read_head(folder: Path, device: torch.device) -> tuple[int, Head] | None:
         if metadata["checksum"] != checksum(tensors):
             raise ValueError("its checksum is another")
         width = int(metadata["width"])
+        softcap = float(metadata["softcap"]) if "softcap" in metadata else None
     except FileNotFoundError:
         return None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         logger.warning("%s is damaged and is not used: %s", path, error)
         return None
     weight, bias = (tensors[name].to(device) if name in tensors else None for name in ("weight", "bias"))
-    return width, (weight, bias)
+    return width, (weight, bias, softcap)
 
 
-def top_k(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, k: int, temperature: float, chunk: int = 1024
-) -> tuple[Tensor, Tensor]:
+def top_k(hidden: Tensor, head: Head, k: int, temperature: float, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """The k most probable tokens of each position and their probabilities: [N, k] int64 and fp32.
 
     Logits exist for `chunk` positions at a time.
     """
-    found = [
-        torch.softmax(torch.nn.functional.linear(part, weight, bias).float() / temperature, -1).topk(
-            min(k, len(weight))
-        )
-        for part in hidden.split(chunk)
-    ]
+    weight, bias, softcap = head
+    found = []
+    for part in hidden.split(chunk):
+        logits = capped(torch.nn.functional.linear(part, weight, bias).float(), softcap)
+        found.append(torch.softmax(logits / temperature, -1).topk(min(k, len(weight))))
     return torch.cat([f.indices for f in found]), torch.cat([f.values for f in found])

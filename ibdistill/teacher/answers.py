@@ -42,7 +42,7 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 from ibdistill.teacher import answer_tensors
-from ibdistill.teacher.answer_tensors import Head
+from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
 from ibdistill.teacher.cache_shard import Entry, key_of
 from ibdistill.teacher.teacher import SHARDED, Teacher, fit_rows
@@ -57,6 +57,15 @@ class _Begun(NamedTuple):
     """The indices of its records, as the bytes of an integer array."""
     answer: TeacherAnswer
     batch: Batch
+
+
+class _Arriving(NamedTuple):
+    """An answer that the cache gets once it is on the host."""
+
+    indices: list[int]
+    new: list[bool]
+    """Whether each record was missing in the cache when the teacher was asked."""
+    packed: hardware.ToHost
 
 
 class TeacherAnswers:
@@ -128,6 +137,7 @@ class TeacherAnswers:
                 "the sharded teacher does not overlap with the student: two communicators could block"
             )
         self._begun: _Begun | None = None
+        self._arriving: _Arriving | None = None
         self._clock = hardware.Clock(world.device)
 
     def set_features(self, features: Features, unchanged: int) -> None:
@@ -137,6 +147,7 @@ class TeacherAnswers:
         resumed run would read answers about text that changes during a run where the first run asked for
         them.
         """
+        self._take_arrived()  # it is about the old features
         self._features, self._reads = features, len(features) == unchanged
         self._wait()  # and forget what was begun: its indices are those of the old features
 
@@ -193,6 +204,7 @@ class TeacherAnswers:
     def flush(self) -> None:
         """Write out the entries that are not on disk yet. This has to be called before a checkpoint."""
         if self._cache is not None and self._writes:
+            self._take_arrived()
             with self._write_errors():
                 self._cache.flush()
 
@@ -217,9 +229,10 @@ class TeacherAnswers:
 
     def _answer(self, indices: Sequence[int], batch: Batch) -> TeacherAnswer:
         """The answer, read from the cache if all of it is there; else the teacher is asked for all of it."""
+        self._take_arrived()
         known = self._known(indices)
         if self._complete(known):
-            return self._unpack(self._join(known), self._head)
+            return self._unpack(answer_tensors.join(known, self._world.device), self._head)
         assert self.teacher is not None
         with self._clock.measure("teacher"):
             answer = self.teacher(self._for_teacher(indices, batch))
@@ -227,15 +240,19 @@ class TeacherAnswers:
                 return answer
             packed = answer_tensors.pack(answer, self._config, self._wanted.temperature)
         if self._reads:
-            # a record keeps its first answer, because another batch's padding would change the last bits
-            entries = [old or new for old, new in zip(known, self._pieces(indices, packed), strict=True)]
-            triples = zip(indices, known, entries, strict=True)
-            new = [(index, entry) for index, old, entry in triples if old is None]
-            self._put(new if self._writes else [])
+            if self._writes:
+                # the host goes on while the answer is on its way to it, and puts it into the cache later
+                new = [old is None for old in known]
+                self._arriving = _Arriving(list(indices), new, hardware.ToHost(packed))
+                if self._arriving.packed.is_there:
+                    self._take_arrived()
             if any(known):
-                packed = self._join(entries)
+                # a record keeps its first answer, because another batch's padding would change the last bits
+                fresh = self._pieces(indices, packed)
+                kept = [old or now for old, now in zip(known, fresh, strict=True)]
+                packed = answer_tensors.join(kept, self._world.device)
         # a new answer goes through the kept form too, so that asking and reading give the same step
-        return self._unpack(packed, (answer.weight, answer.bias))
+        return self._unpack(packed, (answer.weight, answer.bias, answer.softcap))
 
     def _known(self, indices: Sequence[int]) -> list[Entry | None]:
         """The cache's entry of each record, or None."""
@@ -251,28 +268,22 @@ class TeacherAnswers:
             lacking = distributed.max_over_ranks(lacking)
         return not lacking
 
-    def _put(self, entries: list[tuple[int, Entry]]) -> None:
-        """Give the cache the entries of the records with these indices."""
+    def _take_arrived(self) -> None:
+        """Put the newest answer into the cache. It has arrived on the host by now, or is waited for."""
+        arriving, self._arriving = self._arriving, None
+        if arriving is None:
+            return
+        entries = self._pieces(arriving.indices, arriving.packed.wait())
         with self._write_errors():
-            for index, entry in entries:
-                self._cache.put(self._keys[index], entry)
-
-    def _join(self, entries: list[Entry]) -> dict[str, Tensor]:
-        """The records' entries as one packed tensor per name, on the device."""
-        return {
-            name: torch.cat([entry[name] for entry in entries]).to(self._world.device, non_blocking=True)
-            for name in entries[0]
-        }
+            for index, is_new, entry in zip(arriving.indices, arriving.new, entries, strict=True):
+                if is_new:
+                    self._cache.put(self._keys[index], entry)
 
     def _pieces(self, indices: Sequence[int], packed: dict[str, Tensor]) -> list[Entry]:
-        """Each record's part of packed tensors, on the CPU."""
+        """Each record's part of packed tensors, where these are."""
         lengths = {"questions": self._features.first_questions.lengths}
         lengths |= {segment: table.lengths for segment, table in self._features.targets.items()}
-        parts = {
-            name: tensor.cpu().split([int(lengths[name.split(".")[0]][i]) for i in indices])
-            for name, tensor in packed.items()
-        }
-        return [{name: pieces[i] for name, pieces in parts.items()} for i in range(len(indices))]
+        return answer_tensors.pieces(packed, {name: of[indices] for name, of in lengths.items()})
 
     def _for_teacher(self, indices: Sequence[int], batch: Batch) -> Batch:
         """The micro-batch as the teacher's family reads it."""
@@ -285,19 +296,19 @@ class TeacherAnswers:
         """The answer in packed tensors. Collective if its head is needed, not given, and sharded."""
         if head is None:
             needed = self._wanted.targets and self._config.cache_form == "states"
-            head = self.teacher.head() if needed else (None, None)
+            head = self.teacher.head() if needed else NO_HEAD
         return answer_tensors.unpack(packed, head)
 
     def _keep_head(self) -> None:
         """Write what a run without a loaded teacher needs besides the entries. Collective."""
-        head = self.teacher.head() if self._wanted.targets else (None, None)
+        head = self.teacher.head() if self._wanted.targets else NO_HEAD
         folder = Path(self._config.cache)
-        distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, self.width, *head))
+        distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, self.width, head))
 
     def _read_head(self) -> tuple[int, Head] | None:
         """The teacher's width, and its head with as many rows as the student's; None if it cannot be read."""
         found = answer_tensors.read_head(Path(self._config.cache), self._world.device)
         if found is None:
             return None
-        width, (weight, bias) = found
-        return width, (None, None) if weight is None else fit_rows(weight, bias, self._head_rows)
+        width, (weight, bias, softcap) = found
+        return width, NO_HEAD if weight is None else (*fit_rows(weight, bias, self._head_rows), softcap)

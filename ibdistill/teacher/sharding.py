@@ -26,7 +26,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
-from ibdistill.runtime import distributed
+from ibdistill.runtime import deepspeed_fixes, distributed
 
 PERSISTENT_SHARE = 0.02
 """At most this share of all parameter elements is kept whole on every rank, the smallest parameters (norms,
@@ -108,6 +108,7 @@ def inference_config(parameters: list[int], *, bf16: bool, offload: bool, world_
         "bf16": {"enabled": bf16},
         "zero_optimization": zero,
         "steps_per_print": None,
+        "timers": deepspeed_fixes.NO_THROUGHPUT_TIMER,
     }
 
 

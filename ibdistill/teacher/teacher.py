@@ -41,6 +41,7 @@ from ibdistill.data import tokenizers
 from ibdistill.data.batches import Batch
 from ibdistill.models import families, presets
 from ibdistill.models import forward as models_forward
+from ibdistill.models.architectures import softcap
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed
@@ -118,14 +119,13 @@ class Teacher:
         targets, questions = self._scorer(batch)
         if not self._wanted.targets:
             return TeacherAnswer(questions)
-        weight, bias = self.head()
         streams = {stream: TeacherStream(hidden=hidden) for stream, hidden in targets.items()}
-        return TeacherAnswer(questions if self._wanted.questions else None, streams, weight, bias)
+        return TeacherAnswer(questions if self._wanted.questions else None, streams, *self.head())
 
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """[V, D_teacher] and [V]: the head on the student's vocabulary. Collective if sharded."""
+    def head(self) -> tuple[Tensor, Tensor | None, float | None]:
+        """The head on the student's vocabulary: [V, D_teacher], [V], its cap. Collective if sharded."""
         weight = self._head.gather() if isinstance(self._head, sharding.RowShard) else self._head
-        return fit_rows(weight, self._bias, self._head_rows)
+        return *fit_rows(weight, self._bias, self._head_rows), softcap(self._model_config)
 
     @contextmanager
     def text_model(self, tokenizer: PreTrainedTokenizerBase) -> Iterator[nn.Module]:
@@ -277,7 +277,8 @@ def check_vocabulary(
 def fit_rows(weight: Tensor, bias: Tensor | None, rows: int) -> tuple[Tensor, Tensor | None]:
     """A head [V_teacher, D] with as many rows as the student's: rows are cut, or added as never predicted.
 
-    The tokenizers are the same, so rows that only one of the two heads has are padding.
+    The tokenizers are the same, so rows that only one of the two heads has are padding. If the logits are
+    capped, added rows get the least logit that the cap allows.
     """
     have = weight.shape[0]
     if have == rows:

@@ -3,6 +3,7 @@
     FOLDER/fingerprint.json      what wrote the texts, and how
            rank-R-RANDOM.jsonl   one record a line: the texts as they came, and what was read from them
            summary.json          the counts of the last complete pass
+           warned.json           damaged lines that a reader has warned of
 
 A line is a record, under a key made of its prompts, and every process appends to a file of its
 own: a crash costs the batch under way, and neither ranks nor the elements of a job array need
@@ -16,6 +17,7 @@ import logging
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ from ibdistill.teacher.cache import FINGERPRINT, differences
 logger = logging.getLogger("ibdistill")
 
 FORMAT = "ibdistill-rationales-1"
+WARNED = "warned.json"
 QUESTION = "{question}"
 Texts = dict[str, str]
 """What the teacher wrote about a record: `predict` and `explain`, or, to a template, `answer`."""
@@ -109,10 +112,12 @@ def parse(texts: Texts, record: Record) -> tuple[str, str] | None:
 def read_texts(folder: Path) -> dict[str, Texts]:
     """All that is in a cache, by key.
 
-    A line that a crash cut off, or that is damaged otherwise, is named in a warning and left out, so that its
-    record is asked about again. Raises ValueError if a file cannot be read.
+    A line that a crash cut off, or that is damaged otherwise, is left out, so that its record is asked about
+    again. The first reader names it in a warning and notes that in the folder, because the line stays there
+    for all readers after it. Raises ValueError if a file cannot be read.
     """
     found: dict[str, Texts] = {}
+    damaged: dict[str, str] = {}
     for path in sorted(folder.glob("rank-*.jsonl")):
         try:
             content = path.read_bytes()
@@ -124,12 +129,29 @@ def read_texts(folder: Path) -> dict[str, Texts]:
             try:
                 key, texts = _checked(json.loads(line))
             except (ValueError, RecursionError) as error:
-                logger.warning(
-                    "%s:%d is ignored, and its record is asked about again: %.200s", path, number, error
-                )
+                damaged[f"{path.name}:{number}"] = str(error)[:200]
             else:
                 found.setdefault(key, texts)
+    _warn_once(folder, damaged)
     return found
+
+
+def _warn_once(folder: Path, damaged: dict[str, str]) -> None:
+    """Warn of the damaged lines, FILE:LINE -> what is wrong with it, that no reader has warned of before."""
+    if not damaged:
+        return
+    path = folder / WARNED
+    try:
+        known = json.loads(path.read_bytes())
+        known = known if isinstance(known, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    new = {place: problem for place, problem in damaged.items() if known.get(place) != problem}
+    for place, problem in new.items():
+        logger.warning("%s/%s is ignored, and its record is asked about again: %s", folder, place, problem)
+    if new:
+        with suppress(OSError):  # the folder may be for reading only, and then each reader warns
+            write_json(path, known | new)
 
 
 def _checked(row: Any) -> tuple[str, Texts]:

@@ -8,6 +8,9 @@ DeepSpeed's own marker `latest` is written before all ranks are done, so it is n
 others, and it lists what must be there. A folder without it, or with a file that is missing or
 has another size or checksum, is refused with a message, and the checkpoint before it is used.
 The ranks share the files among them to compute checksums, which takes about 0.2 s for 500 MB.
+So is one whose files are as they were written and still cannot be loaded, on whichever rank that
+shows: the ranks exchange their errors before DeepSpeed's collectives, and go back together. If none
+can be loaded, the run ends, because by then the weights may be partly those of a file.
 Which checkpoint was the best on the validation split stands in the state of each (`TrainState`).
 
 A failed write (full disk, lost permission) must not lose the training state. So each rank keeps
@@ -18,22 +21,21 @@ the run goes on with the previous checkpoint.
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
+import torch
 
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
-from ibdistill.runtime.files import COMPLETE as MARKER
 from ibdistill.runtime.files import checksum, write_json
+from ibdistill.training.checkpoint_marker import MARKER, problem_with, read_marker
 
 logger = logging.getLogger("ibdistill")
 
@@ -58,6 +60,10 @@ class TrainState:
     """Mean validation accuracy over tasks at `best_step`."""
     pseudo: str = ""
     """The file of the pseudo-labelled records in force (`pseudo_labels`); empty: there are none."""
+
+
+class _Unloadable(Exception):
+    """A checkpoint cannot be loaded; the same on every rank."""
 
 
 class Checkpoints:
@@ -102,40 +108,92 @@ class Checkpoints:
     def restore(self, engine: deepspeed.DeepSpeedEngine, step: int | None = None) -> TrainState | None:
         """Load the newest valid checkpoint, or that of `step`; None if there is none. Collective.
 
-        Raises ValueError if the checkpoint was written by another number of ranks, or if that of `step`, the
-        best one of the run, is damaged.
+        Raises ValueError if the checkpoint was written by another number of ranks, if that of `step`, the
+        best one of the run, cannot be used, or if loading has begun and no checkpoint can be loaded.
         """
-        folder = self._newest() if step is None else self.folder / f"step-{step:08d}"
-        if folder is None:
-            return None
-        if step is not None and (problem := self._problem_with(folder)):
+        problem, unloadable = None, ""
+        for folder in self._newest_first() if step is None else [self.folder / f"step-{step:08d}"]:
+            problem = self._problem_with(folder)
+            if problem is None:
+                self._check_world_size(folder)
+                try:
+                    return self._load(engine, folder)
+                except _Unloadable as error:
+                    problem = str(error)
+                    unloadable = unloadable or f"{folder}: {problem}"
+            if step is not None:
+                raise ValueError(
+                    f"checkpoint {folder}, the best one, cannot be used: {problem}; "
+                    "--run.final last does without it"
+                )
+            if self._world.rank == 0:  # the other ranks know the same
+                logger.warning("checkpoint %s is not used: %s", folder, problem)
+        if unloadable:
             raise ValueError(
-                f"checkpoint {folder}, the best one, cannot be used: {problem}; "
-                "--run.final last does without it"
+                f"{unloadable}; and there is no checkpoint before it that can be used. Give the run another "
+                f"run.dir, or delete {self.folder} to start again from the first step"
             )
-        written_by = _read_marker(folder).world_size
+        return None
+
+    def _newest_first(self) -> list[Path]:
+        """The folders that may be checkpoints, the same ones on every rank. Collective."""
+        # rank 0 looks, because another rank might see the folder later
+        names = distributed.run_on_rank_0(lambda: sorted(path.name for path in self.folder.glob("step-*")))
+        return [self.folder / name for name in reversed(names)]
+
+    def _check_world_size(self, folder: Path) -> None:
+        """Raise ValueError if another number of ranks wrote the checkpoint."""
+        written_by = read_marker(folder).world_size
         if written_by != self._world.size:
             raise ValueError(
                 f"{folder} was written by {written_by} ranks and this run has {self._world.size}; "
                 "ZeRO's shards fit the same number only. Continue with that number, or start a new run"
             )
-        _, client_state = engine.load_checkpoint(str(self.folder), tag=folder.name)
-        distributed.set_rng_state(client_state["rng"][self._world.rank], self._world.device)
-        state = TrainState(**client_state["ibdistill"])
+
+    def _load(self, engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
+        """Load a checkpoint. Collective. Raises _Unloadable, on all ranks, for what lies in its files.
+
+        DeepSpeed reads in `_load_checkpoint` and `_load_zero_checkpoint`, which communicate with no other
+        rank. Each is followed by an exchange of errors: a rank that ends alone leaves the others waiting.
+        """
+        storage, read = engine.checkpoint_engine, [folder.name]
+        storage_load = storage.load
+
+        def load_file(path: str, *args: Any, **kwargs: Any) -> Any:
+            read.append(Path(path).name)
+            return storage_load(path, *args, **kwargs)
+
+        def together(load: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                result, errors = None, []
+                try:
+                    result = load(*args, **kwargs)
+                except torch.OutOfMemoryError:  # the fault is not the file's
+                    raise
+                except Exception as error:  # pickle, zip files, DeepSpeed and torch each have their own
+                    text = " ".join(str(error).split())
+                    errors.append(f"{read[-1]} cannot be loaded: {type(error).__name__}: {text:.200}")
+                if failed := self._errors_of_all(errors):
+                    raise _Unloadable(failed)
+                return result
+
+            return run
+
+        def ours(client_state: dict[str, Any]) -> TrainState:
+            distributed.set_rng_state(client_state["rng"][self._world.rank], self._world.device)
+            return TrainState(**client_state["ibdistill"])
+
+        storage.load = load_file
+        engine._load_checkpoint = together(engine._load_checkpoint)
+        engine._load_zero_checkpoint = together(engine._load_zero_checkpoint)
+        try:
+            _, client_state = engine.load_checkpoint(str(self.folder), tag=folder.name)
+            state = together(ours)(client_state)
+        finally:
+            storage.load = storage_load
+            del engine._load_checkpoint, engine._load_zero_checkpoint  # the class's own again
         logger.info("resumed from %s", folder)
         return state
-
-    def _newest(self) -> Path | None:
-        """The newest valid checkpoint, the same one on every rank. Collective."""
-        # rank 0 looks, because another rank might see the folder later
-        names = distributed.run_on_rank_0(lambda: sorted(path.name for path in self.folder.glob("step-*")))
-        for name in reversed(names):
-            problem = self._problem_with(self.folder / name)
-            if problem is None:
-                return self.folder / name
-            if self._world.rank == 0:  # the other ranks know the same
-                logger.warning("checkpoint %s is not used: %s", self.folder / name, problem)
-        return None
 
     def _problem_with(self, folder: Path) -> str | None:
         """`problem_with`, and whether the files have their checksums; the same on every rank. Collective.
@@ -145,7 +203,7 @@ class Checkpoints:
         problem = distributed.run_on_rank_0(lambda: problem_with(folder))
         if problem is not None:
             return problem
-        table = distributed.run_on_rank_0(lambda: _read_marker(folder).files)
+        table = distributed.run_on_rank_0(lambda: read_marker(folder).files)
         problems = []
         for name, file in list(table.items())[self._world.rank :: self._world.size]:
             errors: list[str] = []
@@ -187,56 +245,6 @@ class Checkpoints:
             for rank, rank_errors in enumerate(distributed.gather_objects(errors))
             for error in rank_errors
         )
-
-
-class _File(NamedTuple):
-    """What a marker says about a file."""
-
-    bytes: int
-    crc32: int | None
-    """None: it was not computed, as before markers held checksums."""
-
-
-class _Marker(NamedTuple):
-    """The content of a marker."""
-
-    step: int
-    world_size: int
-    files: dict[str, _File]
-
-
-def _read_marker(folder: Path) -> _Marker:
-    """Raises ValueError if the marker is damaged."""
-    try:
-        content = json.loads((folder / MARKER).read_bytes())
-        files = {
-            name: _File(file["bytes"], file["crc32"]) if isinstance(file, dict) else _File(int(file), None)
-            for name, file in content["files"].items()
-        }
-        return _Marker(int(content["step"]), int(content.get("world_size", 0)), files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: no JSON, or no UTF-8
-        raise ValueError(f"its {MARKER} is damaged") from error
-
-
-def problem_with(folder: Path) -> str | None:
-    """Why a checkpoint folder does not count, or None if it does, by its marker and the files' sizes."""
-    if not re.fullmatch(r"step-\d{8}", folder.name):
-        return "its name is not that of a checkpoint"
-    if not (folder / MARKER).is_file():
-        return f"it has no {MARKER}, so it was never finished or was not written by ibdistill"
-    try:
-        marker = _read_marker(folder)
-    except ValueError as error:
-        return str(error)
-    if folder.name != f"step-{marker.step:08d}":
-        return f"its {MARKER} is that of step {marker.step}"
-    for name, file in marker.files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != file.bytes:
-            return f"{name} has {path.stat().st_size} bytes instead of {file.bytes}"
-    return None
 
 
 def _checksums(paths: list[Path], errors: list[str]) -> dict[str, int]:

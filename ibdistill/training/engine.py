@@ -46,6 +46,8 @@ def build_engine(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
+    # the timer waits for the device before and after each micro-batch, and so for the teacher's stream too
+    ds_config.setdefault("timers", deepspeed_fixes.NO_THROUGHPUT_TIMER)
     optimizer = _optimizer(module, optim)
     if unsharded_fp32:
         deepspeed_fixes.guard_fp32_steps(optimizer, optim.clip_norm)

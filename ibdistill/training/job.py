@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board
 from ibdistill.monitor.meter import Meter
+from ibdistill.runtime import hardware
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.training.checkpoint import Checkpoints, TrainState
+from ibdistill.training.prefetch import Prefetch
 
 
 @dataclass
@@ -56,6 +58,9 @@ class Job:
     """On rank 0: what of the end of the run could not be written, with the reason. The same command writes
     it."""
     alarms: Alarms = field(default_factory=Alarms)
+    prefetch: Prefetch | None = None
+    """Makes the micro-batches of coming steps beside the current one; None: they are made when they are
+    needed."""
     unlabelled: Sequence[Record] = ()
     """The questions that the student gives labels to itself (`pseudo_labels`)."""
 
@@ -67,7 +72,15 @@ class Job:
     def micro_batches(self) -> list[tuple[np.ndarray, data_batches.Batch]]:
         """This rank's micro-batches of the current step: their indices into `features`, and the batch, on the
         CPU."""
-        return [(indices, self.collate(indices)) for indices in self._shares(self.state.step)]
+        step = self.state.step
+        made = [(indices, self._batch(indices)) for indices in self._shares(step)]
+        if self.prefetch is not None:
+            # a teacher that works ahead asks for the next step's first micro-batch within this step
+            ahead = 2 if self.teacher_answers and self.teacher_answers.overlaps else 1
+            following = range(step + 1, min(step + 1 + ahead, self.config.optim.max_steps))
+            coming = [indices for later in following for indices in self._shares(later)]
+            self.prefetch.begin(coming, self._collation(self.features))
+        return made
 
     def following(self, index: int) -> tuple[np.ndarray, data_batches.Batch] | None:
         """The micro-batch after number `index` of the current step, as `micro_batches` gives it but on the
@@ -75,7 +88,7 @@ class Job:
         shares = self._shares(self.state.step)[index + 1 :]
         if not shares and self.state.step + 1 < self.config.optim.max_steps:
             shares = self._shares(self.state.step + 1)
-        return (shares[0], self.collate(shares[0]).to(self.world.device)) if shares else None
+        return (shares[0], self._batch(shares[0]).to(self.world.device)) if shares else None
 
     def _shares(self, step: int) -> list[np.ndarray]:
         return self.sampler.micro_batches(
@@ -84,6 +97,11 @@ class Job:
             world_size=self.world.size,
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
         )
+
+    def _batch(self, indices: np.ndarray) -> data_batches.Batch:
+        """The micro-batch of these records, made ahead or now."""
+        found = None if self.prefetch is None else self.prefetch.get(indices)
+        return self.collate(indices) if found is None else found
 
     def mix(self, pseudo: Sequence[Record]) -> None:
         """Let the following batches hold these pseudo-labelled records instead of earlier ones.
@@ -94,6 +112,8 @@ class Job:
         prefixes = {name: loading.TASKS[name].prefixes for name in self.records.test}
         added = tokenize(pseudo, prefixes, self.tokenizer, config.data, streams=self.gold.streams)
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
+        if self.prefetch is not None:
+            self.prefetch.forget()  # their indices are those of the old features
         if pseudo:
             self.features = self.gold + added
             self.sampler = MixedSampler(self.gold, added, config.data, **batches)
@@ -105,5 +125,12 @@ class Job:
 
     def collate(self, indices: np.ndarray) -> data_batches.Batch:
         """The records of these indices into `features`, as the student reads them."""
-        layout = families.layout(self.engine.module.model, self.tokenizer)
-        return data_batches.collate(self.features, indices, self.streams, **layout)
+        return self._collation(self.features)(indices)
+
+    def _collation(self, features: Features) -> Callable[[np.ndarray], data_batches.Batch]:
+        """What makes a micro-batch of `features` for the student, in any thread."""
+        model = self.engine.module.model
+        layout = families.layout(model, self.tokenizer)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        layout["multiple"] = hardware.width_multiple(self.world.device, positions)
+        return lambda indices: data_batches.collate(features, indices, self.streams, **layout)

@@ -23,7 +23,7 @@ from ibdistill.data import chat_start, loading, reasoning, tokenizers
 from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
-from ibdistill.data.text_checks import check_texts
+from ibdistill.data.text_checks import check_texts, truncated_shares
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.models import presets
 from ibdistill.models.student import check_context, load_student
@@ -38,10 +38,11 @@ from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import pseudo_labels, run_folder
+from ibdistill.training import device, pseudo_labels, run_folder
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
+from ibdistill.training.prefetch import Prefetch
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -123,14 +124,17 @@ def open_run(config: Config, world: World) -> Path:
     """Check the settings against the number of ranks and the memory; the run's folder. Collective.
 
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
-    `deepspeed.config` auto there.
+    `deepspeed.config` auto and `student.precision` auto there.
     """
     _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
     weights.check_split(config.objective, config.optim.batch_size, micro_batches)
     settle_ds_config(config, world.size)
+    device.settle_precision(config, world)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     memory_check.check(config, world)
+    if world.device.type == "cuda":
+        device.warn_of_slow_losses()
     return folder
 
 
@@ -254,7 +258,7 @@ def assemble(
         folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
     )
     board.text("config", to_yaml(config), state.step)
-    board.scalars(data_scalars(features, config.data), state.step)
+    board.scalars(truncated_shares(records, features, config.data), state.step)
     alarms = Alarms(records.train)
     if world.rank == 0:
         alarms.check_labels(records.train)
@@ -278,32 +282,13 @@ def assemble(
         board=board,
         meter=Meter(),
         alarms=alarms,
+        prefetch=Prefetch(pins=True) if world.device.type == "cuda" else None,
         unlabelled=unlabelled,
     )
     state.pseudo = state.pseudo if unlabelled else ""
     if state.pseudo:
         job.mix(pseudo_labels.read(folder, state.pseudo))
     return job
-
-
-def data_scalars(features: Features, config: DataConfig) -> dict[str, float]:
-    """`data/truncated_share_WHAT`: the share of the training texts that fill their limit. They were cut, or
-    in rare cases just fit. `data/long_reasonings`: the number of rationales of a reason stream to which
-    `data.long_reasoning` was applied."""
-    limits = {
-        "questions": (features.first_questions, config.max_question_tokens),
-        "labels": (features.labels, config.max_label_tokens),
-        "rationales": (features.rationales, config.max_rationale_tokens),
-    }
-    shares = {
-        f"data/truncated_share_{name}": float((texts.lengths >= limit).mean())
-        for name, (texts, limit) in limits.items()
-    }
-    if features.whole_prompts:  # the limit is on what the user says, and a prompt holds more
-        cut = features.cut.get(f"{features.streams[0]} questions", 0)
-        shares["data/truncated_share_questions"] = cut / len(features)
-    long = features.cut.get("reasonings")
-    return shares if long is None else shares | {"data/long_reasonings": float(long)}
 
 
 def _tokenizer(

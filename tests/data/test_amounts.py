@@ -26,6 +26,12 @@ from ibdistill.data.amounts import amount, amount_text, lone_number, numbers, wr
         ("8 apples", "8"), ("5kg", "5"), ("20%", "20"), ("9 m\u00b2", "9"), ("**8**.", "8"),
         ("(5 apples)", "5"),
         ("5 for each one", "5"), ("the 3rd", "3"),
+        # words of bounds that bound nothing here
+        ("5 more apples", "5"), ("3 less than before", "3"), ("5 more", "5"), ("only 5", "5"),
+        ("exactly 5", "5"),
+        ("equal to 5", "5"), ("5 students about to leave", "5"), ("5 left over", "5"),
+        ("the total of 5", "5"),
+        ("what is left over is 5", "5"), ("5 apples under the tree", "5"), ("a notable 5", "5"),
     ],
 )  # fmt: skip
 def test_the_amount_of_a_whole_answer(text, label):
@@ -45,6 +51,13 @@ def test_the_amount_of_a_whole_answer(text, label):
         "5 of 10", "sum is - 5", "\u0663", "$", "#### 4 #### 5", "2 hours and 20 minutes", "double 4",
         "5x = 5", "5, million",
         "1 / 0",
+        "less than 5", "more than 3", "at least 2", "about 7", "fewer than 5 apples", "greater than $5",
+        "less than or equal to 5", "at most 5", "no more than 5", "up to 5", "around 5", "approximately 5",
+        "5 approximately", "approx. 5", "roughly 5", "nearly 5", "almost 5", "over 5", "under 5", "above 5",
+        "It is about 7 km.", "a maximum of 5", "at least the 5", "as many as 5", "close to 5", "some 5",
+        "About 7", "MORE THAN 3", "more than **3**", "more than (3)", "less than -5", "not 5", "other than 5",
+        "5 or more", "5 apples or less", "5 or so", "5 and up", "5 at most", "5ish",
+        "5-ish", "5 or thereabouts", "5, give or take", "more than 1.5 million", "at least 5 + 3 = 8",
         "minus 3", "negative 5", "-5 squared", "square root of 9", "5 lakh",
     ],
 )  # fmt: skip

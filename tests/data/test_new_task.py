@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,8 +42,21 @@ def folder(tmp_path) -> Path:
 def test_contributing_shows_the_code_that_these_tests_run():
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert f"```python\n{Path(toy_task.__file__).read_text()}```\n" in text
-    entry = '    "yes_or_no": yes_or_no.YES_OR_NO,'
+    entry = '    "yes_or_no",'
     assert f"\n{entry}\n" in text and "ibdistill/data/tasks/yes_or_no.py" in text
+
+
+def test_a_file_and_its_name_in_the_registry_are_enough(monkeypatch):
+    """The registry with one more line, and the file of the tests in the package's place."""
+    before = list(TASKS)
+    assert before[:4] == ["demo", "demo_pretrain", "svamp", "asdiv"] and before[-1] == "jsonl"
+    source = (ROOT / "ibdistill/data/tasks/registry.py").read_text()
+    assert source.count('    "jsonl",\n') == 1
+    monkeypatch.setitem(sys.modules, "ibdistill.data.tasks.yes_or_no", toy_task)
+    names = {"__name__": "registry"}
+    exec(source.replace('    "jsonl",\n', '    "jsonl",\n    "yes_or_no",\n'), names)
+    assert list(names["TASKS"]) == [*before, "yes_or_no"]
+    assert names["TASKS"]["yes_or_no"] is toy_task.YES_OR_NO
 
 
 def test_its_records_are_read_under_its_own_name(task, folder):

@@ -120,6 +120,9 @@ def test_too_long_reasoning_is_dropped_cut_or_refused(caplog):
         ValueError, match=r"9 \(b\)\. Raise the limit, or take data.long_reasoning drop or cut"
     ):
         tokens(max_rationale_tokens=8, long_reasoning="refuse")
+    short = tokens(max_label_tokens=4)
+    assert words(short.targets["answer"][1]) == "( n0 + </s>" and short.cut["answers"] == 1
+    assert "1 of 3 answers of the reason stream are longer than 4 tokens and were cut" in caplog.text
     assert "reasonings" in tokens(max_rationale_tokens=9, long_reasoning="refuse").cut
     with pytest.raises(ValueError, match="no training record is left: the rationale of each is longer than"):
         drop_untaught(RECORDS, tokens(max_rationale_tokens=3))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +33,31 @@ def test_rouge_l_equals_a_recursion_over_subsequences():
     assert text_scores.rouge_l("", "a") == text_scores.rouge_l("", "") == 0.0
     scores = text_scores.text_scores(["a b c d", "start n0 ."], ["a b c d", "start n0 ."])
     assert scores == pytest.approx({"bleu": 100, "chrf": 100, "rouge_l": 100, "words": 3.5})
+
+
+def test_rouge_l_equals_the_table_of_lengths():
+    """The textbook's table, on texts of up to 200 words of small and large vocabularies."""
+    rng = random.Random(0)
+    for n, m, words in [(1, 1, 2), (63, 64, 3), (64, 65, 2), (65, 200, 5), (200, 130, 40), (150, 150, 1)]:
+        ours, theirs = ([str(rng.randrange(words)) for _ in range(k)] for k in (n, m))
+        table = [[0] * (m + 1) for _ in range(n + 1)]
+        for i, a in enumerate(ours):
+            for j, b in enumerate(theirs):
+                table[i + 1][j + 1] = table[i][j] + 1 if a == b else max(table[i][j + 1], table[i + 1][j])
+        expected = 2 * table[n][m] / (n + m)
+        assert text_scores.rouge_l(" ".join(ours), " ".join(theirs)) == pytest.approx(expected)
+
+
+def test_rouge_l_of_very_long_texts_is_bounded():
+    """The first `MAX_WORDS` words count, in bounded time and memory."""
+    limit = text_scores.MAX_WORDS
+    start = time.perf_counter()
+    many = " ".join(str(i) for i in range(limit))
+    assert text_scores.rouge_l(many + " 0" * 10**6, many + " x" * 10**6) == 1.0
+    assert text_scores.rouge_l("a " * 10**6, "b " * 10**6) == 0.0
+    assert text_scores.rouge_l("a" * 10**6, "a" * 10**6) == 1.0
+    assert text_scores.rouge_l("a " * 10**6, "a") == pytest.approx(2 / (limit + 1))
+    assert time.perf_counter() - start < 5  # a table would take an hour
 
 
 def test_embedding_cosine_is_the_mean_over_pairs(monkeypatch, tmp_path):

@@ -14,7 +14,7 @@ from tiny_models import TEXTS, save, tiny
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import StudentConfig
 from ibdistill.data import tokenizers
-from ibdistill.models import decoding, export, families, student
+from ibdistill.models import decoding, families, merging, student
 from ibdistill.planning import footprint
 
 LIMITS = dict(max_question_tokens=64, max_new_tokens=9, device=torch.device("cpu"))
@@ -100,7 +100,7 @@ def test_the_export_adds_adapters_to_weights_that_are_whole_again(monkeypatch, t
     base = type(model.get_base_model())
     monkeypatch.setattr(base, "dequantize", lambda self: calls.append(self) or self)
     model.get_base_model().is_loaded_in_4bit = True
-    merged = export.merged(model)
+    merged = merging.merged(model)
     assert len(calls) == 1 and not [n for n, _ in merged.named_parameters() if "lora" in n]
     assert [answer.text for answer in decoding.decode(merged, tokenizer, TEXTS, **LIMITS)] == said
     assert [n for n, _ in model.named_parameters() if "lora" in n]  # the student itself is as it was

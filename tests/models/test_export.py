@@ -57,6 +57,43 @@ def test_the_card_credits_each_method_with_its_own_papers(settings, papers):
     assert '"demo": 1' in card
 
 
+@pytest.mark.parametrize("method", ["finetune", "dss"])
+def test_the_card_of_a_mixture_has_every_tasks_prefixes(method):
+    tasks = ["svamp", "esnli", "anli1"]
+    config = Config(data=DataConfig(task=tasks), objective=ObjectiveConfig(method=method))
+    prompt = Prompt.of(tiny("t5"), byte_tokenizer(), config)
+    card = model_card.card(config, prompt, {}, has_template=True)
+    rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in re.findall(r"(?m)^\|.*\|$", card)]
+    streams = list(prompt.prefixes)
+    assert rows[0] == ["task", *streams] and ("explain" in streams) == (method == "dss")
+    assert {row[0]: [json.loads(cell) for cell in row[1:]] for row in rows[2:]} == {
+        task: [TASKS[task].prefixes[stream] for stream in streams] for task in tasks
+    }
+    assert "have that of svamp:" in card
+    alone = model_card.card(Config(data=DataConfig(task="svamp")), prompt, {}, has_template=True)
+    assert "|" not in alone.split("## Scores")[0].split("## Use")[1]
+
+
+def test_the_card_says_why_a_text_in_16_bits_may_differ():
+    cards = []
+    for precision in ("fp32", "bf16"):
+        config = Config(student=StudentConfig(precision=precision))
+        prompt = Prompt.of(tiny("t5"), byte_tokenizer(), config)
+        cards.append(model_card.card(config, prompt, {}, has_template=True))
+    assert "These lines give the answers that were evaluated:\n" in cards[0]
+    assert "evaluated, up to rounding. The weights are in bf16, where" in cards[1]
+    assert f"batches of {Config().run.eval_batch_size} questions" in cards[1]
+
+
+def test_no_bar_of_a_library_reaches_the_console(world, tmp_path, capfd):
+    """Neither of writing shards nor of loading them."""
+    model = tiny("t5")
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    type(model).from_pretrained(tmp_path)
+    assert "|" not in capfd.readouterr().err
+
+
 def test_every_estimator_and_divergence_has_a_credit():
     assert {*HEAD_ESTIMATORS, *QUESTION_ESTIMATORS} == model_card._ESTIMATORS.keys()
     assert set(DIVERGENCES) == model_card._DIVERGENCES.keys()

@@ -301,7 +301,7 @@ def test_decode_is_greedy_and_keeps_the_order():
         device=torch.device("cpu"),
         batch_size=3,
     )
-    for question, (text, confidence, first) in zip(questions, together, strict=True):
+    for question, (text, confidence, first, *_) in zip(questions, together, strict=True):
         ids = tokenizer(question, return_tensors="pt").input_ids
         out, probabilities = [model.config.decoder_start_token_id], []
         for _ in range(6):

@@ -11,13 +11,13 @@ from harness import steps
 
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig
+from ibdistill.data.text_checks import check_texts, truncated_shares
 from ibdistill.monitor import log
 from ibdistill.monitor.meter import Interval, Meter
 from ibdistill.objectives import distillation, question_terms
 from ibdistill.ops.head_loss.api import MISettings, Stream, Weights, head_loss
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.runtime import hardware
-from ibdistill.training import prepare
 
 
 @pytest.mark.parametrize(
@@ -216,9 +216,24 @@ def test_the_measured_peak_is_a_rate_this_machine_could_have():
 
 
 def test_truncated_shares(make_job):
-    features = make_job().features
+    """Of the training texts from their lengths, and of the other splits from texts made to be too long."""
+    made = make_job()
+    features, records, (task,) = made.features, made.records, made.records.test
     lengths = features.targets["explain"].lengths
     limit = sorted(lengths)[len(lengths) // 2]
-    scalars = prepare.data_scalars(features, DataConfig(max_rationale_tokens=int(limit)))
-    assert scalars["data/truncated_share_rationales"] == pytest.approx((lengths >= limit).mean())
-    assert scalars["data/truncated_share_questions"] == 0.0
+    shares = truncated_shares(records, features, DataConfig(max_rationale_tokens=int(limit)))
+    assert shares["data/truncated_share_rationales"] == pytest.approx((lengths >= limit).mean())
+    assert shares["data/truncated_share_questions"] == 0.0
+
+    limits = DataConfig(max_question_tokens=40, max_label_tokens=12)
+    short = sorted(records.valid[task], key=lambda record: len(record.question))[:9]
+    longer = [replace(r, question=r.question * 9) for r in short[:2]]
+    longer.append(replace(short[2], label="12 " * 30, gold="12"))
+    cut = replace(records, valid={task: short + longer}, test={task: short}, report={})
+    cut.report.update(check_texts(cut, features, made.tokenizer, limits))
+    shares = truncated_shares(cut, features, limits)
+    ours = {name.removeprefix("data/truncated_share_"): share for name, share in shares.items()}
+    assert ours["valid_questions"] == pytest.approx(2 / 12) and ours["valid_labels"] == pytest.approx(1 / 12)
+    assert ours["test_questions"] == ours["test_labels"] == 0.0
+    none = truncated_shares(replace(cut, test={task: []}), features, limits)  # as demo_pretrain has it
+    assert none["data/truncated_share_test_questions"] == 0.0

@@ -143,6 +143,7 @@ def test_a_run_s_events_hold_every_group(make_job):
         grad/norm grad/clipped_share grad/share_mi grad/norm_predict optim/lr optim/skipped_steps speed/mfu
         speed/step_s speed/data_wait_s speed/student_s speed/tokens_per_s memory/peak_gib
         memory/model_states_gib data/epoch data/padded_share data/truncated_share_labels
+        data/truncated_share_valid_questions data/truncated_share_test_labels
         eval/valid_demo_ece eval/test_demo_faithful accuracy/predict_tokens""".split()
     assert set(expected) <= set(scalars)
     assert [e.step for e in found.Scalars("loss/total")] == list(range(1, 13))

@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 from harness import alone
 
-FILES = ("test_head_loss_triton.py", "test_vid_triton.py")
+FILES = (
+    "test_head_loss_triton.py",
+    "test_vid_triton.py",
+    "test_biased_attention_triton.py",
+    "test_gates_triton.py",
+)
 
 
 @pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="this is the interpreter")

@@ -253,7 +253,7 @@ def test_the_refusal_names_what_would_fit(world, monkeypatch):
     monkeypatch.setattr(memory_check.distributed, "gather_objects", lambda value: [value] * 4)
     four = type(world)(rank=0, size=4, local_rank=0, device=torch.device("cuda"))
     given = {"student.tokenizer": "train", "objective.method": "kd", "teacher.model": "google/t5-v1_1-xxl"}
-    given["deepspeed.config"] = "zero2"
+    given |= {"deepspeed.config": "zero2", "student.precision": "fp32"}
     chosen = load_settings(None, given | {"student.model": "t5-mini", "teacher.placement": "replica"})
     with pytest.raises(ValueError, match=r"teacher 20\.74\), and 3\.00 GiB are free") as refused:
         memory_check.check(chosen, four)
@@ -268,7 +268,8 @@ def test_the_refusal_names_what_would_fit(world, monkeypatch):
 def test_a_teacher_that_only_writes_is_not_added_to_the_student(world, monkeypatch):
     given = {"student.tokenizer": "train", "student.model": "t5-v1_1-small", "teacher.rationales": "all"}
     given |= {"teacher.placement": "replica", "teacher.model": "google/t5-v1_1-small"}
-    chosen = load_settings(None, given | {"deepspeed.config": "zero0", "teacher.precision": "fp32"})
+    given |= {"deepspeed.config": "zero0", "student.precision": "fp32", "teacher.precision": "fp32"}
+    chosen = load_settings(None, given)
     student = 16 * sum(n for n, _ in footprint.student_skeleton(chosen).sizes())
     monkeypatch.setattr(memory_check, "free_memory", lambda device, ranks: student + 1000)
     memory_check.check(chosen, world)

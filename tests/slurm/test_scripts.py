@@ -56,6 +56,22 @@ def test_a_dry_run_checks_what_the_run_would_read(setting, value, message):
     assert done.returncode == 2 and message in done.stderr and "would run" not in done.stdout
 
 
+def test_a_dry_run_refuses_a_table_and_a_model_that_cannot_write(tmp_path):
+    table, encoder = tmp_path / "data.csv", tmp_path / "encoder"
+    table.write_text("question,label\n")
+    encoder.mkdir()
+    (encoder / "config.json").write_text('{"model_type": "t5", "architectures": ["T5EncoderModel"]}')
+    for settings, message in (
+        (["--data.task", "jsonl", "--data.path", str(table)], f"error: {table} begins with 'question,"),
+        (
+            ["--student.model", str(encoder)],
+            f"error: student.model is '{encoder}', by its config.json a T5Enc",
+        ),
+    ):
+        done = bash("slurm/distill.sh", "demo", *settings, DRY_RUN="1")
+        assert done.returncode == 2 and message in done.stderr and "would run" not in done.stdout
+
+
 def test_a_dry_run_checks_the_settings_and_shows_the_command(tmp_path):
     folder = tmp_path / "a folder"
     folder.mkdir()
@@ -121,3 +137,25 @@ def test_tensorboard_listens_on_loopback_only(tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "given", "expected"),
+    [
+        ("1", "", ""),
+        ("2", "", f"/tmp/ibdistill-triton-{os.getuid()}"),
+        ("2", "/scratch/mine", "/scratch/mine"),
+    ],
+)
+def test_several_nodes_have_a_cache_of_tritons_each(tmp_path, nodes, given, expected):
+    (tmp_path / "python").write_text('#!/bin/sh\necho "cache ${TRITON_CACHE_DIR:-}"\n')
+    (tmp_path / "python").chmod(0o755)
+    env = {
+        "SLURM_JOB_NUM_NODES": nodes,
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "TRITON_CACHE_DIR": given,
+    }
+    done = bash("slurm/rank.sh", "train.py", **env)
+    assert done.stdout.strip() == f"cache {expected}".strip()
+    if expected.startswith("/tmp/"):
+        assert os.stat(expected).st_mode & 0o077 == 0

@@ -167,8 +167,29 @@ def test_a_damaged_line_is_named_and_left_out_and_the_others_are_read(tmp_path, 
     path = tmp_path / "rank-00000-x.jsonl"
     path.write_text("\n".join([good[0], line, good[1], ""]))
     assert texts(tmp_path) == {k: {"predict": "1", "explain": k} for k in ("a", "b")}
-    (warning,) = set(caplog.messages)
+    (warning,) = caplog.messages
     assert f"{path}:2 is ignored, and its record is asked about again: " in warning and len(warning) < 500
+    assert texts(tmp_path).keys() == {"a", "b"}  # another start, another element of a job array
+    assert len(caplog.messages) == 1
+
+
+def test_each_damaged_line_is_warned_of_once_even_where_the_note_is_lost(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(writing.logger, "propagate", True)
+    paths = [tmp_path / f"rank-0000{rank}-x.jsonl" for rank in (0, 1)]
+    paths[0].write_text("{\n")
+    texts(tmp_path)
+    paths[1].write_text("[]\n{\n")  # a second file with the same damage, and another one
+    texts(tmp_path)
+    places = [message.split(" is ignored")[0] for message in caplog.messages]
+    assert places == [f"{paths[0]}:1", f"{paths[1]}:1", f"{paths[1]}:2"]
+    paths[0].write_text("[3]\n")  # another damage in the place of one that is known
+    texts(tmp_path)
+    assert len(caplog.messages) == 4 and f"{paths[0]}:1 is ignored" in caplog.messages[3]
+    (tmp_path / "warned.json").write_text("[" * 100_000)
+    texts(tmp_path)
+    assert len(caplog.messages) == 4 + 3
+    texts(tmp_path)
+    assert len(caplog.messages) == 4 + 3
 
 
 @pytest.mark.parametrize("content", ["[]", "null", "3", '["teacher"]', "{", "[" * 100_000])

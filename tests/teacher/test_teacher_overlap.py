@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 from harness import same, steps, weights
 
+from ibdistill.runtime import hardware
 from ibdistill.teacher.teacher import Teacher
 
 ONLINE = {
@@ -124,3 +126,61 @@ def test_steps_with_overlap_are_those_without(job, streams, make_job, tmp_path):
     plain = make_job(tmp_path / "plain", **ONLINE)
     steps(plain, 3)
     assert streams.waits == 2 and same(weights(job), weights(plain))
+
+
+class Late(hardware.ToHost):
+    """A copy that is on its way until somebody waits for it, as from a GPU; it notes what was waited for."""
+
+    waited: ClassVar[list[Late]] = []
+    made: ClassVar[list[Late]] = []
+
+    def __init__(self, tensors) -> None:
+        self._tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        Late.made.append(self)
+
+    @property
+    def is_there(self) -> bool:
+        return False
+
+    def wait(self) -> dict[str, torch.Tensor]:
+        Late.waited.append(self)
+        return self._tensors
+
+
+@pytest.fixture
+def late(monkeypatch) -> None:
+    Late.waited, Late.made = [], []
+    monkeypatch.setattr(hardware, "ToHost", Late)
+
+
+def test_filling_the_cache_waits_for_no_copy_of_the_answer_just_begun(job, streams, late, make_job, tmp_path):
+    cached = make_job(tmp_path / "cached", **ONLINE, **{"teacher.cache": str(tmp_path / "cache")})
+    answers = cached.teacher_answers
+    answers._stream = Teachers()
+    begin(cached, [3, 5])
+    assert len(Late.made) == 1 and not Late.waited and answers._keys[3] not in answers._cache
+    begin(cached, [1, 2])
+    assert Late.waited == Late.made[:1]  # the copy before, which has had a step's time
+    assert answers._keys[3] in answers._cache and answers._keys[1] not in answers._cache
+    answers.flush()
+    assert Late.waited == Late.made and answers._keys[1] in answers._cache
+
+
+def test_a_cache_that_is_filled_late_holds_the_same_and_the_steps_are_the_same(
+    streams, late, make_job, tmp_path, monkeypatch
+):
+    """Over two epochs of records, the second of which is read; and partly known micro-batches."""
+    found = {}
+    for name in ("late", "at once"):
+        if name == "at once":
+            monkeypatch.undo()
+        settings = ONLINE | {"teacher.cache": str(tmp_path / f"cache {name}"), "data.subsample": 20}
+        made = make_job(tmp_path / name, **settings)
+        steps(made, 5)
+        made.teacher_answers.flush()
+        keys = made.teacher_answers._keys
+        found[name] = weights(made), {k: e[0] for k in keys if (e := made.teacher_answers._cache.get([k]))}
+    (ours, entries), (theirs, others) = found.values()
+    assert same(ours, theirs) and entries.keys() == others.keys() and len(entries) >= 16
+    assert all(same(entries[key], others[key]) for key in entries)
+    assert len(Late.made) == len(Late.waited) >= 2

@@ -44,6 +44,23 @@ def test_targets_differ_in_lanes_and_both_pass(target, case):
     assert failures == []
 
 
+@pytest.mark.parametrize("target", list(kernel_report.TARGETS))
+def test_attention_compiles_for_every_target(target):
+    """On sm_90 and gfx942 without spills to memory."""
+    assert kernel_report.inspect_attention(target, torch.bfloat16, (64,)) == []
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
+def test_activations_move_16_bytes_per_thread_and_spill_nothing(target):
+    launches = kernel_report.record_gates()
+    assert len(launches) == 6
+    for launch in launches:
+        code = kernel_report.machine_code(kernel_report.compile_launch(launch, target), target)
+        assert not code["spills"]
+        widths = {name for name in code["mix"] if name.startswith(("LDG", "STG"))}
+        assert widths - {"LDG.E.64"} == {"LDG.E.128", "STG.E.128"}, widths  # of 8 bytes: the seed
+
+
 def test_token_counts_never_recompile():
     """Launches of batches with other lengths and numbers of questions are the same to the compiler."""
     keys = [
@@ -54,4 +71,6 @@ def test_token_counts_never_recompile():
         }
         for lengths in [(3, 3), (1,), (16,) * 16, (7, 1, 5)]
     ]
+    assert all(k == keys[0] for k in keys)
+    keys = [{kernel_report.key_of(x) for x in kernel_report.record_attention(T=T)} for T in (1, 7, 96, 128)]
     assert all(k == keys[0] for k in keys)

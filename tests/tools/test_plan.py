@@ -25,7 +25,12 @@ H100 = ACCELERATORS["h100-80g"]
 
 
 def tiny(**more) -> sections.Config:
-    given = {"student.model": "demo-student", "teacher.model": "demo-teacher", "teacher.placement": "replica"}
+    given = {"student.precision": "fp32"}
+    given |= {
+        "student.model": "demo-student",
+        "teacher.model": "demo-teacher",
+        "teacher.placement": "replica",
+    }
     return load_settings(None, given | {"objective.method": "ib+kd", "optim.batch_size": 64} | more)
 
 
@@ -319,6 +324,51 @@ def test_seconds_by_hand():
     assert moving["student"] == pytest.approx(7.0)
     alone = costs.step_seconds(load, dataclasses.replace(rates, overlap=False))
     assert alone["gradients wait"] == 15.0 and alone["teacher wait"] == 6.0
+
+
+def test_launches_cost_what_exceeds_the_rest():
+    parts = {"student": 0.004, "optimizer": 0.0016}
+    rates = costs.Rates(1.0, 1.0, 1.0, 1.0, 1.0, launch=6e-6)
+    load = costs.Load(
+        *(costs.Operations(1.0, 0.0, 0.0), 1, 0, 0, 0.0, 0.0, 0.0, 0, False, False), launches=5000
+    )
+    bound = costs.with_launches(parts, load, rates)
+    assert bound["launch wait"] == pytest.approx(0.030 - 0.0056) and costs.bound(bound) == "launch wait"
+    few = dataclasses.replace(load, launches=100)
+    assert costs.with_launches(parts, few, rates) == parts | {"launch wait": 0.0}
+
+
+def test_t5_base_with_8_questions_a_gpu_is_bound_by_its_launches():
+    """5.65 ms were predicted from its products alone, where 30 are needed."""
+    given = {"student.model": "google-t5/t5-base", "student.precision": "auto", "teacher.placement": "none"}
+    given |= {"teacher.model": "", "objective.method": "dss"}
+    planned = Planner(tiny(**given), H100, 1, 8, question=64, label=8, rationale=64)
+    choice = planned.choice("none", "zero2", False, 8)
+    products = sum(choice.seconds.values()) - choice.seconds["launch wait"]
+    assert planned.config.student.precision == "bf16" and products < 0.010
+    assert costs.bound(choice.seconds) == "launch wait" and 0.020 < choice.step < 0.060
+
+
+def test_weights_of_4_and_8_bits_are_not_planned_sharded():
+    """A run refuses them, in these words."""
+    given = {"student.load_in_4bit": True, "student.lora_rank": 4, "teacher.load_in_8bit": True}
+    planned = Planner(tiny(**given), H100, 1, 8, 20, 3, 9)
+    options = planned.options()
+    assert {choice.placement for choice in options} == {"replica"}
+    assert {choice.file for choice in options} == {"zero0", "zero1", "zero2", "zero2_offload"}
+    with pytest.raises(ValueError, match="4-bit weights are not sharded"):
+        tiny(**given, **{"deepspeed.config": "zero3"})
+
+
+def test_an_unknown_gpu_ends_with_exit_code_2():
+    run = subprocess.run(
+        [sys.executable, str(ROOT / "tools/plan.py"), "demo", "--gpu", "quantum"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert run.returncode == 2 and "Traceback" not in run.stderr
+    assert "error: --gpu is 'quantum'; known are a100-40g" in run.stderr
 
 
 def test_what_ranks_send_around_a_ring():

@@ -22,6 +22,7 @@ from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models import asking, chat_template
 from ibdistill.models.prompt import Prompt
+from ibdistill.training import run_folder
 
 PAIRS = ((3, 4), (1, 1), (5, 4), (2, 6))
 ROWS = [
@@ -69,7 +70,7 @@ def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, world, method
     assert tokenizer.eos_token_id == end == GenerationConfig.from_pretrained(student).eos_token_id
     asked = [row["question"] for row in ROWS]
     assert answers_by_card(student, asked) == [(row["label"], row["rationale"]) for row in rows]
-    chosen = asking.load(Path(asking.student_folder(str(tmp_path / "run"))), torch.device("cpu"))
+    chosen = asking.load(Path(run_folder.student_folder(str(tmp_path / "run"))), torch.device("cpu"))
     said = asking.ask(chosen, asked)
     assert [(a["label"], a["rationale"]) for a in said] == [(r["label"], r["rationale"]) for r in rows]
     assert method != "dss+cot" or said[0]["reasoned"]["rationale"] == ROWS[0]["rationale"]

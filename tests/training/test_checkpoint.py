@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from harness import full_disk, same, steps, weights
+import torch
+from harness import full_disk, remark, same, steps, weights
 
 from ibdistill import train
 from ibdistill.training import checkpoint
+from ibdistill.training.checkpoint_marker import MARKER
 
 
 def zeroed(path: Path) -> None:
@@ -43,13 +46,13 @@ def test_a_restored_job_continues_as_if_nothing_had_happened(make_job):
     [
         (lambda f: (f / "mp_rank_00_model_states.pt").write_bytes(b"short"), "has 5 bytes instead of"),
         (lambda f: next(f.glob("*optim_states.pt")).unlink(), "optim_states.pt is missing"),
-        (lambda f: (f / checkpoint.MARKER).unlink(), "it has no complete.json"),
-        (lambda f: (f / checkpoint.MARKER).write_text("{"), "its complete.json is damaged"),
-        (lambda f: (f / checkpoint.MARKER).write_text('{"step": 2, "files": {}}'), "is that of step 2"),
-        (lambda f: (f / checkpoint.MARKER).write_bytes(b"\xff\x00"), "its complete.json is damaged"),
-        (lambda f: (f / checkpoint.MARKER).write_text("[4]"), "its complete.json is damaged"),
+        (lambda f: (f / MARKER).unlink(), "it has no complete.json"),
+        (lambda f: (f / MARKER).write_text("{"), "its complete.json is damaged"),
+        (lambda f: (f / MARKER).write_text('{"step": 2, "files": {}}'), "is that of step 2"),
+        (lambda f: (f / MARKER).write_bytes(b"\xff\x00"), "its complete.json is damaged"),
+        (lambda f: (f / MARKER).write_text("[4]"), "its complete.json is damaged"),
         (
-            lambda f: (f / checkpoint.MARKER).write_text('{"step": 4, "files": [1]}'),
+            lambda f: (f / MARKER).write_text('{"step": 4, "files": [1]}'),
             "its complete.json is damaged",
         ),
         (lambda f: zeroed(f / "mp_rank_00_model_states.pt"), "the content of mp_rank_00_model_states.pt has"),
@@ -75,13 +78,103 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_job, capl
     assert len(refused) == 1 and "step-00000004" in refused[0] and message in refused[0]
 
 
+def rewritten(folder: Path, pattern: str, change: Callable[[dict], object]) -> None:
+    """Change what a file of a checkpoint holds, and the marker with it, so that no checksum is wrong."""
+    (path,) = folder.glob(pattern)
+    content = torch.load(path, weights_only=False)
+    change(content)
+    torch.save(content, path)
+    remark(path)
+
+
+def torn(folder: Path, pattern: str) -> None:
+    """The file was already garbage when its checksum was computed."""
+    (path,) = folder.glob(pattern)
+    path.write_bytes(path.read_bytes()[:1000])
+    remark(path)
+
+
+def without_checksums(folder: Path, pattern: str) -> None:
+    """A zeroed file below a marker from before there were checksums."""
+    (path,) = folder.glob(pattern)
+    zeroed(path)
+    content = json.loads((folder / MARKER).read_text())
+    content["files"] = {name: file["bytes"] for name, file in content["files"].items()}
+    (folder / MARKER).write_text(json.dumps(content))
+
+
+MODEL, SHARD = "mp_rank_00_model_states.pt", "*optim_states.pt"
+
+
+def shrink_a_weight(content: dict) -> None:
+    name = next(iter(content["module"]))
+    content["module"][name] = content["module"][name][:1]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: torn(f, MODEL), "mp_rank_00_model_states.pt cannot be loaded: RuntimeError"),
+        (lambda f: torn(f, SHARD), "optim_states.pt cannot be loaded: RuntimeError"),
+        (lambda f: without_checksums(f, SHARD), "optim_states.pt cannot be loaded: "),
+        (lambda f: rewritten(f, MODEL, shrink_a_weight), "model_states.pt cannot be loaded: RuntimeError"),
+        (lambda f: rewritten(f, MODEL, lambda c: c.pop("ibdistill")), "cannot be loaded: KeyError: 'ibdi"),
+        (
+            lambda f: rewritten(f, MODEL, lambda c: c["ibdistill"].update(new=1)),
+            "cannot be loaded: TypeError",
+        ),
+        (lambda f: rewritten(f, MODEL, lambda c: c["rng"].clear()), "cannot be loaded: IndexError"),
+        (lambda f: rewritten(f, MODEL, lambda c: c.pop("lr_scheduler")), "KeyError: 'lr_scheduler'"),
+        (
+            lambda f: rewritten(f, SHARD, lambda c: c["optimizer_state_dict"].clear()),
+            "optim_states.pt cannot",
+        ),
+    ],
+)
+def test_files_that_are_whole_but_do_not_load_are_named_and_the_one_before_is_used(
+    make_job, caplog, damage, message
+):
+    sharded = {"deepspeed.config": "zero2"}
+    job = make_job(**sharded)
+    for _ in range(2):
+        steps(job, 1)
+        job.checkpoints.save(job.engine, job.state)
+        if job.state.step == 1:
+            expected = weights(job)
+    folder = job.checkpoints.folder
+    damage(folder / "step-00000002")
+    again = make_job(**sharded)
+    assert again.state.step == 1 and same(weights(again), expected)
+    refused = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
+    assert len(refused) == 1 and "step-00000002" in refused[0] and message in refused[0]
+    assert len(refused[0]) < len(str(folder)) + 400
+
+
+def test_loading_goes_back_over_two_and_ends_where_none_is_left(make_job, caplog):
+    """The weights may be partly those of a file by then, so the run does not start afresh with them."""
+    job = make_job(**{"run.keep_last": 3})
+    for _ in range(3):
+        steps(job, 1)
+        job.checkpoints.save(job.engine, job.state)
+    folder = job.checkpoints.folder
+    for step in (3, 2):
+        rewritten(folder / f"step-0000000{step}", MODEL, lambda content: content.pop("optimizer"))
+    assert make_job().state.step == 1
+    torn(folder / "step-00000001", MODEL)
+    with pytest.raises(
+        ValueError, match="step-00000003: .*model_states.pt cannot be loaded: KeyError.*"
+    ) as e:
+        make_job()
+    assert "there is no checkpoint before it" in str(e.value) and f"delete {folder}" in str(e.value)
+
+
 def test_a_marker_holds_every_files_size_and_checksum(make_job):
     job = make_job()
     steps(job, 1)
     job.checkpoints.save(job.engine, job.state)
     folder = job.checkpoints.folder / "step-00000001"
-    contents = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != checkpoint.MARKER}
-    assert json.loads((folder / checkpoint.MARKER).read_text()) == {
+    contents = {path.name: path.read_bytes() for path in folder.iterdir() if path.name != MARKER}
+    assert json.loads((folder / MARKER).read_text()) == {
         "step": 1,
         "world_size": 1,
         "files": {name: {"bytes": len(c), "crc32": zlib.crc32(c)} for name, c in contents.items()},
@@ -93,7 +186,7 @@ def test_a_marker_from_before_there_were_checksums_still_counts(make_job):
     job = make_job()
     steps(job, 1)
     job.checkpoints.save(job.engine, job.state)
-    marker = job.checkpoints.folder / "step-00000001" / checkpoint.MARKER
+    marker = job.checkpoints.folder / "step-00000001" / MARKER
     content = json.loads(marker.read_text())
     content["files"] = {name: file["bytes"] for name, file in content["files"].items()}
     marker.write_text(json.dumps(content))
@@ -131,7 +224,7 @@ def test_another_number_of_ranks_is_refused(make_job):
     job = make_job()
     steps(job, 1)
     job.checkpoints.save(job.engine, job.state)
-    marker = job.checkpoints.folder / "step-00000001" / checkpoint.MARKER
+    marker = job.checkpoints.folder / "step-00000001" / MARKER
     marker.write_text(json.dumps(json.loads(marker.read_text()) | {"world_size": 3}))
     with pytest.raises(
         ValueError, match=r"step-00000001 was written by 3 ranks and this run has 1.*that number"

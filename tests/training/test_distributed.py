@@ -161,14 +161,18 @@ def test_one_ranks_full_disk_loses_neither_the_run_nor_the_checkpoint_before(tmp
 
 
 def test_all_ranks_fall_back_from_one_ranks_damaged_shard(tmp_path):
-    """To the checkpoint before, to the one before that, and to none."""
+    """To the checkpoint before, to the one before that, to none; and from what only rank 1 cannot load."""
     log = tmp_path / "log"
     worker = [str(WORKERS / "damaged.py"), str(tmp_path)]
     code = launch(worker, log=log, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert code == 0, log.read_text()[-4000:]
-    assert json.loads((tmp_path / "facts.json").read_text()) == [[[2, 1, 0]] * 2] * 2
+    assert json.loads((tmp_path / "facts.json").read_text()) == [[[3, True, 2, 1, 0]] * 2] * 2
     said = log.read_text()
     counts = [said.count(f"step-0000000{step} is not used: the content of") for step in (1, 2, 3)]
+    not_loaded = (
+        r"step-00000004 is not used: rank 1: \S*zero_pp_rank_1_\S*optim_states.pt cannot be loaded: \w"
+    )
+    assert len(re.findall(not_loaded, said)) == 2
     assert counts == [2 * 1, 2 * 2, 2 * 3]  # once at each look, by rank 0 alone
 
 

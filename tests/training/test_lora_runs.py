@@ -139,3 +139,29 @@ def test_bf16_and_recomputed_activations(make_job, folder, model_type):
     steps(job, 2)
     after = trained(job)
     assert len(after) >= 4 and not any(torch.equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_what_is_evaluated_in_bf16_is_what_is_exported(make_job, folder, stage):
+    """The sum of weight and adapter, computed in fp32 and rounded once, bit for bit."""
+    more = {"student.precision": "bf16", "deepspeed.config": f"zero{stage}", "run.test_limit": 2}
+    job = make_job(**settings(folder("llama"), **more))
+    steps(job, 2)
+    own = {name.removeprefix("model.base_model.model."): w for name, w in weights(job).items()}
+    with job.whole() as model:
+        evaluated = {name: p.detach().clone() for name, p in model.named_parameters()}
+    train.close(job)
+    exported = load_file(job.folder / "student/model.safetensors")
+    adapted = [name.removesuffix(".lora_A.default.weight") for name in own if ".lora_A." in name]
+    assert len(adapted) >= 4
+    for name in adapted:
+        a, b = (own[f"{name}.lora_{x}.default.weight"].float() for x in "AB")
+        base = own[f"{name}.base_layer.weight"]
+        scaling = job.config.student.lora_alpha / job.config.student.lora_rank
+        expected = (base.float() + scaling * (b @ a)).to(torch.bfloat16)
+        assert torch.equal(evaluated[f"{name}.weight"], expected) and not torch.equal(expected, base)
+    assert exported.keys() <= evaluated.keys() and all(
+        torch.equal(evaluated[name], weight) for name, weight in exported.items()
+    )
+    assert {weight.dtype for weight in exported.values()} == {torch.bfloat16}
+    assert any("lora_" in name for name in weights(job))  # the run's own model is as it was

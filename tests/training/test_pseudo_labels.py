@@ -350,7 +350,7 @@ def test_what_does_not_fit_the_task_is_refused(settings, message):
         ({"data.agree_share": 0.05}, r"data.agree_share is 0.05, which is 0 of optim.batch_size 8; at least"),
         ({"data.agree_share": 0.99}, r"data.agree_share is 0.99, which is 8 of optim.batch_size 8; at least"),
         ({"data.unlabelled": 0}, r"data.unlabelled is 0; it must be at least 1"),
-        ({"objective.method": "finetune"}, r"objective.method finetune trains one; choose another"),
+        ({"objective.method": "finetune"}, r"objective.method finetune does not train both; choose another"),
         (
             {
                 "teacher.placement": "cache",

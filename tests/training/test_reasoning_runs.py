@@ -8,12 +8,14 @@ import logging
 import pytest
 import torch
 from card_lines import answers_by_card
-from harness import TRAIN, WORKERS, as_arguments, launch, output_of, same, steps, weights
+from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, output_of, same, steps, weights
 from tiny_models import byte_tokenizer, config_of
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from workers.one_step import gradients_of_step
 
 from ibdistill import evaluate_student, train
+from ibdistill.config import fields
+from ibdistill.config.evaluation_sections import StudentEvaluation
 from ibdistill.config.load import load_settings
 from ibdistill.training import evaluation
 from ibdistill.training.prepare import prepare
@@ -50,7 +52,7 @@ def data_folder(folder) -> str:
 
 
 @pytest.mark.parametrize(("kind", "method", "ranks"), [("llama", "cot", 2), ("t5", "cot", 1)])
-def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, kind, method, ranks):
+def test_a_run_memorises_and_its_export_answers_the_same(world, tmp_path, kind, method, ranks):
     settings = {
         **{"data.task": "jsonl", "data.path": data_folder(tmp_path / "data")},
         **{"student.model": model_folder(tmp_path / "model", kind), "objective.method": method},
@@ -61,7 +63,10 @@ def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, kind, method,
     if kind == "t5":
         settings |= {"optim.relative_bias_lr_scale": 10, "student.dropout": 0.0}
     log = tmp_path / "log"
-    code = launch([TRAIN, *as_arguments(settings)], ranks=ranks, log=log)
+    if ranks > 1:
+        code = launch([TRAIN, *as_arguments(settings)], ranks=ranks, log=log)
+    else:
+        code = launch([FORKED, "1", *as_arguments(settings)], log=log)
     assert code == 0, log.read_text()[-3000:]
     result = json.loads((tmp_path / "run/result.json").read_text())
     scores = result["test"]["jsonl"]
@@ -78,6 +83,11 @@ def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, kind, method,
         assert own["answered"] and own["ended"] and own["confidence"] == row["confidence"]
         ids = byte_tokenizer()(f"{given['rationale']}\nThe answer is: {given['label']}").input_ids
         assert abs(own["tokens"] - len(ids) - 1) <= 1  # of which one may join the parts
+    given = evaluate_student.with_run(str(tmp_path / "run"), {"eval.dir": str(tmp_path / "again")})
+    asked = fields.from_flat(StudentEvaluation, given)
+    assert asked.eval.reason == "only"
+    again = evaluate_student.prepare(str(tmp_path / "run"), asked, world)()["scores"]
+    assert again == pytest.approx(scores, rel=1e-4)
     card = answers_by_card(tmp_path / "run/student", [row["question"] for row in ROWS])
     assert card == [(row["label"], row["rationale"]) for row in ROWS]
 

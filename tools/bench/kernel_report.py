@@ -63,10 +63,11 @@ class Recorder:
         self.kernel, self.launches = kernel, launches
 
     def __getitem__(self, grid):
-        def launch(*args, num_warps: int, **constants):
+        def launch(*args, num_warps: int, num_stages: int | None = None, **constants):
             names = [p.name for p in self.kernel.params]
             arguments = dict(zip(names, args, strict=False)) | constants
-            self.launches.append(Launch(self.kernel, arguments, {"num_warps": num_warps}))
+            options = {"num_warps": num_warps} | ({"num_stages": num_stages} if num_stages else {})
+            self.launches.append(Launch(self.kernel, arguments, options))
 
         return launch
 
@@ -77,7 +78,7 @@ def record(
     """Case -> the launches of one call of it, with questions of these lengths in both streams."""
     from ibdistill.ops import launch
     from ibdistill.ops.cpu import products
-    from ibdistill.ops.head_loss import triton_group, triton_teacher
+    from ibdistill.ops.head_loss import triton_group, triton_plan, triton_teacher
     from ibdistill.ops.head_loss.arguments import (
         Call,
         MISettings,
@@ -113,10 +114,13 @@ def record(
         cases[f"head, CE + KD {divergence}"] = (hidden, None, teacher)
         cases[f"head, CE + paper, max + KD {divergence}"] = (hidden, MISettings(), teacher)
     out = {}
-    modules = (triton_group, triton_teacher, vid_triton)
+    capped = dataclasses.replace(white, softcap=30.0)
+    cases["head, soft-capped, CE + paper, max + KD"] = (hidden, MISettings(), capped)
+    modules = (triton_plan, triton_group, triton_teacher, vid_triton)
     with recorded(*modules) as launches, mock.patch.object(launch, "LANES", lanes):
         for case, (stream, mi, teacher) in cases.items():
-            call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, 32 << 20)
+            cap = None if teacher is None else teacher.softcap
+            call = Call(stream, stream, Weights(1, 1, 1, 1, 1), mi, teacher, 32 << 20, cap)
             head = None if case.startswith("logits") else weight
             compute(call, head, None, [True, True, head is not None, False])
             out[case], launches[:] = list(launches), []
@@ -128,6 +132,32 @@ def record(
                 api.compute(*arguments, vid_triton.absorb, 32 << 20, [True] * 4)
                 out[case], launches[:] = list(launches), []
     return out
+
+
+def record_attention(dtype: torch.dtype = torch.bfloat16, T: int = 96, D: int = 64) -> list[Launch]:
+    """The launches of T5's self-attention in training, in an encoder and in a decoder, each once."""
+    from ibdistill.ops.biased_attention import api, kernels
+
+    query = torch.zeros(2, T, 3, D, dtype=dtype).transpose(1, 2).requires_grad_()
+    bias, mask = torch.zeros(3, 2 * T - 1, requires_grad=True), torch.ones(2, T, dtype=torch.bool)
+    with recorded(kernels) as launches, mock.patch.object(api, "choose", lambda *_: "triton"):
+        for seen, causal in ((mask, False), (None, True)):
+            out = api.biased_attention(query, query, query, bias, mask=seen, causal=causal, rate=0.1)
+            out.backward(torch.zeros_like(out))
+    return list({key_of(x): x for x in launches}.values())
+
+
+def record_gates(dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """The launches of the activations of T5's and Llama's feed-forward layers in training."""
+    from ibdistill.ops.gates import api
+    from ibdistill.ops.gates import triton as gates_triton
+
+    gate = torch.zeros(2, 1024, dtype=dtype, requires_grad=True)
+    with recorded(gates_triton) as launches, mock.patch.object(api, "choose", lambda *_: "triton"):
+        for activation, up, rate in (("gelu", gate, 0.1), ("silu", gate, 0.0), ("relu", None, 0.1)):
+            out = api.activate(gate, up, activation=activation, rate=rate)
+            out.backward(torch.zeros_like(out))
+    return launches
 
 
 @contextlib.contextmanager
@@ -150,7 +180,7 @@ def compile_launch(launch: Launch, target: str):
 
     kinds = {
         torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-        torch.int32: "*i32", torch.int64: "*i64",
+        torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
     }  # fmt: skip
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(launch.kernel.params):
@@ -190,6 +220,7 @@ def machine_code(compiled, target: str) -> dict[str, Any]:
         return {
             "registers": number("vgpr_count"),
             "spills": spills,
+            "scalar_spills": number("sgpr_spill_count"),
             "shared": compiled.metadata.shared,
             "mix": mix,
         }
@@ -255,6 +286,8 @@ def main(targets: str | tuple[str, ...] = tuple(TARGETS), V: int = 32128, dtype:
                     seen[key_of(launch)] = inspect(launch, case, target, V, kind, failures)
                 moved += seen[key_of(launch)]
             per_logit[case] = moved * kind.itemsize
+        if kind.itemsize == 2:
+            failures += inspect_attention(target, kind)
     print("\nbytes moved per logit or residual, forward + backward; besides, [B, V] arrays: 36 bytes per")
     print("sequence and entry, and VID's partial sums")
     for case, moved in per_logit.items():
@@ -283,6 +316,22 @@ def inspect(launch: Launch, case: str, target: str, V: int, kind: torch.dtype, f
     failures += check(f"{name} {constants} on {target}", target, code, problem)
     print(line(name, constants, target, code, launch.options["num_warps"]))
     return reads + writes
+
+
+def inspect_attention(target: str, kind: torch.dtype, widths: tuple[int, ...] = (64, 128)) -> list[str]:
+    """Compile and print the kernels of attention, which read no blocks of logits; their failures."""
+    from ibdistill.ops import launch
+
+    failures = []
+    with mock.patch.object(launch, "LANES", TARGETS[target][2]):
+        launches = [x for D in widths for x in record_attention(kind, D=D)]
+    for each in launches:
+        name, constants = each.kernel.__name__, constants_of(each)
+        code = machine_code(compile_launch(each, target), target)
+        code["spills"] -= code.get("scalar_spills", 0)  # these go to registers of vectors, not to memory
+        failures += check(f"{name} {constants} on {target}", target, code, None)
+        print(line(name, constants, target, code, each.options["num_warps"]))
+    return failures
 
 
 def predict(V: int, moved: int) -> None:

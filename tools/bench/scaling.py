@@ -94,6 +94,7 @@ def settings(model: str, zero: str, questions: int) -> sections.Config:
     """The settings of the run that is measured and planned."""
     given = {"student.model": model, "deepspeed.config": zero, "optim.batch_size": questions}
     given |= {"objective.method": "dss", "student.tokenizer": "train", "student.dropout": 0.0}
+    given["student.precision"] = "fp32"
     return load_settings(None, given | {"student.vocab_size": len(tokenizers.demo_tokenizer())})
 
 

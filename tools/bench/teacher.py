@@ -57,7 +57,7 @@ VARIANTS = ("none", "replica", "zero3", "cache")
 
 
 @dataclass(frozen=True)
-class Case:
+class TeacherCase:
     """What all variants share."""
 
     root: str
@@ -103,7 +103,7 @@ def bare_forward(job: Job) -> Callable[[], None]:
     return forward
 
 
-def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[dict[str, float], dict]:
+def measure_times(case: TeacherCase, steps: int, rounds: int, world: World) -> tuple[dict[str, float], dict]:
     """(seconds per step by variant and of `forward` alone, the teacher's bytes on this rank by variant).
 
     Collective.
@@ -127,7 +127,7 @@ def measure_times(case: Case, steps: int, rounds: int, world: World) -> tuple[di
     return {name: float(seconds.mean()) for name, seconds in best.items()}, held
 
 
-def peak_bytes(case: Case, variant: str, port: int) -> int:
+def peak_bytes(case: TeacherCase, variant: str, port: int) -> int:
     """This rank's high-water mark over three steps. It is called in a new process."""
     os.environ["MASTER_PORT"] = str(port)
     world = distributed.init()
@@ -138,7 +138,7 @@ def peak_bytes(case: Case, variant: str, port: int) -> int:
     return hardware.peak_memory(world.device)
 
 
-def measure_memory(case: Case, variant: str) -> int:
+def measure_memory(case: TeacherCase, variant: str) -> int:
     """The largest high-water mark of the ranks, each of which starts a process for it."""
     port = distributed.run_on_rank_0(distributed.free_port)
     context = multiprocessing.get_context("forkserver")  # which has no device, no threads and no tensors
@@ -168,7 +168,7 @@ def main(
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     root = distributed.run_on_rank_0(tempfile.mkdtemp)
-    case = Case(root, student, teacher, method, batch_size, precision, zero, cache_form)
+    case = TeacherCase(root, student, teacher, method, batch_size, precision, zero, cache_form)
     peaks = {name: measure_memory(case, name) for name in VARIANTS} if memory else {}
     seconds, held = measure_times(case, steps, rounds, world)
     if world.rank:
@@ -189,7 +189,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
     world = distributed.init()
     logging.getLogger("ibdistill").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as root:
-        job = Case(root, student, teacher, "kd", batch_size, "fp32", "zero0").job("replica", world)
+        job = TeacherCase(root, student, teacher, "kd", batch_size, "fp32", "zero0").job("replica", world)
         rows, batch = job.micro_batches()[0]
         answer, module = job.teacher_answers.of(rows, batch), job.engine.module.eval()
         weights = objectives_weights.step_weights(job.config.objective, job.sampler.counts(0))
@@ -211,7 +211,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
         for k in (8, 16, 32, 64, 128):
             kept = {}
             for stream, target in answer.targets.items():
-                ids, p = top_k(target.hidden, answer.weight, answer.bias, k, 1.0)
+                ids, p = top_k(target.hidden, (answer.weight, answer.bias, answer.softcap), k, 1.0)
                 kept[stream] = TeacherStream(ids=ids, probabilities=p.half().float())
             forms[f"top {k}"] = (k * (4 + 2), TeacherAnswer(None, kept))
         for name, (size, form) in forms.items():

@@ -88,7 +88,7 @@ def generate_features(records: int = 6725) -> Features:
     return Features([str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets)
 
 
-def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None]]:
+def build(case: TrainCase, name: str, world) -> tuple[nn.Module, Callable[[int], None]]:
     """A variant's model and its step, which takes a step's number.
 
     Our job lacks the parts that work once in a while, such as the board and the checkpoints.
@@ -121,7 +121,7 @@ def build(case: Case, name: str, world) -> tuple[nn.Module, Callable[[int], None
 
 
 @dataclass
-class Case:
+class TrainCase:
     """What all variants share, and which records each step takes."""
 
     features: Features
@@ -174,7 +174,7 @@ class Case:
         }
 
 
-def check_losses(case: Case) -> float:
+def check_losses(case: TrainCase) -> float:
     """The relative difference of the two losses of one ragged batch; padding is kept out of the pool."""
     model, objective, rows = case.model(dropout_rate=0.0), case.settings().objective, case.batches["plain"][0]
     batch = batches.collate(case.features, rows, STREAMS, pad=PAD, start=0).to(case.device)
@@ -186,7 +186,7 @@ def check_losses(case: Case) -> float:
     return float((ours - expected).abs() / expected.abs())
 
 
-def products(case: Case, name: str, c) -> dict[str, float]:
+def products(case: TrainCase, name: str, c) -> dict[str, float]:
     """Floating point operations of all steps' matrix products, by kind; `c` is the model's configuration."""
     inner, feed, sizes = c.num_heads * c.d_kv, (3 if c.is_gated_act else 2) * c.d_ff, case.sizes(name)
     projection, rows = 0, 0
@@ -214,7 +214,7 @@ def measure_rates(shapes: dict[str, tuple[int, int, int]], best: dict, device: t
         best[kind, dtype] = max(rate, best.get((kind, dtype), 0.0))
 
 
-def peak_bytes(case: Case, name: str) -> int:
+def peak_bytes(case: TrainCase, name: str) -> int:
     """The most bytes above the model states. It is called in a new process: see the module's docstring."""
     world = distributed.init()
     build(replace(case, preset="demo-student", batch_size=2, steps=1), name, world)[1](0)
@@ -229,7 +229,7 @@ def peak_bytes(case: Case, name: str) -> int:
     return above - 16 * sum(p.numel() for p in module.parameters())
 
 
-def measure_time(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+def measure_time(case: TrainCase, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of all steps by variant, and those that their matrix products alone would take."""
     world = distributed.init()
     steps = {name: build(case, name, world)[1] for name in VARIANTS}
@@ -252,7 +252,7 @@ def measure_time(case: Case, rounds: int) -> tuple[dict[str, float], dict[str, f
     return {name: float(part.sum()) for name, part in seconds.items()}, floors
 
 
-def report(case: Case, seconds: dict, floors: dict, peaks: dict) -> None:
+def report(case: TrainCase, seconds: dict, floors: dict, peaks: dict) -> None:
     """Print one line per variant, then the ratios to the plain loop."""
     print(" " * 13 + "s/step tokens/s  padding  floor_s  of_time peak_MiB")
     for name, time_ in seconds.items():
@@ -285,7 +285,7 @@ def main(
     of ds_configs.
     """
     features = read_features(data) if data else generate_features()
-    case = Case(features, preset, method, batch_size, steps, zero, devices.choose())
+    case = TrainCase(features, preset, method, batch_size, steps, zero, devices.choose())
     used = case.settings().deepspeed.config
     print(f"{preset}, {method}, {used}, {case.steps} x {batch_size} of {data or 'generated lengths'}")
     print(f"every variant runs on {devices.name(case.device)}")

@@ -37,6 +37,8 @@ class Accelerator:
     fragmentation. This is an assumption."""
     utilization: float = 0.4
     """Share of the peak that a step's products reach. This is an assumption; a run logs its `speed/mfu`."""
+    launch_us: float = 6.0
+    """Time in which the host launches one kernel through torch, microseconds. This is an assumption."""
     host_memory_gib: float = 512.0
     """A node's memory, GiB. This is an assumption where the source names no machine."""
     host_gbs: float = 25.0

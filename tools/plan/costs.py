@@ -6,8 +6,9 @@ whole [T, S] products, also under a causal mask.
 
 Seconds are predictions: products at `utilization` of the peak or at the speed at which weights can be read,
 whichever is slower; transfers as rings, at the slowest link on their way. Overlapped transfers cost what
-exceeds the products beside them. Latencies are left out, so many small collectives over many nodes look
-cheaper here than they are; data loading, evaluations and checkpoints come on top.
+exceeds the products beside them. The host launches kernels ahead of the GPU; where launching them all takes
+longer than all else, the rest is waited for. Latencies of transfers are left out, so many small collectives
+over many nodes look cheaper here than they are; data loading, evaluations and checkpoints come on top.
 """
 
 from __future__ import annotations
@@ -173,6 +174,8 @@ class Load:
     overlaps_reduction: bool
     overlaps_gathers: bool
     """Stage 3 gathers ahead; stages 1 and 2 gather after the update, when there is nothing beside it."""
+    launches: int = 0
+    """Kernels that the host launches per step."""
     moved: float = 0.0
     """Bytes per micro-batch that are moved beside the products, where `utilization` does not cover them."""
 
@@ -187,6 +190,8 @@ class Rates:
     memory: float
     link: float
     teacher_link: float
+    launch: float = 0.0
+    """Seconds in which the host launches a kernel."""
     overlap: bool = True
     """Whether transfers and products can go on at the same time."""
 
@@ -206,7 +211,7 @@ class Rates:
         if placement == "cpu_offload":  # shares come over the bus before they are gathered
             teacher_link = min(teacher_link, gpu.host_gbs * 1e9)
         products, theirs = gpu.products(precision), gpu.products(teacher_precision)
-        return cls(products, theirs, gpu.bandwidth_gbs * 1e9, link, teacher_link)
+        return cls(products, theirs, gpu.bandwidth_gbs * 1e9, link, teacher_link, gpu.launch_us / 1e6)
 
 
 def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
@@ -233,6 +238,11 @@ def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
     # reads and writes master and moments, reads the gradient, writes the weight
     parts["optimizer"] = 28 * load.updated / rates.memory
     return parts
+
+
+def with_launches(parts: dict[str, float], load: Load, rates: Rates) -> dict[str, float]:
+    """The same seconds, and those that launching the step's kernels takes beyond them."""
+    return parts | {"launch wait": max(0.0, load.launches * rates.launch - sum(parts.values()))}
 
 
 def bound(parts: dict[str, float]) -> str:

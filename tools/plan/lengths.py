@@ -28,7 +28,7 @@ NAMES = ("question", "label", "rationale")
 
 
 @dataclass(frozen=True)
-class Lengths:
+class MeasuredLengths:
     """The tokens of every question and target of a plan, end tokens included."""
 
     question: int
@@ -38,7 +38,7 @@ class Lengths:
     """Where the numbers are from, for the reader."""
 
 
-def settle(config: Config, given: dict[str, Any]) -> Lengths:
+def settle(config: Config, given: dict[str, Any]) -> MeasuredLengths:
     """The lengths of a plan: those `given` by `--tokens.NAME`, else the data's, else the limits of `config`.
 
     Raises ValueError for an unknown name or a length below 1, and as reading the data does.
@@ -54,7 +54,7 @@ def settle(config: Config, given: dict[str, Any]) -> Lengths:
         found, source = measure(config)
     if given:
         source = f"{', '.join(given)} as given" + ("" if given.keys() == set(NAMES) else f"; else {source}")
-    return Lengths(**(found | given), source=source)
+    return MeasuredLengths(**(found | given), source=source)
 
 
 def measure(config: Config) -> tuple[dict[str, int], str]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ibdistill.config import zero_file
+from ibdistill.config import consistency, zero_file
 from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
@@ -26,6 +26,12 @@ FILES = ("zero2", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload")
 ABOUT = 1.1
 """Steps within this factor of the fastest count as equally fast: predictions are no better than that."""
 
+HEAD_LOSS_KERNELS = 40
+"""Launches of one head loss in Triton, forward and backward. This is an assumption: a group of rows takes
+about ten, and a micro-batch a few groups."""
+UPDATE_KERNELS = 250
+"""Launches of an update, at most: tests/runtime/test_deepspeed_fixes.py bounds that of bf16 without ZeRO."""
+
 
 @dataclass
 class Planner:
@@ -42,6 +48,8 @@ class Planner:
 
     def __post_init__(self) -> None:
         self._check_division()
+        self.config = dataclasses.replace(self.config, student=dataclasses.replace(self.config.student))
+        consistency.settle_precision(self.config, multiplies_bf16=True)  # as all of these GPUs do
         self.streams = weights.streams_of(self.config.objective)
         self._scored = weights.teacher_streams(self.config.objective)
         self.wanted = weights.wanted(self.config.objective)
@@ -96,15 +104,23 @@ class Planner:
         return mi is not None and ESTIMATORS[mi.estimator].space == "state"
 
     def placements(self) -> tuple[str, ...]:
-        """Every placement of an online teacher; else only the recipe's."""
+        """Every placement that a run would take of an online teacher; else only the recipe's."""
+        if self.teacher and self.config.teacher.load_in_8bit:
+            return ("replica",)  # weights of 8 bits are not sharded
         return PLACED if self.teacher else (self.config.teacher.placement,)
+
+    def files(self) -> tuple[str, ...]:
+        """Every DeepSpeed file that a run would take: weights of 4 bits are not sharded."""
+        if self.config.student.load_in_4bit:
+            return tuple(file for file in FILES if Zero.read(file).stage < 3)
+        return FILES
 
     def choices(self, micro_batch_size: int) -> list[Choice]:
         """Every placement, ZeRO file and checkpointing at one micro-batch size."""
         return [
             self.choice(placement, file, checkpointing, micro_batch_size)
             for placement in self.placements()
-            for file in FILES
+            for file in self.files()
             for checkpointing in (False, True)
         ]
 
@@ -192,6 +208,7 @@ class Planner:
             updated=trained // self.ranks if zero.stage else trained,
             overlaps_reduction=zero.overlap,
             overlaps_gathers=zero.stage == 3,
+            launches=self._launches(checkpointing, micro_batches, zero),
         )
         rates = costs.Rates.of(
             *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision)
@@ -200,6 +217,7 @@ class Planner:
         if zero.offload_optimizer:  # gradients go to the host, which updates, and weights come back
             there_and_back = (4 + WIDTH[precision]) * load.updated
             seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
+        seconds = costs.with_launches(seconds, load, rates)
         return Choice(
             *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room()),
             int(self.gpu.host_memory_gib * GIB / self.on_node),
@@ -243,6 +261,15 @@ class Planner:
     def _operations_of_one(self) -> dict[bool, costs.Operations]:
         args = self._lengths(1), self.config.objective, self.teacher
         return {on: costs.operations(self.student, *args, checkpointing=on) for on in (False, True)}
+
+    def _launches(self, checkpointing: bool, micro_batches: int, zero: Zero) -> int:
+        """Kernels per step: those of the dry run, and what the update and ZeRO do with each tensor."""
+        kernels = micro_batches * (self._traces[checkpointing][0].kernels + HEAD_LOSS_KERNELS)
+        if self.teacher is not None:
+            kernels += micro_batches * self._teacher_traces[0].kernels
+        trained = sum(1 for _, is_trained in self.sizes if is_trained)
+        # ZeRO copies each gradient into a bucket; without it the update takes whole lists of tensors
+        return kernels + UPDATE_KERNELS + (micro_batches * trained if zero.stage else 0)
 
     def _signal_bytes(self, micro: int) -> int:
         """Bytes of the teacher's answers to a micro-batch."""

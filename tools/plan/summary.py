@@ -25,6 +25,7 @@ BOUNDS = {
     "parameters wait": "waiting for parameters of other ranks",
     "teacher wait": "waiting for the teacher's parameters",
     "optimizer": "the optimizer's update",
+    "launch wait": "launching kernels, which the host does one by one",
 }
 """Part of a step (`costs.step_seconds`) -> what it is called here."""
 NOTICEABLE = 0.05
@@ -96,7 +97,7 @@ def roomier(options: Sequence[Choice], best: Choice) -> str:
     choice = min(smaller, key=lambda c: (round(c.step / best.step, 2), -c.micro_batch_size, c.bytes))
     slow = relative(choice, best)
     if choice.step < 1.005 * best.step:
-        slow += "; not taken: less simple, or more launches of kernels, which are not predicted"
+        slow += "; not taken: less simple"
     return f"{named(choice)}: {choice.bytes / GIB:.1f} GiB, {choice.step:.3g} s per step, {slow}"
 
 

@@ -49,6 +49,7 @@ from typing import Any
 
 from ibdistill.config import fields
 from ibdistill.config.load import to_yaml
+from ibdistill.runtime.version import commit
 from study import arms
 from study.arms import ROOT, Run, Study, resolved, result
 
@@ -145,19 +146,6 @@ def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
         spent["cpu_seconds"] = cpu_seconds
     notes = {name: round(before.get(name, 0) + value, 1) for name, value in spent.items()}
     path.write_text(json.dumps(notes | {"commit": commit()}))
-
-
-def commit() -> str:
-    """The commit of the working tree, with a + if it has changes; empty where there is no git."""
-    try:
-        git = ["git", "-C", str(ROOT)]
-        head = subprocess.run(
-            [*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=True
-        )
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.stdout.strip() + "+" * bool(changes.stdout.strip())
 
 
 def write_grids(study: Study, out: Path) -> list[str]:

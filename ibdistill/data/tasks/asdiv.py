@@ -1,20 +1,17 @@
 """ASDiv: word problems of school books (Miao et al., ACL 2020, arXiv 2106.15772).
 
-The label is the answer's number, and an answer is right by its exact value. LLM text is written and parsed
-as for SVAMP.
+The label is the answer's number. LLM text is written and parsed, and answers are judged, as for SVAMP.
 """
 
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
-from ibdistill.data.answer_rules import same_amount, same_python_value, same_value
-from ibdistill.data.arithmetic_steps import last_value
 from ibdistill.data.json_rows import field_text
-from ibdistill.data.tasks.base import Task
 from ibdistill.data.tasks.published import Published
-from ibdistill.data.tasks.svamp import parse_equation
+from ibdistill.data.tasks.svamp import SVAMP
 
 
 def fields(row: dict[str, Any]) -> tuple[str, str, str]:
@@ -24,17 +21,13 @@ def fields(row: dict[str, Any]) -> tuple[str, str, str]:
     return f"{field_text(row, 'body')}\n{field_text(row, 'question')}", number, ""
 
 
-ASDIV = Task(
+ASDIV = replace(
+    SVAMP,
     name="asdiv",
     read=Published(
         fields=fields,
         hub=("EleutherAI/asdiv", None, "refs/convert/parquet"),
         hub_splits={"train": "validation"},  # its only split; a tenth of it becomes the test split
     ).read,
-    is_correct=same_value,
-    is_strict=same_python_value,
-    is_lenient=same_amount,
-    parse_llm=parse_equation,
-    implied=last_value,
-    arithmetic=True,
+    derives_rationales=False,
 )

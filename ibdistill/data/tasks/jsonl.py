@@ -31,27 +31,11 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
     Raises:
         ValueError: no `data.path`, missing files, or a bad line.
     """
-    if data.path is None:
-        raise ValueError(
-            f"data.path is not set: the task {task!r} needs a file, or a folder with train.jsonl"
-        )
-    path = Path(data.path)
-    check_exists(path)
-    files = {"train": path}
-    if path.is_dir():
-        found = {split: _file_of(path, split) for split in ("train", "valid", "test")}
-        files = {split: file for split, file in found.items() if file}
-        if missing := [f"{split}.jsonl" for split in ("train", "test") if split not in files]:
-            raise ValueError(
-                f"data.path {data.path!r} lacks {' and '.join(missing)}: a folder for the task {task!r} has "
-                "train.jsonl, test.jsonl and perhaps valid.jsonl (or such files ending in "
-                f"{', '.join(SUFFIXES[1:])}); or name one file, which is then split"
-            )
+    files = split_files(task, data)
+    unlabelled = data.label_source == "teacher" and Path(data.path).is_dir()
 
     def optional(row: dict[str, Any], key: str) -> str:
         return field_text(row, key) if row.get(key) is not None else ""
-
-    unlabelled = data.label_source == "teacher" and path.is_dir()
 
     def fields(row: dict[str, Any]) -> tuple[str, str, str]:
         if in_conversation(row):
@@ -79,6 +63,27 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
     by_place = {where: row for part in rows.values() for where, row in part}
     splits = examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
     return {split: [completed(example) for example in part] for split, part in splits.items()}
+
+
+def split_files(task: str, data: DataConfig) -> dict[str, Path]:
+    """Split -> its file at `data.path`; one file stands under train. Raises as `read_jsonl`."""
+    if data.path is None:
+        raise ValueError(
+            f"data.path is not set: the task {task!r} needs a file, or a folder with train.jsonl"
+        )
+    path = Path(data.path)
+    check_exists(path)
+    files = {"train": path}
+    if path.is_dir():
+        found = {split: _file_of(path, split) for split in ("train", "valid", "test")}
+        files = {split: file for split, file in found.items() if file}
+        if missing := [f"{split}.jsonl" for split in ("train", "test") if split not in files]:
+            raise ValueError(
+                f"data.path {data.path!r} lacks {' and '.join(missing)}: a folder for the task {task!r} has "
+                "train.jsonl, test.jsonl and perhaps valid.jsonl (or such files ending in "
+                f"{', '.join(SUFFIXES[1:])}); or name one file, which is then split"
+            )
+    return files
 
 
 def _file_of(folder: Path, split: str) -> Path | None:

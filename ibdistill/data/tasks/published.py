@@ -91,6 +91,8 @@ class Published:
     def _hub_rows(self, task: str) -> dict[str, list[Row]]:
         import datasets
 
+        datasets.disable_progress_bars()  # of preparing; those of downloads are the hub's, and stay
+
         path, name, revision = self.hub
         try:
             loaded = datasets.load_dataset(path, name, revision=revision)

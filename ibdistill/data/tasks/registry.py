@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from ibdistill.data.tasks import asdiv, cqa, demo, gsm8k, jsonl, nli, svamp
+from importlib import import_module
+
 from ibdistill.data.tasks.base import Task
 
+_FILES = (
+    "demo",
+    "svamp",
+    "asdiv",
+    "cqa",
+    "gsm8k",
+    "nli",
+    "jsonl",
+)
+"""The files beside this one. Each defines one task or several, under names in capitals."""
+
 TASKS: dict[str, Task] = {
-    "demo": demo.DEMO,
-    "demo_pretrain": demo.DEMO_PRETRAIN,
-    "svamp": svamp.SVAMP,
-    "asdiv": asdiv.ASDIV,
-    "cqa": cqa.CQA,
-    "gsm8k": gsm8k.GSM8K,
-    "esnli": nli.ESNLI,
-    "anli1": nli.ANLI1,
-    "anli2": nli.ANLI2,
-    "anli3": nli.ANLI3,
-    "jsonl": jsonl.JSONL,
+    task.name: task
+    for file in _FILES
+    for task in vars(import_module(f"ibdistill.data.tasks.{file}")).values()
+    if isinstance(task, Task)
 }

@@ -33,6 +33,7 @@ from ibdistill.ops.head_loss.arguments import (
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.ops.head_loss.on_states import state_terms
+from ibdistill.ops.head_loss.softcap import check_softcap
 from ibdistill.ops.implementation import choose
 
 __all__ = [
@@ -67,6 +68,7 @@ def head_loss(
     mi: MISettings | None = None,
     teacher: TeacherDistributions | None = None,
     group: Any = None,
+    softcap: float | None = None,
     impl: str = "auto",
     chunk_bytes: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -87,6 +89,8 @@ def head_loss(
         teacher: distributions to distil from, and how; None: nothing is distilled.
         group: InfoNCE's process group; None: the default group, or this process alone if there is
             none. With InfoNCE all ranks of the group must call, each with any number of questions.
+        softcap: the logits are softcap * tanh(logits / softcap), as Gemma 2's are; None: they are not capped.
+            The teacher's logits have their own (`TeacherDistributions.softcap`).
         impl: triton (on a GPU, or anywhere under TRITON_INTERPRET=1), torch, or auto: triton for
             tensors on a GPU where triton is installed and knows the case (not float64, not more
             than the top 256 of a teacher in bfloat16), else torch. The choice of auto is logged once.
@@ -107,7 +111,8 @@ def head_loss(
             explain, impl = triton where it can't run.
     """
     check_arguments(predict, explain, weight, bias, mi, teacher)
-    return _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes)
+    check_softcap("softcap", softcap)
+    return _run(predict, explain, weight, bias, weights, mi, teacher, group, softcap, impl, chunk_bytes)
 
 
 def logits_loss(
@@ -141,10 +146,10 @@ def logits_loss(
     # a head that maps V logits to V logits has the right shape, dtype and device, and takes no memory
     stand_in = predict.hidden.new_zeros(()).expand(predict.hidden.shape[1], predict.hidden.shape[1])
     check_arguments(predict, explain, stand_in, None, mi, None)
-    return _run(predict, explain, None, None, weights, mi, None, None, impl, chunk_bytes)
+    return _run(predict, explain, None, None, weights, mi, None, None, None, impl, chunk_bytes)
 
 
-def _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chunk_bytes):
+def _run(predict, explain, weight, bias, weights, mi, teacher, group, softcap, impl, chunk_bytes):
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES["cpu" if predict.hidden.device.type == "cpu" else "gpu"]
     if chunk_bytes <= 0:
@@ -159,6 +164,7 @@ def _run(predict, explain, weight, bias, weights, mi, teacher, group, impl, chun
         "" if pooled is None else f"{mi.estimator} {mi.pool} {mi.gradient} {mi.pair}",
         0.1 if pooled is None else float(mi.temperature),
         *_flat(teacher),
+        softcap,
         impl,
         chunk_bytes,
         custom.needs_of(differentiated),
@@ -190,6 +196,8 @@ def _head_loss(
     divergence: str,
     beta: float,
     temperature: float,
+    teacher_softcap: Optional[float],  # noqa: UP045
+    softcap: Optional[float],  # noqa: UP045
     impl: str,
     chunk_bytes: int,
     needs: Sequence[bool],
@@ -204,8 +212,9 @@ def _head_loss(
         *streams,
         Weights(*weights.tolist()),
         _settings(mi, mi_temperature),
-        _teacher(teacher, divergence, beta, temperature),
+        _teacher(teacher, divergence, beta, temperature, teacher_softcap),
         chunk_bytes,
+        softcap,
     )
     if choose("head loss", impl, predict, _missing_in_triton(call)) == "triton":
         from ibdistill.ops.head_loss.triton import compute
@@ -226,11 +235,13 @@ def _head_loss(
 @_head_loss.register_fake
 def _fake(
     predict, explain, weight, bias, predict_labels, predict_cu, explain_labels, explain_cu,
-    weights, mi, mi_temperature, teacher, divergence, beta, temperature, impl, chunk_bytes, needs,
+    weights, mi, mi_temperature, teacher, divergence, beta, temperature, teacher_softcap, softcap, impl,
+    chunk_bytes, needs,
 ):  # fmt: skip
     dtype = torch.float64 if predict.dtype == torch.float64 else torch.float32
     settings = _settings(mi, mi_temperature)
-    names = _term_names(explain is not None, settings, _teacher(teacher, divergence, beta, temperature))
+    distributions = _teacher(teacher, divergence, beta, temperature, teacher_softcap)
+    names = _term_names(explain is not None, settings, distributions)
     sums = [predict.new_empty((), dtype=dtype) for _ in range(1 + len(names))]
     return sums + custom.fake_gradients((predict, explain, weight, bias), needs)
 
@@ -246,23 +257,29 @@ def _settings(mi: str, temperature: float) -> MISettings | None:
     return MISettings(estimator, pool, gradient, temperature, pair)
 
 
-def _flat(teacher: TeacherDistributions | None) -> tuple[list[Tensor | None], str, float, float]:
+def _flat(
+    teacher: TeacherDistributions | None,
+) -> tuple[list[Tensor | None], str, float, float, float | None]:
     if teacher is None:
-        return [None] * 8, "forward", 0.5, 1.0
+        return [None] * 8, "forward", 0.5, 1.0, None
     tensors = [*(teacher.predict or TeacherStream()), *(teacher.explain or TeacherStream())]
     tensors = [None if x is None else x.detach() for x in (*tensors, teacher.weight, teacher.bias)]
-    return tensors, teacher.divergence, teacher.beta, teacher.temperature
+    return tensors, teacher.divergence, teacher.beta, teacher.temperature, teacher.softcap
 
 
 def _teacher(
-    tensors: Sequence[Tensor | None], divergence: str, beta: float, temperature: float
+    tensors: Sequence[Tensor | None],
+    divergence: str,
+    beta: float,
+    temperature: float,
+    softcap: float | None,
 ) -> TeacherDistributions | None:
     """What `_flat` has flattened."""
     if all(x is None for x in tensors):
         return None
     streams = [TeacherStream(*tensors[i : i + 3]) for i in (0, 3)]
     streams = [None if all(x is None for x in stream) else stream for stream in streams]
-    return TeacherDistributions(*streams, *tensors[6:], divergence, beta, temperature)
+    return TeacherDistributions(*streams, *tensors[6:], divergence, beta, temperature, softcap)
 
 
 def _term_names(has_explain: bool, mi: MISettings | None, teacher: TeacherDistributions | None) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ibdistill.ops.checks import check_choice
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import DIRECTIONS, ESTIMATORS, POOLS
+from ibdistill.ops.head_loss.softcap import check_softcap
 
 STREAMS = ("predict", "explain")
 
@@ -132,6 +133,8 @@ class TeacherDistributions:
     """The teacher's share in the mixture of the generalised JSD, between 0 and 1."""
     temperature: float = 1.0
     """The temperature T of both distributions."""
+    softcap: float | None = None
+    """The cap of the teacher's logits, before the temperature (see `softcap`); None: they have none."""
 
     def __post_init__(self):
         check_choice("divergence", self.divergence, DIVERGENCES)
@@ -141,6 +144,7 @@ class TeacherDistributions:
             )
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature} must be positive")
+        check_softcap("teacher.softcap", self.softcap)
 
     @property
     def is_top_k(self) -> bool:
@@ -157,6 +161,7 @@ class Call(NamedTuple):
     mi: MISettings | None
     teacher: TeacherDistributions | None
     chunk_bytes: int
+    softcap: float | None = None
 
 
 def check_arguments(

@@ -25,6 +25,20 @@ def _online(top, total, x):
     return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
 
 
+@triton.jit
+def softcap_kernel(z, stride, V, cap, BLOCK: tl.constexpr):
+    """One block of one row: cap tanh(z / cap) in the place of z."""
+    i_row, i_v = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    o_v = i_v * BLOCK + tl.arange(0, BLOCK)
+    inside = o_v < V
+    place = z + i_row * stride + o_v
+    x = tl.load(place, mask=inside, other=0.0).to(tl.float32) / cap
+    # tanh from the exponential of a number that is not positive: nothing overflows
+    e = tl.exp(-2.0 * tl.abs(x))
+    size = cap * (1.0 - e) / (1.0 + e)
+    tl.store(place, tl.where(x < 0, -size, size).to(z.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["a"])
 def row_stats_kernel(z, stride, labels, lse, ce, correct, a, V, V_padded, BLOCK: tl.constexpr):
     """One row: log-sum-exp, -log p[label] and whether the label's logit is the largest (0 if ignored)."""
@@ -184,38 +198,48 @@ def divergence_kernel(
 ):  # fmt: skip
     """One row: divergence between softmax(teacher / T) and softmax(z / T), and what its gradient needs.
 
-    `means` is the mean under the student of the log ratio that the gradient is centred by. The second
-    walk over the row finds it in the cache.
+    `means` is the mean under the student of the log ratio that the gradient is centred by. A KL divergence is
+    a mean of differences of logits beside the two log-sum-exps, so one walk over the row makes it: `mean_gap`
+    is that mean, below the running maximum. The mixture of a JSD needs both log-sum-exps first. Its second
+    walk reads both rows from memory again, because the rows of all running programs exceed a cache.
     """
     i_row = tl.program_id(0).to(tl.int64)
     top, total, teacher_top, teacher_total = float("-inf"), 0.0, float("-inf"), 0.0
+    loss, mean, mean_gap = 0.0, 0.0, 0.0
     for start in range(0, V_padded, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         inside = o_v < V
         x = tl.load(z + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
         y = tl.load(teacher + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
-        top, total = _online(top, total, tl.where(inside, x * inverse_temperature, float("-inf")))
+        gap = tl.where(inside, (y - x) * inverse_temperature, 0.0)
+        x = tl.where(inside, x * inverse_temperature, float("-inf"))
         y = tl.where(inside, y * inverse_temperature, float("-inf"))
+        last, teacher_last = top, teacher_top
+        top, total = _online(top, total, x)
         teacher_top, teacher_total = _online(teacher_top, teacher_total, y)
+        if DIVERGENCE == _FORWARD:
+            mean_gap = mean_gap * tl.exp(teacher_last - teacher_top) + tl.sum(
+                tl.exp(y - teacher_top) * gap, 0
+            )
+        elif DIVERGENCE == _REVERSE:
+            mean_gap = mean_gap * tl.exp(last - top) - tl.sum(tl.exp(x - top) * gap, 0)
     lse_p, lse_q = top + tl.log(total), teacher_top + tl.log(teacher_total)
-    loss, mean = 0.0, 0.0
-    for start in range(0, V_padded, BLOCK):
+    if DIVERGENCE == _FORWARD:
+        loss = mean_gap / teacher_total - lse_q + lse_p
+    elif DIVERGENCE == _REVERSE:
+        mean = mean_gap / total - lse_p + lse_q
+        loss = mean
+    stop = V_padded if DIVERGENCE != _FORWARD and DIVERGENCE != _REVERSE else 0
+    for start in range(0, stop, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         inside = o_v < V
         x = tl.load(z + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
         y = tl.load(teacher + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
         log_p, log_q = x * inverse_temperature - lse_p, y * inverse_temperature - lse_q
-        if DIVERGENCE == _FORWARD:
-            loss += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_p), 0.0), 0)
-        elif DIVERGENCE == _REVERSE:
-            mean += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_q), 0.0), 0)
-        else:
-            log_m = _log_mixture(log_q, log_p, beta)
-            mean += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
-            loss += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
-    if DIVERGENCE == _REVERSE:
-        loss = mean
-    elif DIVERGENCE != _FORWARD:
+        log_m = _log_mixture(log_q, log_p, beta)
+        mean += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
+        loss += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
+    if stop > 0:
         loss = beta * loss + (1 - beta) * mean
     tl.store(student_lse + a + i_row, lse_p)
     tl.store(teacher_lse + a + i_row, lse_q)
@@ -251,15 +275,16 @@ def _log_mixture(log_q, log_p, beta):
 def gradient_kernel(
     z, stride, out, out_stride, labels, lse, scale, sums_won, table, lengths, pooled, winners, sums, gets,
     teacher, student_lse, teacher_lse, means, taught, tops, k, questions, a, b, V, V_padded, pool_scale,
-    inverse_temperature, beta,
-    ESTIMATOR: tl.constexpr, IS_MAX: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
+    inverse_temperature, beta, inverse_cap,
+    ESTIMATOR: tl.constexpr, IS_MAX: tl.constexpr, DIVERGENCE: tl.constexpr, IS_CAPPED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one block of the vocabulary: dL/dz of its rows in the chunk, into `out` (may be z).
 
     `scale` is each row's cross-entropy weight (0 where ignored), `gets` whether stream 0, 1 gets the pooled
     term's gradient, `taught` each row's distillation weight times T. With a top k, `teacher` holds the places
     1 to k in it (0: in none), `tops` [rows, k] their gradients, and `means` what the tail's probabilities are
-    multiplied with.
+    multiplied with. With IS_CAPPED, z holds capped logits, and the gradient is that of the logits before.
     """
     i_s, i_v = tl.program_id(0), tl.program_id(1)
     first, last = tl.load(table + 4 * i_s), tl.load(table + 4 * i_s + 1)
@@ -316,6 +341,9 @@ def gradient_kernel(
                     ratio = log_p - _log_mixture(log_q, log_p, beta)
                     d = (1 - beta) * tl.exp(log_p) * (ratio - tl.load(means + t))
             dz += tl.where(o_v < V, d * tl.load(taught + t), 0.0)
+        if IS_CAPPED:
+            share = tl.where(o_v < V, x, 0.0) * inverse_cap
+            dz *= 1.0 - share * share
         tl.store(out_row, tl.where(kept, dz, 0.0).to(out.dtype.element_ty), mask=inside)
         row += stride
         teacher_row += stride

@@ -3,7 +3,7 @@
 Shapes: B questions; a stream's target positions are packed, N of them, `cu[B + 1]` their offsets;
 D hidden size, V vocabulary.
 
-    z = hidden W^T + bias, p = softmax(z)
+    z = hidden W^T + bias (with a softcap: cap tanh(z / cap) in its place), p = softmax(z)
     total = ce_predict * CE_predict + ce_explain * CE_explain + mi * MI
             + kd_predict * KD_predict + kd_explain * KD_explain
 
@@ -35,6 +35,7 @@ from ibdistill.ops.head_loss.arguments import (
 )
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov, pool_states
+from ibdistill.ops.head_loss.softcap import capped, check_softcap
 
 
 def head_loss_reference(
@@ -47,6 +48,7 @@ def head_loss_reference(
     mi: MISettings | None = None,
     teacher: TeacherDistributions | None = None,
     group: Any = None,
+    softcap: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """See `head_loss`, whose results these are.
@@ -55,6 +57,7 @@ def head_loss_reference(
     torch.bfloat16 gives what eager torch would do in bfloat16.
     """
     check_arguments(predict, explain, weight, bias, mi, teacher)
+    check_softcap("softcap", softcap)
     for name, stream in (("predict", predict), ("explain", explain)):
         check_values(name, stream, weight.shape[0])
     dtype = dtype or (torch.float64 if weight.dtype == torch.float64 else torch.float32)
@@ -70,6 +73,7 @@ def head_loss_reference(
         logits = hidden @ weight.to(dtype).T
         if bias is not None:
             logits = logits + bias.to(dtype)
+        logits = capped(logits, softcap)
         log_p = torch.log_softmax(logits, -1)
         keep = stream.labels != IGNORED
         label_log_p = log_p[keep].gather(1, stream.labels[keep, None])[:, 0]
@@ -132,7 +136,8 @@ def pool_logs(log_p: Tensor, pool: str) -> Tensor:
 
 def _teacher_logits(teacher: TeacherDistributions, target: TeacherStream, dtype: torch.dtype) -> Tensor:
     logits = target.hidden.to(dtype) @ teacher.weight.to(dtype).T
-    return (logits if teacher.bias is None else logits + teacher.bias.to(dtype)).detach()
+    logits = logits if teacher.bias is None else logits + teacher.bias.to(dtype)
+    return capped(logits, teacher.softcap).detach()
 
 
 def _teacher_logs(

@@ -31,8 +31,9 @@ from ibdistill.ops.cpu.cache_blocks import cached_rows, exp_times_
 from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
 from ibdistill.ops.head_loss.arguments import STREAMS, Call
 from ibdistill.ops.head_loss.packing import Rows, groups, pack
+from ibdistill.ops.head_loss.softcap import cap_
 from ibdistill.ops.head_loss.torch_pooling import Pooler
-from ibdistill.ops.head_loss.torch_teacher import Distiller
+from ibdistill.ops.head_loss.torch_teacher import TorchDistiller
 from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
 
@@ -100,12 +101,14 @@ class _Walk:
         self.scale = torch.full_like(rows.labels, call.weights.ce_predict, dtype=dtype)
         self.scale.masked_fill_(rows.is_explain, call.weights.ce_explain)
         self.cross_entropy, self.correct = torch.empty_like(self.scale), torch.empty_like(self.scale)
-        self.distiller = None if call.teacher is None else Distiller(call, rows, vocabulary, dtype)
-        # the distiller has a buffer as large as the one of log p
-        buffers = 1 if self.distiller is None else 2
+        self.distiller = None if call.teacher is None else TorchDistiller(call, rows, vocabulary, dtype)
+        # the distiller has a buffer as large as the one of log p, and so have the slopes of capped logits
+        has_slopes = call.softcap is not None and self.differentiate
+        buffers = 1 + (self.distiller is not None) + has_slopes
         self.size = max(1, call.chunk_bytes // (vocabulary * dtype.itemsize * buffers))
         shape = (max(1, min(self.size, len(rows.order))), vocabulary)
         self.buffer = empty_in_huge_pages(shape, streams[0], dtype)
+        self.slopes = empty_in_huge_pages(shape, streams[0], dtype) if has_slopes else None
         self.pooler, self.paired = None, call.mi is not None and call.mi.pair == "teacher"
         if call.mi is not None:
             # a term of weight 0 is reported all the same, but needs no gradient
@@ -128,12 +131,17 @@ class _Walk:
         for a, b in chunks:
             # the buffer holds the last chunk only; where it is the only one, log p still stands there
             if len(chunks) > 1:
-                log_p = log_softmax_(self.head.forward(a, b, self.buffer))
+                log_p = log_softmax_(self._logits(a, b))
             self._backward(log_p, a, b)
+
+    def _logits(self, a: int, b: int) -> Tensor:
+        """The logits of the rows a to b in the buffer and, if they are capped, their slopes in theirs."""
+        slopes = None if self.slopes is None else self.slopes[: b - a]
+        return cap_(self.head.forward(a, b, self.buffer), self.call.softcap, slopes)
 
     def _forward(self, a: int, b: int) -> Tensor:
         """Compute log p [b - a, V] of the rows a to b, their cross entropies and their part of the pools."""
-        z = self.head.forward(a, b, self.buffer)
+        z = self._logits(a, b)
         # five operations read each block, which stays in a CPU's cache between them
         block = cached_rows(self.buffer)
         for row in range(a, b, block):
@@ -164,6 +172,8 @@ class _Walk:
             dz.add_(d_distil)
         # the cross entropy's gradient is c (p - 1) at the label, c p elsewhere; c p is there already
         dz[torch.arange(b - a, device=dz.device), self.rows.labels[a:b]] -= scale
+        if self.slopes is not None:
+            dz.mul_(self.slopes[: b - a])
         self.head.add_gradients(dz, a, b)
 
     def terms(self) -> dict[str, Tensor]:

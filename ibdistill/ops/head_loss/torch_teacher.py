@@ -8,10 +8,11 @@ from torch import Tensor
 from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, SMALLEST_PROBABILITY, Call
 from ibdistill.ops.head_loss.divergences import loss_and_gradient
 from ibdistill.ops.head_loss.packing import Rows
+from ibdistill.ops.head_loss.softcap import cap_
 from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
 
-class Distiller:
+class TorchDistiller:
     """Divergences from the teacher, chunk by chunk, and their gradients in a buffer of the chunk's size."""
 
     def __init__(self, call: Call, rows: Rows, vocabulary: int, dtype: torch.dtype):
@@ -48,12 +49,16 @@ class Distiller:
         """
         out = self._buffer(b - a)
         if self.hidden is not None:
-            return log_softmax_(self.head.forward(a, b, out))
+            return log_softmax_(self._logits(a, b))
         ids, q = self.ids[a:b], self.probabilities[a:b].to(out.dtype)
         tail = (1 - q.sum(-1, keepdim=True)).clamp_min_(SMALLEST_PROBABILITY) / max(
             out.shape[1] - ids.shape[1], 1
         )
         return out.copy_(tail).scatter_(1, ids, q).clamp_min_(torch.finfo(out.dtype).tiny).log_()
+
+    def _logits(self, a: int, b: int) -> Tensor:
+        """The teacher's logits of the rows a to b, in the buffer."""
+        return cap_(self.head.forward(a, b, self._buffer(b - a)), self.teacher.softcap)
 
     def _buffer(self, rows: int) -> Tensor:
         if len(self.buffer) < rows:
@@ -64,7 +69,7 @@ class Distiller:
         """Note the losses of the rows a to b, and return their gradients for the logits, [b - a, V]."""
         out = self._buffer(b - a)
         if self.hidden is not None:
-            self.head.forward(a, b, out)
+            self._logits(a, b)
         temperature = self.teacher.temperature
         for row in range(0, b - a, BLOCK_ROWS):
             block = slice(row, min(row + BLOCK_ROWS, b - a))

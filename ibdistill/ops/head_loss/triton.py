@@ -9,8 +9,9 @@ often:
     pooled_sums   [B, V] only   nine sums per question, from which estimators and directions follow
     winner_sums   [B, V] only   s[t], the sum of the gradients w that position t won (max pool)
     mean_sums     one read      the same s[t] for the mean pool, which needs every p[t, v]
-    divergence    one read      divergence from the teacher, from student and teacher logits
+    divergence    one read      divergence from the teacher, from student and teacher logits (JSD: two reads)
     tail          one read      the student's mass in the tail of a teacher's top k
+    softcap       read + write  capped logits in the place of z, where the model caps them
     gradient      read + write  dL/dz in the place of z
 
 For cross entropies and a max-pooled term that is two reads forward and a read and a write backward, or 8
@@ -36,6 +37,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.arguments import STREAMS, Call, Stream, TeacherDistributions, TeacherStream
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.head_loss.kernels import NORMALIZED
@@ -55,8 +57,8 @@ def compute(
         work = _Work(call, weight, bias, needs)
         size = work.size if weight is not None else sum(work.counts) or 1
         groups, table = cut_into_groups(call, size, work.plan.is_pooled)
-        # one copy for all groups, which the host does not wait for
-        lines = torch.tensor(table, dtype=torch.int32).reshape(-1, 4).to(device, non_blocking=True)
+        # one copy for all groups
+        lines = to_device(torch.tensor(table, dtype=torch.int32).reshape(-1, 4), device)
         for group in groups:
             work.group(group, lines[group.lines[0] : group.lines[1]])
         terms = work.terms()
@@ -157,7 +159,8 @@ class _Work:
             stream, first, last = group.slices[chunk]
             logits = self.hidden[stream][first:last]
             return logits if logits.stride(1) == 1 else logits.contiguous()
-        return self.plan.multiply(hidden[a:b], self.weight, self.bias, self.buffers[0][: b - a])
+        out = self.buffers[0][: b - a]
+        return self.plan.multiply(hidden[a:b], self.weight, self.bias, self.plan.softcap, out)
 
     def _products(self, group: Group, hidden: Tensor, dz: Tensor, a: int, b: int) -> None:
         """From dL/dz of the rows a to b the gradients of hidden states, weight and bias."""

@@ -21,7 +21,7 @@ from ibdistill.ops.head_loss.kernels import (
     winner_sums_kernel,
 )
 from ibdistill.ops.head_loss.triton_plan import Group, Plan, Sums
-from ibdistill.ops.head_loss.triton_teacher import Distiller
+from ibdistill.ops.head_loss.triton_teacher import TritonDistiller
 
 
 class GroupState:
@@ -52,7 +52,7 @@ class GroupState:
             self.lengths = (seen[table[:, 1].long()] - seen[table[:, 0].long()]).int()
             # the table's lines go predict, explain, predict, ...: one question per pair
             self.both = (self.lengths.view(-1, 2) > 0).all(1)
-        self.distiller: Distiller | None = None
+        self.distiller: TritonDistiller | None = None
 
     def start_distilling(self, targets: TeacherStream, buffer: Tensor) -> None:
         """Distil from `targets`, those of the group's rows; `buffer` is [rows of a chunk, padded]."""
@@ -63,7 +63,7 @@ class GroupState:
             0.0 if teacher.explain is None else weights.kd_explain,
         )
         taught = self._by_stream(on) * teacher.temperature
-        self.distiller = Distiller(self.plan, targets, buffer, self.labels, taught)
+        self.distiller = TritonDistiller(self.plan, targets, buffer, self.labels, taught)
 
     def _by_stream(self, values: tuple[float, float]) -> Tensor:
         """The stream's value for each row that is not ignored, 0 for the others: [rows] float32."""
@@ -185,7 +185,8 @@ class GroupState:
             self.lengths, self.pooled, self.winners, self.sums, plan.receives, *taught, k,
             self.group.questions, a, b, plan.V, plan.padded, plan.pool_scale,
             1 / teacher.temperature if teacher else 1.0, teacher.beta if teacher else 0.5,
+            1 / plan.softcap if plan.softcap else 1.0,
             ESTIMATOR=plan.estimator if plan.needs_pool_gradient else NONE, IS_MAX=plan.is_max,
-            DIVERGENCE=NONE if x is None else x.divergence,
+            DIVERGENCE=NONE if x is None else x.divergence, IS_CAPPED=plan.softcap is not None,
             BLOCK=plan.column_block, num_warps=launch.WARPS,
         )  # fmt: skip

@@ -10,8 +10,9 @@ import triton
 from torch import Tensor
 
 from ibdistill.ops import launch
+from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, STREAMS, Call, TeacherDistributions, Weights
-from ibdistill.ops.head_loss.kernels import NONE, NORMALIZED, PAPER
+from ibdistill.ops.head_loss.kernels import NONE, NORMALIZED, PAPER, softcap_kernel
 
 KERNEL_CONSTANTS = {"paper": PAPER, "normalized": NORMALIZED}
 """Estimator -> its number in the kernels. These are the estimators that are `in_triton`."""
@@ -30,6 +31,8 @@ class Plan:
     """Elements of a row that belong to one program (`launch.column_block`)."""
     weights: Weights
     teacher: TeacherDistributions | None
+    softcap: float | None
+    """The cap of the student's logits."""
     estimator: int
     """NONE, PAPER or NORMALIZED: the mutual-information term."""
     is_max: bool
@@ -53,8 +56,13 @@ class Plan:
         """Programs that share a row."""
         return triton.cdiv(self.padded, self.column_block)
 
-    def multiply(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-        """hidden [rows, D] W^T + b into the first V columns of `out` [rows, padded], by the vendor's GEMM."""
+    def multiply(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, out: Tensor
+    ) -> Tensor:
+        """hidden [rows, D] W^T + b, capped, into the first V columns of `out` [rows, padded].
+
+        The product is the vendor's GEMM. A cap takes a pass of its own, which reads and writes each logit.
+        """
         view = out[:, : self.V]
         if weight.dtype != out.dtype:
             view.copy_(hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T))
@@ -62,6 +70,10 @@ class Plan:
             torch.mm(hidden, weight.T, out=view)
         else:
             torch.addmm(bias, hidden, weight.T, out=view)
+        if cap is not None and len(out):
+            softcap_kernel[(len(out), self.column_blocks)](
+                out, out.stride(0), self.V, cap, BLOCK=self.column_block, num_warps=launch.WARPS
+            )
         return out
 
 
@@ -77,13 +89,14 @@ def make_plan(call: Call, V: int, padded: int, *, differentiate: bool) -> Plan:
         column_block=launch.column_block(V, example.element_size()),
         weights=call.weights,
         teacher=call.teacher,
+        softcap=call.softcap,
         estimator=NONE if mi is None else KERNEL_CONSTANTS[mi.estimator],
         is_max=mi is not None and mi.pool == "max",
         directions=directions,
         needs_pool_gradient=differentiate and bool(receivers),
         pool_scale=call.weights.mi / max(len(directions), 1),
-        receives=torch.tensor(
-            [name in receivers for name in STREAMS], dtype=torch.int32, device=example.device
+        receives=to_device(
+            torch.tensor([name in receivers for name in STREAMS], dtype=torch.int32), example.device
         ),
     )
 

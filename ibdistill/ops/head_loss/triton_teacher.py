@@ -28,7 +28,7 @@ from ibdistill.ops.head_loss.kernels import (
 from ibdistill.ops.head_loss.triton_plan import Plan
 
 
-class Distiller:
+class TritonDistiller:
     """The teacher's part in one group of rows: divergences, and what their gradients need, per row."""
 
     def __init__(self, plan: Plan, targets: TeacherStream, buffer: Tensor, labels: Tensor, taught: Tensor):
@@ -70,8 +70,9 @@ class Distiller:
             ids = self.targets.ids[a:b]
             places = torch.arange(1, ids.shape[1] + 1, device=out.device).to(out.dtype)
             return out.zero_().scatter_(1, ids, places.expand_as(ids))
+        teacher = self.teacher
         return self.plan.multiply(
-            self.targets.hidden[a:b], self.teacher.weight.detach(), self.teacher.bias, out
+            self.targets.hidden[a:b], teacher.weight.detach(), teacher.bias, teacher.softcap, out
         )
 
     def log_probabilities(self, a: int, b: int) -> tuple[Tensor, Tensor]:

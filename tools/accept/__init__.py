@@ -1,0 +1,1 @@
+"""The checks of tools/accept.py, the process that runs them, and the report."""

@@ -1,0 +1,92 @@
+"""Check d: the placements of a teacher in one process, and that overlapping changes nothing."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from accept import inputs, jobs
+from accept.lines import Context
+
+STEPS = 20
+
+
+def placements(context: Context) -> None:
+    """Twenty steps without a teacher, with one in the job, and with its cache being written and then read."""
+    steps = 6 if context.small else STEPS
+    for student in ("t5", "qwen2"):
+        with jobs.job_of(inputs.settings(context, f"{student}-none", student)) as job:
+            judge(context, f"{student}, no teacher", jobs.losses(job, steps))
+        first = None
+        # the third run finds in the cache what the second has written
+        cache = str(context.folder(f"cache-{student}"))
+        for run, more in (
+            ("replica", {}),
+            ("filling", {"teacher__cache": cache}),
+            ("reading", {"teacher__cache": cache}),
+        ):
+            overrides = inputs.with_teacher(context, f"{student}-teacher", "replica", **more)
+            overrides |= {"optim__batch_size": 8, "data__subsample": 64}
+            config = inputs.settings(context, f"{student}-{run}", student, **overrides)
+            with jobs.job_of(config) as job:
+                losses = jobs.losses(job, steps)
+                judge(context, f"{student}, {run}", losses)
+                if run == "filling":
+                    job.teacher_answers.flush()
+            first = first or losses
+            # the cache keeps a teacher's answers in its form (`teacher.cache_form`), so not to the last bit
+            error = max(abs(a / b - 1) for a, b in zip(losses, first, strict=True))
+            if run != "replica":
+                context.verdict(
+                    f"{student}, {run} as replica",
+                    error < 0.02,
+                    f"losses differ by {error:.1e}, at most 2e-2",
+                )
+
+
+def judge(context: Context, case: str, losses: list[float]) -> None:
+    """Losses are finite and fall."""
+    holds = all(map(math.isfinite, losses)) and losses[-1] < losses[0]
+    context.verdict(case, holds, f"loss {losses[0]:.4f}, then {losses[-1]:.4f}", losses=losses)
+
+
+def overlap(context: Context) -> None:
+    """Losses with the teacher on a stream of its own equal those without, for a slow teacher, while memory
+    that was freed is filled with other numbers."""
+    results = {}
+    for overlaps in (False, True):
+        more = {"optim__batch_size": 16, "optim__micro_batch_size": 8, "student__dropout": 0.0}
+        overrides = inputs.with_teacher(context, "qwen2-teacher", "replica", "kd", **more)
+        with jobs.job_of(inputs.settings(context, f"overlap-{overlaps}", "qwen2", **overrides)) as job:
+            answers = job.teacher_answers
+            if not overlaps:
+                answers._stream = None
+            answer = answers._answer
+
+            def slow(*arguments, answer=answer):
+                torch.cuda._sleep(20_000_000)  # about 10 ms
+                return answer(*arguments)
+
+            answers._answer = slow
+            losses = []
+            for _ in range(STEPS):
+                losses += jobs.losses(job, 1)
+                poison(context)
+            results[overlaps] = losses
+    errors = [abs(a / b - 1) for a, b in zip(results[True], results[False], strict=True)]
+    holds = errors[0] < 1e-5 and max(errors) < 2e-2
+    message = (
+        f"losses differ by {errors[0]:.1e} at the first step (1e-5) and at most {max(errors):.1e} (2e-2)"
+    )
+    context.verdict("on and off", holds, message, **{f"overlap {k}": v for k, v in results.items()})
+
+
+def poison(context: Context) -> None:
+    """Fill the allocator's free blocks, of all sizes that a batch has, with other ids."""
+    blocks = [
+        torch.full((2**power,), 3, dtype=torch.int64, device=context.device)
+        for power in range(6, 18)
+        for _ in range(8)
+    ]
+    del blocks
