@@ -8,6 +8,7 @@ from ibdistill.runtime.version import commit
 ENTRY_POINTS = {
     "ibdistill/train.py": "distil a student, or continue an interrupted run",
     "ibdistill/evaluate_student.py": "score a trained student, or its predictions, on a task",
+    "ibdistill/ask.py": "ask a trained student: one question, a conversation, or a file",
     "ibdistill/write_rationales.py": "let the teacher write the rationales of a run, and nothing else",
 }
 

@@ -7,14 +7,15 @@
 STUDENT: a run folder, the student that `train.py` exported to it, or any other folder or model of
 the hub. From a run folder the data settings of the run are taken, where the command line gives no
 others. Otherwise give those that the student was trained with (`data.map_numbers` above all).
-`--eval.questions FILE.jsonl` answers questions that need no labels. Writes `result.json`,
-`predictions.jsonl` and PNG plots to `eval.dir`. Exit codes: 0 done, 2 bad input.
+`--eval.questions FILE.jsonl` answers questions that need no labels, `--eval.samples N` also draws answers.
+Writes `result.json`, `predictions.jsonl`, `samples.jsonl` and PNG plots to `eval.dir`. Exit codes: 0 done,
+2 bad input.
 """
 
 from __future__ import annotations
 
 from ibdistill.config import fields
-from ibdistill.config.evaluation_sections import StudentEvaluation
+from ibdistill.config.evaluation_sections import EvaluationConfig, StudentEvaluation
 from ibdistill.config.sections import StudentConfig
 from ibdistill.runtime import startup
 
@@ -32,26 +33,27 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from ibdistill.config import command_line
 from ibdistill.config.load import read_yaml
 from ibdistill.config.methods import METHODS
 from ibdistill.data import loading
 from ibdistill.data.chat import adopt_turn_end
-from ibdistill.data.records import STREAMS, Record
+from ibdistill.data.records import STREAMS, Record, with_numbers
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.text_checks import check_split
 from ibdistill.data.tokenizers import load_tokenizer
-from ibdistill.evaluation import calibration, report, text_scores
+from ibdistill.evaluation import calibration, math_equal, report, sampled, text_scores, vllm_engine
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.evaluation.predictions import Prediction
-from ibdistill.models import presets
+from ibdistill.evaluation.sampled import Samples
+from ibdistill.models import decoding, families
 from ibdistill.models.student import load_student
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.version import version
-from ibdistill.training import pseudo_labels
-from ibdistill.training.checkpoint_marker import MARKER
+from ibdistill.training import pseudo_labels, run_folder
 
 logger = logging.getLogger("ibdistill")
 
@@ -147,6 +149,9 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         raise ValueError(
             "give either a STUDENT (an exported folder, a run folder, a hub name) or --eval.predictions"
         )
+    check_samples(student, eval_)
+    if eval_.math_verify:
+        math_equal.check_installed()
     folder = Path(eval_.dir or Path("evaluation") / f"{_name(student or eval_.predictions)}-{task}")
     encoder = text_scores.load_encoder(eval_.embedding_model) if eval_.embedding_model else None
     if eval_.questions:
@@ -158,11 +163,12 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
     else:
         records = getattr(loading.load(config.data, needs_rationale=False), eval_.split)[task]
     if student is None:
-        answer = list(evaluation_predictions.read_predictions(Path(eval_.predictions), records)).copy
+        read = list(evaluation_predictions.read_predictions(Path(eval_.predictions), records))
+        answer = partial(tuple, (read, {}))
     else:
         answer = _decoder(student, records[: eval_.limit or None], config, world)
 
-    def write(predictions: list[Prediction]) -> dict[str, Any]:
+    def write(predictions: list[Prediction], samples: dict[str, Samples]) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)
         labelled = [p for p in predictions if p.record.gold]
         result = {
@@ -175,7 +181,8 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
             "ranks": world.size,
             **version(),
             "calibration_bins": calibration.BINS,
-            "scores": evaluation_predictions.scores(labelled, encoder) if labelled else {},
+            "scores": scores(labelled, encoder, eval_) if labelled else {},
+            **sampled.results(samples, [p.record for p in predictions], eval_, folder),
             "seconds": round(time.perf_counter() - start, 1),
         }
         # of a question without a label nobody knows whether the answer is right
@@ -190,15 +197,42 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         return result
 
     def evaluate() -> dict[str, Any]:
-        predictions = answer()
-        result = distributed.run_on_rank_0(lambda: write(predictions))
-        for name, value in result["scores"].items():
+        predictions, samples = answer()
+        result = distributed.run_on_rank_0(lambda: write(predictions, samples))
+        sampled_scores = [own for stream in result.get("sampled", {}).values() for own in stream.items()]
+        for name, value in [*result["scores"].items(), *sampled_scores]:
             logger.info("%-24s %.4g", name, value)
         source = fields.shown(eval_.questions) if eval_.questions else eval_.split
         logger.info("%d %s records of %s: %s", len(predictions), source, task, folder / "result.json")
         return result
 
     return evaluate
+
+
+def check_samples(student: str | None, config: EvaluationConfig) -> None:
+    """Raise ValueError for settings of samples that contradict each other."""
+    if config.samples and student is None:
+        raise ValueError(
+            f"eval.samples is {config.samples}, and eval.predictions has one answer per question; give a "
+            "STUDENT"
+        )
+    if config.samples and (not config.ks or max(config.ks) > config.samples):
+        raise ValueError(
+            f"eval.ks is {config.ks}, and eval.samples {config.samples}; each k is from 1 to eval.samples"
+        )
+
+
+def scores(
+    labelled: list[Prediction], encoder: text_scores.Encoder, config: EvaluationConfig
+) -> dict[str, float]:
+    """All scores of predictions that have a gold label."""
+    found = evaluation_predictions.scores(labelled, encoder)
+    if config.math_verify:
+        texts = [(p.label, p.record.gold, p.record.quantities) for p in labelled]
+        pairs = [tuple(with_numbers(text, numbers) for text in pair) for *pair, numbers in texts]
+        same = math_equal.equal(pairs)
+        found["accuracy_math_verify"] = sum(same) / len(same)
+    return found
 
 
 def _name(source: str) -> str:
@@ -208,39 +242,45 @@ def _name(source: str) -> str:
 
 def _decoder(
     student: str, records: list[Record], config: StudentEvaluation, world: World
-) -> Callable[[], list[Prediction]]:
-    """Load the student; what is returned lets it answer."""
-    if student in presets.PRESETS:
-        raise ValueError(f"{student!r} is a preset, whose weights are random; give a trained student")
-    path = Path(student)
-    if (path / MARKER).is_file():
-        raise ValueError(
-            f"{student!r} is a checkpoint for resuming a run; give RUN/student, which a finished run exports"
-        )
-    if (path / "config.yaml").is_file():
-        path = path / "student"
-        if not path.is_dir():
-            raise ValueError(
-                f"{student!r} is a run without a student: it is not finished, or run.export is off"
-            )
-    source = str(path) if path.is_dir() else student
+) -> Callable[[], tuple[list[Prediction], dict[str, Samples]]]:
+    """Load the student; what is returned lets it answer, greedily and in samples by stream."""
+    eval_ = config.eval
+    source = run_folder.student_folder(student)
     tokenizer = load_tokenizer(source, "STUDENT")
     if config.data.format == "chat":
         adopt_turn_end(tokenizer, config.data)
     check_split("evaluation", records, tokenizer, config.data)
-    model = load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
-    streams = STREAMS if config.eval.rationales else STREAMS[:1]
-    streams = {"no": streams, "only": ("reason",), "also": (*streams, "reason")}[config.eval.reason]
-    return partial(
-        evaluation_predictions.evaluate,
-        model,
-        tokenizer,
-        records,
-        streams,
-        config.data,
-        world,
-        config.eval.batch_size,
-    )
+    if eval_.engine == "vllm":
+        model = families.load_config(source, "STUDENT")
+        decoder = vllm_engine.Engine(source, model, world).decode
+    else:
+        model = load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
+        decoder = partial(decoding.decode, cache=_cache(model, eval_.cache, world))
+    streams = STREAMS if eval_.rationales else STREAMS[:1]
+    streams = {"no": streams, "only": ("reason",), "also": (*streams, "reason")}[eval_.reason]
+
+    def answer() -> tuple[list[Prediction], dict[str, Samples]]:
+        given = records, streams, config.data, world, eval_.batch_size, decoder
+        predictions = evaluation_predictions.evaluate(model, tokenizer, *given)
+        drawn = [stream for stream in streams if stream != "explain"] if eval_.samples else []
+        return predictions, {
+            stream: sampled.sample(model, tokenizer, records, stream, config.data, eval_, world, decoder)
+            for stream in drawn
+        }
+
+    return answer
+
+
+def _cache(model: nn.Module, wanted: str, world: World) -> str:
+    """The cache of `decoding.decode` for `eval.cache`. Raises ValueError if the model cannot have it."""
+    possible = getattr(model, "_can_compile_fullgraph", False)
+    if wanted in ("static", "compiled") and not possible:
+        raise ValueError(
+            f"eval.cache is {wanted!r}, which a {model.config.model_type!r} model cannot use; take dynamic"
+        )
+    if wanted == "auto":
+        return "static" if possible and world.device.type == "cuda" else "dynamic"
+    return wanted
 
 
 if __name__ == "__main__":

@@ -110,11 +110,11 @@ def test_the_package_lists_its_entry_points():
     printed = subprocess.run([sys.executable, "-m", "ibdistill"], capture_output=True, text=True, cwd=ROOT)
     listed = {path for path in printed.stdout.split() if path.endswith(".py")}
     entries = {path for path in PACKAGE.glob("[a-z]*.py") if '__name__ == "__main__"' in path.read_text()}
-    assert listed == {str(path.relative_to(ROOT)) for path in entries} and len(listed) == 3
+    assert listed == {str(path.relative_to(ROOT)) for path in entries} and len(listed) == 4
     assert printed.stdout.startswith("ibdistill 0.1.0, commit ")
 
 
-@pytest.mark.parametrize("entry", ["__main__", "train", "evaluate_student", "write_rationales"])
+@pytest.mark.parametrize("entry", ["__main__", "train", "evaluate_student", "ask", "write_rationales"])
 def test_help_waits_for_no_heavy_import(entry):
     code = (
         "import runpy, sys\n"

@@ -13,13 +13,13 @@ import pytest
 import yaml
 from harness import ROOT
 
-from ibdistill.config.evaluation_sections import EvaluationConfig
+from ibdistill.config.evaluation_sections import AskConfig, EvaluationConfig
 from ibdistill.config.sections import Config
 
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "slurm/README.md", "ds_configs/README.md")]
 PAGES += sorted([*ROOT.glob("ibdistill/**/README.md"), *ROOT.glob("tools/**/README.md")])
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
-SECTIONS = {f.name: f.default_factory for f in fields(Config)} | {"eval": EvaluationConfig}
+SECTIONS = {f.name: f.default_factory for f in fields(Config)} | {"eval": EvaluationConfig, "ask": AskConfig}
 SETTINGS = {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)}
 OTHER_SETTINGS = {"section.field", "rates.FIELD", "tokens.question", "tokens.label", "tokens.rationale"}
 """Settings that no run has: a placeholder, and those that `tools/plan.py` takes besides."""
@@ -195,7 +195,12 @@ def test_one_version_of_ruff():
     assert found == [[wanted]] * 2
 
 
-DISTRIBUTIONS = {"yaml": "pyyaml", "xdist": "pytest-xdist", "sentence_transformers": "sentence-transformers"}
+DISTRIBUTIONS = {
+    "yaml": "pyyaml",
+    "xdist": "pytest-xdist",
+    "sentence_transformers": "sentence-transformers",
+    "math_verify": "math-verify",
+}
 INDIRECT = {
     "huggingface_hub": "transformers",
     "tokenizers": "transformers",
@@ -228,7 +233,8 @@ def declared(name: str) -> set[str]:
 
 
 def test_what_is_imported_is_declared():
-    """`pip install -e .[dev]` is enough. Triton comes with torch, and bitsandbytes is asked for by name."""
-    plain, optional = declared("dependencies"), {"triton", "bitsandbytes"} | declared("embedding")
+    """`pip install -e .[dev]` is enough. Triton comes with torch; others are asked for by name."""
+    plain, optional = declared("dependencies"), {"triton", "bitsandbytes", "vllm"}
+    optional |= declared("embedding") | declared("math")
     assert third_party(["ibdistill", "slurm"]) <= plain | optional
     assert third_party(["tests", "tools"]) <= plain | optional | declared("dev")

@@ -18,11 +18,11 @@ import re
 import sys
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ibdistill.evaluation.intervals import interval
 from ibdistill.evaluation.plots import LONGEST_TITLE, plain
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ CURVES = ("loss/total", "loss/predict", "loss/explain", "loss/answer", "loss/rat
 CURVES += ("eval/valid_.*_accuracy", "eval/valid_.*_faithful")
 SCORES = ("accuracy", "ece", "rationale_rouge_l", "faithful")
 # two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
-_T = "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145 2.131".split()
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -134,25 +133,6 @@ def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
         others = [f"{n.split('.')[1]} {own.get(n)}" for n in varied if n != "objective.method"]
         grouped[" ".join([own["objective.method"], *others])].append(folder)
     return dict(grouped)
-
-
-def t_quantile(degrees: int) -> float:
-    """The two-sided 95 % quantile of Student's t.
-
-    Beyond the table it is the expansion in 1 / degrees (Fisher and Cornish, 1960), within 0.001 there.
-    """
-    if degrees <= len(_T):
-        return float(_T[degrees - 1])
-    z = 1.959964
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95 % interval, which is NaN for a single value."""
-    n = len(values)
-    if n == 1:
-        return values[0], math.nan
-    return mean(values), t_quantile(n - 1) * stdev(values) / math.sqrt(n)
 
 
 def look(index: int) -> dict[str, Any]:

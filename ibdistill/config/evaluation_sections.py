@@ -1,11 +1,11 @@
-"""The settings of `evaluate_student.py`: those of its own, and the section `data` of a run."""
+"""The settings of `evaluate_student.py` (its own, and the section `data` of a run) and of `ask.py`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ibdistill.config.fields import AtLeastOne, NotNegativeInt
+from ibdistill.config.fields import AtLeastOne, NotNegativeInt, Positive, Seed, Share
 from ibdistill.config.sections import DataConfig
 
 
@@ -31,6 +31,28 @@ class EvaluationConfig:
     (only), as a student of method cot is asked, or beside them (also), as for dss+cot."""
     predictions: str = ""
     """Score this file of predictions instead of decoding with a student."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What decodes. vllm: faster on a GPU, for decoder-only students on one process; it has to be
+    installed."""
+    math_verify: bool = False
+    """Also compare labels by their mathematical value, LaTeX included (`accuracy_math_verify`); needs the
+    package math-verify."""
+    samples: NotNegativeInt = 0
+    """Besides the greedy answer, draw so many answers per question and seed; 0: none. Drawn are those of the
+    stream predict, or of the streams predict and reason that `reason` names."""
+    temperature: Positive = 1.0
+    """The logits of samples are divided by this."""
+    top_p: Share = 1.0
+    """Samples are drawn from the most probable tokens alone, as many as have this probability together."""
+    ks: list[AtLeastOne] = field(default_factory=lambda: [1])
+    """The k of pass@k, each at most `samples`."""
+    seed: Seed = 0
+    """The first seed of samples."""
+    seeds: AtLeastOne = 1
+    """With so many seeds, one after another, samples are drawn; from 2 on their mean has an interval."""
+    cache: Literal["auto", "dynamic", "static", "compiled"] = "auto"
+    """Keys and values while decoding: growing with the text (dynamic), or of full length from the start
+    (static), for which torch may compile the step on a GPU (compiled). auto: static on a GPU."""
     embedding_model: str = ""
     """Folder of a sentence-transformers model, for `rationale_cosine`. Empty: none."""
 
@@ -41,3 +63,26 @@ class StudentEvaluation:
 
     data: DataConfig = field(default_factory=DataConfig)
     eval: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+@dataclass(kw_only=True)
+class AskConfig:
+    """What `ask.py` asks, and where the answers go."""
+
+    questions: str = ""
+    """A JSONL file of questions; empty: the question on the command line, else the standard input."""
+    question_field: str = "question"
+    """The field of that file with the question."""
+    out: str = ""
+    """A JSONL file for the answers to `questions`; empty: the standard output."""
+    batch_size: AtLeastOne = 64
+    """Questions of a file that are answered together."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the student runs; auto: on a GPU if there is one."""
+
+
+@dataclass(kw_only=True)
+class Asking:
+    """All sections of `ask.py`."""
+
+    ask: AskConfig = field(default_factory=AskConfig)

@@ -308,10 +308,10 @@ def prompts(
     return _pad([_prompt(ids, lead, separator) for ids in questions], pad, left=True)
 
 
-def whole_prompts(ids: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Prompts of a decoder-only model as they are: ids and mask, [prompts, longest] int64, padded on the
-    left."""
-    return _pad([np.asarray(row, dtype=np.int64) for row in ids], pad, left=True)
+def whole_prompts(ids: Sequence[Sequence[int]], pad: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
+    """Prompts as they are: ids and mask, [prompts, longest] int64, padded on the left as a decoder-only model
+    needs, or on the right."""
+    return _pad([np.asarray(row, dtype=np.int64) for row in ids], pad, left=left)
 
 
 def _pad(

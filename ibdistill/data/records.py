@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 STREAMS = ("predict", "explain")
@@ -73,6 +73,13 @@ def map_numbers(record: Record) -> Record:
         rationale=mapped(record.rationale),
         gold=mapped(record.gold),
         quantities=tuple(quantities),
+    )
+
+
+def with_numbers(text: str, quantities: Sequence[str]) -> str:
+    """The text with the question's numbers in the place of `n0`, `n1` and so on."""
+    return re.sub(
+        r"\bn([0-9]+)\b", lambda m: quantities[int(m[1])] if int(m[1]) < len(quantities) else m[0], text
     )
 
 

@@ -7,7 +7,7 @@ gathered, so scores are computed from all of them, and each record counts exactl
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,28 +60,21 @@ def evaluate(
     config: DataConfig,
     world: World,
     batch_size: int = 64,
+    decoder: Callable[..., list[Answer]] | None = None,
 ) -> list[Prediction]:
     """Decode `records`, all of one task. Collective; every rank gets all predictions, in order.
 
-    Raises ValueError if there are none.
+    `decoder` decodes in the place of `decoding.decode`. Raises ValueError if there are no records.
     """
     if not records:
         raise ValueError("there are no records to evaluate: the split is empty, or its limit is 0")
     mine = range(world.rank, len(records), world.size)
     limits, task = config.answer_limits(), records[0].task
-    prefixes = TASKS[task].prefixes
-
-    def questions(stream: str) -> list:
-        if config.format == "chat":
-            part = [records[i] for i in mine]
-            return chat_features.prompts(part, stream, {task: prefixes}, tokenizer, config)
-        return [prefixes[stream] + records[i].question for i in mine]
-
     decoded = {
-        stream: decode(
+        stream: (decoder or decode)(
             model,
             tokenizer,
-            questions(stream),
+            questions([records[i] for i in mine], stream, tokenizer, config),
             max_question_tokens=config.max_question_tokens,
             max_new_tokens=limits[stream],
             device=world.device,
@@ -105,6 +98,19 @@ def evaluate(
     share = {i: own for i, *own in zip(mine, *parts, strict=True)}
     answers = {i: own for part in distributed.gather_objects(share) for i, own in part.items()}
     return [prediction(record, *answers[i]) for i, record in enumerate(records)]
+
+
+def questions(
+    records: Sequence[Record], stream: str, tokenizer: PreTrainedTokenizerBase, config: DataConfig
+) -> list[str] | list[list[int]]:
+    """What a student is asked about records of one task in a stream, for `decoding.decode`."""
+    if not records:
+        return []
+    task = records[0].task
+    prefixes = TASKS[task].prefixes
+    if config.format == "chat":
+        return chat_features.prompts(records, stream, {task: prefixes}, tokenizer, config)
+    return [prefixes[stream] + record.question for record in records]
 
 
 def prediction(

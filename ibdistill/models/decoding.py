@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
 from ibdistill.data import batches, token_ids
 from ibdistill.models import families
+from ibdistill.runtime import files
 
 
 class Answer(NamedTuple):
@@ -70,16 +72,30 @@ class Sampling(NamedTuple):
     draws: Tensor
     """[questions, max_new_tokens] fp32 in [0, 1): the random number behind each token. The caller gives
     them, so that a question's answer does not depend on which others are decoded with it."""
+    top_p: float = 1.0
+    """Draw from the most probable tokens alone, as many as have this probability together."""
+
+
+def draws(keys: Sequence[str], limit: int) -> Tensor:
+    """[keys, limit] fp32 in [0, 1): random numbers that depend on the key alone."""
+    seeds = (int.from_bytes(files.digest(key.encode(), 16), "little") for key in keys)
+    rows = [np.random.Generator(np.random.PCG64(seed)).random(limit, dtype=np.float32) for seed in seeds]
+    return torch.from_numpy(np.stack([*rows])) if keys else torch.empty(0, limit)
 
 
 class _Draw(LogitsProcessor):
     """Leaves one token per row: the one at which the cumulated probabilities pass the row's random number."""
 
-    def __init__(self, temperature: float, draws: Tensor) -> None:
-        self._temperature, self._draws = temperature, iter(draws.T)
+    def __init__(self, temperature: float, draws: Tensor, top_p: float = 1.0) -> None:
+        self._temperature, self._draws, self._top_p = temperature, iter(draws.T), top_p
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        cumulated = torch.softmax(scores.float() / self._temperature, -1).cumsum(-1)
+        probabilities = torch.softmax(scores.float() / self._temperature, -1)
+        if self._top_p < 1:
+            falling, order = probabilities.sort(descending=True, stable=True)
+            beyond = falling.cumsum(-1) - falling >= self._top_p  # what precedes it has the share already
+            probabilities = probabilities.masked_fill(beyond.scatter(-1, order, beyond), 0.0)
+        cumulated = probabilities.cumsum(-1)
         bound = next(self._draws)[:, None] * cumulated[:, -1:]
         chosen = (cumulated <= bound).sum(-1, keepdim=True).clamp_max(scores.shape[-1] - 1)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen, 0.0)
@@ -98,10 +114,11 @@ def decode(
     as_written: bool = False,
     sampling: Sampling | None = None,
     synced: bool = False,
+    cache: str = "dynamic",
 ) -> list[Answer]:
     """The greedy answers to `questions` (with their prefix), in their order.
 
-    Questions that are token ids are whole prompts of a decoder-only model (`data.chat`), read as they are.
+    Questions that are token ids are whole prompts (`data.chat`, `models.prompt`), read as they are.
     Questions of similar length are decoded together.
 
     Args:
@@ -110,7 +127,12 @@ def decode(
         sampling: draw the tokens instead; the probabilities in the answers remain those of greedy tokens.
         synced: go on until all ranks have finished, as a sharded model needs. Each rank must then have the
             same number of batches.
+        cache: `dynamic` keys and values grow with the text; `static` ones have their full length from the
+            start, in one piece of memory; `compiled` are static, and torch compiles the step on a GPU.
     """
+    kept: dict[str, Any] = {}
+    if cache != "dynamic":
+        kept = {"cache_implementation": "static", "disable_compile": cache == "static"}
     layout = families.layout(model, tokenizer)
     decoder_only = families.family(model) == families.DECODER_ONLY
     order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
@@ -123,9 +145,12 @@ def decode(
                 texts, tokenizer, max_question_tokens, **layout, as_written=as_written
             )
         else:
-            input_ids, mask = batches.whole_prompts(texts, layout["pad"])
+            input_ids, mask = batches.whole_prompts(texts, layout["pad"], left=decoder_only)
         confidence = _Confidence()
-        draw = [_Draw(sampling.temperature, sampling.draws[indices].to(device))] if sampling else []
+        draw = []
+        if sampling:
+            numbers = sampling.draws[indices].to(device)
+            draw = [_Draw(sampling.temperature, numbers, sampling.top_p)]
         output = model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
@@ -134,6 +159,7 @@ def decode(
             num_beams=1,
             logits_processor=LogitsProcessorList([confidence, *draw]),
             synced_gpus=synced,
+            **kept,
         )
         if decoder_only:
             output = output[:, input_ids.shape[1] :]

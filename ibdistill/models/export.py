@@ -1,7 +1,7 @@
 """The trained student as a folder that transformers loads and that answers as it was evaluated.
 
-Besides the weights it holds `generation_config.json` (greedy, with a length), a chat template that gives the
-prompts of training, and a model card (`model_card`).
+Besides the weights it holds `generation_config.json` (greedy, with a length), `prompt.json` (`prompt`, for
+`ask.py`), a chat template that gives the prompts of training, and a model card (`model_card`).
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ def write(
     prompt = Prompt.of(model, tokenizer, config)
     model.save_pretrained(folder, safe_serialization=True)
     greedy(model.config, tokenizer, max(prompt.limits.values())).save_pretrained(folder)
+    prompt.write(folder)
     tokenizer = copy.deepcopy(tokenizer)
     if config.data.format == "chat":
         tokenizer.chat_template = student_template.template(tokenizer, config.data, prompt)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.methods import METHODS
-from ibdistill.config.sections import Config
-from ibdistill.data import chat, reasoning, tokenizers
+from ibdistill.config.sections import Config, DataConfig
+from ibdistill.data import batches, chat, chat_features, reasoning, tokenizers
+from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models.families import DECODER_ONLY, family
+
+FILE = "prompt.json"
+"""The file of an exported student that keeps its prompt."""
+
+Ids = list[int]
 
 
 @dataclass(frozen=True)
@@ -37,6 +46,10 @@ class Prompt:
     empty_thoughts: bool = False
     """In format chat: whether the student writes an empty rationale, with its tags, before labels and
     rationales of the other streams, as its template does."""
+    system: str = ""
+    """In format chat: the system message."""
+    map_numbers: bool = False
+    """Whether the student reads and writes `n0` for the first number of a question, as `data.map_numbers`."""
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config) -> Prompt:
@@ -59,6 +72,63 @@ class Prompt:
             question_limit=config.data.max_question_tokens,
             tags=chat.tags_of(config.data) if in_chat else None,
             empty_thoughts=in_chat and chat.Chat.of(tokenizer, config.data).empty_thoughts,
+            system=config.data.system if in_chat else "",
+            map_numbers=config.data.map_numbers,
+        )
+
+    def write(self, folder: Path) -> None:
+        """Keep the prompt in the folder of an exported student."""
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+        (folder / FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Prompt:
+        """The prompt of an exported student. Raises ValueError if its folder has none or a damaged one."""
+        path = folder / FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{folder} has no {FILE}, which says how the student is asked: it is no student of train.py, "
+                "or one that an older version exported; start the run again with the same settings, and a "
+                "finished run exports its student anew"
+            )
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            known = {f.name for f in fields(cls)}
+            if not isinstance(values, dict) or not values.keys() <= known or not values["prefixes"]:
+                raise ValueError(f"it needs an object with {', '.join(sorted(known))}")
+            if values.get("tags") is not None:
+                opened, closed = values["tags"]
+                values["tags"] = (opened, closed)
+            return cls(**values)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is damaged ({error}); export the student again") from error
+
+    def ids(self, stream: str, questions: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Ids]:
+        """What the model reads before its answer to each question in a stream: the ids of training."""
+        if self.tags is not None:
+            records = [Record("", "", text, "", "", gold="") for text in questions]
+            prefixes = {"": self.prefixes}
+            return chat_features.prompts(records, stream, prefixes, tokenizer, self.chat_settings())
+        around = {
+            "start": self.start,
+            "bos": self.start,
+            "separator": self.end if self.decoder_only else None,
+        }
+        rows = (
+            batches.prompts([self.prefixes[stream] + text], tokenizer, self.question_limit, pad=0, **around)
+            for text in questions
+        )
+        return [ids[0].tolist() for ids, _ in rows]
+
+    def chat_settings(self) -> DataConfig:
+        """The settings of format chat that a prompt depends on."""
+        opened, closed = self.tags
+        return DataConfig(
+            format="chat",
+            system=self.system,
+            think_open=opened,
+            think_close=closed,
+            max_question_tokens=self.question_limit,
         )
 
 

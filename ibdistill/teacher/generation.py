@@ -18,8 +18,6 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
 import torch.distributed as dist
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -29,7 +27,7 @@ from ibdistill.data import token_ids
 from ibdistill.data.records import Record
 from ibdistill.models import decoding
 from ibdistill.models.decoding import Sampling
-from ibdistill.runtime import distributed, files
+from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher.teacher import SHARDED
 from ibdistill.teacher.texts import Texts, append, parse, template_prompt
@@ -138,8 +136,8 @@ class Writer:
         if not self._config.teacher.temperature:
             return None
         seed = self._config.run.seed
-        draws = [_generator(f"{seed} {key}").random(limit, dtype=np.float32) for key in keys]
-        return Sampling(self._config.teacher.temperature, torch.from_numpy(np.stack(draws)))
+        draws = decoding.draws([f"{seed} {key}" for key in keys], limit)
+        return Sampling(self._config.teacher.temperature, draws)
 
     def _keep(self, answered: list[tuple[Record, str, Texts]]) -> str:
         """Append the texts to this rank's file; the result says what went wrong, and is empty if nothing
@@ -152,11 +150,6 @@ class Writer:
                 "free some space. What was written before is good, and the same command goes on from there"
             )
         return ""
-
-
-def _generator(name: str) -> np.random.Generator:
-    seed = int.from_bytes(files.digest(name.encode(), 16), "little")
-    return np.random.Generator(np.random.PCG64(seed))
 
 
 def check_unparsed(config: Config, asked: int, unparsed: Sequence[tuple[Record, Texts]]) -> None:

@@ -184,3 +184,24 @@ def _check_settings(path: Path, config: Config) -> None:
         raise ValueError(
             f"{path.parent} holds a run of another configuration: {'; '.join(changed)}. {_WAY_OUT}"
         )
+
+
+def student_folder(student: str) -> str:
+    """The folder of the student that is meant by a run folder; the name itself of any other folder or model.
+
+    Raises ValueError for a preset, a checkpoint, and a run without a student.
+    """
+    if student in presets.PRESETS:
+        raise ValueError(f"{student!r} is a preset, whose weights are random; give a trained student")
+    path = Path(student)
+    if (path / MARKER).is_file():
+        raise ValueError(
+            f"{student!r} is a checkpoint for resuming a run; give RUN/student, which a finished run exports"
+        )
+    if (path / "config.yaml").is_file():
+        path = path / "student"
+        if not path.is_dir():
+            raise ValueError(
+                f"{student!r} is a run without a student: it is not finished, or run.export is off"
+            )
+    return str(path) if path.is_dir() else student

@@ -47,6 +47,9 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
         "eval.batch_size": 8,
         "data.max_label_tokens": 8,
         "data.max_rationale_tokens": 8,
+        "eval.samples": 2,
+        "eval.ks": "1,2",
+        "eval.seeds": 2,
     }
     arguments = [part for name, value in limits.items() for part in (f"--{name}", str(value))]
     log = tmp_path / "log"
@@ -58,6 +61,13 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     assert all(content.pop("seconds") >= 0 for content in written)
     assert all(content.pop("commit") for content in written)  # somebody may work on the code meanwhile
     assert written[0]["scores"] == pytest.approx(written[1].pop("scores"), rel=1e-4)
+    sampled = written[0]["sampled"]["predict"]
+    assert {"avg@2", "avg@2_low", "avg@2_seeds_high", "pass@1", "pass@2", "cut_off"} <= sampled.keys()
+    assert written[0]["sampling"] == written[1]["sampling"]
+    drawn = [(tmp_path / name / "samples.jsonl").read_text().splitlines() for name in ("one", "two")]
+    # rounding depends on the padding of a batch, and may turn a token over
+    assert sum(a != b for a, b in zip(*drawn, strict=True)) <= 2 and len(set(drawn[0])) == 21 * 2 * 2
+    assert written[1].pop("sampled")["predict"] == pytest.approx(sampled, abs=0.05)
     assert written[1].items() <= written[0].items() and result["records"] == 21
     rows = [
         [json.loads(line) for line in (tmp_path / name / "predictions.jsonl").open()]
@@ -76,7 +86,9 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
         world,
         eval__dir=str(tmp_path / "again"),
         eval__predictions=str(tmp_path / "one/predictions.jsonl"),
+        eval__math_verify=True,
     )
+    assert 0 <= again["scores"].pop("accuracy_math_verify") < 0.2
     assert again["scores"] == pytest.approx(result["scores"])
 
 
@@ -236,6 +248,9 @@ def test_what_it_refuses(student, tmp_path, world):
     refused("evaluate one task at a time", student, data__task=["demo", "demo_pretrain"])
     refused("is a preset, whose weights are random", "demo-student")
     refused("data.task 'dmo' is unknown", student, data__task="dmo")
+    refused("eval.samples is 2, and eval.predictions has one", None, eval__predictions="p", eval__samples=2)
+    refused("eval.ks is [1, 4], and eval.samples 3", student, eval__samples=3, eval__ks=[1, 4])
+    refused("eval.engine is 'vllm', and vllm is not installed", student, eval__engine="vllm")
     questions = {"eval__questions": str(tmp_path / "none.jsonl")}
     refused("data.task 'dmo' is unknown", student, data__task="dmo", **questions)
     refused(f"eval.questions {questions['eval__questions']!r} is no file", student, **questions)

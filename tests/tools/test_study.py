@@ -20,6 +20,7 @@ from study import command, paper, report
 
 from ibdistill.config import command_line
 from ibdistill.config.load import load_settings
+from ibdistill.evaluation import intervals
 
 TINY = {
     "optim.max_steps": 2,
@@ -63,7 +64,7 @@ def t_probability(t, degrees):
 
 @pytest.mark.parametrize("degrees", [1, 2, 4, 9, 15, 16, 24, 60, 500])
 def test_quantiles_of_students_t(degrees):
-    assert t_probability(compare_runs.t_quantile(degrees), degrees) == pytest.approx(0.95, abs=2e-4)
+    assert t_probability(intervals.t_quantile(degrees), degrees) == pytest.approx(0.95, abs=2e-4)
 
 
 def test_paired_interval():

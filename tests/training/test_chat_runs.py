@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
+import torch
 from card_lines import answers_by_card
 from chat_tokenizers import CHATML, THINKING, chatml, save_chat_model
 from harness import TRAIN, as_arguments, launch
@@ -18,8 +20,9 @@ from ibdistill.data import chat_features
 from ibdistill.data.chat import adopt_turn_end
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
-from ibdistill.models import chat_template
+from ibdistill.models import asking, chat_template
 from ibdistill.models.prompt import Prompt
+from ibdistill.training import run_folder
 
 PAIRS = ((3, 4), (1, 1), (5, 4), (2, 6))
 ROWS = [
@@ -67,6 +70,10 @@ def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, world, method
     assert tokenizer.eos_token_id == end == GenerationConfig.from_pretrained(student).eos_token_id
     asked = [row["question"] for row in ROWS]
     assert answers_by_card(student, asked) == [(row["label"], row["rationale"]) for row in rows]
+    chosen = asking.load(Path(run_folder.student_folder(str(tmp_path / "run"))), torch.device("cpu"))
+    said = asking.ask(chosen, asked)
+    assert [(a["label"], a["rationale"]) for a in said] == [(r["label"], r["rationale"]) for r in rows]
+    assert method != "dss+cot" or said[0]["reasoned"]["rationale"] == ROWS[0]["rationale"]
     say = pipeline("text-generation", str(student))
     [told] = say([[{"role": "user", "content": asked[0]}]], return_full_text=False)
     [told] = told if isinstance(told, list) else [told]
