@@ -94,7 +94,7 @@ class PackedCase:
         """A new model on the device, with the same weights at every call."""
         torch.manual_seed(0)
         config = AutoConfig.for_model(self.family, **SHAPE, tie_word_embeddings=True)
-        return AutoModelForCausalLM.from_config(config).train().to(self.device)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).train().to(self.device)
 
     def batch(self, model, step: int, packed: bool) -> batches.Batch:
         """A step's questions."""
