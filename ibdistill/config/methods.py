@@ -18,7 +18,8 @@ PREDICT, BOTH, REASON = ("predict",), ("predict", "explain"), ("reason",)
 HEAD_ESTIMATORS, QUESTION_ESTIMATORS = ("paper", "normalized", "infonce"), ("vid", "vib")
 """Estimators of the mutual-information term: between the two streams, and on the question's states."""
 
-DIVERGENCES = ("forward", "reverse", "jsd")
+DIVERGENCES = tuple("forward reverse jsd skew_forward skew_reverse adaptive total_variation top1".split())
+"""The names in `ops.head_loss.divergences.DIVERGENCES`, for checks before torch is imported."""
 
 
 class Method(NamedTuple):
@@ -75,4 +76,6 @@ def is_divergence(name: str) -> bool:
 EstimatorName = Annotated[
     str, Rule(is_estimator, "auto, paper, normalized, infonce, vid, vib or a name added to ESTIMATORS")
 ]
-DivergenceName = Annotated[str, Rule(is_divergence, "forward, reverse, jsd or a name added to DIVERGENCES")]
+DivergenceName = Annotated[
+    str, Rule(is_divergence, f"{', '.join(DIVERGENCES)} or a name added to DIVERGENCES")
+]

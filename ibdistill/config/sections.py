@@ -286,9 +286,12 @@ class ObjectiveConfig:
     stream's answer and rationale."""
     divergence: DivergenceName = "forward"
     """forward: KL(teacher || student). reverse: KL(student || teacher). jsd: the generalised Jensen-Shannon
-    divergence."""
-    jsd_beta: OpenShare = 0.5
-    """The teacher's share in the mixture to which jsd compares both; 0.5 is the usual, symmetric form."""
+    divergence. For skew_forward, skew_reverse, adaptive, total_variation and top1 see
+    `ops/head_loss/divergences.py`."""
+    divergence_beta: OpenShare | None = None
+    """The divergence's parameter. jsd: the teacher's share in the mixture (none: 0.5, the symmetric form).
+    skew_forward, skew_reverse: the first distribution's share in the mixture (none: 0.1). adaptive: the
+    probability of the head (none: 0.5). The others have none."""
     kd_temperature: Positive = 1.0
     """Temperature of both distributions; the term is multiplied with its square."""
 

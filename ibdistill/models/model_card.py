@@ -16,6 +16,7 @@ from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import presets
 from ibdistill.models.prompt import Prompt, tasks_of
+from ibdistill.ops.head_loss.divergences import DIVERGENCES
 
 _RATIONALES = (
     'learning labels and rationales as two tasks: Hsieh et al., "Distilling Step-by-Step!", Findings of ACL '
@@ -42,12 +43,6 @@ _ESTIMATORS = {
     "vib": "the bottleneck between question and decoder: Alemi et al., "
     '"Deep Variational Information Bottleneck", ICLR 2017, arXiv 1612.00410',
 }
-_DIVERGENCES = {
-    "forward": 'Hinton et al., "Distilling the Knowledge in a Neural Network", 2015, arXiv 1503.02531',
-    "reverse": 'Gu et al., "MiniLLM: Knowledge Distillation of Large Language Models", ICLR 2024, arXiv '
-    "2306.08543",
-    "jsd": 'Agarwal et al., "On-Policy Distillation of Language Models", ICLR 2024, arXiv 2306.13649',
-}
 
 
 def papers(objective: ObjectiveConfig) -> list[str]:
@@ -61,7 +56,7 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     if method.mi and objective.beta != 0:
         found.append(_ESTIMATORS.get(objective.estimator, f"the estimator {objective.estimator}"))
     if method.kd and objective.gamma != 0:
-        divergence = _DIVERGENCES.get(objective.divergence, objective.divergence)
+        divergence = DIVERGENCES[objective.divergence].paper or objective.divergence
         found.append(f"distilling the teacher's distributions: {divergence}")
     return found
 

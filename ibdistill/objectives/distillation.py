@@ -33,6 +33,7 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.objectives.weights import GRADIENT, mi_settings, pairs_of, uses_vib, uses_vid
 from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions, Weights, head_loss
+from ibdistill.ops.head_loss.divergences import DIVERGENCES
 
 
 def check_family(objective: ObjectiveConfig, model: nn.Module) -> None:
@@ -224,13 +225,14 @@ class Distillation(nn.Module):
     ) -> TeacherDistributions | None:
         if answer is None or not answer.targets:
             return None
+        beta, divergence = self.objective.divergence_beta, self.objective.divergence
         return TeacherDistributions(
             predict=answer.targets[names[0]],
             explain=answer.targets.get(names[1]),  # a method may train on the label alone
             weight=answer.weight,
             bias=answer.bias,
             softcap=answer.softcap,
-            divergence=self.objective.divergence,
-            beta=self.objective.jsd_beta,
+            divergence=divergence,
+            beta=DIVERGENCES[divergence].beta if beta is None else beta,
             temperature=self.objective.kd_temperature,
         )

@@ -25,6 +25,7 @@ from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models import decoding, export, families, model_card
 from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
+from ibdistill.ops.head_loss import divergences
 
 DSS, MI, VID, VIB, INFONCE = "2305.02301", "2403.03348", "1904.05835", "1612.00410", "1807.03748"
 HINTON, MINILLM, GKD = "1503.02531", "2306.08543", "2306.13649"
@@ -96,7 +97,8 @@ def test_no_bar_of_a_library_reaches_the_console(world, tmp_path, capfd):
 
 def test_every_estimator_and_divergence_has_a_credit():
     assert {*HEAD_ESTIMATORS, *QUESTION_ESTIMATORS} == model_card._ESTIMATORS.keys()
-    assert set(DIVERGENCES) == model_card._DIVERGENCES.keys()
+    assert set(DIVERGENCES) == divergences.DIVERGENCES.keys()
+    assert all(divergence.paper for divergence in divergences.DIVERGENCES.values())
 
 
 QUESTIONS = ["how many are there in all?", 'she said "yes."', "( 3 + 4 )", "wait...", "a", "7", "two\nlines"]

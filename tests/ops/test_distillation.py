@@ -62,6 +62,8 @@ def test_gradients_of_divergences(name, generator):
     torch.testing.assert_close(gradient.detach(), want)
     plain = DIVERGENCES[name].function(log_q, torch.log_softmax(logits, -1), 0.3)
     torch.testing.assert_close(torch.autograd.grad(plain.sum(), logits)[0], want)
+    if name == "top1":  # has no minimum but a certain student
+        return
     zero, flat = DIVERGENCES[name].fused(log_q, log_q, 0.3)
     torch.testing.assert_close(zero, torch.zeros(4, dtype=torch.float64))
     torch.testing.assert_close(flat, torch.zeros(4, 6, dtype=torch.float64))
@@ -72,6 +74,21 @@ def test_divergences_are_torchs(generator):
     kl = lambda a, b: torch.nn.functional.kl_div(b.log(), a, reduction="none").sum(-1)  # noqa: E731
     beta, m = 0.3, 0.3 * q + 0.7 * p
     wants = {"forward": kl(q, p), "reverse": kl(p, q), "jsd": beta * kl(q, m) + (1 - beta) * kl(p, m)}
+    wants |= {"skew_forward": kl(q, m), "skew_reverse": kl(p, 0.7 * q + 0.3 * p)}
+    wants["total_variation"] = torch.maximum(p - q, torch.zeros(())).sum(-1)
+    wants["top1"] = torch.nn.functional.cross_entropy(p.log(), q.argmax(-1), reduction="none")
+    weights = []
+    for one, other in zip(q.tolist(), p.tolist(), strict=True):  # the head, token by token
+        head, mass = [], 0.0
+        for v in sorted(range(6), key=lambda v: -one[v]):
+            if mass < beta:
+                head.append(v)
+                mass += one[v]
+        gaps = [abs(a - b) for a, b in zip(one, other, strict=True)]
+        weights.append(sum(gaps[v] for v in head) / sum(gaps))
+    weight = torch.tensor(weights, dtype=torch.float64)
+    wants["adaptive"] = weight * kl(q, p) + (1 - weight) * kl(p, q)
+    assert wants.keys() == DIVERGENCES.keys()
     for name, want in wants.items():
         torch.testing.assert_close(DIVERGENCES[name].function(q.log(), p.log(), beta), want)
         torch.testing.assert_close(DIVERGENCES[name].fused(q.log(), p.log(), beta)[0], want)

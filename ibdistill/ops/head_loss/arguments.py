@@ -128,9 +128,9 @@ class TeacherDistributions:
     bias: Tensor | None = None
     """[V]"""
     divergence: str = "forward"
-    """A name in `divergences.DIVERGENCES`: forward KL(teacher || student), reverse, jsd."""
+    """A name in `divergences.DIVERGENCES`: forward KL(teacher || student), reverse, jsd, ..."""
     beta: float = 0.5
-    """The teacher's share in the mixture of the generalised JSD, between 0 and 1."""
+    """The divergence's parameter, between 0 and 1 (jsd: the teacher's share in the mixture)."""
     temperature: float = 1.0
     """The temperature T of both distributions."""
     softcap: float | None = None
