@@ -35,7 +35,7 @@ from statistics import mean
 import torch.distributed as dist
 
 from ibdistill.config import command_line
-from ibdistill.models import export
+from ibdistill.models import export, hub
 from ibdistill.monitor import board
 from ibdistill.monitor import log as monitor_log
 from ibdistill.objectives.weights import step_weights
@@ -77,14 +77,20 @@ def main() -> None:
 def is_finished(job: Job) -> bool:
     """Whether all steps are taken and all of the end is written. Collective."""
     result = distributed.run_on_rank_0(lambda: run_folder.result(job.folder))
-    return bool(result) and not result.get("unwritten") and job.state.step >= job.config.optim.max_steps
+    return bool(result) and not result.get("unwritten") and is_over(job)
+
+
+def is_over(job: Job) -> bool:
+    """Whether all steps are taken, or the validation score has not risen for `run.patience` evaluations."""
+    run, state = job.config.run, job.state
+    return state.step >= job.config.optim.max_steps or 0 < run.patience <= state.stale_evaluations
 
 
 def train(job: Job) -> None:
     """Step until the last step or a signal. Everything but `train_step` happens once in a while."""
     run, state = job.config.run, job.state
     refreshes = pseudo_labels.due_steps(job.config)
-    while state.step < job.config.optim.max_steps:
+    while not is_over(job):
         start = time.perf_counter()
         if state.step in refreshes:
             refresh(job)
@@ -101,8 +107,16 @@ def train(job: Job) -> None:
             log(job)
         if evaluates and not stop_code:
             score = mean(evaluate(job, "valid", run.eval_limit).values())
+            state.stale_evaluations += 1
             if score > state.best_score:
-                state.best_step, state.best_score = state.step, score
+                state.best_step, state.best_score, state.stale_evaluations = state.step, score, 0
+            if is_over(job) and not last:
+                last = True
+                logger.info(
+                    "step %d: no better validation score since step %d, so the run ends (run.patience)",
+                    state.step,
+                    state.best_step,
+                )
         if saves:
             if job.teacher_answers:
                 job.teacher_answers.flush()
@@ -208,7 +222,7 @@ def close(job: Job) -> None:
         for name, value in scores.items()
     }
     flat, defaults = fields.to_flat(config), fields.to_flat(Config())
-    job.board.hparams(board.hyperparameters(flat, defaults), final)
+    job.board.summary(board.hyperparameters(flat, defaults), final)
     unwritten = distributed.run_on_rank_0(lambda: job.unwritten)
     if unwritten:
         logger.error(
@@ -231,6 +245,8 @@ def export_student(job: Job) -> None:
                 export.write(model, job.tokenizer, folder, job.config, job.results.get("test"))
             usage = export.lines(model, job.tokenizer, job.config, target)
             logger.info("the student answers with\n\n%s\n", usage)
+            if job.config.run.push_to_hub:
+                logger.info("the student is at %s", hub.push(target, job.config.run.push_to_hub))
         except Exception as error:  # the libraries that write have errors of their own for a full disk
             job.unwritten.append(f"{target} ({type(error).__name__}: {error})")
 

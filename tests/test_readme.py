@@ -207,6 +207,7 @@ INDIRECT = {
     "pydantic": "deepspeed",
     "pyarrow": "datasets",
     "markdown": "tensorboard",
+    "PIL": "matplotlib",
 }
 """What is imported -> the declared distribution that brings it along."""
 
@@ -235,6 +236,6 @@ def declared(name: str) -> set[str]:
 def test_what_is_imported_is_declared():
     """`pip install -e .[dev]` is enough. Triton comes with torch; others are asked for by name."""
     plain, optional = declared("dependencies"), {"triton", "bitsandbytes", "vllm"}
-    optional |= declared("embedding") | declared("math")
+    optional |= declared("embedding") | declared("math") | declared("wandb")
     assert third_party(["ibdistill", "slurm"]) <= plain | optional
     assert third_party(["tests", "tools"]) <= plain | optional | declared("dev")

@@ -1,7 +1,7 @@
 """The command line of every program that takes settings: `RECIPE --section.field value ...`.
 
 Values stay the text that was typed; `fields` reads them. All of these mean the same:
-`--optim.lr 1e-3` and `--optim.lr=1e-3`; `--run.tensorboard` and `--run.tensorboard true`;
+`--optim.lr 1e-3` and `--optim.lr=1e-3`; `--run.export` and `--run.export true`;
 `--data.task svamp,cqa` and `--data.task '[svamp, cqa]'`. A value that itself begins with `--`
 needs the form with `=`.
 """

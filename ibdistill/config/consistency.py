@@ -11,7 +11,7 @@ from ibdistill.config.methods import METHODS
 from ibdistill.config.zero_file import zero_stage
 
 if TYPE_CHECKING:
-    from ibdistill.config.sections import Config, ObjectiveConfig
+    from ibdistill.config.sections import Config, ObjectiveConfig, RunConfig
 
 
 def settle(config: Config) -> None:
@@ -46,12 +46,27 @@ def check(config: Config) -> None:
             f"optim.warmup_steps is {optim.warmup_steps}, more than optim.max_steps ({optim.max_steps}); "
             "give fewer steps, or a share of them below 1"
         )
+    _check_run(config.run)
     _check_batches(config)
     _check_4bit(config)
     _check_streams(config)
     _check_chat(config)
     _check_teacher(config)
     _check_unlabelled(config)
+
+
+def _check_run(run: RunConfig) -> None:
+    """Raise ValueError where settings of the run contradict."""
+    if run.patience and not run.eval_every:
+        raise ValueError(
+            f"run.patience is {run.patience}, which counts evaluations, and run.eval_every is 0, so there "
+            "are none before the end; set run.eval_every"
+        )
+    if run.push_to_hub and not run.export:
+        raise ValueError(
+            f"run.push_to_hub is {run.push_to_hub[:100]!r}, and run.export is false, so there is nothing to "
+            "send; leave one of the two out"
+        )
 
 
 def _check_batches(config: Config) -> None:

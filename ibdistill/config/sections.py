@@ -30,6 +30,8 @@ from ibdistill.config.fields import (
 )
 from ibdistill.config.methods import METHODS, DivergenceName, EstimatorName
 
+ReporterName = Literal["tensorboard", "jsonl", "wandb"]
+
 
 @dataclass(kw_only=True)
 class RunConfig:
@@ -41,8 +43,9 @@ class RunConfig:
     """Seed of initialisation, data order and dropout."""
     log_every: AtLeastOne = 10
     """Steps between two console lines and TensorBoard points."""
-    tensorboard: bool = True
-    """Write TensorBoard events. Without them figures and the terms' gradients are not made either."""
+    report_to: list[ReporterName] = field(default_factory=lambda: ["tensorboard", "jsonl"])
+    """Where curves go. tensorboard: `DIR/tensorboard`; jsonl: `DIR/metrics.jsonl`; wandb: Weights & Biases,
+    which takes its key, project and mode from its environment variables. `[]`: nowhere."""
     term_gradients_every: NotNegativeInt = 100
     """Steps between two measurements of the gradient norm of each term of the loss; 0: never."""
     peak_tflops: NotNegative = 0.0
@@ -64,8 +67,14 @@ class RunConfig:
     final: Literal["last", "best"] = "last"
     """Which checkpoint is tested and exported: the last one, or the best of the evaluations on the validation
     split (see `eval_every`), as for small data sets, on which long training overfits."""
+    patience: NotNegativeInt = 0
+    """End the run after this many evaluations in a row (see `eval_every`) without a better score on the
+    validation split; 0: never. The learning rate's schedule does not know of it."""
     export: bool = True
     """Write the student for `from_pretrained` to `DIR/student` at the end."""
+    push_to_hub: str = ""
+    """`NAME` or `OWNER/NAME`: the repository of the hub to which the exported student is then sent; it is
+    made, private, if it is not there. The token comes from the environment (HF_TOKEN) or `hf auth login`."""
     max_skipped_steps: AtLeastOne = 5
     """End the run after this many steps in a row with a non-finite loss or gradient; fewer are skipped."""
     check_memory: bool = True

@@ -58,6 +58,8 @@ class TrainState:
     """Step of the best evaluation on the validation split; -1: there was none."""
     best_score: float = float("-inf")
     """Mean validation accuracy over tasks at `best_step`."""
+    stale_evaluations: int = 0
+    """Evaluations on the validation split since `best_step`."""
     pseudo: str = ""
     """The file of the pseudo-labelled records in force (`pseudo_labels`); empty: there are none."""
 

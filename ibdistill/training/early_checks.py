@@ -5,6 +5,7 @@ The job scripts ask before a job waits in a queue, and `train.py` before it open
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from ibdistill.config.sections import Config, DataConfig
 from ibdistill.data.json_rows import check_form
 from ibdistill.data.tasks import jsonl
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.models import hub
 
 _ENCODERS = re.compile(r"(albert|bert|camembert|deberta|distilbert|electra|modernbert|roberta|xlm-roberta)\b")
 """Types of models that have no decoder, as they stand in config.json."""
@@ -25,6 +27,13 @@ _NO_DECODER = re.compile(r"(EncoderModel|ForMaskedLM)$")
 def check(config: Config) -> None:
     """Raise ValueError that names the setting, its value and the way out."""
     _check_data(config.data)
+    if "wandb" in config.run.report_to and importlib.util.find_spec("wandb") is None:
+        raise ValueError(
+            "run.report_to names wandb, whose library is not installed: pip install 'ibdistill[wandb]', or "
+            "leave it out"
+        )
+    if config.run.push_to_hub:
+        hub.check(config.run.push_to_hub)
     if config.deepspeed.config != "auto":
         zero_file.read_ds_config(config.deepspeed.config)
     models = {"student.model": config.student.model, "student.tokenizer": config.student.tokenizer}

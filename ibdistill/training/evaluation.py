@@ -13,6 +13,7 @@ from ibdistill.data.records import Record
 from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.evaluation import report
 from ibdistill.evaluation.predictions import Prediction
+from ibdistill.monitor.board import draws
 from ibdistill.runtime import distributed
 from ibdistill.training.job import Job
 
@@ -58,7 +59,7 @@ def show(job: Job, name: str, predictions: Sequence[Prediction], *, final: bool 
         if final:
             job.unwritten.append(f"{path} ({error})")
     job.board.scalars({f"eval/{name}_{key}": value for key, value in report.curves(scores).items()}, step)
-    if job.config.run.tensorboard:
+    if draws(job.config.run.report_to):
         try:
             _picture(job, name, predictions)
         except Exception as error:  # whatever a drawing library makes of somebody's texts
@@ -70,7 +71,7 @@ def show(job: Job, name: str, predictions: Sequence[Prediction], *, final: bool 
 
 
 def _picture(job: Job, name: str, predictions: Sequence[Prediction]) -> None:
-    """Figures and samples of one task's predictions, to TensorBoard."""
+    """Report figures and samples of one task's predictions."""
     step = job.state.step
     job.board.text(f"{name}/samples", report.samples(predictions), step, markdown=True)
     figures = report.figures(predictions, f"{name}, step {step}")

@@ -66,7 +66,7 @@ class Job:
 
     def measures_gradients(self) -> bool:
         """Whether each term's gradient is measured at the current step."""
-        every = self.config.run.term_gradients_every if self.config.run.tensorboard else 0
+        every = self.config.run.term_gradients_every if self.config.run.report_to else 0
         return every > 0 and self.state.step % every == 0
 
     def micro_batches(self) -> list[tuple[np.ndarray, data_batches.Batch]]:

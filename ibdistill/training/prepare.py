@@ -265,9 +265,7 @@ def assemble(
     engine = build_engine(module, config.student.precision, config.optim, config.deepspeed, world)
     checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)
     state = checkpoints.restore(engine) or TrainState()
-    board = Board(
-        folder / "tensorboard", world, state.step, config.optim.max_steps, off=not config.run.tensorboard
-    )
+    board = Board(folder, world, state.step, config.optim.max_steps, report_to=config.run.report_to)
     board.text("config", to_yaml(config), state.step)
     board.scalars(truncated_shares(records, features, config.data), state.step)
     alarms = Alarms(records.train)

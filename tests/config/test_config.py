@@ -67,10 +67,10 @@ def test_yaml_round_trip(tmp_path, folder):
         ("student.dropout", None, None),
         ("student.dropout", 0.5, 0.5),
         ("data.subsample", 300, 300.0),
-        ("run.tensorboard", "false", False),
-        ("run.tensorboard", "true", True),
-        ("run.tensorboard", "False", False),
-        ("run.tensorboard", True, True),
+        ("run.export", "false", False),
+        ("run.export", "true", True),
+        ("run.export", "False", False),
+        ("run.export", True, True),
     ],
 )
 def test_values_are_brought_to_their_type(name, given, value):

@@ -21,7 +21,7 @@ def write_much(shown: Board) -> None:
     for step in range(1, 400):
         shown.scalars({f"loss/{i}": float(step) for i in range(20)}, step)
     shown.text("t", "text", 400)
-    shown.hparams({"a": 1}, {"b": 2.0})
+    shown.summary({"a": 1}, {"b": 2.0})
     shown.advance(400)
     shown.close()
     shown.close()
@@ -29,14 +29,14 @@ def write_much(shown: Board) -> None:
 
 def test_a_full_disk_ends_the_events_with_one_warning_and_no_traceback(world, tmp_path, caplog, capfd):
     with full_disk(20_000):
-        write_much(Board(tmp_path, world, 0))
+        write_much(Board(tmp_path, world, 0, report_to=["tensorboard"]))
     (warning,) = messages(caplog)
-    assert "no more TensorBoard events until the next start, since [Errno 27]" in warning
+    assert "run.report_to tensorboard: no more until the next start, since [Errno 27]" in warning
     assert "Traceback" not in capfd.readouterr().err
 
 
 def test_events_that_were_never_flushed_do_not_end_the_close(world, tmp_path, caplog, capfd):
-    shown = Board(tmp_path, world, 0)
+    shown = Board(tmp_path, world, 0, report_to=["tensorboard"])
     for step in range(1, 20):
         shown.scalars({f"loss/{i}": float(step) for i in range(20)}, step)
     with full_disk(100):
@@ -46,9 +46,9 @@ def test_events_that_were_never_flushed_do_not_end_the_close(world, tmp_path, ca
 
 def test_a_file_where_the_events_belong_leaves_them_out(world, tmp_path, caplog):
     (tmp_path / "tensorboard").write_text("")
-    write_much(Board(tmp_path / "tensorboard", world, 0))
+    write_much(Board(tmp_path, world, 0, report_to=["tensorboard"]))
     (warning,) = messages(caplog)
-    assert "no more TensorBoard events" in warning and "tensorboard" in warning
+    assert "tensorboard: no more until" in warning and "tensorboard" in warning
 
 
 def test_a_figure_that_cannot_be_drawn_costs_itself_alone(world, tmp_path, caplog):
@@ -57,13 +57,13 @@ def test_a_figure_that_cannot_be_drawn_costs_itself_alone(world, tmp_path, caplo
 
     bad, good = Figure(), Figure()
     bad.suptitle(r"$\frac{$")
-    shown = Board(tmp_path, world, 0)
+    shown = Board(tmp_path, world, 0, report_to=["tensorboard"])
     shown.figures({"bad": bad, "good": good}, 1)
     shown.scalars({"loss": 1.0}, 1)
     shown.close()
     (warning,) = messages(caplog)
-    assert "a TensorBoard event is left out" in warning
-    events = EventAccumulator(str(tmp_path))
+    assert "tensorboard: something is left out" in warning
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert events.Tags()["images"] == ["good"] and events.Tags()["scalars"] == ["loss"]
 
@@ -89,4 +89,4 @@ def test_a_run_whose_events_fail_learns_the_same(make_job, tmp_path, caplog):
                 train.log(job)
                 board.Board.text(job.board, "filler", "x" * 20_000, job.state.step)
     assert same(weights(jobs[0]), weights(jobs[1]))
-    assert sum("no more TensorBoard events" in text for text in messages(caplog)) == 1
+    assert sum("tensorboard: no more until" in text for text in messages(caplog)) == 1

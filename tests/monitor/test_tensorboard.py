@@ -21,8 +21,7 @@ from ibdistill.config.load import load_settings
 from ibdistill.config.sections import Config
 from ibdistill.data.records import Record
 from ibdistill.evaluation import faithfulness, report
-from ibdistill.monitor import board as board_module
-from ibdistill.monitor import log
+from ibdistill.monitor import log, reporters
 from ibdistill.monitor.board import Board, hyperparameters
 
 
@@ -36,11 +35,11 @@ def events(folder):
 
 def test_a_board_that_continues_leaves_no_gap_and_no_double(world, tmp_path):
     for first in (0, 4):  # the first start was killed at step 7, after its checkpoint of step 4
-        board = Board(tmp_path, world, first)
+        board = Board(tmp_path, world, first, report_to=["tensorboard"])
         for step in range(first + 1, 8 if first == 0 else 11):
             board.scalars({"loss/total": 10.0 * first + step}, step)
         board.close()
-    found = [(event.step, event.value) for event in events(tmp_path).Scalars("loss/total")]
+    found = [(event.step, event.value) for event in events(tmp_path / "tensorboard").Scalars("loss/total")]
     assert found == [(s, s) for s in range(1, 5)] + [(s, 40 + s) for s in range(5, 11)]
 
 
@@ -49,7 +48,7 @@ def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path)
 
     from ibdistill.evaluation import plots
 
-    board = Board(tmp_path / "on", world, 0)
+    board = Board(tmp_path / "on", world, 0, report_to=["tensorboard"])
     board.text("config", "a: 1\n  b: 2", 0)
     board.figures({"reliability": plots.reliability([0.5], [1], "t")}, 3)
     flat = {"run.dir": "x", "run.seed": 3, "optim.lr": 0.1, "data.path": None, "student.lora_targets": ["q"]}
@@ -63,9 +62,9 @@ def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path)
     }
     scores = {"valid_demo_accuracy": 0.4, "valid_demo_brier": 0.2, "test_demo_accuracy": 0.5}
     scores |= {"test_demo_rationale_accuracy": 0.6, "test_demo_ece": 0.1, "test_demo_first_token_ece": 0.1}
-    board.hparams(hyperparameters(flat, defaults), {f"eval/{name}": value for name, value in scores.items()})
+    board.summary(hyperparameters(flat, defaults), {f"eval/{name}": value for name, value in scores.items()})
     board.close()
-    found = events(tmp_path / "on")
+    found = events(tmp_path / "on/tensorboard")
     assert {"config/text_summary", "custom_scalars__config__"} <= set(found.Tags()["tensors"])
     assert found.Images("reliability")[0].step == 3
     content = found.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
@@ -84,11 +83,11 @@ def test_a_board_keeps_layout_figures_texts_and_hyperparameters(world, tmp_path)
         "eval/test_demo_ece",
     }
 
-    board = Board(tmp_path / "off", world, 0, off=True)
+    board = Board(tmp_path / "off", world, 0)
     board.scalars({"loss": 1.0}, 1)
     board.text("t", "t", 1)
     board.figures({}, 1)
-    board.hparams({}, {})
+    board.summary({}, {})
     board.close()
     assert not (tmp_path / "off").exists()
 
@@ -105,7 +104,7 @@ def test_the_settings_of_a_term_that_the_method_lacks_are_not_shown():
 
 def charted(group: str, chart: str, tags: Iterable[str]) -> set[str]:
     """The tags that a chart of the CUSTOM SCALARS tab shows."""
-    _, patterns = board_module._LAYOUT[group][chart]
+    _, patterns = reporters._LAYOUT[group][chart]
     return {tag for tag in tags if any(re.search(pattern, tag) for pattern in patterns)}
 
 
@@ -158,7 +157,7 @@ def test_a_run_s_events_hold_every_group(make_job):
 
 
 def test_without_tensorboard_nothing_is_written_or_measured(make_job):
-    made = make_job(**{"run.tensorboard": False, "optim.max_steps": 2, "run.term_gradients_every": 1})
+    made = make_job(**{"run.report_to": [], "optim.max_steps": 2, "run.term_gradients_every": 1})
     train.train(made)
     assert not (made.folder / "tensorboard").exists() and not made.measures_gradients()
 

@@ -165,7 +165,7 @@ def test_an_unwritable_folder_is_refused(tmp_path):
 def test_two_jobs_on_one_folder(tmp_path):
     """The real script: the second is refused, a killed one's lock is taken over, a signal gives it back."""
     run, log, second = tmp_path / "run", tmp_path / "log", tmp_path / "second"
-    command = [TRAIN, *as_arguments(tiny(run, **{"optim.max_steps": 4000, "run.tensorboard": False}))]
+    command = [TRAIN, *as_arguments(tiny(run, **{"optim.max_steps": 4000, "run.report_to": []}))]
 
     def first_steps(process: subprocess.Popen) -> None:
         deadline = time.monotonic() + 120

@@ -29,7 +29,7 @@ TINY = {
     "data.max_label_tokens": 8,
     "data.max_rationale_tokens": 16,
     "run.test_limit": 4,
-    "run.tensorboard": False,
+    "run.report_to": [],
     "run.export": False,
 }
 

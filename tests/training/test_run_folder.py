@@ -41,7 +41,7 @@ def data(tmp_path) -> Path:
 def begun(make_job, data):
     """Settings of a run on `data` that has a checkpoint, and what makes the job again."""
     settings = {"data.task": "jsonl", "data.path": str(data), "data.subsample": 1.0, "student.dropout": 0.0}
-    settings |= {"run.tensorboard": False}
+    settings |= {"run.report_to": []}
 
     def make(**overrides):
         return make_job(**(settings | overrides))

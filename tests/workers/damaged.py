@@ -54,7 +54,7 @@ def main(folder: Path) -> None:
     world = distributed.init()
     facts = []
     for stage in (2, 3):
-        settings = {"deepspeed.config": f"zero{stage}", "run.tensorboard": False, "run.keep_last": 4}
+        settings = {"deepspeed.config": f"zero{stage}", "run.report_to": [], "run.keep_last": 4}
         job = prepare(load_settings(None, tiny(folder / str(stage), **settings)), world)
         for _ in range(3):
             steps(job, 1)

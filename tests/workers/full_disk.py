@@ -26,7 +26,7 @@ def main(folder: Path) -> None:
     world = distributed.init()
 
     def make(name: str, stage: int) -> Job:
-        settings = {"deepspeed.config": f"zero{stage}", "student.dropout": 0.0, "run.tensorboard": False}
+        settings = {"deepspeed.config": f"zero{stage}", "student.dropout": 0.0, "run.report_to": []}
         return prepare(load_settings(None, tiny(folder / f"{name}{stage}", **settings)), world)
 
     def whole(job: Job) -> dict:

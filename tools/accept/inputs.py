@@ -120,7 +120,7 @@ def settings(context: Context, run: str, student: str, **overrides: Any) -> Conf
     """The settings of a run of a student of `SHAPES` on the records, without figures and export."""
     flat = {
         "run.dir": str(context.folder("runs") / run),
-        "run.tensorboard": False,
+        "run.report_to": [],
         "run.export": False,
         "run.log_every": 10,
         "run.test_limit": 8,

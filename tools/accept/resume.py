@@ -53,7 +53,7 @@ def arguments(context: Context, folder: Path) -> list[str]:
         "run.dir": folder,
         "run.log_every": 1,
         "run.test_limit": 8,
-        "run.tensorboard": False,
+        "run.report_to": [],
         "data.task": "jsonl",
         "data.path": inputs.records_folder(context),
         "student.model": inputs.model_folder(context, "t5"),

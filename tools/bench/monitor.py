@@ -32,7 +32,7 @@ def build(
     """A run of the demo recipe, ready to step, with monitoring or without."""
     settings = {
         "run.dir": str(folder),
-        "run.tensorboard": is_on,
+        "run.report_to": ["tensorboard", "jsonl"] if is_on else [],
         "objective.method": method,
         "optim.batch_size": batch_size,
         "student.model": preset,

@@ -73,7 +73,7 @@ class TeacherCase:
         """A variant's run, ready to step. Collective."""
         values = {
             "run.dir": f"{self.root}/{variant}",
-            "run.tensorboard": False,
+            "run.report_to": [],
             "student.model": self.student,
             "student.precision": self.precision,
             "optim.batch_size": self.batch_size,

@@ -38,7 +38,7 @@ DRY = {
     "data.max_label_tokens": 32,  # as long as svamp's equations: a label that is cut can never be right
     "data.max_rationale_tokens": 16,
     "run.export": False,
-    "run.tensorboard": False,
+    "run.report_to": [],
 }
 
 
