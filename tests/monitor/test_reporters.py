@@ -66,32 +66,35 @@ def test_weights_and_biases_get_scalars_texts_figures_and_the_summary(world, tmp
     """Through the library itself, offline: its file of records is not compressed, and media lie beside it."""
     from matplotlib.figure import Figure
 
-    names = set()
-    for first in (0, 2):
-        board = Board(tmp_path / "run", world, first, report_to=["wandb"])
-        board.scalars({"loss/total": 0.15625 + first}, first + 1)
-        board.text("samples", "a < b", first + 1)
-        board.figures({"curve": Figure()}, first + 1)
-        board.summary({"optim.lr": 0.28125}, {"eval/test_demo_accuracy": 0.78125, "eval/test_demo_x": 0.9})
-        board.close()
-        names.add((tmp_path / "run/wandb/id").read_text())
-    (name,) = names
-    starts = sorted((tmp_path / "run/wandb").glob(f"offline-run-*-{name}"))
-    records = b"".join(file.read_bytes() for start in starts for file in start.glob("*.wandb"))
-    for text in (
-        "loss/total",
-        "0.15625",
-        "2.15625",
-        "optim.lr",
-        "0.28125",
-        "eval/test_demo_accuracy",
-        "0.78125",
-    ):
+    board = Board(tmp_path / "run", world, 0, report_to=["wandb"])
+    board.scalars({"loss/total": 0.15625}, 1)
+    board.text("samples", "a < b", 1)
+    board.figures({"curve": Figure()}, 1)
+    board.summary({"optim.lr": 0.28125}, {"eval/test_demo_accuracy": 0.78125, "eval/test_demo_x": 0.9})
+    board.close()
+    name = (tmp_path / "run/wandb/id").read_text()
+    (started,) = (tmp_path / "run/wandb").glob(f"offline-run-*-{name}")
+    (records,) = [file.read_bytes() for file in started.glob("*.wandb")]
+    for text in "loss/total 0.15625 optim.lr 0.28125 eval/test_demo_accuracy 0.78125".split():
         assert text.encode() in records, text
     assert b"eval/test_demo_x" not in records
-    media = [path.name for start in starts for path in start.glob("files/media/*/*")]
-    assert sum(path.startswith("curve") for path in media) == 2
-    assert sum(path.startswith("samples") for path in media) == 2
+    assert sorted(path.name.split("_")[0] for path in started.glob("files/media/*/*")) == ["curve", "samples"]
+
+
+def test_a_run_that_continues_keeps_its_identity(world, tmp_path, monkeypatch):
+    import wandb
+
+    given = []
+
+    def init(**settings):
+        given.append((settings["id"], settings["resume"], settings["dir"]))
+        return types.SimpleNamespace(define_metric=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setattr(wandb, "init", init)
+    for run, step in (("a", 0), ("a", 5), ("b", 0)):
+        Board(tmp_path / run, world, step, report_to=["wandb"]).close()
+    first, again, other = given
+    assert first == again and first[1:] == ("allow", tmp_path / "a") and first[0] != other[0]
 
 
 def test_a_library_that_fails_is_a_warning(world, tmp_path, monkeypatch, caplog):
