@@ -278,11 +278,11 @@ def exit_at_once(code: int) -> NoReturn:
 def free_port() -> int:
     """A TCP port on loopback that nobody listens on at the moment.
 
-    It lies below the ports that Linux gives to outgoing connections, one of which could take it before the
-    caller does.
+    It lies below the launcher's default port, and so below the ports that Linux gives to outgoing
+    connections, one of which could take it before the caller does.
     """
     while True:
-        port = random.SystemRandom().randrange(10_000, 32_768)
+        port = random.SystemRandom().randrange(10_000, int(launcher.DEFAULT_PORT))
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port
