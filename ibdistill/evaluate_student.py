@@ -284,4 +284,7 @@ def _cache(model: nn.Module, wanted: str, world: World) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except SystemExit as end:
+        distributed.exit_at_once(end.code)

@@ -19,7 +19,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
@@ -91,7 +91,7 @@ def init(timeout_minutes: int = 30) -> World:
         rank, size, local_rank = _place()
         store = rendezvous.meet(rank, size, timeout)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(EXIT_BAD_INPUT)
     device = _device(local_rank)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -233,7 +233,7 @@ def user_errors() -> Iterator[None]:
         if dist.get_rank() == 0:
             rank, message = next((rank, text) for rank, text in enumerate(errors) if text is not None)
             where = "" if rank == 0 else f" (rank {rank})"
-            print(f"error{where}: {message}", file=sys.stderr, flush=True)
+            sys.stderr.write(f"error{where}: {message}\n")
         dist.barrier()
         sys.exit(EXIT_BAD_INPUT)
 
@@ -267,7 +267,8 @@ def exit_at_once(code: int) -> NoReturn:
     """End this process without the interpreter's clean-up, which may take seconds.
 
     A launcher kills the other ranks when it sees one end, and a rank that is killed while it
-    cleans up loses the exit code that all ranks have in common.
+    cleans up loses the exit code that all ranks have in common. A thread of the process group that frees a
+    tensor during the clean-up aborts the process ("terminate called without an active exception").
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -275,10 +276,16 @@ def exit_at_once(code: int) -> NoReturn:
 
 
 def free_port() -> int:
-    """A TCP port on loopback that nobody listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    """A TCP port on loopback that nobody listens on at the moment.
+
+    It lies below the launcher's default port, and so below the ports that Linux gives to outgoing
+    connections, one of which could take it before the caller does.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, int(launcher.DEFAULT_PORT))
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def _environment_from_slurm() -> None:

@@ -1,7 +1,5 @@
 """InfoNCE over two real processes equals one process with all questions: loss and gradients."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +8,7 @@ from head_loss_cases import evaluate, make_head, make_stream
 
 from ibdistill.ops.head_loss.api import MISettings, Stream, Weights, head_loss
 from ibdistill.ops.head_loss.reference import head_loss_reference
+from ibdistill.runtime.distributed import free_port
 
 D, V = 6, 17
 PREDICT, EXPLAIN = [3, 1, 2, 4, 2], [5, 2, 0, 3, 1]
@@ -50,10 +49,7 @@ def worker(rank, port, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(worker, (port, str(folder)), nprocs=2)
+    mp.spawn(worker, (free_port(), str(folder)), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 

@@ -215,9 +215,10 @@ def check_export_decodes_the_same(folder: Path) -> None:
 def test_ranks_share_the_cores_unless_the_user_says_how(tmp_path, monkeypatch, said):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     script, log = tmp_path / "threads.py", tmp_path / "log"
-    count = "print(f'{torch.get_num_threads()} threads', flush=True)"
+    count = r"sys.stdout.write(f'{torch.get_num_threads()} threads\n')"
     script.write_text(
-        f"import torch\nfrom ibdistill.runtime import distributed\n{count}\ndistributed.init()\n{count}\n"
+        "import sys, torch\nfrom ibdistill.runtime import distributed\n"
+        f"{count}\ndistributed.init()\n{count}\ndistributed.exit_at_once(0)\n"
     )
     env = {"OMP_NUM_THREADS": said} if said else {}
     assert launch([str(script)], ranks=2, log=log, env=env) == 0, log.read_text()[-4000:]
