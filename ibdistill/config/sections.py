@@ -154,7 +154,7 @@ class DataConfig:
     random: see `data/sampler.py`. 1: plain shuffling."""
     packing: Literal["off", "on"] = "off"
     """on: the rows of a micro-batch lie one behind the other without padding, and attention stays within each
-    (`ops/packed_attention.py`). The losses are the same; for decoder-only models. off: rows are padded."""
+    (`ops/packed_attention.py`). The losses are the same. off: rows are padded."""
     unlabelled: AtLeastOne | str | None = None
     """Questions to learn from where the student's two streams agree, see `training/pseudo_labels.py`: a JSONL
     file of them, as the student reads them without the prefix; for the task demo how many to generate. None:

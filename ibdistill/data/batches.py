@@ -13,7 +13,7 @@ An encoder-decoder model reads the question, end token included. A decoder-only 
   vocabulary has one, else the end token. Something has to tell the model that the question is
   over; the end token is what pretrained decoder-only models have seen *between unrelated
   texts*, after which they forget, while a line break before an answer is ordinary text.
-- Prompts are built by `_prompt` alone, in training and in decoding, from the ids that `token_ids`
+- Prompts are built by `id_rows.prompt` alone, in training and in decoding, from the ids that `token_ids`
   gives: tokenizing the joined text would merge `?` and newline into one token in many vocabularies (Qwen's).
 """
 
@@ -28,9 +28,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from ibdistill.data import token_ids
+from ibdistill.data import id_rows
 from ibdistill.data.features import Features
 from ibdistill.data.records import SEGMENTS, segments_of
 from ibdistill.ops.copies import to_device
@@ -62,11 +61,12 @@ class Batch:
     The same tokens in the same order for both families: BOS is left out, and the separator of
     a decoder-only model stands for the end token of the other family."""
     decoder_input_ids: dict[str, Tensor]
-    """Stream -> [B, T_stream] int64, targets shifted right behind the start token. Decoder-only: empty."""
+    """Stream -> [B, T_stream] int64, targets shifted right behind the start token; in a packed batch
+    [1, tokens]. Decoder-only: empty."""
     positions: dict[str, Tensor]
     """Segment -> [N_segment] int64: the places that predict the targets, in the flattened [B * T_stream] of
-    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows, or in the packed row
-    of all streams."""
+    the decoder; for a decoder-only model in the flattened [B * L] of the stream's rows. In a packed batch: in
+    the row of all streams."""
     labels: dict[str, Tensor]
     """Segment -> [N_segment] int64."""
     cu: dict[str, Tensor]
@@ -75,7 +75,11 @@ class Batch:
     """[S * B] int32, if the batch is packed: `input_ids` are then one row [1, tokens] in which the rows lie
     one behind the other with these lengths, and `attention_mask` is all ones. None: rows are padded."""
     position_ids: Tensor | None = None
-    """[1, tokens] int64, if the batch is packed: each token's place within its own row."""
+    """[1, tokens] int64, for a decoder-only model if the batch is packed: each token's place within its own
+    row."""
+    decoder_lengths: Tensor | None = None
+    """[S * B] int32, for an encoder-decoder model if the batch is packed: the lengths of the targets, which
+    lie one behind the other in `decoder_input_ids`, one stream after the other."""
 
     @property
     def num_tokens(self) -> int:
@@ -89,7 +93,7 @@ class Batch:
         return self.input_ids.numel() + sum(ids.numel() for ids in self.decoder_input_ids.values())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, except for `cu` and `row_lengths`, which the host reads.
+        """The batch on a device, except for `cu` and the lengths, which the host reads.
 
         The copy overlaps with what the device is doing.
         """
@@ -102,7 +106,7 @@ class Batch:
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with this done to all its tensors but `cu` and `row_lengths`."""
+        """The batch with this done to all its tensors but `cu` and the lengths."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, dict):
@@ -110,7 +114,8 @@ class Batch:
             return function(value) if isinstance(value, Tensor) else value
 
         fields = {f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        return Batch(**fields | {"cu": self.cu, "row_lengths": self.row_lengths})
+        host = {name: getattr(self, name) for name in ("cu", "row_lengths", "decoder_lengths")}
+        return Batch(**fields | host)
 
 
 def collate(
@@ -135,7 +140,7 @@ def collate(
         separator: what stands between question and target for a decoder-only model; None for
             an encoder-decoder model.
         multiple: rows are padded to a width that is a multiple of this, see `hardware.width_multiple`.
-        packed: lay the rows of a decoder-only model one behind the other, without padding.
+        packed: lay rows one behind the other, without padding.
 
     Of features whose questions are whole prompts, nothing comes in front of a prompt or behind it.
     """
@@ -145,8 +150,7 @@ def collate(
     if features.whole_prompts:
         inputs = _decoder_only(questions, targets, pad, None, None, multiple, packed)
     elif separator is None:
-        assert not packed
-        inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple)
+        inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple, packed)
     else:
         inputs = _decoder_only(questions, targets, pad, start, separator, multiple, packed)
     return Batch(
@@ -162,26 +166,34 @@ def collate(
 
 
 def _encoder_decoder(
-    questions: Rows, targets: Rows, pad: int, start: int, bos: int | None, multiple: int
+    questions: Rows, targets: Rows, pad: int, start: int, bos: int | None, multiple: int, packed: bool
 ) -> dict[str, Any]:
-    rows = [_led(row, bos) for rows in questions.values() for row in rows]
-    input_ids, attention_mask = _pad(rows, pad, multiple=multiple)
-    lead = int(bos is not None)
-    decoder_input_ids, positions = {}, {}
+    rows = [id_rows.led(row, bos) for rows in questions.values() for row in rows]
+    input_ids, attention_mask, begins = id_rows.laid(rows, pad, multiple, packed)
+    lengths = np.array([len(row) for row in rows], dtype=np.int32)
+    decoder_input_ids, positions, decoded, before = {}, {}, [], 0
     for stream in questions:
-        rows = _whole(targets, stream)
-        shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in rows]
-        decoder_input_ids[stream], mask = _pad(shifted, pad, multiple=multiple)
-        positions |= _segment_places(targets, stream, np.arange(len(rows)) * mask.shape[1])
+        targeted = _whole(targets, stream)
+        shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in targeted]
+        decoder_input_ids[stream], mask, starts = id_rows.laid(shifted, pad, multiple, packed)
+        positions |= _segment_places(targets, stream, starts + before)
+        if packed:  # its streams are read as one row
+            decoded += map(len, shifted)
+            decoded[-1] += mask.shape[1] - sum(
+                map(len, shifted)
+            )  # the column that stands for no target at all
+            before += mask.shape[1]
     first = next(iter(questions.values()))
+    of_packed = {"row_lengths": torch.from_numpy(lengths), "decoder_lengths": torch.tensor(decoded).int()}
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places(
-            np.arange(len(first)) * input_ids.shape[1] + lead, [len(row) for row in first]
+        "question_positions": id_rows.places(
+            begins[: len(first)] + int(bos is not None), [len(row) for row in first]
         ),
         "decoder_input_ids": decoder_input_ids,
         "positions": positions,
+        **(of_packed if packed else {}),
     }
 
 
@@ -195,19 +207,15 @@ def _decoder_only(
     packed: bool,
 ) -> dict[str, Any]:
     """Rows of prompt and target; the last target token is predicted, never read."""
-    prompts = {s: [_prompt(question, bos, separator) for question in questions[s]] for s in questions}
+    prompts = {s: [id_rows.prompt(question, bos, separator) for question in questions[s]] for s in questions}
     rows = [
         np.concatenate([prompt, target[:-1]])
         for stream in prompts
         for prompt, target in zip(prompts[stream], _whole(targets, stream), strict=True)
     ]
-    lengths = np.array([len(row) for row in rows], dtype=np.int32)
-    input_ids, attention_mask = (
-        _pad([np.concatenate(rows)], pad) if packed else _pad(rows, pad, multiple=multiple)
-    )
+    input_ids, attention_mask, begins = id_rows.laid(rows, pad, multiple, packed)
     first, positions = next(iter(prompts.values())), {}
     size, lead = len(first), int(bos is not None)
-    begins = np.cumsum(lengths) - lengths if packed else np.arange(len(rows)) * input_ids.shape[1]
     for number, (stream, own) in enumerate(prompts.items()):
         # a packed row is shared by all streams; padded rows are numbered within their own
         starts = begins[number * size :][:size] if packed else begins[:size]
@@ -215,16 +223,17 @@ def _decoder_only(
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        "question_positions": _places(begins[:size] + lead, [len(p) - lead for p in first]),
+        "question_positions": id_rows.places(begins[:size] + lead, [len(p) - lead for p in first]),
         "decoder_input_ids": {},
         "positions": positions,
-        **(_of_packed(lengths) if packed else {}),
+        **(_of_packed(rows) if packed else {}),
     }
 
 
-def _of_packed(lengths: np.ndarray) -> dict[str, Tensor]:
-    places = np.concatenate([np.arange(length) for length in lengths])
-    return {"row_lengths": torch.from_numpy(lengths), "position_ids": torch.from_numpy(places)[None]}
+def _of_packed(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    lengths = torch.tensor([len(row) for row in rows], dtype=torch.int32)
+    places = torch.cat([torch.arange(len(row)) for row in rows])
+    return {"row_lengths": lengths, "position_ids": places[None]}
 
 
 def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
@@ -245,84 +254,6 @@ def _segment_places(targets: Rows, stream: str, starts: np.ndarray) -> dict[str,
     places = {}
     for segment in SEGMENTS[stream]:
         lengths = [len(target) for target in targets[segment]]
-        places[segment] = _places(starts, lengths)
+        places[segment] = id_rows.places(starts, lengths)
         starts = starts + lengths
     return places
-
-
-def _places(starts: np.ndarray, counts: Sequence[int]) -> Tensor:
-    """[positions] int64: of each row `count` places from its start on, in the flattened rows."""
-    spans = zip(starts, counts, strict=True)
-    return torch.from_numpy(np.concatenate([start + np.arange(count) for start, count in spans]))
-
-
-def _prompt(question: Sequence[int], bos: int | None, separator: int | None) -> np.ndarray:
-    """[tokens] int64: what a decoder-only model reads before the target.
-
-    The separator takes the place of the question's end token, and of those between its parts; None: the
-    question is the whole prompt.
-    """
-    question = np.asarray(question)
-    if separator is None:
-        return question.astype(np.int64)
-    return _led(np.where(question == question[-1], separator, question), bos)
-
-
-def _led(ids: Sequence[int], bos: int | None) -> np.ndarray:
-    """[tokens] int64: the ids with BOS in front, if there is one."""
-    return np.array([*([] if bos is None else [bos]), *ids], dtype=np.int64)
-
-
-def prompts(
-    texts: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int,
-    *,
-    pad: int,
-    start: int | None,
-    bos: int | None = None,
-    separator: int | None = None,
-    as_written: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """The rows that a model of either family answers, with the same ids as in its training rows.
-
-    `limit` counts a question's tokens with the end token or separator, not BOS; longer ones lose their end.
-    The other arguments are those of `collate`.
-
-    Args:
-        as_written: the texts are whole prompts made from `teacher.template`; a decoder-only model goes on
-            where they end, without a separator.
-
-    Returns ids and mask, [texts, longest] int64, padded on the left for a decoder-only model.
-    """
-    lead = bos if separator is None else start
-    if as_written:
-        encoded = token_ids.written_ids(texts, tokenizer, bos=lead)
-    else:
-        encoded = token_ids.question_ids(texts, tokenizer)
-    questions = [token_ids.cut(ids, limit) for ids in encoded]
-    if separator is None:
-        return _pad([_led(ids, lead) for ids in questions], pad)
-    if as_written:
-        return _pad([_led(ids[:-1], lead) for ids in questions], pad, left=True)
-    return _pad([_prompt(ids, lead, separator) for ids in questions], pad, left=True)
-
-
-def whole_prompts(ids: Sequence[Sequence[int]], pad: int, *, left: bool = True) -> tuple[Tensor, Tensor]:
-    """Prompts as they are: ids and mask, [prompts, longest] int64, padded on the left as a decoder-only model
-    needs, or on the right."""
-    return _pad([np.asarray(row, dtype=np.int64) for row in ids], pad, left=left)
-
-
-def _pad(
-    sequences: Sequence[np.ndarray], pad: int, left: bool = False, multiple: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Ids and mask of real ones, both [rows, longest] int64, with the longest rounded up to a multiple; at
-    least one column, which models need."""
-    lengths = np.array([len(sequence) for sequence in sequences])
-    width = -(-max(1, lengths.max(initial=0)) // multiple) * multiple
-    mask = np.arange(width)[None, :] < lengths[:, None]
-    mask = mask[:, ::-1] if left else mask
-    ids = np.full(mask.shape, pad, dtype=np.int64)
-    ids[mask] = np.concatenate(sequences)
-    return torch.from_numpy(ids), torch.from_numpy(mask.astype(np.int64))

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from ibdistill.data import batches, token_ids
+from ibdistill.data import id_rows, token_ids
 from ibdistill.models import families
 from ibdistill.models.decoding import Answer, Sampling
 from ibdistill.runtime.distributed import World
@@ -60,7 +60,7 @@ class Engine:
         """As `decoding.decode`; the model, the device and the size of batches are vLLM's own affair."""
         around = families.layout(self._config, tokenizer)
         prompts = [
-            batches.prompts([question], tokenizer, max_question_tokens, **around)[0][0].tolist()
+            id_rows.prompts([question], tokenizer, max_question_tokens, **around)[0][0].tolist()
             if isinstance(question, str)
             else list(question)
             for question in questions

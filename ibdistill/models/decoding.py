@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 
-from ibdistill.data import batches, token_ids
+from ibdistill.data import id_rows, token_ids
 from ibdistill.models import families
 from ibdistill.runtime import files
 
@@ -141,11 +141,11 @@ def decode(
         indices = order[start : start + batch_size]
         texts = [questions[i] for i in indices]
         if isinstance(texts[0], str):
-            input_ids, mask = batches.prompts(
+            input_ids, mask = id_rows.prompts(
                 texts, tokenizer, max_question_tokens, **layout, as_written=as_written
             )
         else:
-            input_ids, mask = batches.whole_prompts(texts, layout["pad"], left=decoder_only)
+            input_ids, mask = id_rows.whole_prompts(texts, layout["pad"], left=decoder_only)
         confidence = _Confidence()
         draw = []
         if sampling:

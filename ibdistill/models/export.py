@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import Config
-from ibdistill.data import batches
+from ibdistill.data import id_rows
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import chat_template as student_template
 from ibdistill.models import model_card
@@ -85,7 +85,7 @@ def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
     for stream, before in prompt.prefixes.items():
         for probe in _PROBES:
             limit, around = prompt.question_limit, layout(model, tokenizer)
-            expected, _ = batches.prompts([before + probe], tokenizer, limit, **around)
+            expected, _ = id_rows.prompts([before + probe], tokenizer, limit, **around)
             ids = tokenizer.apply_chat_template(
                 [{"role": "user", "content": probe}],
                 chat_template=template,

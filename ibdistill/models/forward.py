@@ -2,12 +2,13 @@
 
 The head loss works on packed hidden states, so a model's forward here ends before the head:
 `states` gives the decoder's states at the real target positions of each segment. The streams of
-an encoder-decoder model share one encoder call. Its decoder runs once per stream, because a
-label is a few tokens long and a rationale a hundred, and padding one to the other would cost
-more than a second call. A decoder-only model, whose rows hold the question too, runs once for
-all. All of it happens within one `engine(...)`, so ZeRO-3 sees the same sequence of modules in
-each step and its prefetch trace completes. With a call of the engine for each stream, as in the
-reference implementation, it would not.
+an encoder-decoder model share one encoder call. Where rows are padded its decoder runs once per
+stream, because a label is a few tokens long and a rationale a hundred, and padding one to the
+other would cost more than a second call; packed rows go through it at once. A decoder-only
+model, whose rows hold the question too, runs once for all. All of it happens within one
+`engine(...)`, so ZeRO-3 sees the same sequence of modules in each step and its prefetch trace
+completes. With a call of the engine for each stream, as in the reference implementation, it
+would not.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def questions_only(batch: Batch) -> Batch:
             "input_ids": batch.input_ids[:, :tokens],
             "attention_mask": batch.attention_mask[:, :tokens],
             "row_lengths": own,
-            "position_ids": batch.position_ids[:, :tokens],
+            "position_ids": None if batch.position_ids is None else batch.position_ids[:, :tokens],
+            "decoder_lengths": None,
         }
     else:
         rows = len(batch.input_ids) // len(batch.streams)
@@ -82,8 +84,32 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
         rows.unflatten(0, part.shape)
         for rows, part in zip(embedded.split([part.numel() for part in ids]), ids, strict=True)
     )
-    encoded = model.get_encoder()(inputs_embeds=questions, attention_mask=batch.attention_mask)[0]
+    mask = batch.attention_mask if batch.row_lengths is None else packed_attention.as_mask(batch.row_lengths)
+    encoded = model.get_encoder()(inputs_embeds=questions, attention_mask=mask)[0]
     seen, *more = (encoded,) if bottleneck is None else bottleneck(encoded, batch.attention_mask)
+    found = encoded.flatten(0, 1).index_select(0, batch.question_positions)
+    decode = _decode_padded if batch.decoder_lengths is None else _decode_packed
+    return States(decode(model, batch, rest, seen) if rest else {}, found, tuple(more))
+
+
+def _decode_packed(
+    model: PreTrainedModel, batch: Batch, inputs: list[Tensor], seen: Tensor
+) -> dict[str, Tensor]:
+    """The targets' states of all streams, whose sequences lie in one row."""
+    decoded = model.get_decoder()(
+        inputs_embeds=torch.cat(inputs, 1),
+        attention_mask=packed_attention.as_mask(batch.decoder_lengths),
+        encoder_hidden_states=seen,
+        encoder_attention_mask=packed_attention.as_mask(batch.decoder_lengths, batch.row_lengths),
+        use_cache=False,
+    )[0][0]
+    return {s: _for_head(decoded.index_select(0, places), model) for s, places in batch.positions.items()}
+
+
+def _decode_padded(
+    model: PreTrainedModel, batch: Batch, rest: list[Tensor], seen: Tensor
+) -> dict[str, Tensor]:
+    """The targets' states, of one stream after the other."""
     targets = {}
     for index, (stream, inputs) in enumerate(zip(batch.decoder_input_ids, rest, strict=True)):
         rows = slice(index * len(inputs), (index + 1) * len(inputs))
@@ -96,7 +122,7 @@ def _encoder_decoder(model: PreTrainedModel, batch: Batch, bottleneck: nn.Module
         for segment in SEGMENTS[stream]:
             hidden = decoded.flatten(0, 1).index_select(0, batch.positions[segment])
             targets[segment] = _for_head(hidden, model)
-    return States(targets, encoded.flatten(0, 1).index_select(0, batch.question_positions), tuple(more))
+    return targets
 
 
 def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:

@@ -95,7 +95,7 @@ def _with_gpu_form(layer: type[nn.Module]) -> type[nn.Module] | None:
 
 
 class _BiasedT5Attention(T5Attention):
-    """T5's attention; on a GPU its bias is a vector by distance, and there is no matrix for it."""
+    """T5's attention; on a GPU and in packed rows its bias is not a matrix for all pairs of tokens."""
 
     def forward(
         self,
@@ -109,28 +109,38 @@ class _BiasedT5Attention(T5Attention):
         if position_bias is None and past_key_values is None and self._by_distance(hidden_states, mask):
             # an empty bias stands for none: without one, the layer would make a matrix of zeros
             position_bias = (
-                self._bias(hidden_states) if key_value_states is None else hidden_states.new_empty(0)
+                self._bias(hidden_states, mask) if key_value_states is None else hidden_states.new_empty(0)
             )
         return super().forward(
             hidden_states, mask, key_value_states, position_bias, past_key_values, **kwargs
         )
 
     def _by_distance(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> bool:
-        """Whether the bias may be a vector: on a GPU, for a mask that is the same for all queries."""
+        """Whether the bias may be a vector: in packed rows, and on a GPU for a mask of keys alone."""
         ours = self.config._attn_implementation == ATTENTION and implementation.on_gpu(hidden_states)
-        return ours and (mask is None or mask.shape[2] == 1)
+        return packed_attention.is_packed(mask) or (ours and (mask is None or mask.shape[2] == 1))
 
-    def _bias(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """[H, 2 T - 1], the bias of key j for query i at j - i + T - 1, in float32 (or float64)."""
-        last = hidden_states.shape[1] - 1
+    def _bias(self, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """[H, 2 T - 1], the bias of key j for query i at j - i + T - 1, in float32 (or float64), where T is
+        that of a packed row's longest sequence; on a CPU [H, n] of such a row's `distances`."""
+        packed, device = packed_attention.is_packed(mask), hidden_states.device
+        if packed and not implementation.on_gpu(hidden_states):
+            distances = packed_attention.distances(mask, device)
+        else:
+            last = (int(mask.max()) if packed else hidden_states.shape[1]) - 1
+            distances = torch.arange(-last, last + 1, device=device)
         buckets = self._relative_position_bucket(
-            torch.arange(-last, last + 1, device=hidden_states.device),
+            distances,
             bidirectional=not self.is_decoder,
             num_buckets=self.relative_attention_num_buckets,
             max_distance=self.relative_attention_max_distance,
         )
-        dtype = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        return self.relative_attention_bias(buckets).to(dtype).T.contiguous()
+        return self.relative_attention_bias(buckets).to(_bias_dtype(hidden_states)).T.contiguous()
+
+
+def _bias_dtype(x: torch.Tensor) -> torch.dtype:
+    """Of the bias in `biased_attention`."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _attend_by_distance(module: T5Attention, query, key, value, mask, bias, dropout: float):
@@ -142,20 +152,42 @@ def _attend_by_distance(module: T5Attention, query, key, value, mask, bias, drop
     return biased_attention(query, key, value, bias, mask=seen, causal=causal, rate=dropout), None
 
 
+def _attend_packed(
+    module, query, key, value, lengths, dropout=0.0, scaling=None, position_bias=None, **kwargs
+):
+    """Attention of the sequences of a packed row; an empty bias stands for none."""
+
+    def block(query, key, value, mask, bias):
+        more = kwargs if bias is None else kwargs | {"position_bias": bias}
+        return _attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, **more)[0]
+
+    bias = None if position_bias is None or not position_bias.numel() else position_bias
+    if implementation.on_gpu(query) and isinstance(module, T5Attention) and (dropout or bias is not None):
+        if bias is None:  # flash attention for packed rows has no dropout
+            width, dtype = int(lengths.amax(3).sum()) - 1, _bias_dtype(query)
+            bias = query.new_zeros(query.shape[1], width, dtype=dtype)
+        given = {"lengths": lengths, "causal": module.is_causal, "rate": dropout}
+        return biased_attention(query, key, value, bias, **given), None
+    out = packed_attention.packed_attention(
+        block,
+        query,
+        key,
+        value,
+        lengths,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        causal=module.is_causal,
+        dropout=dropout,
+        window=kwargs.get("sliding_window"),
+        bias=None if bias is None else bias.to(query.dtype),
+    )
+    return out, None
+
+
 def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """`sdpa_attention_forward`, save for packed rows, dropout on a CPU, where it has no kernel, and T5's bias
     on a GPU."""
     if packed_attention.is_packed(attention_mask):
-
-        def block(query, key, value, mask):
-            return _attend(module, query, key, value, mask, dropout=dropout, scaling=scaling, **kwargs)[0]
-
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        window = kwargs.get("sliding_window")
-        out = packed_attention.packed_attention(
-            block, query, key, value, attention_mask, scale=scale, dropout=dropout, window=window
-        )
-        return out, None
+        return _attend_packed(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     bias = kwargs.get("position_bias")
     if bias is not None and bias.dim() < 4:
         return _attend_by_distance(module, query, key, value, attention_mask, bias, dropout)
@@ -189,8 +221,8 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether a decoder-only model's attention can read packed rows (`ops.packed_attention`)."""
-    return model.config._attn_implementation == ATTENTION and not model.config.is_encoder_decoder
+    """Whether a model's attention can read packed rows (`ops.packed_attention`)."""
+    return model.config._attn_implementation == ATTENTION
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:

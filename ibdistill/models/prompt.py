@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config, DataConfig
-from ibdistill.data import batches, chat, chat_features, reasoning, tokenizers
+from ibdistill.data import chat, chat_features, id_rows, reasoning, tokenizers
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models.families import DECODER_ONLY, family
@@ -115,7 +115,7 @@ class Prompt:
             "separator": self.end if self.decoder_only else None,
         }
         rows = (
-            batches.prompts([self.prefixes[stream] + text], tokenizer, self.question_limit, pad=0, **around)
+            id_rows.prompts([self.prefixes[stream] + text], tokenizer, self.question_limit, pad=0, **around)
             for text in questions
         )
         return [ids[0].tolist() for ids, _ in rows]

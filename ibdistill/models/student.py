@@ -159,14 +159,10 @@ def check_packing(model: PreTrainedModel, config: DataConfig) -> None:
     """Raise ValueError if rows are to be packed for a model whose attention cannot keep them apart."""
     if config.packing == "on" and not packs(base_of(model)):
         kind = model.config.model_type
-        reason = (
-            "whose encoder and decoder read rows of their own"
-            if family(model) == ENCODER_DECODER
-            else f"with the attention {model.config._attn_implementation!r}"
-        )
         raise ValueError(
-            f"data.packing is 'on', and student.model is a {kind!r} model {reason}, which would let "
-            "sequences of one row see each other; leave data.packing off"
+            f"data.packing is 'on', and student.model is a {kind!r} model with the attention "
+            f"{model.config._attn_implementation!r}, which would let sequences of one row see each other; "
+            "leave data.packing off"
         )
 
 

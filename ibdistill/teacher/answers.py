@@ -289,7 +289,8 @@ class TeacherAnswers:
         """The micro-batch as the teacher's family reads it."""
         if self.teacher.layout == self._layout and (batch.row_lengths is None or self.teacher.packs):
             return batch
-        theirs = batches.collate(self._features, indices, self._features.streams, **self.teacher.layout)
+        layout = self.teacher.layout | {"packed": batch.row_lengths is not None and self.teacher.packs}
+        theirs = batches.collate(self._features, indices, self._features.streams, **layout)
         return theirs.to(self._world.device)
 
     def _unpack(self, packed: dict[str, Tensor], head: Head | None) -> TeacherAnswer:

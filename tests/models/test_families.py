@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
-from ibdistill.data import batches, tokenizers
+from ibdistill.data import batches, id_rows, tokenizers
 from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
@@ -169,7 +169,7 @@ def test_training_rows_begin_with_the_prompt_that_decoding_uses(bos):
     assert layout == {"pad": tokenizer.pad_token_id, "start": 1 if bos else None, "separator": newline}
     layout["pad"] = tokenizer.eos_token_id
     batch = batches.collate(features, [0, 1, 2], ("predict",), **layout)
-    ids, mask = batches.prompts([f"predict: {r.question}" for r in records], tokenizer, 40, **layout)
+    ids, mask = id_rows.prompts([f"predict: {r.question}" for r in records], tokenizer, 40, **layout)
     assert mask.sum(1).tolist()[2] == 40 + bos and mask.sum(1).min() < 40
     for b in range(3):
         first = int(batch.positions["predict"][batch.cu["predict"][b]]) - b * batch.input_ids.shape[1]

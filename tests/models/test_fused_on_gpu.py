@@ -28,9 +28,9 @@ def as_on_gpu(monkeypatch):
     monkeypatch.setattr(implementation, "on_gpu", lambda x: True)
 
 
-def ragged_batch() -> batches.Batch:
+def ragged_batch(packed: bool = False) -> batches.Batch:
     features = features_of([(9, 2, 7), (4, 5, 1), (23, 1, 14)])
-    return batches.collate(features, [0, 1, 2], ("predict", "explain"), pad=0, start=0)
+    return batches.collate(features, [0, 1, 2], ("predict", "explain"), pad=0, start=0, packed=packed)
 
 
 def t5(**changes) -> T5ForConditionalGeneration:
@@ -55,13 +55,13 @@ def states_and_gradients(model, batch):
     }
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("make", [t5, mt5, lambda: t5(feed_forward_proj="gated-gelu")])
-def test_t5_on_a_gpu_is_transformers_t5(make, as_on_gpu):
+def test_t5_on_a_gpu_is_transformers_t5(make, packed, as_on_gpu):
     """Encoder with padding, causal decoder and cross-attention; gradients of the bias tables included."""
-    batch = ragged_batch()
-    wanted, wanted_gradients = states_and_gradients(make(), batch)
+    wanted, wanted_gradients = states_and_gradients(make(), ragged_batch())
     model = fused.fused(make())
-    found, found_gradients = states_and_gradients(model, batch)
+    found, found_gradients = states_and_gradients(model, ragged_batch(packed))
     # the norms of transformers take their mean in fp32 whatever the dtype
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
     assert sum("relative_attention_bias" in name for name in found_gradients) == 2
@@ -122,8 +122,25 @@ def test_it_takes_the_linear_attention_with_dropout_and_makes_no_matrix(as_on_gp
     assert calls[-1][1]["rate"] == 0
 
 
-def test_checkpointed_layers_have_the_same_gradients(as_on_gpu):
-    batch, gradients = ragged_batch(), []
+def test_all_attention_of_packed_rows_is_linear_under_dropout(as_on_gpu, monkeypatch):
+    """In cross-attention the bias is zeros, because flash attention for packed rows has no dropout."""
+    calls = []
+
+    def attend(query, key, value, bias, **given):
+        calls.append((bias.shape[1], bool(bias.any()), given["causal"], given["rate"]))
+        return biased_attention(query, key, value, bias, **given)
+
+    monkeypatch.setattr(fused, "biased_attention", attend)
+    model, batch = fused.fused(t5(dropout_rate=0.25)), ragged_batch(packed=True)
+    forward.states(model, batch)
+    layers = SHAPE["num_layers"]
+    assert calls[:layers] == [(45, True, False, 0.25)] * layers
+    assert calls[layers:] == [(27, True, True, 0.25), (14 + 23 - 1, False, False, 0.25)] * layers
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_checkpointed_layers_have_the_same_gradients(packed, as_on_gpu):
+    batch, gradients = ragged_batch(packed), []
     for checkpointing in (False, True):
         model = fused.fused(t5(dropout_rate=0.3))
         if checkpointing:

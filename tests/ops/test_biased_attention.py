@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from biased_attention_cases import CASES, evaluate, kept, make, truth
+from biased_attention_cases import CASES, PACKED, evaluate, kept, make, make_packed, packed_truth, truth
 from torch.nn import functional as F
 
 from ibdistill.ops.biased_attention import api, biased_attention
 from ibdistill.ops.biased_attention.reference import biased_attention_reference
+from ibdistill.ops.packed_attention import as_mask
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.3])
@@ -18,6 +19,19 @@ def test_values_and_gradients(case, chunk_bytes, rate, generator, monkeypatch):
     want = truth(case, inputs, mask, causal, rate, seed=3)
     torch.manual_seed(3)
     got = evaluate(biased_attention, inputs, mask=mask, causal=causal, rate=rate)
+    assert got[0].is_contiguous()
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("chunk_bytes", [3000, 1 << 30])
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_rows_are_their_sequences_one_by_one(case, chunk_bytes, rate, generator, monkeypatch):
+    monkeypatch.setattr(api, "CHUNK_BYTES", chunk_bytes)
+    inputs, lengths, causal = make_packed(case, generator)
+    want = packed_truth(case, inputs, rate, seed=3)
+    torch.manual_seed(3)
+    got = evaluate(biased_attention, inputs, lengths=lengths, causal=causal, rate=rate)
     assert got[0].is_contiguous()
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
@@ -106,6 +120,15 @@ def test_what_is_kept_for_the_backward_pass_is_linear(generator):
         ({"value": torch.zeros(1, 2, 4, 5)}, r"key and value must be \[B, H, S, D\] = \[1, 2, S, 3\]"),
         ({"bias": torch.zeros(2, 8)}, r"bias must be \[H, T \+ S - 1\] = \[2, 7\], not \[2, 8\]"),
         ({"mask": torch.zeros(1, 3)}, r"mask must be bool \[B, S\] = \[1, 4\], not torch.float32 \[1, 3\]"),
+        (
+            {"lengths": as_mask(torch.tensor([3, 2]))},
+            "one row each, without a mask, of the lengths' sums 5 and 5, not 1 of 4 and 4",
+        ),
+        (
+            {"lengths": as_mask(torch.tensor([3, 1])), "mask": torch.ones(1, 4, dtype=torch.bool)},
+            "sums 4 and 4, not 1 of 4 and 4 with a mask",
+        ),
+        ({"lengths": as_mask(torch.tensor([3, 1]))}, r"bias must be \[H, T \+ S - 1\] = \[2, 5\]"),
         ({"rate": 1.0}, r"rate = 1.0 is not in \[0, 1\)"),
         (
             {"key": torch.zeros(1, 2, 4, 3).half()},

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from biased_attention_cases import CASES, evaluate, make, truth
+from biased_attention_cases import CASES, PACKED, evaluate, make, make_packed, packed_truth, truth
 
 pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
@@ -27,6 +27,17 @@ def test_equals_autograd(case, generator):
     want = truth(case, inputs, mask, causal, rate, seed=3)
     torch.manual_seed(3)
     got = evaluate(biased_attention, inputs, mask=mask, causal=causal, rate=rate, impl="triton")
+    for mine, exact in zip(got, want, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("case", PACKED)
+def test_packed_rows_equal_autograd_of_each_sequence(case, rate, generator):
+    inputs, lengths, causal = make_packed(case, generator, torch.float32)
+    want = packed_truth(case, inputs, rate, seed=3)
+    torch.manual_seed(3)
+    got = evaluate(biased_attention, inputs, lengths=lengths, causal=causal, rate=rate, impl="triton")
     for mine, exact in zip(got, want, strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-4, atol=1e-5)
 

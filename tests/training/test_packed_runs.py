@@ -13,6 +13,7 @@ from tiny_models import save
 from ibdistill.objectives.weights import step_weights
 
 DEMO = {"student.model": "demo-student-decoder", "student.dropout": 0.0}
+ENCODER_DECODER = {"student.model": "demo-student", "student.dropout": 0.0}
 TEACHER = {
     "teacher.placement": "replica",
     "teacher.model": "demo-teacher-decoder",
@@ -35,10 +36,16 @@ def terms_of(job, indices: np.ndarray) -> dict[str, torch.Tensor]:
     return terms | found | {"teacher questions": answer.questions}
 
 
-def test_teacher_cache_and_every_term_are_those_of_padded_rows(make_job, tmp_path):
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [(DEMO, "demo-teacher-decoder"), (DEMO, "demo-teacher"), (ENCODER_DECODER, "demo-teacher")],
+    ids=["decoder-only", "mixed", "encoder-decoder"],
+)
+def test_teacher_cache_and_every_term_are_those_of_padded_rows(make_job, tmp_path, student, teacher):
     """A packed run reads the cache that a padded one filled, since its keys are token ids."""
-    packed = make_job(**DEMO, **TEACHER, **{"data.packing": "on"})
-    padded = make_job(**DEMO, **TEACHER)
+    pair = student | TEACHER | {"teacher.model": teacher}
+    packed = make_job(**pair, **{"data.packing": "on"})
+    padded = make_job(**pair)
     indices = packed.sampler.step(0)
     assert packed.collate(indices).row_lengths is not None and padded.collate(indices).row_lengths is None
     ours, theirs = terms_of(packed, indices), terms_of(padded, indices)
@@ -46,11 +53,11 @@ def test_teacher_cache_and_every_term_are_those_of_padded_rows(make_job, tmp_pat
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=2e-4, atol=2e-4, msg=name)
     cached = {"teacher.cache": str(tmp_path / "cache"), "data.subsample": 16}
-    filling = make_job(**DEMO, **TEACHER, **cached)
+    filling = make_job(**pair, **cached)
     steps(filling, 2)
     filling.teacher_answers.end_epoch()
     cached["teacher.placement"] = "cache"
-    reading = make_job(**DEMO, **{**TEACHER, **cached}, **{"data.packing": "on"})
+    reading = make_job(**pair | cached, **{"data.packing": "on"})
     steps(reading, 1)
 
 
@@ -98,9 +105,10 @@ def test_two_ranks_of_zero3_train_on_packed_rows_of_tokens(tmp_path):
     assert (tmp_path / "run/student/config.json").is_file()
 
 
-def test_a_family_that_cannot_be_packed_is_refused_before_training(make_job):
-    with pytest.raises(ValueError, match="data.packing is 'on', and student.model is a 't5' model"):
-        make_job(**{"student.model": "demo-student", "data.packing": "on"})
+def test_a_model_that_cannot_be_packed_is_refused_before_training(make_job, tmp_path):
+    folder = save(tmp_path / "gemma2", "gemma2", final_logit_softcapping=None)
+    with pytest.raises(ValueError, match="data.packing is 'on', and student.model is a 'gemma2' model"):
+        make_job(**{"student.model": folder, "data.max_question_tokens": 128, "data.packing": "on"})
 
 
 def test_an_estimator_that_compares_questions_needs_them_in_one_forward_pass(make_job, world):

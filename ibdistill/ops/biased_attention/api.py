@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ibdistill.ops import custom
+from ibdistill.ops import custom, packed_attention
 from ibdistill.ops.biased_attention import torch as in_torch
 from ibdistill.ops.dropout_hash import draw, factor
 from ibdistill.ops.implementation import choose
@@ -31,6 +31,7 @@ def biased_attention(
     bias: Tensor,
     *,
     mask: Tensor | None = None,
+    lengths: Tensor | None = None,
     causal: bool = False,
     rate: float = 0.0,
     impl: str = "auto",
@@ -43,6 +44,10 @@ def biased_attention(
         bias: [H, T + S - 1], float32 (float64 for a float64 query): that of key j for query i is at
             j - i + T - 1.
         mask: bool [B, S], True for keys that are seen; None: all. A query that sees no key gives zeros.
+        lengths: of the sequences of packed rows, as `packed_attention.as_mask` gives them, in the place of a
+            mask; None: rows are not packed. Query, key and value are then rows [1, H, tokens, D], sequences
+            attend within themselves, i and j count within a sequence, and T and S are the lengths of the
+            longest.
         causal: whether query i sees keys up to i only.
         rate: of dropout, in [0, 1); its seed is drawn from torch's generator of query's device.
         impl: triton (on a GPU, or anywhere under TRITON_INTERPRET=1), torch, or auto: triton for tensors on
@@ -54,16 +59,20 @@ def biased_attention(
     Raises:
         ValueError: shapes, dtypes or devices that don't fit, unknown impl, impl = triton where it can't run.
     """
-    _check(query, key, value, bias, mask, rate)
+    sizes = None if lengths is None else packed_attention.sizes_of(lengths)
+    _check(query, key, value, bias, mask, sizes, rate)
     seed, level, _ = draw(rate, query.device)
-    return _BiasedAttention.apply(query, key, value, bias, mask, seed, causal, level, impl)
+    ends, longest = None, 0
+    if sizes is not None:
+        ends, longest = packed_attention.ends(sizes, query.device), max(sizes[0])
+    return _BiasedAttention.apply(query, key, value, bias, mask, ends, longest, seed, causal, level, impl)
 
 
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, seed: Tensor,
-    causal: bool, level: int, impl: str,
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, ends: Tensor | None,
+    longest: int, seed: Tensor, causal: bool, level: int, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    arguments = query, key, value, bias, mask, seed, causal, level, factor(level)
+    arguments = query, key, value, bias, mask, ends, longest, seed, causal, level, factor(level)
     with torch.autocast(query.device.type, enabled=False):
         if choose("attention with a bias", impl, query) == "triton":
             from ibdistill.ops.biased_attention import triton
@@ -74,9 +83,10 @@ def _forward(
 
 def _backward(
     gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None,
-    seed: Tensor, out: Tensor, logs: Tensor, causal: bool, level: int, impl: str, needs_bias: bool,
+    ends: Tensor | None, longest: int, seed: Tensor, out: Tensor, logs: Tensor,
+    causal: bool, level: int, impl: str, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    arguments = gradient, query, key, value, bias, mask, seed, out, logs
+    arguments = gradient, query, key, value, bias, mask, ends, longest, seed, out, logs
     settings = causal, level, factor(level)
     with torch.autocast(query.device.type, enabled=False):
         if choose("attention with a bias", impl, query) == "triton":
@@ -86,13 +96,14 @@ def _backward(
         return in_torch.backward(*arguments, *settings, CHUNK_BYTES, needs_bias)
 
 
-def _fake_forward(query, key, value, bias, mask, seed, causal, level, impl):
+def _fake_forward(query, key, value, bias, mask, ends, longest, seed, causal, level, impl):
     B, H, T, D = query.shape
-    return query.new_empty(B, T, H, D), bias.new_empty(B, H, T)
+    logs = (B, H, T) if ends is None else (ends.shape[1] - 1, H, longest)
+    return query.new_empty(B, T, H, D), bias.new_empty(logs)
 
 
 def _fake_backward(
-    gradient, query, key, value, bias, mask, seed, out, logs, causal, level, impl, needs_bias
+    gradient, query, key, value, bias, mask, ends, longest, seed, out, logs, causal, level, impl, needs_bias
 ):  # fmt: skip
     d_bias = bias.new_empty(bias.shape if needs_bias else 0)
     gradients = (x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (query, key, value))
@@ -105,22 +116,27 @@ _backward_op = custom.opaque("biased_attention_backward", _backward, _fake_backw
 
 class _BiasedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, key, value, bias, mask, seed, causal: bool, level: int, impl: str) -> Tensor:
-        out, logs = _forward_op(query, key, value, bias, mask, seed, causal, level, impl)
-        ctx.save_for_backward(query, key, value, bias, mask, seed, out, logs)
-        ctx.settings = causal, level, impl
+    def forward(ctx, query, key, value, bias, mask, ends, longest: int, seed, causal: bool, level: int, impl):
+        out, logs = _forward_op(query, key, value, bias, mask, ends, longest, seed, causal, level, impl)
+        ctx.save_for_backward(query, key, value, bias, mask, ends, seed, out, logs)
+        ctx.settings = longest, causal, level, impl
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
         needs = ctx.needs_input_grad
-        gradients = _backward_op(gradient, *ctx.saved_tensors, *ctx.settings, needs[3])
+        *tensors, seed, out, logs = ctx.saved_tensors
+        longest, *settings = ctx.settings
+        gradients = _backward_op(gradient, *tensors, longest, seed, out, logs, *settings, needs[3])
         wanted = (d if need else None for d, need in zip(gradients, needs, strict=False))
-        return *wanted, None, None, None, None, None
+        return *wanted, *[None] * 7
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None, rate: float) -> None:
+def _check(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor | None,
+    sizes: packed_attention.Sizes | None, rate: float,
+) -> None:  # fmt: skip
     if query.ndim != 4 or key.ndim != 4:
         raise ValueError(f"query and key must be [B, H, T, D], not {list(query.shape)} and {list(key.shape)}")
     B, H, T, D = query.shape
@@ -130,6 +146,13 @@ def _check(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, mask: Tensor
             f"key and value must be [B, H, S, D] = [{B}, {H}, S, {D}] with S >= 1, not {list(key.shape)} and "
             f"{list(value.shape)}"
         )
+    if sizes is not None:
+        if B != 1 or mask is not None or (sum(sizes[0]), sum(sizes[1])) != (T, S):
+            raise ValueError(
+                f"packed rows must be one row each, without a mask, of the lengths' sums {sum(sizes[0])} and "
+                f"{sum(sizes[1])}, not {B} of {T} and {S}" + (" with a mask" if mask is not None else "")
+            )
+        T, S = max(sizes[0]), max(sizes[1])
     if bias.shape != (H, T + S - 1):
         raise ValueError(f"bias must be [H, T + S - 1] = [{H}, {T + S - 1}], not {list(bias.shape)}")
     if mask is not None and (mask.shape != (B, S) or mask.dtype != torch.bool):

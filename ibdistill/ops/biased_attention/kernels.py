@@ -5,6 +5,10 @@ with strides. The result and the gradients are [B, T, H, D] and [B, S, H, D], so
 them and the linear maps around them. bias is [H, T + S - 1] in float32: that of key j for query i is at
 j - i + T - 1. mask is [B, S], 1 where a key is seen.
 
+PACKED: the B sequences lie one behind the other in one row, without padding. T and S are the lengths of the
+longest; ends_q and ends_k [B + 1] say where each sequence begins and the last one ends. In what is kept per
+query, logs and deltas, each sequence has T places all the same.
+
 A program keeps one block of queries or of keys and walks over the other side; scores and probabilities exist
 for one block pair at a time. The backward pass computes them again from q, k and the logarithm of each row's
 sum. All pairs of blocks with one difference d of their indices have the same distances, so that the gradient
@@ -32,6 +36,29 @@ def _rows(x, stride, index, length, o_d, D):
 
 
 @triton.jit
+def _own(ends, b, longest, PACKED: tl.constexpr):
+    """How many rows of all sequences come before those of sequence b, and how many are its own."""
+    if PACKED:
+        first = tl.load(ends + b)
+        count = tl.load(ends + b + 1) - first
+        first = first.to(tl.int64)
+    else:
+        first = b * longest
+        count = longest
+    return first, count
+
+
+@triton.jit
+def _at(x, stride_b, stride_h, stride_t, b, h, first, PACKED: tl.constexpr):
+    """Where the rows of sequence b and head h begin."""
+    if PACKED:
+        x += first * stride_t
+    else:
+        x += b * stride_b
+    return x + h * stride_h
+
+
+@triton.jit
 def _scores(
     q, k, bias_row, mask_row, o_m, o_n, T, S,
     CAUSAL: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
@@ -50,27 +77,36 @@ def _scores(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def forward_kernel(
-    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, seed, out, logs,
+    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, out, logs,
     H, T, S, level, factor, D,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DROPS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """out, and logs [B, H, T] of each row's sum (inf for a query that sees no key), of BLOCK queries."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1)
     b, h = (i_bh // H).to(tl.int64), i_bh % H
+    first_t, own_t = _own(ends_q, b, T, PACKED)
+    first_s, own_s = _own(ends_k, b, S, PACKED)
+    q = _at(q, q_b, q_h, q_t, b, h, first_t, PACKED)
+    k = _at(k, k_b, k_h, k_t, b, h, first_s, PACKED)
+    v = _at(v, v_b, v_h, v_t, b, h, first_s, PACKED)
     o_m, o_d = i_m * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    block_q = _rows(q + b * q_b + h * q_h, q_t, o_m, T, o_d, D)
+    block_q = _rows(q, q_t, o_m, own_t, o_d, D)
     bias_row = bias + h * (T + S - 1) + T - 1
     top = tl.full([BLOCK], float("-inf"), tl.float32)
     total, sums = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
-    end = S
+    end = own_s
     if CAUSAL:
-        end = tl.minimum(S, (i_m + 1) * BLOCK)
+        end = tl.minimum(own_s, (i_m + 1) * BLOCK)
+    if PACKED:  # a block behind the sequence's last query
+        end = tl.where(i_m * BLOCK < own_t, end, 0)
     for first in range(0, end, BLOCK):
         o_n = first + tl.arange(0, BLOCK)
-        block_k = _rows(k + b * k_b + h * k_h, k_t, o_n, S, o_d, D)
-        block_v = _rows(v + b * v_b + h * v_h, v_t, o_n, S, o_d, D)
-        s = _scores(block_q, block_k, bias_row, mask + b * mask_b, o_m, o_n, T, S, CAUSAL, MASKED, PRECISION)
+        block_k = _rows(k, k_t, o_n, own_s, o_d, D)
+        block_v = _rows(v, v_t, o_n, own_s, o_d, D)
+        s = _scores(
+            block_q, block_k, bias_row, mask + b * mask_b, o_m, o_n, own_t, own_s, CAUSAL, MASKED, PRECISION
+        )
         new = tl.maximum(top, tl.max(s, 1))
         shift = tl.where(new == float("-inf"), 0.0, new)
         p, shrink = tl.exp(s - shift[:, None]), tl.exp(top - shift)
@@ -81,11 +117,11 @@ def forward_kernel(
         top = new
     empty = total == 0
     sums = sums * (factor / tl.where(empty, 1.0, total))[:, None]
-    inside = (o_m[:, None] < T) & (o_d[None, :] < D)
-    to = out + (b * T + o_m[:, None]) * H * D + h * D + o_d[None, :]
+    inside = (o_m[:, None] < own_t) & (o_d[None, :] < D)
+    to = out + (first_t + o_m[:, None]) * H * D + h * D + o_d[None, :]
     tl.store(to, sums.to(out.dtype.element_ty), mask=inside)
     value = tl.where(empty, float("inf"), top + tl.log(tl.where(empty, 1.0, total)))
-    tl.store(logs + i_bh.to(tl.int64) * T + o_m, value, mask=o_m < T)
+    tl.store(logs + i_bh.to(tl.int64) * T + o_m, value, mask=o_m < own_t)
 
 
 @triton.jit
@@ -108,114 +144,133 @@ def _score_gradients(
 
 @triton.jit(do_not_specialize=INTEGERS)
 def query_kernel(
-    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, seed, out, logs,
+    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, out, logs,
     d_out, deltas, d_q,
     H, T, S, level, factor, D,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DROPS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """d_q of BLOCK queries, and deltas [B, H, T], out times its gradient, which the other kernels read."""
     i_m, i_bh = tl.program_id(0), tl.program_id(1)
     b, h = (i_bh // H).to(tl.int64), i_bh % H
+    first_t, own_t = _own(ends_q, b, T, PACKED)
+    first_s, own_s = _own(ends_k, b, S, PACKED)
+    q = _at(q, q_b, q_h, q_t, b, h, first_t, PACKED)
+    k = _at(k, k_b, k_h, k_t, b, h, first_s, PACKED)
+    v = _at(v, v_b, v_h, v_t, b, h, first_s, PACKED)
     o_m, o_d = i_m * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    block_q = _rows(q + b * q_b + h * q_h, q_t, o_m, T, o_d, D)
-    block_d = _rows(d_out + b * T * H * D + h * D, H * D, o_m, T, o_d, D)
-    block_o = _rows(out + b * T * H * D + h * D, H * D, o_m, T, o_d, D)
+    block_q = _rows(q, q_t, o_m, own_t, o_d, D)
+    block_d = _rows(d_out + first_t * H * D + h * D, H * D, o_m, own_t, o_d, D)
+    block_o = _rows(out + first_t * H * D + h * D, H * D, o_m, own_t, o_d, D)
     delta = tl.sum(block_d.to(tl.float32) * block_o.to(tl.float32), 1)
     row = i_bh.to(tl.int64) * T + o_m
-    tl.store(deltas + row, delta, mask=o_m < T)
-    log = tl.load(logs + row, mask=o_m < T, other=float("inf"))
+    tl.store(deltas + row, delta, mask=o_m < own_t)
+    log = tl.load(logs + row, mask=o_m < own_t, other=float("inf"))
     sums = tl.zeros([BLOCK, WIDTH], tl.float32)
     bias_row = bias + h * (T + S - 1) + T - 1
-    end = S
+    end = own_s
     if CAUSAL:
-        end = tl.minimum(S, (i_m + 1) * BLOCK)
+        end = tl.minimum(own_s, (i_m + 1) * BLOCK)
+    if PACKED:  # a block behind the sequence's last query
+        end = tl.where(i_m * BLOCK < own_t, end, 0)
     for first in range(0, end, BLOCK):
         o_n = first + tl.arange(0, BLOCK)
-        block_k = _rows(k + b * k_b + h * k_h, k_t, o_n, S, o_d, D)
-        block_v = _rows(v + b * v_b + h * v_h, v_t, o_n, S, o_d, D)
+        block_k = _rows(k, k_t, o_n, own_s, o_d, D)
+        block_v = _rows(v, v_t, o_n, own_s, o_d, D)
         _, d_s = _score_gradients(
             block_q, block_k, block_v, block_d, log, delta, bias_row, mask + b * mask_b, seed, i_bh * T + o_m,
-            o_m, o_n, T, S, level, factor, CAUSAL, MASKED, DROPS, PRECISION,
+            o_m, o_n, own_t, own_s, level, factor, CAUSAL, MASKED, DROPS, PRECISION,
         )  # fmt: skip
         sums += tl.dot(d_s.to(block_k.dtype), block_k, input_precision=PRECISION)
-    inside = (o_m[:, None] < T) & (o_d[None, :] < D)
-    to = d_q + (b * T + o_m[:, None]) * H * D + h * D + o_d[None, :]
+    inside = (o_m[:, None] < own_t) & (o_d[None, :] < D)
+    to = d_q + (first_t + o_m[:, None]) * H * D + h * D + o_d[None, :]
     tl.store(to, sums.to(d_q.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
 def key_kernel(
-    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, seed, logs,
+    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, logs,
     d_out, deltas, d_k, d_v,
     H, T, S, level, factor, D,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DROPS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v of BLOCK keys."""
     i_n, i_bh = tl.program_id(0), tl.program_id(1)
     b, h = (i_bh // H).to(tl.int64), i_bh % H
+    first_t, own_t = _own(ends_q, b, T, PACKED)
+    first_s, own_s = _own(ends_k, b, S, PACKED)
+    q = _at(q, q_b, q_h, q_t, b, h, first_t, PACKED)
+    k = _at(k, k_b, k_h, k_t, b, h, first_s, PACKED)
+    v = _at(v, v_b, v_h, v_t, b, h, first_s, PACKED)
     o_n, o_d = i_n * BLOCK + tl.arange(0, BLOCK), tl.arange(0, WIDTH)
-    block_k = _rows(k + b * k_b + h * k_h, k_t, o_n, S, o_d, D)
-    block_v = _rows(v + b * v_b + h * v_h, v_t, o_n, S, o_d, D)
+    block_k = _rows(k, k_t, o_n, own_s, o_d, D)
+    block_v = _rows(v, v_t, o_n, own_s, o_d, D)
     sums_k, sums_v = tl.zeros([BLOCK, WIDTH], tl.float32), tl.zeros([BLOCK, WIDTH], tl.float32)
     bias_row = bias + h * (T + S - 1) + T - 1
     start = 0
     if CAUSAL:
         start = i_n * BLOCK
-    for first in range(start, T, BLOCK):
+    if PACKED:  # a block behind the sequence's last key
+        start = tl.where(i_n * BLOCK < own_s, start, own_t)
+    for first in range(start, own_t, BLOCK):
         o_m = first + tl.arange(0, BLOCK)
-        block_q = _rows(q + b * q_b + h * q_h, q_t, o_m, T, o_d, D)
-        block_d = _rows(d_out + b * T * H * D + h * D, H * D, o_m, T, o_d, D)
+        block_q = _rows(q, q_t, o_m, own_t, o_d, D)
+        block_d = _rows(d_out + first_t * H * D + h * D, H * D, o_m, own_t, o_d, D)
         row = i_bh.to(tl.int64) * T + o_m
-        log = tl.load(logs + row, mask=o_m < T, other=float("inf"))
-        delta = tl.load(deltas + row, mask=o_m < T, other=0.0)
+        log = tl.load(logs + row, mask=o_m < own_t, other=float("inf"))
+        delta = tl.load(deltas + row, mask=o_m < own_t, other=0.0)
         p, d_s = _score_gradients(
             block_q, block_k, block_v, block_d, log, delta, bias_row, mask + b * mask_b, seed, i_bh * T + o_m,
-            o_m, o_n, T, S, level, factor, CAUSAL, MASKED, DROPS, PRECISION,
+            o_m, o_n, own_t, own_s, level, factor, CAUSAL, MASKED, DROPS, PRECISION,
         )  # fmt: skip
         sums_v += tl.dot(tl.trans(p.to(block_d.dtype)), block_d, input_precision=PRECISION)
         sums_k += tl.dot(tl.trans(d_s.to(block_q.dtype)), block_q, input_precision=PRECISION)
-    inside = (o_n[:, None] < S) & (o_d[None, :] < D)
-    to = (b * S + o_n[:, None]) * H * D + h * D + o_d[None, :]
+    inside = (o_n[:, None] < own_s) & (o_d[None, :] < D)
+    to = (first_s + o_n[:, None]) * H * D + h * D + o_d[None, :]
     tl.store(d_k + to, sums_k.to(d_k.dtype.element_ty), mask=inside)
     tl.store(d_v + to, sums_v.to(d_v.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=[*INTEGERS, "B", "rows_per_split"])
 def bias_kernel(
-    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, seed, logs,
+    q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, logs,
     d_out, deltas, parts,
     B, rows_per_split, H, T, S, level, factor, D,
-    CAUSAL: tl.constexpr, MASKED: tl.constexpr, DROPS: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    CAUSAL: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, DROPS: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """parts [splits, H, diagonals, BLOCK, BLOCK]: gradients of the scores, summed over all pairs of blocks
     whose indices differ by d, in `rows_per_split` rows of the batch."""
     i_g, h, i_s = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    blocks_m, blocks_n = tl.cdiv(T, BLOCK), tl.cdiv(S, BLOCK)
-    d = i_g - (blocks_m - 1)
+    d = i_g - (tl.cdiv(T, BLOCK) - 1)
     o_d = tl.arange(0, WIDTH)
     bias_row = bias + h * (T + S - 1) + T - 1
     sums = tl.zeros([BLOCK, BLOCK], tl.float32)
-    last = tl.minimum(blocks_m, blocks_n - d)
-    if CAUSAL:
-        last = tl.where(d > 0, 0, last)
     for row in range(i_s * rows_per_split, tl.minimum((i_s + 1) * rows_per_split, B)):
         b = tl.zeros([], tl.int64) + row  # the interpreter's loop gives a plain int
+        first_t, own_t = _own(ends_q, b, T, PACKED)
+        first_s, own_s = _own(ends_k, b, S, PACKED)
+        own_q = _at(q, q_b, q_h, q_t, b, h, first_t, PACKED)
+        own_k = _at(k, k_b, k_h, k_t, b, h, first_s, PACKED)
+        own_v = _at(v, v_b, v_h, v_t, b, h, first_s, PACKED)
+        last = tl.minimum(tl.cdiv(own_t, BLOCK), tl.cdiv(own_s, BLOCK) - d)
+        if CAUSAL:
+            last = tl.where(d > 0, 0, last)
         for i_m in range(tl.maximum(0, -d), last):
             o_m = i_m * BLOCK + tl.arange(0, BLOCK)
             o_n = (i_m + d) * BLOCK + tl.arange(0, BLOCK)
-            block_q = _rows(q + b * q_b + h * q_h, q_t, o_m, T, o_d, D)
-            block_d = _rows(d_out + b * T * H * D + h * D, H * D, o_m, T, o_d, D)
-            block_k = _rows(k + b * k_b + h * k_h, k_t, o_n, S, o_d, D)
-            block_v = _rows(v + b * v_b + h * v_h, v_t, o_n, S, o_d, D)
+            block_q = _rows(own_q, q_t, o_m, own_t, o_d, D)
+            block_d = _rows(d_out + first_t * H * D + h * D, H * D, o_m, own_t, o_d, D)
+            block_k = _rows(own_k, k_t, o_n, own_s, o_d, D)
+            block_v = _rows(own_v, v_t, o_n, own_s, o_d, D)
             at = (b * H + h) * T + o_m
-            log = tl.load(logs + at, mask=o_m < T, other=float("inf"))
-            delta = tl.load(deltas + at, mask=o_m < T, other=0.0)
+            log = tl.load(logs + at, mask=o_m < own_t, other=float("inf"))
+            delta = tl.load(deltas + at, mask=o_m < own_t, other=0.0)
             _, d_s = _score_gradients(
                 block_q, block_k, block_v, block_d, log, delta, bias_row, mask + b * mask_b, seed,
-                (row * H + h) * T + o_m, o_m, o_n, T, S, level, factor, CAUSAL, MASKED, DROPS, PRECISION,
+                (row * H + h) * T + o_m, o_m, o_n, own_t, own_s, level, factor,
+                CAUSAL, MASKED, DROPS, PRECISION,
             )  # fmt: skip
             sums += d_s
     program = ((i_s * tl.num_programs(1) + h) * tl.num_programs(0) + i_g).to(tl.int64)

@@ -50,10 +50,35 @@ class _Chunks:
         return keep(self.seed, rows, torch.arange(self.S, device=device), self.level)
 
 
+class _Sides:
+    """The sequences of a packed row side by side, and one behind the other again."""
+
+    def __init__(self, ends: Tensor, longest: int) -> None:
+        places = torch.arange(longest, device=ends.device)
+        self.real = places < ends.diff()[:, None]
+        """[B, longest] bool."""
+        self.places = (ends[:-1, None] + places).masked_fill_(~self.real, 0)
+
+    def of(self, row: Tensor) -> Tensor:
+        """[B, H, longest, D] of a row [1, H, T, D], zeros behind each sequence."""
+        return (row[0][:, self.places] * self.real[..., None]).transpose(0, 1)
+
+    def back(self, sides: Tensor) -> Tensor:
+        """The row [1, H, T, D]."""
+        return sides.transpose(0, 1)[:, self.real][None]
+
+
 def forward(
-    query, key, value, bias, mask, seed, causal: bool, level: int, factor: float, chunk_bytes: int
-) -> tuple[Tensor, Tensor]:
+    query, key, value, bias, mask, ends, longest: int, seed,
+    causal: bool, level: int, factor: float, chunk_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [B, T, H, D] and the logarithms [B, H, T] of the rows' sums, inf for a query that sees no key."""
+    if ends is not None:  # its sequences side by side
+        queries, keys = _Sides(ends[0], longest), _Sides(ends[1], bias.shape[1] + 1 - longest)
+        sides = queries.of(query), keys.of(key), keys.of(value)
+        settings = causal, level, factor, chunk_bytes
+        out, logs = forward(*sides, bias, keys.real, None, 0, seed, *settings)
+        return queries.back(out.transpose(1, 2)).transpose(1, 2).contiguous(), logs
     B, H, T, _ = query.shape
     chunks = _Chunks(query, key, bias, mask, causal, level, seed, chunk_bytes)
     out = query.new_empty(B, T, H, value.shape[3])
@@ -69,10 +94,18 @@ def forward(
 
 
 def backward(
-    gradient, query, key, value, bias, mask, seed, out, logs,
+    gradient, query, key, value, bias, mask, ends, longest: int, seed, out, logs,
     causal: bool, level: int, factor: float, chunk_bytes: int, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key, value and bias; the last is empty where it is not needed."""
+    if ends is not None:
+        queries, keys = _Sides(ends[0], longest), _Sides(ends[1], bias.shape[1] + 1 - longest)
+        d_out, outs = (queries.of(x.transpose(1, 2)).transpose(1, 2) for x in (gradient, out))
+        sides = queries.of(query), keys.of(key), keys.of(value)
+        settings = causal, level, factor, chunk_bytes, needs_bias
+        found = backward(d_out, *sides, bias, keys.real, None, 0, seed, outs, logs, *settings)
+        d_q, d_k, d_v, d_bias = found
+        return queries.back(d_q), keys.back(d_k), keys.back(d_v), d_bias
     chunks = _Chunks(query, key, bias, mask, causal, level, seed, chunk_bytes)
     d_out = gradient.transpose(1, 2)
     deltas = (d_out.to(chunks.dtype) * out.transpose(1, 2)).sum(-1, keepdim=True)
