@@ -1,0 +1,106 @@
+"""Settings of what is minimised, by which optimizer, under which ZeRO stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ibdistill.config.fields import (
+    AtLeastOne,
+    Decay,
+    NotNegative,
+    NotNegativeInt,
+    OpenShare,
+    Positive,
+    Share,
+    ShareOrSteps,
+)
+from ibdistill.config.methods import METHODS, DivergenceName, EstimatorName
+
+
+@dataclass(kw_only=True)
+class ObjectiveConfig:
+    """What is minimised: alpha CE_predict + (1 - alpha) CE_explain + beta MI + gamma KD."""
+
+    method: Literal[tuple(METHODS)] = "dss"
+    """finetune: the predict stream's cross entropy only. dss: both cross entropies. ib: these and the
+    mutual-information term. kd: these and the distillation term. ib+kd: all four. cot: rationale, then answer
+    in one text (the reason stream), the cross entropies of its two segments; cot+ib, cot+kd, cot+ib+kd: these
+    and the terms of that name. dss+cot: all three streams."""
+    alpha: Share = 0.5
+    """Weight of the predict stream's cross entropy (paper: 0.5), and of the answer's in the reason stream;
+    the rationale has the rest."""
+    reason_share: OpenShare = 0.5
+    """The reason stream's share of the total where the other two streams are trained as well (dss+cot)."""
+    beta: NotNegative | None = None
+    """Weight of the mutual-information term; none: 1 for vid, 0.001 for vib, else 0.1 (as in the paper)."""
+    estimator: EstimatorName = "auto"
+    """Form of the mutual-information term: see `ops/head_loss/estimators.py`, `ops/vid` and `ops/vib.py`.
+    auto: vid with an online teacher, else paper."""
+    pool: Literal["max", "mean"] = "max"
+    """How a stream's distributions are pooled over its positions (paper: max)."""
+    mi_gradient: Literal["explain", "predict", "both"] = "explain"
+    """The stream that the term's gradient reaches; the other is its detached target (paper: explain). In a
+    reason stream explain stands for the rationale and predict for the answer."""
+    mi_pair: Literal["student", "teacher"] = "student"
+    """Whose explain distribution paper and normalized pair with the student's predict stream."""
+    infonce_temperature: Positive = 0.1
+    """InfoNCE's cosine similarities are divided by this; the best value depends on the student."""
+    gamma: NotNegative = 1.0
+    """Weight of the distillation term: alpha KD_predict + (1 - alpha) KD_explain, or the same of the reason
+    stream's answer and rationale."""
+    divergence: DivergenceName = "forward"
+    """forward: KL(teacher || student). reverse: KL(student || teacher). jsd: the generalised Jensen-Shannon
+    divergence. For skew_forward, skew_reverse, adaptive, total_variation and top1 see
+    `ops/head_loss/divergences.py`."""
+    divergence_beta: OpenShare | None = None
+    """The divergence's parameter. jsd: the teacher's share in the mixture (none: 0.5, the symmetric form).
+    skew_forward, skew_reverse: the first distribution's share in the mixture (none: 0.1). adaptive: the
+    probability of the head (none: 0.5). The others have none."""
+    kd_temperature: Positive = 1.0
+    """Temperature of both distributions; the term is multiplied with its square."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW, its schedule and the batch."""
+
+    lr: Positive = 5e-5
+    """Peak learning rate."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls after the warm-up: to 0 linearly or along half a cosine, or not at all."""
+    warmup_steps: ShareOrSteps = 0
+    """Steps of linear warm-up; below 1: the share of `max_steps`, rounded to the nearest whole step."""
+    max_steps: AtLeastOne = 10_000
+    """Optimizer updates in all."""
+    batch_size: AtLeastOne = 64
+    """Questions in one optimizer update, over all ranks and micro-batches."""
+    micro_batch_size: NotNegativeInt = 0
+    """Questions in one forward pass of one rank; 0: `batch_size` / ranks, without accumulation."""
+    tokens_per_batch: NotNegativeInt = 0
+    """Tokens of questions and targets in one optimizer update, over all ranks and micro-batches, at most, in
+    place of `batch_size`; the ranks get near-equal tokens and squared lengths. 0: `batch_size` counts."""
+    tokens_per_forward: NotNegativeInt = 0
+    """With `tokens_per_batch`, about the tokens in one forward pass of one rank; 0: `tokens_per_batch` /
+    ranks, without accumulation."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay; not applied to norms, biases and embeddings."""
+    adam_beta1: Decay = 0.9
+    """Decay of the running mean of AdamW's gradients."""
+    adam_beta2: Decay = 0.999
+    """Decay of the running mean of AdamW's squared gradients; large language models often take 0.95."""
+    adam_eps: Positive = 1e-8
+    """Added to AdamW's denominator; larger values damp the steps of weights with tiny gradients."""
+    clip_norm: NotNegative = 1.0
+    """Largest global gradient norm; 0: no clipping."""
+    relative_bias_lr_scale: Positive = 1.0
+    """Learning-rate factor of T5's relative position biases; tiny models from scratch need about 10."""
+
+
+@dataclass(kw_only=True)
+class DeepSpeedConfig:
+    """ZeRO and offload."""
+
+    config: str = "auto"
+    """A name in ds_configs/ or a path. The file holds ZeRO and offload settings only. auto: zero2, or on
+    one rank, where ZeRO has nothing to divide and costs time, zero0."""
