@@ -135,14 +135,20 @@ def record(
 
 
 def record_attention(dtype: torch.dtype = torch.bfloat16, T: int = 96, D: int = 64) -> list[Launch]:
-    """The launches of T5's self-attention in training, in an encoder and in a decoder, each once."""
+    """The launches of T5's self-attention in training, in an encoder and in a decoder, of padded rows and of
+    packed ones, each once."""
     from ibdistill.ops.biased_attention import api, kernels
+    from ibdistill.ops.packed_attention import as_mask
 
     query = torch.zeros(2, T, 3, D, dtype=dtype).transpose(1, 2).requires_grad_()
     bias, mask = torch.zeros(3, 2 * T - 1, requires_grad=True), torch.ones(2, T, dtype=torch.bool)
     with recorded(kernels) as launches, mock.patch.object(api, "choose", lambda *_: "triton"):
         for seen, causal in ((mask, False), (None, True)):
             out = api.biased_attention(query, query, query, bias, mask=seen, causal=causal, rate=0.1)
+            out.backward(torch.zeros_like(out))
+        row, lengths = query[:1], as_mask(torch.tensor([T]))
+        for causal in (False, True):
+            out = api.biased_attention(row, row, row, bias, lengths=lengths, causal=causal, rate=0.1)
             out.backward(torch.zeros_like(out))
     return list({key_of(x): x for x in launches}.values())
 
@@ -190,7 +196,7 @@ def compile_launch(launch: Launch, target: str):
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[parameter.name] = kinds[value.dtype]
-            aligned = value.data_ptr() % 16 == 0
+            aligned = value.data_ptr() % 16 == 0 and not parameter.do_not_specialize_on_alignment
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         elif value == 1 and not parameter.do_not_specialize:

@@ -26,6 +26,7 @@ import triton.language as tl
 from ibdistill.ops.dropout_kernel import keep
 
 INTEGERS = ["T", "S", "level", "mask_b"]  # lengths, which must not compile anew
+ENDS = ["ends_q", "ends_k"]  # two rows of one tensor: where the second begins must not compile anew either
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _scores(
     return tl.where(seen, s, float("-inf"))
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=ENDS)
 def forward_kernel(
     q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, out, logs,
     H, T, S, level, factor, D,
@@ -142,7 +143,7 @@ def _score_gradients(
     return dropped, p * (d_p - deltas[:, None])
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=ENDS)
 def query_kernel(
     q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, out, logs,
     d_out, deltas, d_q,
@@ -187,7 +188,7 @@ def query_kernel(
     tl.store(to, sums.to(d_q.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=INTEGERS)
+@triton.jit(do_not_specialize=INTEGERS, do_not_specialize_on_alignment=ENDS)
 def key_kernel(
     q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, logs,
     d_out, deltas, d_k, d_v,
@@ -232,7 +233,7 @@ def key_kernel(
     tl.store(d_v + to, sums_v.to(d_v.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=[*INTEGERS, "B", "rows_per_split"])
+@triton.jit(do_not_specialize=[*INTEGERS, "B", "rows_per_split"], do_not_specialize_on_alignment=ENDS)
 def bias_kernel(
     q, q_b, q_h, q_t, k, k_b, k_h, k_t, v, v_b, v_h, v_t, bias, mask, mask_b, ends_q, ends_k, seed, logs,
     d_out, deltas, parts,
