@@ -35,15 +35,13 @@ from statistics import mean
 import torch.distributed as dist
 
 from ibdistill.config import command_line
-from ibdistill.models import export, hub
 from ibdistill.monitor import board
 from ibdistill.monitor import log as monitor_log
 from ibdistill.objectives.weights import step_weights
-from ibdistill.runtime import distributed, files
+from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import EXIT_DIVERGED, EXIT_UNWRITTEN
 from ibdistill.runtime.folder_lock import FolderLock
-from ibdistill.runtime.version import version
-from ibdistill.training import early_checks, pseudo_labels, run_folder
+from ibdistill.training import early_checks, pseudo_labels, results, run_folder
 from ibdistill.training.evaluation import answers, evaluate
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
@@ -212,9 +210,9 @@ def close(job: Job) -> None:
             job.checkpoints.restore(job.engine, state.best_step)
     evaluate(job, "test", config.run.test_limit)
     if config.run.export:
-        export_student(job)
+        results.export_student(job)
     if job.world.rank == 0:
-        write_result(job)
+        results.write_result(job)
     final = {
         f"eval/{split}_{task}_{name}": value
         for split in ("valid", "test")
@@ -232,49 +230,6 @@ def close(job: Job) -> None:
         )
         leave(job, EXIT_UNWRITTEN)
     logger.info("done: %s", job.folder / run_folder.RESULT)
-
-
-def export_student(job: Job) -> None:
-    """Write the student for `from_pretrained`, on rank 0. Collective."""
-    target = job.folder / "student"
-    with job.whole() as model:
-        if job.world.rank != 0:
-            return
-        try:
-            with files.folder_replaced(target) as folder:
-                export.write(model, job.tokenizer, folder, job.config, job.results.get("test"))
-            usage = export.lines(model, job.tokenizer, job.config, target)
-            logger.info("the student answers with\n\n%s\n", usage)
-            if job.config.run.push_to_hub:
-                logger.info("the student is at %s", hub.push(target, job.config.run.push_to_hub))
-        except Exception as error:  # the libraries that write have errors of their own for a full disk
-            job.unwritten.append(f"{target} ({type(error).__name__}: {error})")
-
-
-def write_result(job: Job) -> None:
-    """Write `result.json`, on rank 0. Scores that an earlier start of the same run has left there stay."""
-    config, state, path = job.config, job.state, job.folder / run_folder.RESULT
-    before = run_folder.result(job.folder)
-    earlier = before if before.get("steps") == state.step else {}
-    result = {
-        "method": config.objective.method,
-        "steps": state.step,
-        "tokens": state.tokens,
-        "seconds": round(state.seconds, 1),
-        "ranks": job.world.size,
-        "precision": config.student.precision,
-        **version(),
-        "skipped_steps": state.skipped,
-        "best_step": state.best_step if state.best_step >= 0 else None,
-        **{split: earlier[split] for split in ("valid", "valid_seconds") if split in earlier},
-        **job.results,
-    }
-    if job.unwritten:
-        result["unwritten"] = job.unwritten
-    try:
-        files.write_json(path, result)
-    except OSError as error:
-        job.unwritten.append(f"{path} ({error})")
 
 
 def give_up(job: Job) -> None:

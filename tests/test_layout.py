@@ -145,3 +145,13 @@ def test_no_two_classes_have_one_name():
         for name in re.findall(r"(?m)^class (\w+)", path.read_text())
     ]
     assert sorted(name for name in set(found) if found.count(name) > 1) == []
+
+
+LONGEST_FILE = 300
+"""Lines. A longer file holds two things, or says one thing too often."""
+
+
+@pytest.mark.parametrize("folder", ["ibdistill", "tools", "slurm"])
+def test_no_file_is_long(folder):
+    lines = {path: path.read_text().count("\n") for path in (ROOT / folder).rglob("*.py")}
+    assert {str(path): count for path, count in lines.items() if count > LONGEST_FILE} == {}

@@ -70,19 +70,24 @@ def mi_settings(objective: ObjectiveConfig) -> MISettings | None:
     )
 
 
+def compares_questions(objective: ObjectiveConfig) -> bool:
+    """Whether the mutual-information term needs all questions of a rank's step at once."""
+    mi = mi_settings(objective)
+    return mi is not None and ESTIMATORS[mi.estimator].space == "state"
+
+
 def check_split(objective: ObjectiveConfig, optim: OptimConfig, micro_batches: int) -> None:
     """Raise ValueError for an estimator that compares questions, where a rank has them in several parts.
 
     `micro_batches`: of one rank per step.
     """
-    mi = mi_settings(objective)
-    if mi and ESTIMATORS[mi.estimator].space == "state" and micro_batches > 1:
+    if micro_batches > 1 and compares_questions(objective):
         size, splits, whole = "batch_size", "micro_batch_size", optim.batch_size
         if optim.tokens_per_batch:
             size, splits, whole = "tokens_per_batch", "tokens_per_forward", optim.tokens_per_batch
         raise ValueError(
-            f"objective.estimator is {mi.estimator}, which compares a step's questions with each other, and "
-            f"optim.{splits} splits the {whole} of optim.{size} into {micro_batches} "
+            f"objective.estimator is {objective.estimator}, which compares a step's questions with each "
+            f"other, and optim.{splits} splits the {whole} of optim.{size} into {micro_batches} "
             "micro-batches per rank, each of which would only see its own: another loss. Leave "
             f"optim.{splits} out, with more ranks, a smaller optim.{size} or "
             "student.gradient_checkpointing where memory is short, or choose another objective.estimator"

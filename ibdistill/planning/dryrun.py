@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
@@ -111,7 +111,8 @@ class Skeleton:
             model = families.load_preset(name, tokenizer, seed=0, dropout=dropout, dtype=dtype)
         else:
             try:
-                config = _published(name) or families.load_config(name, setting)
+                shape = published_shapes.PUBLISHED.get(name)
+                config = AutoConfig.for_model(**shape) if shape else families.load_config(name, setting)
                 model = families.from_config(config, dropout)
             except (TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
                 raise ValueError(
@@ -168,10 +169,6 @@ class Skeleton:
 
         parts = {f.name: moved(getattr(batch, f.name)) for f in fields(batch) if f.name != "cu"}
         return batches.Batch(**parts, cu=batch.cu)
-
-
-def _published(name: str) -> PreTrainedConfig | None:
-    return AutoConfig.for_model(**shape) if (shape := published_shapes.PUBLISHED.get(name)) else None
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ overlap with the student.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +45,9 @@ from ibdistill.teacher import answer_tensors
 from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
 from ibdistill.teacher.cache_shard import Entry, key_of
-from ibdistill.teacher.teacher import SHARDED, Teacher, fit_rows
+from ibdistill.teacher.cache_writer import CacheWriter
+from ibdistill.teacher.teacher import SHARDED, Teacher
+from ibdistill.teacher.vocabulary import fit_rows
 
 logger = logging.getLogger("ibdistill")
 
@@ -57,15 +59,6 @@ class _Begun(NamedTuple):
     """The indices of its records, as the bytes of an integer array."""
     answer: TeacherAnswer
     batch: Batch
-
-
-class _Arriving(NamedTuple):
-    """An answer that the cache gets once it is on the host."""
-
-    indices: list[int]
-    new: list[bool]
-    """Whether each record was missing in the cache when the teacher was asked."""
-    packed: hardware.ToHost
 
 
 class TeacherAnswers:
@@ -102,11 +95,12 @@ class TeacherAnswers:
         self._head_rows = student.get_output_embeddings().weight.shape[0]
         self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
-        self._cache = None
+        self._cache = self._writer = None
         if config.cache:
             fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer)
             self._cache = AnswerCache(Path(config.cache), fingerprint, rank=world.rank)
-        self._reads = self._writes = True
+            self._writer = CacheWriter(self._cache)
+        self._reads = True
         self._was_summarised = False
         missing = self._missing()
         kept = None if missing or expects_more else self._read_head()
@@ -123,8 +117,10 @@ class TeacherAnswers:
             if teacher is not None:
                 teacher.pair(tokenizer, self._head_rows)
             self.width, self._head = self.teacher.width, None
-            if self._cache is not None:
-                self._keep_head()
+            if self._cache is not None:  # a run without a loaded teacher needs its head too
+                head = self.teacher.head() if wanted.targets else NO_HEAD
+                folder, width = Path(config.cache), self.width
+                distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, width, head))
         else:
             logger.info(
                 "all %d training records are in %s: the teacher is not loaded", len(features), config.cache
@@ -137,7 +133,6 @@ class TeacherAnswers:
                 "the sharded teacher does not overlap with the student: two communicators could block"
             )
         self._begun: _Begun | None = None
-        self._arriving: _Arriving | None = None
         self._clock = hardware.Clock(world.device)
 
     def set_features(self, features: Features, unchanged: int) -> None:
@@ -147,7 +142,8 @@ class TeacherAnswers:
         resumed run would read answers about text that changes during a run where the first run asked for
         them.
         """
-        self._take_arrived()  # it is about the old features
+        if self._writer is not None:
+            self._writer.take_arrived()  # it is about the old features
         self._features, self._reads = features, len(features) == unchanged
         self._wait()  # and forget what was begun: its indices are those of the old features
 
@@ -203,19 +199,8 @@ class TeacherAnswers:
 
     def flush(self) -> None:
         """Write out the entries that are not on disk yet. This has to be called before a checkpoint."""
-        if self._cache is not None and self._writes:
-            self._take_arrived()
-            with self._write_errors():
-                self._cache.flush()
-
-    @contextmanager
-    def _write_errors(self) -> Iterator[None]:
-        """Within this context a full disk ends the growth of the cache, not the run."""
-        try:
-            yield
-        except OSError as error:
-            self._writes = False
-            logger.error("%s. The run goes on and asks the teacher for what is not there", error)
+        if self._writer is not None:
+            self._writer.flush()
 
     def _key(self, index: int) -> bytes:
         features = self._features
@@ -229,7 +214,8 @@ class TeacherAnswers:
 
     def _answer(self, indices: Sequence[int], batch: Batch) -> TeacherAnswer:
         """The answer, read from the cache if all of it is there; else the teacher is asked for all of it."""
-        self._take_arrived()
+        if self._writer is not None:
+            self._writer.take_arrived()
         known = self._known(indices)
         if self._complete(known):
             return self._unpack(answer_tensors.join(known, self._world.device), self._head)
@@ -240,12 +226,9 @@ class TeacherAnswers:
                 return answer
             packed = answer_tensors.pack(answer, self._config, self._wanted.temperature)
         if self._reads:
-            if self._writes:
-                # the host goes on while the answer is on its way to it, and puts it into the cache later
-                new = [old is None for old in known]
-                self._arriving = _Arriving(list(indices), new, hardware.ToHost(packed))
-                if self._arriving.packed.is_there:
-                    self._take_arrived()
+            # the host goes on while the answer is on its way to it, and puts it into the cache later
+            keys = [None if old else self._keys[i] for i, old in zip(indices, known, strict=True)]
+            self._writer.put(packed, keys, partial(self._pieces, list(indices)))
             if any(known):
                 # a record keeps its first answer, because another batch's padding would change the last bits
                 fresh = self._pieces(indices, packed)
@@ -268,17 +251,6 @@ class TeacherAnswers:
             lacking = distributed.max_over_ranks(lacking)
         return not lacking
 
-    def _take_arrived(self) -> None:
-        """Put the newest answer into the cache. It has arrived on the host by now, or is waited for."""
-        arriving, self._arriving = self._arriving, None
-        if arriving is None:
-            return
-        entries = self._pieces(arriving.indices, arriving.packed.wait())
-        with self._write_errors():
-            for index, is_new, entry in zip(arriving.indices, arriving.new, entries, strict=True):
-                if is_new:
-                    self._cache.put(self._keys[index], entry)
-
     def _pieces(self, indices: Sequence[int], packed: dict[str, Tensor]) -> list[Entry]:
         """Each record's part of packed tensors, where these are."""
         lengths = {"questions": self._features.first_questions.lengths}
@@ -299,12 +271,6 @@ class TeacherAnswers:
             needed = self._wanted.targets and self._config.cache_form == "states"
             head = self.teacher.head() if needed else NO_HEAD
         return answer_tensors.unpack(packed, head)
-
-    def _keep_head(self) -> None:
-        """Write what a run without a loaded teacher needs besides the entries. Collective."""
-        head = self.teacher.head() if self._wanted.targets else NO_HEAD
-        folder = Path(self._config.cache)
-        distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, self.width, head))
 
     def _read_head(self) -> tuple[int, Head] | None:
         """The teacher's width, and its head with as many rows as the student's; None if it cannot be read."""

@@ -27,7 +27,7 @@ from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher.generation import Writer, check_unparsed
-from ibdistill.teacher.teacher import Teacher, own_tokenizer
+from ibdistill.teacher.teacher import Teacher
 from ibdistill.teacher.texts import (
     FORMAT,
     Texts,
@@ -38,6 +38,7 @@ from ibdistill.teacher.texts import (
     read_template,
     read_texts,
 )
+from ibdistill.teacher.vocabulary import own_tokenizer
 
 logger = logging.getLogger("ibdistill")
 

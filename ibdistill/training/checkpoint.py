@@ -32,7 +32,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from ibdistill.runtime import distributed
+from ibdistill.runtime import distributed, random_state
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.files import checksum, write_json
 from ibdistill.training.checkpoint_marker import MARKER, problem_with, read_marker
@@ -80,7 +80,7 @@ class Checkpoints:
         """Save; False (after a message) if the checkpoint could not be written. Collective."""
         folder = self.folder / f"step-{state.step:08d}"
         # all ranks' random states, because only rank 0 writes the client state
-        rng = distributed.gather_objects(distributed.rng_state(self._world.device))
+        rng = distributed.gather_objects(random_state.rng_state(self._world.device))
         errors: list[str] = []
         written: list[Path] = []
         self._on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), errors)
@@ -182,7 +182,7 @@ class Checkpoints:
             return run
 
         def ours(client_state: dict[str, Any]) -> TrainState:
-            distributed.set_rng_state(client_state["rng"][self._world.rank], self._world.device)
+            random_state.set_rng_state(client_state["rng"][self._world.rank], self._world.device)
             return TrainState(**client_state["ibdistill"])
 
         storage.load = load_file

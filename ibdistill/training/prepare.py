@@ -15,31 +15,28 @@ from ibdistill.config.sections import (
     Config,
     DataConfig,
     ObjectiveConfig,
-    StudentConfig,
     TeacherConfig,
 )
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
-from ibdistill.data import chat_start, loading, reasoning, tokenizers
+from ibdistill.data import loading
 from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.text_checks import check_texts, truncated_shares
 from ibdistill.data.token_sampler import TokenSampler
-from ibdistill.data.tokenizers import load_tokenizer
-from ibdistill.models import presets
-from ibdistill.models.student import check_context, check_packing, load_student
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board
 from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, weights
 from ibdistill.planning import memory_check
-from ibdistill.runtime import distributed
+from ibdistill.runtime import distributed, random_state
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
 from ibdistill.training import device, pseudo_labels, run_folder
+from ibdistill.training.build_student import build_student
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
@@ -186,32 +183,6 @@ def build_sampler(config: Config, features: Features, world_size: int) -> Sample
     return TokenSampler(features, config.data, config.optim, **shared)
 
 
-def build_student(
-    config: StudentConfig,
-    data: DataConfig,
-    objective: ObjectiveConfig,
-    records: loading.Loaded,
-    folder: Path,
-    seed: int,
-    teacher: str = "",
-) -> tuple[PreTrainedTokenizerBase, nn.Module]:
-    """The tokenizer and the model, whole and in fp32 on the CPU, checked against data and objective.
-
-    A tokenizer that is trained here goes to `folder`. In format chat its end token becomes that of a turn,
-    and it is compared with that of the model `teacher`. Collective.
-    """
-    streams = weights.tokenized_streams(objective)
-    tokenizer = _tokenizer(config, data, streams, records, folder)
-    if data.format == "chat":
-        own = "" if teacher in presets.PRESETS else teacher
-        chat_start.settle(tokenizer, data, streams, own, records.train[0])
-    student = load_student(config, tokenizer, seed)
-    check_packing(student, data)
-    check_context(student, data, streams, chat_start.overhead(tokenizer, data, streams))
-    distillation.check_family(objective, student)
-    return tokenizer, student
-
-
 def build_teacher(
     config: TeacherConfig,
     objective: ObjectiveConfig,
@@ -254,7 +225,7 @@ def assemble(
     It takes the whole configuration because the job keeps it. Collective.
     """
     # dropout differs between ranks; a checkpoint replaces this state
-    distributed.seed_everything(config.run.seed + world.rank)
+    random_state.seed_everything(config.run.seed + world.rank)
     whole = WholeModel(student, sharded=zero_stage(config) == 3)  # before the engine partitions the student
     module = distillation.Distillation(
         student,
@@ -298,34 +269,3 @@ def assemble(
     if state.pseudo:
         job.mix(pseudo_labels.read(folder, state.pseudo))
     return job
-
-
-def _tokenizer(
-    config: StudentConfig, data: DataConfig, streams: Sequence[str], records: loading.Loaded, folder: Path
-) -> PreTrainedTokenizerBase:
-    """The student's tokenizer. If it is trained here, rank 0 does so, once. Collective."""
-    name = config.tokenizer
-    if name == "train":
-        target = folder / "tokenizer"
-
-        # only rank 0 looks whether it is there, since a late rank may find what rank 0 has just written
-        def make() -> None:
-            if target.is_dir() and run_folder.has_begun(folder):
-                return  # before that it may be of other settings, or half written
-            texts = [text for r in records.train for text in (r.question, r.label, r.rationale) if text]
-            around = [loading.TASKS[task].prefixes[stream] for task in records.test for stream in streams]
-            around += [reasoning.marker_of(task, data) for task in records.test if "reason" in streams]
-            tokenizers.train_tokenizer(texts + around, config.vocab_size, target)
-
-        distributed.run_on_rank_0(make)
-        return load_tokenizer(str(target), "student.tokenizer")
-    if name:
-        return load_tokenizer(name, "student.tokenizer")
-    if config.model in presets.PRESETS:
-        if not config.model.startswith("demo-"):
-            raise ValueError(
-                f"student.model is the preset {config.model!r}, which has no tokenizer of its own; "
-                "set student.tokenizer to train, a hub name or a folder"
-            )
-        return tokenizers.demo_tokenizer()
-    return load_tokenizer(config.model, "student.model")

@@ -14,7 +14,7 @@ from ibdistill import train
 from ibdistill.config.load import load_settings
 from ibdistill.models import hub
 from ibdistill.monitor.board import Board
-from ibdistill.training import early_checks
+from ibdistill.training import early_checks, results
 
 
 def lines(run) -> list[dict]:
@@ -184,7 +184,7 @@ class FakeHub:
 def test_the_export_is_sent_to_the_hub(make_job, monkeypatch, caplog):
     monkeypatch.setattr(hub, "HfApi", FakeHub)
     job = make_job(**{"run.push_to_hub": "pupil"})
-    train.export_student(job)
+    results.export_student(job)
     assert FakeHub.calls[0] == "me/pupil" and {"README.md", "model.safetensors"} <= set(FakeHub.calls[1])
     assert "the student is at https://hub/me/pupil" in caplog.text and not job.unwritten
 
@@ -196,6 +196,6 @@ def test_a_hub_that_refuses_leaves_the_export_and_says_so(make_job, monkeypatch)
     monkeypatch.setattr(FakeHub, "upload_folder", full)
     monkeypatch.setattr(hub, "HfApi", FakeHub)
     job = make_job(**{"run.push_to_hub": "pupil"})
-    train.export_student(job)
+    results.export_student(job)
     assert (job.folder / "student/model.safetensors").is_file()
     assert any("quota" in text for text in job.unwritten)

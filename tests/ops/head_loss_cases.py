@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from ibdistill.ops.head_loss.api import IGNORED, MISettings, Stream, Weights
+from ibdistill.ops.head_loss.api import MISettings, Stream, Weights
+from ibdistill.ops.head_loss.arguments import IGNORED
 
 EVERY_MI = [
     MISettings(estimator, pool, gradient)

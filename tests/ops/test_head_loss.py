@@ -24,7 +24,8 @@ from head_loss_cases import (
 from ibdistill.ops import linear
 from ibdistill.ops.cpu import cache_blocks, products
 from ibdistill.ops.cpu.huge_pages import empty_in_huge_pages
-from ibdistill.ops.head_loss.api import IGNORED, MISettings, Stream, Weights, head_loss
+from ibdistill.ops.head_loss.api import MISettings, Stream, Weights, head_loss
+from ibdistill.ops.head_loss.arguments import IGNORED
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.ops.head_loss.torch import ChunkedLinear
 

@@ -7,7 +7,8 @@ import torch
 from head_loss_cases import ROW, WEIGHTS, assert_same, evaluate, make_head, make_stream, name_of
 from test_distillation import ALL, top_k, white_box
 
-from ibdistill.ops.head_loss.api import IGNORED, MISettings, TeacherDistributions, head_loss
+from ibdistill.ops.head_loss.api import MISettings, TeacherDistributions, head_loss
+from ibdistill.ops.head_loss.arguments import IGNORED
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.ops.head_loss.softcap import cap_
 

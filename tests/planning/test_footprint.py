@@ -232,7 +232,7 @@ def test_what_cannot_fit_is_refused_before_anything_is_loaded(world, tmp_path, m
     def refuse(*args, **kwargs):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("ibdistill.training.prepare.load_student", refuse)
+    monkeypatch.setattr("ibdistill.training.build_student.load_student", refuse)
     monkeypatch.setattr(memory_check, "free_memory", lambda device, ranks: 30 * 2**30)
     chosen = tiny(tmp_path / "run") | {
         "student.model": "meta-llama/Llama-3.1-8B",

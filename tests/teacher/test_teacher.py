@@ -7,7 +7,7 @@ import torch
 from harness import ROOT, launch, output_of, tiny
 
 from ibdistill.config.load import load_settings
-from ibdistill.teacher import sharding, teacher
+from ibdistill.teacher import sharding, vocabulary
 from ibdistill.training.prepare import prepare
 
 CASES = {
@@ -103,14 +103,14 @@ def test_nodes_are_told_apart_by_host():
 @pytest.mark.parametrize("bias", [None, torch.arange(3.0)])
 def test_a_head_is_fitted_to_the_students_rows(bias):
     weight, hidden = torch.randn(3, 4), torch.randn(5, 4)
-    cut, cut_bias = teacher.fit_rows(weight, bias, 2)
+    cut, cut_bias = vocabulary.fit_rows(weight, bias, 2)
     assert torch.equal(cut, weight[:2]) and (bias is None or torch.equal(cut_bias, bias[:2]))
-    wide, wide_bias = teacher.fit_rows(weight, bias, 6)
+    wide, wide_bias = vocabulary.fit_rows(weight, bias, 6)
     probabilities = torch.softmax(torch.nn.functional.linear(hidden, wide, wide_bias), -1)
     expected = torch.softmax(torch.nn.functional.linear(hidden, weight, bias), -1)
     torch.testing.assert_close(probabilities[:, :3], expected)
     assert torch.equal(probabilities[:, 3:], torch.zeros(5, 3))
-    assert teacher.fit_rows(weight, bias, 3) == (weight, bias)
+    assert vocabulary.fit_rows(weight, bias, 3) == (weight, bias)
 
 
 ONLINE = {"teacher.placement": "replica", "teacher.model": "demo-teacher", "objective.method": "kd"}

@@ -1,7 +1,7 @@
 """The kernels compiled ahead of time, without a GPU: tools/bench/kernel_report.py passes its own checks."""
 
-import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,10 +11,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("under TRITON_INTERPRET=1 nothing is compiled", allow_module_level=True)
 
-PATH = Path(__file__).parents[2] / "tools/bench/kernel_report.py"
-spec = importlib.util.spec_from_file_location("kernel_report", PATH)
-kernel_report = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(kernel_report)
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools/bench"))
+import kernel_launches
+import kernel_report
 
 
 @pytest.mark.parametrize("V", [32128, 50257])
@@ -27,7 +26,7 @@ def test_all_checks_pass(V, capsys):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_a_narrow_load_is_found(target):
     """Given logits whose rows aren't padded: V = 50257 leaves nothing wider than 2 bytes."""
-    launches = kernel_report.record(50257, torch.bfloat16, lanes=kernel_report.TARGETS[target][2])
+    launches = kernel_launches.record(50257, torch.bfloat16, lanes=kernel_report.TARGETS[target][2])
     compiled = kernel_report.compile_launch(launches["logits, CE + paper, max"][0], target)
     code = kernel_report.machine_code(compiled, target)
     assert kernel_report.wide(code["mix"], target, *kernel_report.moves(compiled, torch.bfloat16))
@@ -39,7 +38,7 @@ def test_targets_differ_in_lanes_and_both_pass(target, case):
     """64 lanes need blocks twice as large for the same 16 bytes per thread."""
     lanes = kernel_report.TARGETS[target][2]
     failures = []
-    for launch in kernel_report.record(32128, torch.bfloat16, lanes=lanes)[case]:
+    for launch in kernel_launches.record(32128, torch.bfloat16, lanes=lanes)[case]:
         kernel_report.inspect(launch, case, target, 32128, torch.bfloat16, failures)
     assert failures == []
 
@@ -52,7 +51,7 @@ def test_attention_compiles_for_every_target(target):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 def test_activations_move_16_bytes_per_thread_and_spill_nothing(target):
-    launches = kernel_report.record_gates()
+    launches = kernel_launches.record_gates()
     assert len(launches) == 6
     for launch in launches:
         code = kernel_report.machine_code(kernel_report.compile_launch(launch, target), target)
@@ -65,12 +64,14 @@ def test_token_counts_never_recompile():
     """Launches of batches with other lengths and numbers of questions are the same to the compiler."""
     keys = [
         {
-            kernel_report.key_of(x)
-            for launches in kernel_report.record(32128, torch.bfloat16, lengths).values()
+            kernel_launches.key_of(x)
+            for launches in kernel_launches.record(32128, torch.bfloat16, lengths).values()
             for x in launches
         }
         for lengths in [(3, 3), (1,), (16,) * 16, (7, 1, 5)]
     ]
     assert all(k == keys[0] for k in keys)
-    keys = [{kernel_report.key_of(x) for x in kernel_report.record_attention(T=T)} for T in (1, 7, 96, 128)]
+    keys = [
+        {kernel_launches.key_of(x) for x in kernel_launches.record_attention(T=T)} for T in (1, 7, 96, 128)
+    ]
     assert all(k == keys[0] for k in keys)

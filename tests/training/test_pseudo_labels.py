@@ -369,7 +369,7 @@ def test_settings_that_contradict_are_refused(tmp_path, settings, message):
 
 def test_a_bad_source_is_refused_before_a_model_is_loaded(world, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "ibdistill.training.prepare.load_student", lambda *a: pytest.fail("a model was loaded")
+        "ibdistill.training.build_student.load_student", lambda *a: pytest.fail("a model was loaded")
     )
     settings = tiny(tmp_path / "run") | {"data.unlabelled": str(tmp_path / "none.jsonl")}
     with pytest.raises(ValueError, match="for task 'demo' it is a number"):

@@ -17,7 +17,7 @@ from ibdistill import evaluate_student, train
 from ibdistill.config import fields
 from ibdistill.config.evaluation_sections import StudentEvaluation
 from ibdistill.config.load import load_settings
-from ibdistill.training import evaluation
+from ibdistill.training import evaluation, results
 from ibdistill.training.prepare import prepare
 
 ROWS = [
@@ -151,7 +151,7 @@ def test_all_three_streams_are_decoded_scored_and_evaluated_again(make_job, tmp_
     job.config.run.log_every = 1
     train.train(job)
     evaluation.evaluate(job, "test", 3)
-    train.export_student(job)
+    results.export_student(job)
     scores = job.results["test"]["demo"]
     assert {"accuracy", "rationale_bleu", "reason_accuracy", "reason_ece", "reason_tokens"} <= scores.keys()
     path = next((job.folder / "predictions").glob("*/test_demo.jsonl"))

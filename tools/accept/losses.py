@@ -15,7 +15,7 @@ from torch import Tensor
 
 from accept.lines import Context
 from ibdistill.ops import layers
-from ibdistill.ops.head_loss.api import (
+from ibdistill.ops.head_loss import (
     IGNORED,
     MISettings,
     Stream,

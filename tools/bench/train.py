@@ -29,25 +29,24 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from pathlib import Path
 
 import devices
 import numpy as np
 import packed
 import torch
+from gsm8k_features import PIECES, generate_features, read_features
 from plain_loop import PAD, plain_batch, plain_loss
 from torch import nn
 
 from ibdistill import train
 from ibdistill.config import sections, zero_file
 from ibdistill.config.load import load_settings
-from ibdistill.data import batches, loading, tokenizers
-from ibdistill.data.features import Features, Ragged, tokenize
+from ibdistill.data import batches, tokenizers
+from ibdistill.data.features import Features
 from ibdistill.data.records import STREAMS
 from ibdistill.data.sampler import Sampler
 from ibdistill.models import fused, presets
@@ -57,36 +56,10 @@ from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
 from ibdistill.training.checkpoint import TrainState
 
-CLIP_NORM, LR, PIECES = 1.0, 5e-5, 4000
+CLIP_NORM, LR = 1.0, 5e-5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KINDS = ("projection", "feed-forward", "head")
 VARIANTS = {"plain": "fp32", "ours": "fp32", "ours-bf16": "bf16"}
-
-
-def read_features(folder: str) -> Features:
-    """GSM8K's training split from its folder, as ids of a tokenizer that is trained on it."""
-    settings = load_settings(None, {"data.task": "gsm8k", "data.path": folder}).data
-    records = loading.load(settings, needs_rationale=True).train
-    texts = (text for r in records for text in (r.question, r.label, r.rationale))
-    with tempfile.TemporaryDirectory() as target:
-        tokenizer = tokenizers.train_tokenizer(texts, PIECES, Path(target))
-    return tokenize(records, {"gsm8k": loading.TASKS["gsm8k"].prefixes}, tokenizer, settings)
-
-
-def generate_features(records: int = 6725) -> Features:
-    """Random ids in log-normal lengths, which are fitted to GSM8K's training split in 4000 pieces.
-
-    The logarithm of a question's length, prefix included, has mean 4.12 and deviation 0.35, that of a
-    rationale's 4.07 and 0.50, and their correlation is 0.52. Labels have 2 tokens (78 %) or 3, end tokens
-    included.
-    """
-    rng = np.random.default_rng(0)
-    x, y = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
-    question, rationale = np.exp(4.12 + 0.35 * x).clip(8, 1024), np.exp(4.07 + 0.50 * y).clip(4, 256)
-    lengths = [question, 2 + (rng.random(records) > 0.78), rationale]
-    q, t, r = (Ragged([rng.integers(3, PIECES, int(n)) for n in part]) for part in lengths)
-    questions, targets = {"predict": q, "explain": q}, {"predict": t, "explain": r}
-    return Features([str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets)
 
 
 def build(case: TrainCase, name: str, world) -> tuple[nn.Module, Callable[[int], None]]:

@@ -6,20 +6,18 @@ import copy
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from ibdistill.config import consistency, zero_file
 from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
-from ibdistill.ops.head_loss.estimators import ESTIMATORS
-from ibdistill.planning import dryrun, footprint
-from ibdistill.planning.dryrun import Lengths, Skeleton
+from ibdistill.planning import footprint
+from ibdistill.planning.dryrun import Lengths
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
-from ibdistill.planning.head_loss_memory import head_loss_bytes
 from ibdistill.runtime.hardware import GIB
 from plan import costs
 from plan.accelerators import Accelerator
 from plan.choice import Choice
+from plan.traces import Traces
 
 FILES = ("zero2", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload")
 """In order of preference where they are about equally fast; offloading is for when nothing else fits."""
@@ -51,13 +49,8 @@ class Planner:
         self._check_division()
         self.config = dataclasses.replace(self.config, student=dataclasses.replace(self.config.student))
         consistency.settle_precision(self.config, multiplies_bf16=True)  # as all of these GPUs do
-        self.streams = weights.streams_of(self.config.objective)
-        self._scored = weights.teacher_streams(self.config.objective)
-        self.wanted = weights.wanted(self.config.objective)
-        self.students = {on: footprint.student_skeleton(self._checkpointing(on)) for on in (False, True)}
-        self.teacher = footprint.teacher_skeleton(self.config) if self.wanted else None
-        self.sizes = footprint.student_sizes(self.config, self.student, self.teacher)
-        self._gathers: dict[Zero, footprint.Gathers | None] = {}
+        self.traces = Traces(self.config, self.question, self.label, self.rationale)
+        self.student, self.teacher, self.sizes = self.traces.student, self.traces.teacher, self.traces.sizes
 
     def _count_questions(self) -> None:
         """Let `optim.batch_size` and `micro_batch_size` say what the recipe's tokens are in questions.
@@ -96,10 +89,6 @@ class Planner:
         return self.nodes * self.on_node
 
     @property
-    def student(self) -> Skeleton:
-        return self.students[False]
-
-    @property
     def per_rank(self) -> int:
         """Questions per rank and step."""
         return self.config.optim.batch_size // self.ranks
@@ -116,13 +105,9 @@ class Planner:
             size, micro_batches = zero_file.split_batch(optim, self.ranks)
             weights.check_split(self.config.objective, optim, micro_batches)
             return [size]
-        if self._compares_questions():
+        if weights.compares_questions(self.config.objective):
             return [self.per_rank]
         return [size for size in range(self.per_rank, 0, -1) if self.per_rank % size == 0]
-
-    def _compares_questions(self) -> bool:
-        mi = weights.mi_settings(self.config.objective)
-        return mi is not None and ESTIMATORS[mi.estimator].space == "state"
 
     def placements(self) -> tuple[str, ...]:
         """Every placement that a run would take of an online teacher; else only the recipe's."""
@@ -173,11 +158,7 @@ class Planner:
         """What one combination needs, and how long its step would be. `micro` is the micro-batch size."""
         config, zero = self.config, Zero.read(file)
         precision, teacher = config.student.precision, self.teacher
-        if zero not in self._gathers:
-            lengths = self._lengths(1)
-            args = zero, self.student, lengths, self.streams, self.sizes
-            self._gathers[zero] = footprint.student_gathers(*args)
-        gathered = self._gathers[zero]
+        gathered = self.traces.gathers(zero)
         states, host = footprint.student_states(
             self.sizes,
             precision,
@@ -187,7 +168,7 @@ class Planner:
             in_4bit=self.student.frozen_linear if config.student.load_in_4bit else 0,
         )
         activations = {
-            "student": self._living(checkpointing, micro),
+            "student": self.traces.living(checkpointing, micro),
             "update": footprint.step_buffers(self.sizes, precision, zero, self.ranks),
         }
         if zero.stage == 3:  # evaluation collects a copy (`models.whole_model`)
@@ -201,25 +182,25 @@ class Planner:
             asked = dataclasses.replace(config.teacher, placement=placement)
             sharded, group = placement != "replica", self._group(placement)
             moves = sharded and (group > 1 or placement == "cpu_offload")
-            peak = self._teacher_gathers.peak if moves else 0
+            peak = self.traces.teacher_gathers.peak if moves else 0
             more, hosted = footprint.teacher_states(
                 *(teacher.sizes(), teacher.head, asked, self.ranks, self.on_node),
-                wants_head=self.wanted.targets,
+                wants_head=self.traces.wanted.targets,
                 gathered=peak,
             )
             states, host = states | more, host + hosted
-            activations["student"] += self._signal_bytes(micro)
-            activations["teacher"] = self._teacher_living(micro)
+            activations["student"] += self.traces.answer_bytes(micro)
+            activations["teacher"] = self.traces.teacher_living(micro)
             teacher_bytes = WIDTH[asked.precision] * sum(n for n, _ in teacher.sizes())
             if moves:
                 theirs = costs.teacher_traffic(
-                    *(teacher.head, asked.precision, micro_batches, self._teacher_gathers),
-                    targets=self.wanted.targets,
+                    *(teacher.head, asked.precision, micro_batches, self.traces.teacher_gathers),
+                    targets=self.traces.wanted.targets,
                 )
         trained = sum(n for n, t in self.sizes if t)
         reductions = {name: size for name, size in traffic.items() if name != "all_gather"}
         load = costs.Load(
-            operations=self.operations(checkpointing, micro),
+            operations=self.traces.operations(checkpointing, micro),
             micro_batches=micro_batches,
             student_bytes=WIDTH[precision] * sum(n for n, _ in self.sizes),
             teacher_bytes=teacher_bytes,
@@ -263,75 +244,12 @@ class Planner:
         teacher = WIDTH[self.config.teacher.precision] * sum(n for n, _ in self.teacher.sizes())
         return max(student, copies * teacher)
 
-    def _checkpointing(self, on: bool) -> Config:
-        student = dataclasses.replace(self.config.student, gradient_checkpointing=on)
-        return dataclasses.replace(self.config, student=student)
-
-    def _lengths(self, questions: int) -> Lengths:
-        return Lengths(questions, self.question, self.label, self.rationale)
-
     def _group(self, placement: str) -> int:
         return self.on_node if placement == "zero3_node" else self.ranks
 
-    def operations(self, checkpointing: bool, micro: int) -> costs.Operations:
-        """Operations of one micro-batch on one rank."""
-        one = self._operations_of_one[checkpointing]
-        return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
-
-    @cached_property
-    def _operations_of_one(self) -> dict[bool, costs.Operations]:
-        args = self._lengths(1), self.config.objective, self.teacher
-        return {on: costs.operations(self.student, *args, checkpointing=on) for on in (False, True)}
-
     def _launches(self, checkpointing: bool, micro_batches: int, zero: Zero) -> int:
         """Kernels per step: those of the dry run, and what the update and ZeRO do with each tensor."""
-        kernels = micro_batches * (self._traces[checkpointing][0].kernels + HEAD_LOSS_KERNELS)
-        if self.teacher is not None:
-            kernels += micro_batches * self._teacher_traces[0].kernels
+        kernels = micro_batches * (sum(self.traces.kernels(checkpointing)) + HEAD_LOSS_KERNELS)
         trained = sum(1 for _, is_trained in self.sizes if is_trained)
         # ZeRO copies each gradient into a bucket; without it the update takes whole lists of tensors
         return kernels + UPDATE_KERNELS + (micro_batches * trained if zero.stage else 0)
-
-    def _signal_bytes(self, micro: int) -> int:
-        """Bytes of the teacher's answers to a micro-batch."""
-        rows = micro * self.question if self.wanted.questions else 0
-        rows += self._lengths(micro).targets(self.streams) if self.wanted.targets else 0
-        return rows * self.teacher.head[1] * WIDTH[self.config.teacher.precision]
-
-    def _living(self, checkpointing: bool, micro: int) -> int:
-        """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
-        one, two = self._traces[checkpointing]
-        inside = head_loss_bytes(
-            *(self._lengths(micro).targets(self.streams), micro, self.student.head),
-            self.config.student.precision,
-            mi=weights.mi_settings(self.config.objective) is not None,
-            teacher=self.teacher.head if self.teacher and self.wanted.targets else None,
-            device="cuda",
-        )
-        peak = one.peak + (micro - 1) * (two.peak - one.peak)
-        return max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
-
-    @cached_property
-    def _traces(self) -> dict[bool, list[dryrun.Living]]:
-        given = {"wanted": self.wanted, "teacher_head": self.teacher.head} if self.teacher else {}
-        objective = self.config.objective
-        if self._compares_questions():
-            # fake tensors cannot say which targets are ignored, which such a term asks; leaving it out moves
-            # no peak, since it holds a copy of the targets' states, less than the head loss just before it
-            objective = dataclasses.replace(objective, beta=0.0)
-        return {
-            on: [dryrun.student_step(student, self._lengths(n), objective, **given) for n in (1, 2)]
-            for on, student in self.students.items()
-        }
-
-    def _teacher_living(self, micro: int) -> int:
-        one, two = self._teacher_traces
-        return one.peak + (micro - 1) * (two.peak - one.peak)
-
-    @cached_property
-    def _teacher_traces(self) -> list[dryrun.Living]:
-        return [dryrun.teacher_forward(self.teacher, self._lengths(n), self._scored, "cuda") for n in (1, 2)]
-
-    @cached_property
-    def _teacher_gathers(self) -> footprint.Gathers:
-        return footprint.teacher_gathers(self.teacher, self._lengths(1), self._scored)

@@ -15,7 +15,7 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "teacher")
 def print_all(planner: Planner, micro: int) -> None:
     """Print the operations, memory and speed of every choice, and a checkpoint, at one micro-batch size."""
     choices = planner.choices(micro)
-    one, work = choices[0].seconds, planner.operations(False, micro)
+    one, work = choices[0].seconds, planner.traces.operations(False, micro)
     steps = planner.per_rank // micro
     print(
         f"\nmicro-batches of {micro}, {steps} per step. Operations per step on each GPU: student "

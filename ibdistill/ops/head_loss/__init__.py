@@ -1,14 +1,13 @@
 """Cross entropies, mutual information and distillation on a language model's head, in bounded memory."""
 
-from ibdistill.ops.head_loss.api import (
+from ibdistill.ops.head_loss.api import head_loss, logits_loss
+from ibdistill.ops.head_loss.arguments import (
     IGNORED,
     MISettings,
     Stream,
     TeacherDistributions,
     TeacherStream,
     Weights,
-    head_loss,
-    logits_loss,
 )
 
 __all__ = [

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ibdistill.ops import custom
 from ibdistill.ops.head_loss import torch as head_loss_torch
+from ibdistill.ops.head_loss.argument_checks import check_arguments, check_values
 from ibdistill.ops.head_loss.arguments import (
-    IGNORED,
     LARGEST_K,
     Call,
     MISettings,
@@ -27,25 +27,12 @@ from ibdistill.ops.head_loss.arguments import (
     TeacherDistributions,
     TeacherStream,
     Weights,
-    check_arguments,
-    check_values,
 )
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.ops.head_loss.on_states import state_terms
 from ibdistill.ops.head_loss.softcap import check_softcap
 from ibdistill.ops.implementation import choose
-
-__all__ = [
-    "IGNORED",
-    "MISettings",
-    "Stream",
-    "TeacherDistributions",
-    "TeacherStream",
-    "Weights",
-    "head_loss",
-    "logits_loss",
-]
 
 CHUNK_BYTES = {"cpu": 20 << 20, "gpu": 256 << 20}
 """Default bound of the buffers of logits.

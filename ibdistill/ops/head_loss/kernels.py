@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from ibdistill.ops.head_loss.arguments import IGNORED
+from ibdistill.ops.head_loss.kernels_teacher import IS_FORWARD, IS_REVERSE, IS_TOP_K, log_mixture, online
 
 SUMS = 9
 """Per question, of pooled P, E: sum (2), sum exp (2), sum P E, sum x log x (2), sum P log E, sum E log P."""
@@ -13,16 +14,7 @@ SUMS = 9
 _IGNORED = tl.constexpr(IGNORED)
 _SUMS = tl.constexpr(SUMS)
 NONE, PAPER, NORMALIZED = 0, 1, 2
-FORWARD, REVERSE, JSD, TOP_K = 1, 2, 3, 4
-_PAPER, _FORWARD, _REVERSE = tl.constexpr(PAPER), tl.constexpr(FORWARD), tl.constexpr(REVERSE)
-_TOP_K = tl.constexpr(TOP_K)
-
-
-@triton.jit
-def _online(top, total, x):
-    """Add a block of values to a running log-sum-exp: its maximum, and the sum of exponentials below that."""
-    new = tl.maximum(top, tl.max(x, 0))
-    return new, total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
+_PAPER = tl.constexpr(PAPER)
 
 
 @triton.jit
@@ -51,7 +43,7 @@ def row_stats_kernel(z, stride, labels, lse, ce, correct, a, V, V_padded, BLOCK:
     for start in range(0, V_padded, BLOCK):
         o_v = start + tl.arange(0, BLOCK)
         x = tl.load(row + o_v, mask=o_v < V_padded, other=float("-inf")).to(tl.float32)
-        top, total = _online(top, total, tl.where(o_v < V, x, float("-inf")))
+        top, total = online(top, total, tl.where(o_v < V, x, float("-inf")))
     out = top + tl.log(total)
     label = tl.load(labels + a + i_row)
     kept = label != _IGNORED
@@ -194,86 +186,6 @@ def mean_sums_kernel(
     tl.store(out + a + i_row, tl.where(tl.load(labels + a + i_row) != _IGNORED, total, 0.0))
 
 
-@triton.jit(do_not_specialize=["a"])
-def divergence_kernel(
-    z, teacher, stride, student_lse, teacher_lse, losses, means, a, V, V_padded, inverse_temperature, beta,
-    DIVERGENCE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One row: divergence between softmax(teacher / T) and softmax(z / T), and what its gradient needs.
-
-    `means` is the mean under the student of the log ratio that the gradient is centred by. A KL divergence is
-    a mean of differences of logits beside the two log-sum-exps, so one walk over the row makes it: `mean_gap`
-    is that mean, below the running maximum. The mixture of a JSD needs both log-sum-exps first. Its second
-    walk reads both rows from memory again, because the rows of all running programs exceed a cache.
-    """
-    i_row = tl.program_id(0).to(tl.int64)
-    top, total, teacher_top, teacher_total = float("-inf"), 0.0, float("-inf"), 0.0
-    loss, mean, mean_gap = 0.0, 0.0, 0.0
-    for start in range(0, V_padded, BLOCK):
-        o_v = start + tl.arange(0, BLOCK)
-        inside = o_v < V
-        x = tl.load(z + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
-        y = tl.load(teacher + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
-        gap = tl.where(inside, (y - x) * inverse_temperature, 0.0)
-        x = tl.where(inside, x * inverse_temperature, float("-inf"))
-        y = tl.where(inside, y * inverse_temperature, float("-inf"))
-        last, teacher_last = top, teacher_top
-        top, total = _online(top, total, x)
-        teacher_top, teacher_total = _online(teacher_top, teacher_total, y)
-        if DIVERGENCE == _FORWARD:
-            mean_gap = mean_gap * tl.exp(teacher_last - teacher_top) + tl.sum(
-                tl.exp(y - teacher_top) * gap, 0
-            )
-        elif DIVERGENCE == _REVERSE:
-            mean_gap = mean_gap * tl.exp(last - top) - tl.sum(tl.exp(x - top) * gap, 0)
-    lse_p, lse_q = top + tl.log(total), teacher_top + tl.log(teacher_total)
-    if DIVERGENCE == _FORWARD:
-        loss = mean_gap / teacher_total - lse_q + lse_p
-    elif DIVERGENCE == _REVERSE:
-        mean = mean_gap / total - lse_p + lse_q
-        loss = mean
-    stop = V_padded if DIVERGENCE != _FORWARD and DIVERGENCE != _REVERSE else 0
-    for start in range(0, stop, BLOCK):
-        o_v = start + tl.arange(0, BLOCK)
-        inside = o_v < V
-        x = tl.load(z + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
-        y = tl.load(teacher + i_row * stride + o_v, mask=o_v < V_padded, other=0.0).to(tl.float32)
-        log_p, log_q = x * inverse_temperature - lse_p, y * inverse_temperature - lse_q
-        log_m = _log_mixture(log_q, log_p, beta)
-        mean += tl.sum(tl.where(inside, tl.exp(log_p) * (log_p - log_m), 0.0), 0)
-        loss += tl.sum(tl.where(inside, tl.exp(log_q) * (log_q - log_m), 0.0), 0)
-    if stop > 0:
-        loss = beta * loss + (1 - beta) * mean
-    tl.store(student_lse + a + i_row, lse_p)
-    tl.store(teacher_lse + a + i_row, lse_q)
-    tl.store(losses + a + i_row, loss)
-    tl.store(means + a + i_row, mean)
-
-
-@triton.jit(do_not_specialize=["a"])
-def tail_kernel(z, marks, stride, lse, a, V, V_padded, inverse_temperature, BLOCK: tl.constexpr):
-    """One row: log-sum-exp of z / T over the entries that aren't marked, the tail of a teacher's top k."""
-    i_row = tl.program_id(0).to(tl.int64)
-    top, total = float("-inf"), 0.0
-    for start in range(0, V_padded, BLOCK):
-        o_v = start + tl.arange(0, BLOCK)
-        inside = o_v < V_padded
-        x = tl.load(z + i_row * stride + o_v, mask=inside, other=0.0).to(tl.float32)
-        mark = tl.load(marks + i_row * stride + o_v, mask=inside, other=1.0).to(tl.float32)
-        x = tl.where((o_v < V) & (mark == 0.0), x * inverse_temperature, float("-inf"))
-        # a block of nothing but marks: -inf - -inf is not a number
-        new = tl.maximum(tl.maximum(top, tl.max(x, 0)), -3.0e38)
-        total = total * tl.exp(top - new) + tl.sum(tl.exp(x - new), 0)
-        top = new
-    tl.store(lse + a + i_row, top + tl.log(total))
-
-
-@triton.jit
-def _log_mixture(log_q, log_p, beta):
-    top = tl.maximum(log_q, log_p)
-    return top + tl.log(beta * tl.exp(log_q - top) + (1 - beta) * tl.exp(log_p - top))
-
-
 @triton.jit(do_not_specialize=["k", "questions", "a", "b"])
 def gradient_kernel(
     z, stride, out, out_stride, labels, lse, scale, sums_won, table, lengths, pooled, winners, sums, gets,
@@ -330,18 +242,18 @@ def gradient_kernel(
         if DIVERGENCE != 0:
             y = tl.load(teacher_row, mask=inside, other=0.0).to(tl.float32)
             log_p = x * inverse_temperature - tl.load(student_lse + t)
-            if DIVERGENCE == _TOP_K:
+            if DIVERGENCE == IS_TOP_K:
                 mark = tl.where(o_v < V, y, 0.0).to(tl.int32)
                 own = tl.load(own_row + mark - 1, mask=mark > 0, other=0.0)
                 d = tl.where(mark > 0, own, tl.exp(log_p) * tl.load(means + t))
             else:
                 log_q = y * inverse_temperature - tl.load(teacher_lse + t)
-                if DIVERGENCE == _FORWARD:
+                if DIVERGENCE == IS_FORWARD:
                     d = tl.exp(log_p) - tl.exp(log_q)
-                elif DIVERGENCE == _REVERSE:
+                elif DIVERGENCE == IS_REVERSE:
                     d = tl.exp(log_p) * (log_p - log_q - tl.load(means + t))
                 else:
-                    ratio = log_p - _log_mixture(log_q, log_p, beta)
+                    ratio = log_p - log_mixture(log_q, log_p, beta)
                     d = (1 - beta) * tl.exp(log_p) * (ratio - tl.load(means + t))
             dz += tl.where(o_v < V, d * tl.load(taught + t), 0.0)
         if IS_CAPPED:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ibdistill.ops.head_loss.argument_checks import check_arguments, check_values
 from ibdistill.ops.head_loss.arguments import (
     IGNORED,
     SMALLEST_PROBABILITY,
@@ -30,8 +31,6 @@ from ibdistill.ops.head_loss.arguments import (
     TeacherDistributions,
     TeacherStream,
     Weights,
-    check_arguments,
-    check_values,
 )
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov, pool_states

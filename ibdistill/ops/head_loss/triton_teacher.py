@@ -16,13 +16,13 @@ from torch import Tensor
 from ibdistill.ops import launch
 from ibdistill.ops.head_loss.arguments import SMALLEST_PROBABILITY, TeacherStream
 from ibdistill.ops.head_loss.divergences import loss_and_gradient
-from ibdistill.ops.head_loss.kernels import (
+from ibdistill.ops.head_loss.kernels import row_stats_kernel
+from ibdistill.ops.head_loss.kernels_teacher import (
     FORWARD,
     JSD,
     REVERSE,
     TOP_K,
     divergence_kernel,
-    row_stats_kernel,
     tail_kernel,
 )
 from ibdistill.ops.head_loss.triton_plan import Plan

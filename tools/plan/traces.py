@@ -1,0 +1,109 @@
+"""Dry runs of a run's models, whatever the machines: activations, operations, what is gathered."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+
+from ibdistill.config.sections import Config
+from ibdistill.objectives import weights
+from ibdistill.planning import dryrun, footprint
+from ibdistill.planning.dryrun import Lengths, Skeleton
+from ibdistill.planning.footprint import WIDTH, Zero
+from ibdistill.planning.head_loss_memory import head_loss_bytes
+from plan import costs
+
+
+class Traces:
+    """The student, with and without checkpointing, and the teacher, if there is one, traced once each."""
+
+    def __init__(self, config: Config, question: int, label: int, rationale: int) -> None:
+        """`question`, `label`, `rationale`: tokens of every question and of its targets."""
+        self._config, self._tokens = config, (question, label, rationale)
+        self._streams = weights.streams_of(config.objective)
+        self._scored = weights.teacher_streams(config.objective)
+        self.wanted = weights.wanted(config.objective)
+        self.students = {on: footprint.student_skeleton(self._checkpointing(on)) for on in (False, True)}
+        self.teacher = footprint.teacher_skeleton(config) if self.wanted else None
+        self.sizes = footprint.student_sizes(config, self.student, self.teacher)
+        self._gathers: dict[Zero, footprint.Gathers | None] = {}
+
+    @property
+    def student(self) -> Skeleton:
+        """The student without checkpointing."""
+        return self.students[False]
+
+    def gathers(self, zero: Zero) -> footprint.Gathers | None:
+        """What ZeRO stage 3 gathers of the student; None in other stages."""
+        if zero not in self._gathers:
+            args = self.student, self._lengths(1), self._streams, self.sizes
+            self._gathers[zero] = footprint.student_gathers(zero, *args)
+        return self._gathers[zero]
+
+    def operations(self, checkpointing: bool, micro: int) -> costs.Operations:
+        """Operations of one micro-batch of `micro` questions on one rank."""
+        one = self._operations_of_one[checkpointing]
+        return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
+
+    def kernels(self, checkpointing: bool) -> tuple[int, int]:
+        """Kernels per micro-batch: (of the student without the head loss, of the teacher)."""
+        student = self._student_steps[checkpointing][0].kernels
+        return student, self._teacher_passes[0].kernels if self.teacher else 0
+
+    def living(self, checkpointing: bool, micro: int) -> int:
+        """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
+        one, two = self._student_steps[checkpointing]
+        inside = head_loss_bytes(
+            *(self._lengths(micro).targets(self._streams), micro, self.student.head),
+            self._config.student.precision,
+            mi=weights.mi_settings(self._config.objective) is not None,
+            teacher=self.teacher.head if self.teacher and self.wanted.targets else None,
+            device="cuda",
+        )
+        peak = one.peak + (micro - 1) * (two.peak - one.peak)
+        return max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
+
+    def teacher_living(self, micro: int) -> int:
+        """Bytes of the teacher's activations, on the same line."""
+        one, two = self._teacher_passes
+        return one.peak + (micro - 1) * (two.peak - one.peak)
+
+    def answer_bytes(self, micro: int) -> int:
+        """Bytes of the teacher's answer about a micro-batch."""
+        tokens = micro * self._tokens[0] if self.wanted.questions else 0
+        tokens += self._lengths(micro).targets(self._streams) if self.wanted.targets else 0
+        return tokens * self.teacher.head[1] * WIDTH[self._config.teacher.precision]
+
+    @cached_property
+    def teacher_gathers(self) -> footprint.Gathers:
+        """What a sharded teacher gathers."""
+        return footprint.teacher_gathers(self.teacher, self._lengths(1), self._scored)
+
+    def _checkpointing(self, on: bool) -> Config:
+        student = dataclasses.replace(self._config.student, gradient_checkpointing=on)
+        return dataclasses.replace(self._config, student=student)
+
+    def _lengths(self, questions: int) -> Lengths:
+        return Lengths(questions, *self._tokens)
+
+    @cached_property
+    def _operations_of_one(self) -> dict[bool, costs.Operations]:
+        args = self._lengths(1), self._config.objective, self.teacher
+        return {on: costs.operations(self.student, *args, checkpointing=on) for on in (False, True)}
+
+    @cached_property
+    def _student_steps(self) -> dict[bool, list[dryrun.Living]]:
+        given = {"wanted": self.wanted, "teacher_head": self.teacher.head} if self.teacher else {}
+        objective = self._config.objective
+        if weights.compares_questions(objective):
+            # fake tensors cannot say which targets are ignored, which such a term asks; leaving it out moves
+            # no peak, since it holds a copy of the targets' states, less than the head loss just before it
+            objective = dataclasses.replace(objective, beta=0.0)
+        return {
+            on: [dryrun.student_step(student, self._lengths(n), objective, **given) for n in (1, 2)]
+            for on, student in self.students.items()
+        }
+
+    @cached_property
+    def _teacher_passes(self) -> list[dryrun.Living]:
+        return [dryrun.teacher_forward(self.teacher, self._lengths(n), self._scored, "cuda") for n in (1, 2)]
