@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 import types
 
 import numpy as np
 import pytest
 import torch
 from feature_tables import random_features
-from harness import same, steps, tiny, weights
+from harness import FORKED, TRAIN, as_arguments, kill_session, launch, same, start, steps, tiny, weights
 
 from ibdistill import train
 from ibdistill.config.load import load_settings
@@ -229,3 +230,48 @@ def test_text_that_cannot_be_written_leaves_the_data_s(make_job, caplog):
 def test_what_cannot_go_with_own_text_is_refused(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         load_settings(None, tiny(tmp_path, **TAUGHT) | more)
+
+
+def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
+    """Both models in ZeRO-3, a sampling every three steps, a checkpoint every two; killed after step 5."""
+    settings = TAUGHT | {
+        "data.subsample": 48,
+        "optim.max_steps": 10,
+        "optim.micro_batch_size": 2,
+        "run.save_every": 2,
+        "run.test_limit": 4,
+        "run.report_to": [],
+        "deepspeed.config": "zero3",
+        "teacher.placement": "zero3",
+        "objective.divergence": "reverse",
+        "on_policy.every": 0.5,
+    }
+    runs = {name: as_arguments(tiny(tmp_path / name, **settings)) for name in ("whole", "broken")}
+    logs = {name: tmp_path / f"{name}.log" for name in ("whole", "broken", "resumed", "one")}
+    assert launch([FORKED, "2", *runs["whole"]], log=logs["whole"]) == 0, logs["whole"].read_text()[-4000:]
+    process = start([FORKED, "2", *runs["broken"]], log=logs["broken"])
+    wait_for(logs["broken"], "step 5/10")
+    kill_session(process)
+    assert launch([TRAIN, *runs["broken"]], ranks=2, log=logs["resumed"]) == 0, logs["resumed"].read_text()[
+        -4000:
+    ]
+    assert "resumed from" in logs["resumed"].read_text()
+    weights = [(tmp_path / name / "student/model.safetensors").read_bytes() for name in runs]
+    assert weights[0] == weights[1]
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in runs]
+    assert results[0]["on_policy"] == results[1]["on_policy"] and results[0]["on_policy"]["texts"] == 4 * 10
+    names = [sorted(path.name for path in (tmp_path / name / "on_policy").iterdir()) for name in runs]
+    assert names[0] == names[1] and len(names[0]) == 4  # a name holds a digest of the text
+    one = as_arguments(
+        tiny(tmp_path / "one", **settings | {"optim.max_steps": 3, "teacher.placement": "replica"})
+    )
+    assert launch([FORKED, "1", *one], log=logs["one"]) == 0, logs["one"].read_text()[-4000:]
+    first = {name: tmp_path / name / "on_policy" / names[0][0] for name in ("whole", "one")}
+    assert first["one"].exists() and first["one"].read_bytes() == first["whole"].read_bytes()
+
+
+def wait_for(log, text: str) -> None:
+    until = time.monotonic() + 240
+    while text not in (log.read_text() if log.exists() else ""):
+        assert time.monotonic() < until, log.read_text()[-4000:]
+        time.sleep(0.2)
