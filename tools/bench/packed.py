@@ -215,15 +215,17 @@ class RowFigures:
 
 def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dict[str, RowFigures]:
     """All variants, which take turns."""
-    world, model = distributed.init(), case.model()
-    found = {}
+    model, found = case.model(), {}
     for name in case.variants:
         made = [case.batch(model, index, packed=name == "packed") for index in range(case.steps)]
         real, positions = (sum(getattr(b, n) for b in made) for n in ("num_tokens", "num_positions"))
         found[name] = RowFigures(np.zeros((rounds, case.steps)), real, positions)
-        if memory:
+        if memory and rounds:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 found[name].peak = process.submit(peak_bytes, case, name).result()
+    if not rounds:
+        return found
+    world = distributed.init()
     takes = {name: build(case, name, world)[0] for name in case.variants}
     for take in takes.values():
         take(0)  # libraries are warm
@@ -247,7 +249,8 @@ def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dic
 def main(
     family: str, lengths: str, batch_size: int, steps: int, rounds: int, memory: bool, trl: str | None
 ) -> None:
-    """Measure and print. `lengths`: gsm8k or long. `trl`: an interpreter that has TRL."""
+    """Measure and print. `lengths`: gsm8k or long. `rounds`: 0 for the padding alone. `trl`: an interpreter
+    that has TRL."""
     if lengths not in LENGTHS:
         sys.exit(f"--lengths is {lengths!r}; choose {' or '.join(LENGTHS)}")
     if trl:
@@ -261,6 +264,10 @@ def main(
     if not difference < 1e-4:
         sys.exit("the losses disagree: nothing is measured")
     found = measure(case, rounds, memory, trl)
+    if not rounds:
+        for name, of in found.items():
+            print(f"{name:10}{1 - of.real / of.positions:6.1%} padding")
+        return
     print(" " * 11 + "s/step tokens/s  padding  peak_MiB")
     for name, of in found.items():
         peak = f"{of.peak / 2**20:10.0f}" if of.peak == of.peak else ""
