@@ -131,9 +131,12 @@ def test_a_cached_answer_is_the_one_that_was_asked_for(make_job, tmp_path, form)
         } <= terms.keys()
 
 
-@pytest.mark.parametrize("model", ["demo-student", "demo-student-decoder"])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(make_job, tmp_path, model):
-    settings = {"objective.method": "dss+cot", "student.model": model}
+@pytest.mark.parametrize(
+    ("model", "packing"),
+    [("demo-student", "off"), ("demo-student", "on"), ("demo-student-decoder", "off")],
+)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(make_job, tmp_path, model, packing):
+    settings = {"objective.method": "dss+cot", "student.model": model, "data.packing": packing}
     whole = make_job(tmp_path / "whole", **settings)
     steps(whole, 6)
     part = make_job(tmp_path / "part", **settings)
