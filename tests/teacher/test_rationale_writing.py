@@ -253,16 +253,15 @@ def test_a_cache_of_something_else_is_refused(world, asked, changed, difference)
     ],
 )
 def test_a_cache_knows_the_tokenizer_of_its_teacher(asked, tmp_path, change, is_another):
-    config = load_settings(None, asked)
-    before = writing.fingerprint(config, "")
-    tokenizer = tokenizers.load_tokenizer(config.teacher.model, "teacher.model")
-    change(tokenizer)
-    shutil.copytree(config.teacher.model, tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    after = writing.fingerprint(load_settings(None, asked | {"teacher.model": str(tmp_path / "other")}), "")
-    assert {name for name in before if before[name] != after[name]} == (
-        {"tokenizer"} if is_another else set()
-    )
+    tokenizer, prints = byte_tokenizer(), []
+    for name, edit in (("here", lambda t: None), ("there", change)):
+        edit(tokenizer)
+        shutil.copytree(asked["teacher.model"], tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        config = load_settings(None, asked | {"teacher.model": str(tmp_path / name)})
+        prints.append(writing.fingerprint(config, ""))
+    here, there = prints
+    assert {n for n in here if here[n] != there[n]} == ({"tokenizer"} if is_another else set())
 
 
 def test_a_cache_of_another_vocabulary_is_refused(asked, tmp_path):
