@@ -14,6 +14,7 @@ from ibdistill.objectives import weights
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning.dryrun import Lengths, Skeleton
+from ibdistill.planning.evaluation_memory import copied_bytes
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
 from ibdistill.planning.head_loss_memory import head_loss_bytes
 from ibdistill.runtime.hardware import GIB
@@ -190,8 +191,8 @@ class Planner:
             "student": self._living(checkpointing, micro),
             "update": footprint.step_buffers(self.sizes, precision, zero, self.ranks),
         }
-        if zero.stage == 3:  # evaluation collects a copy (`models.whole_model`)
-            activations["evaluation"] = WIDTH[precision] * sum(n for n, _ in self.sizes)
+        in_4bit = config.student.load_in_4bit
+        activations["evaluation"] = copied_bytes(self.student, precision, zero.stage, in_4bit=in_4bit)
         micro_batches = self.per_rank // micro
         traffic = costs.student_traffic(self.sizes, precision, zero, micro_batches, gathered)
         if self.ranks == 1:
