@@ -41,7 +41,7 @@ from ibdistill.objectives.weights import step_weights
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import EXIT_DIVERGED, EXIT_UNWRITTEN
 from ibdistill.runtime.folder_lock import FolderLock
-from ibdistill.training import early_checks, pseudo_labels, results, run_folder
+from ibdistill.training import early_checks, on_policy, pseudo_labels, results, run_folder
 from ibdistill.training.evaluation import answers, evaluate
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
@@ -92,6 +92,8 @@ def train(job: Job) -> None:
         start = time.perf_counter()
         if state.step in refreshes:
             refresh(job)
+        if on_policy.is_due(job):
+            sample_own_text(job)
         train_step(job)
         state.seconds += time.perf_counter() - start
 
@@ -179,6 +181,18 @@ def refresh(job: Job) -> None:
     except OSError as error:
         logger.error("agreed answers cannot be kept, so the earlier ones stay in force: %s", error)
     job.meter.exclude(time.perf_counter() - start)
+
+
+def sample_own_text(job: Job) -> None:
+    """Let the student write the text that it learns from in the coming steps. Collective."""
+    start = time.perf_counter()
+    scalars = on_policy.refresh(job)
+    # shown at the first step that learns from it, as above
+    job.board.scalars(scalars, job.state.step + 1)
+    brief = "  ".join(f"{tag.removeprefix('on_policy/')} {value:.4g}" for tag, value in scalars.items())
+    if job.config.on_policy.every >= 1:
+        logger.info("after step %d  on-policy text: %s", job.state.step, brief)
+    job.meter.add_seconds("sampling", time.perf_counter() - start)
 
 
 def log(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from tiny_models import byte_tokenizer
@@ -129,4 +130,22 @@ def save_chat_model(folder: Path, model_type: str = "llama", template: str = CHA
     size = {"hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 512} | overrides
     AutoModelForCausalLM.from_config(config_of(model_type, **size)).save_pretrained(folder)
     chatml(template).save_pretrained(folder)
+    return str(folder)
+
+
+def talks_folder(folder: Path) -> str:
+    """A JSONL task of 12 conversations, of one turn or of two; the folder's name."""
+    rows = []
+    for i in range(12):
+        a, b = i % 4 + 1, i % 3 + 2
+        talk = [
+            {"role": "user", "content": f"{a} + {b} ?"},
+            {"role": "assistant", "content": str(a + b), "reasoning_content": f"start {a} . found {b} ."},
+            {"role": "user", "content": "+ 1 ?"},
+            {"role": "assistant", "content": f"<think>\nfound 1 .\n</think>\n\n{a + b + 1}"},
+        ]
+        rows.append({"messages": talk[: 2 + 2 * (i % 2)]})
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)

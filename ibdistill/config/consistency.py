@@ -53,6 +53,7 @@ def check(config: Config) -> None:
     _check_chat(config)
     _check_teacher(config)
     _check_unlabelled(config)
+    _check_on_policy(config)
 
 
 def _check_run(run: RunConfig) -> None:
@@ -248,4 +249,32 @@ def _check_unlabelled(config: Config) -> None:
         raise ValueError(
             "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
             "teacher.placement"
+        )
+
+
+def _check_on_policy(config: Config) -> None:
+    """Raise ValueError where text of the student's own contradicts other settings."""
+    objective, share = config.objective, config.on_policy.share
+    if not share:
+        return
+    setting = f"on_policy.share is {share}"
+    if not METHODS[objective.method].kd or not objective.gamma:
+        raise ValueError(
+            f"{setting}: the student's own text is learned by the distillation term alone, and "
+            f"objective.method {objective.method} with objective.gamma {objective.gamma} has none; take "
+            "kd, ib+kd, cot+kd or cot+ib+kd"
+        )
+    if config.teacher.placement == "cache":
+        raise ValueError(
+            f"{setting}: the student's own text is new, and a cache has no teacher's answers for it; choose "
+            "another teacher.placement"
+        )
+    if config.data.unlabelled is not None:
+        raise ValueError(
+            f"{setting}, and data.unlabelled is set, which changes the batches too; leave one out"
+        )
+    if config.optim.tokens_per_batch:
+        raise ValueError(
+            f"{setting}, and optim.tokens_per_batch is {config.optim.tokens_per_batch}: how long the "
+            "student's own text will be is not known when batches are planned; set optim.batch_size instead"
         )

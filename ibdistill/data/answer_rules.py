@@ -59,9 +59,9 @@ def same_exact_text(prediction: str, record: Record) -> bool:
 
 
 def same_stated_text(prediction: str, record: Record) -> bool:
-    """`same_text` of what stands behind `The answer is`, `Answer:` or `####`."""
+    """`same_text`, or that of what stands behind `The answer is`, `Answer:` or `####`."""
     text = stated(prediction)
-    return text is not None and same_text(text, record)
+    return same_text(prediction, record) or (text is not None and same_text(text, record))
 
 
 def same_text_or_number(prediction: str, record: Record) -> bool:

@@ -71,6 +71,9 @@ class Batch:
     """Segment -> [N_segment] int64."""
     cu: dict[str, Tensor]
     """Segment -> [B + 1] int32: question b's targets are `labels[cu[b]:cu[b + 1]]`."""
+    own: int | None = None
+    """How many questions, the last ones, have text of the student's own in the place of the rationale (and of
+    the answer behind it); None: no record of the run has."""
     row_lengths: Tensor | None = None
     """[S * B] int32, if the batch is packed: `input_ids` are then one row [1, tokens] in which the rows lie
     one behind the other with these lengths, and `attention_mask` is all ones. None: rows are padded."""
@@ -153,8 +156,11 @@ def collate(
         inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple, packed)
     else:
         inputs = _decoder_only(questions, targets, pad, start, separator, multiple, packed)
+    own = None if features.own is None else features.own[list(rows)]
+    assert own is None or (np.diff(own.astype(int)) >= 0).all(), "own text comes last (OnPolicySampler)"
     return Batch(
         streams=tuple(streams),
+        own=None if own is None else int(own.sum()),
         question_ids=tuple(features.ids[row] for row in rows),
         labels={segment: torch.from_numpy(np.concatenate(targets[segment])).long() for segment in segments},
         cu={

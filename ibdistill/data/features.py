@@ -36,6 +36,8 @@ class Features:
     samples: np.ndarray | None = None
     """[records] int: which question each record is a sample of; those of one question share a number, and
     one of them is drawn in each epoch. None: each record is a question of its own."""
+    own: np.ndarray | None = None
+    """[records] bool: whether the target that holds the rationale is the student's own text; None: none."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many of the `predict questions`, `explain questions`, `labels`, `rationales` and so on were too
     long."""
@@ -54,6 +56,11 @@ class Features:
         return self.questions[self.streams[0]]
 
     @property
+    def text(self) -> str:
+        """The segment that holds the rationale, or the student's own text in its place."""
+        return "explain" if "explain" in self.targets else "rationale"
+
+    @property
     def labels(self) -> Ragged:
         """The targets that hold the label."""
         return self.targets["predict" if "predict" in self.targets else "answer"]
@@ -61,7 +68,7 @@ class Features:
     @property
     def rationales(self) -> Ragged:
         """The targets that hold the rationale."""
-        return self.targets["explain" if "explain" in self.targets else "rationale"]
+        return self.targets[self.text]
 
     def take(self, rows: Sequence[int]) -> Features:
         """These rows alone."""
@@ -70,6 +77,7 @@ class Features:
             ids=[self.ids[row] for row in rows],
             groups=self.groups[list(rows)],
             samples=None if self.samples is None else self.samples[list(rows)],
+            own=None if self.own is None else self.own[list(rows)],
             questions={stream: Ragged(own[row] for row in rows) for stream, own in self.questions.items()},
             targets={segment: Ragged(own[row] for row in rows) for segment, own in self.targets.items()},
         )
@@ -83,8 +91,24 @@ class Features:
             targets={segment: own + other.targets[segment] for segment, own in self.targets.items()},
             whole_prompts=self.whole_prompts,
             samples=self._samples_with(other),
+            own=self._own_with(other),
             cut={what: self.cut.get(what, 0) + other.cut.get(what, 0) for what in self.cut | other.cut},
         )
+
+    def with_own_text(self, rows: Sequence[int], texts: Iterable[Sequence[int]]) -> Features:
+        """These rows alone, with token ids of the student's own in the place of the rationale, and of the
+        answer behind it in a reason stream."""
+        taken = self.take(rows)
+        targets = taken.targets | {self.text: Ragged(texts)}
+        if "answer" in targets:
+            targets["answer"] = Ragged([[]] * len(rows))
+        return replace(taken, targets=targets, own=np.ones(len(rows), dtype=bool))
+
+    def _own_with(self, other: Features) -> np.ndarray | None:
+        if self.own is None and other.own is None:
+            return None
+        parts = (np.zeros(len(part), dtype=bool) if part.own is None else part.own for part in (self, other))
+        return np.concatenate(list(parts))
 
     def _samples_with(self, other: Features) -> np.ndarray | None:
         if self.samples is None and other.samples is None:

@@ -17,7 +17,8 @@ from ibdistill.data.records import Record
 
 _OPTION = re.compile(r"^\(([a-z])\) (.*)$", re.MULTILINE)
 _LETTERED = re.compile(
-    r"(?P<word>(?:option|choice|letter)\s+)?[(\[]?(?P<letter>[a-z])(?P<mark>[)\].:]*)(?:\s+(?P<rest>.+))?",
+    r"(?P<word>(?:option|choice|letter)\s+)?[(\[]?(?P<letter>[a-z])(?P<mark>\s+[-\u2013]|[)\].:]*)"
+    r"(?:(?:\s+|(?<=[)\]]))(?P<rest>.+))?",
     re.DOTALL,
 )
 
@@ -70,7 +71,7 @@ def same_stated_choice(prediction: str, record: Record) -> bool:
     text = stated(prediction)
     if text is None:
         return False
-    if same_choice(text := text.strip("* "), record):
+    if same_choice(text, record):
         return True
     texts = {letter: plain(text) for letter, text in _OPTION.findall(record.question)}
     match = _LETTERED.fullmatch(plain(text))

@@ -22,6 +22,7 @@ def before(text: str, next_question: str) -> str:
 FINAL = "####"
 """GSM8K's marker: a solution ends with the line that has it, so whatever follows is another text."""
 _STATED = re.compile(rf"{FINAL}|\b(?:answer|label)(?:\s+is\b|\s*:)[\s:]*", re.IGNORECASE)
+_WRAPPED = re.compile(r"\*\*([^*]+)\*\*\.?|\$?\\boxed\{([^{}]+)\}\$?\.?")
 
 
 def split_at_marker(text: str, *markers: str) -> tuple[str, str] | None:
@@ -40,6 +41,12 @@ def split_at_marker(text: str, *markers: str) -> tuple[str, str] | None:
 
 def stated(text: str) -> str | None:
     """What stands behind `The answer is`, `Answer:` or `####` in an answer; an answer without such words as
-    it is; None where they stand there twice."""
+    it is; None where they stand there twice. Bold type or a box around the answer is taken off."""
     parts = _STATED.split(text)
-    return parts[-1].strip() if len(parts) <= 2 else None
+    if len(parts) > 2:
+        return None
+    said = parts[-1].strip()
+    if said.count("**") == 1:  # `**Answer:** 8` or `**Answer: 8**`
+        said = said.removeprefix("**").removesuffix("**").strip()
+    wrapped = _WRAPPED.fullmatch(said)
+    return said if wrapped is None else (wrapped[1] or wrapped[2]).strip()

@@ -169,3 +169,64 @@ class MixedSampler(Sampler):
         """[batch_size] indices into `gold + pseudo`, ordered by length."""
         rows = [self._gold.step(step), self._first_pseudo + self._pseudo.step(step)]
         return self._bucket(np.concatenate(rows))[0]
+
+
+class OnPolicySampler(Sampler):
+    """The sampler of a run in which a share of every batch has text of the student's own.
+
+    Questions and their order are those of `Sampler`. Which of a step's questions have own text is drawn by
+    seed and step, so it is known before the text is there (`drawn`).
+    """
+
+    def __init__(
+        self, gold: Features, config: DataConfig, *, batch_size: int, seed: int, share: float
+    ) -> None:
+        """Raises ValueError as `Sampler` does."""
+        super().__init__(gold, config, batch_size=batch_size, seed=seed)
+        self._share, self._gold = share, len(gold)
+        self._places = np.full(len(gold), -1)
+        self._window = range(0)
+
+    def drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """[batch_size] row numbers of a step, and whether each has own text, as soon as there is some."""
+        rows = super().step(step)
+        order = np.random.default_rng([self._seed, step, 1 << 28]).permutation(len(rows))
+        return rows, order < round(self._share * len(rows))
+
+    def rows(self, window: range) -> np.ndarray:
+        """The rows that need own text in these steps, in rising order."""
+        parts = [rows[is_own] for rows, is_own in map(self.drawn, window)]
+        return np.unique(np.concatenate(parts))
+
+    def use(self, own: Features, rows: np.ndarray, window: range, gold: Features) -> None:
+        """In the steps of `window` take the text `own` for these rows; in others there is none. The row
+        numbers that `step` returns are those of `gold + own`."""
+        self._features, self._window = gold + own, window
+        self._places = np.full(len(gold), -1)
+        self._places[rows] = len(gold) + np.arange(len(rows))
+
+    def step(self, step: int) -> np.ndarray:
+        """[batch_size] row numbers, ordered by length."""
+        if step not in self._window:
+            return super().step(step)
+        rows, is_own = self.drawn(step)
+        places = self._places[rows]
+        return self._bucket(np.where(is_own & (places >= 0), places, rows))[0]
+
+    def micro_batches(
+        self, step: int, *, rank: int, world_size: int, micro_batch_size: int
+    ) -> list[np.ndarray]:
+        """This rank's micro-batches of a step; in each the questions with own text come last."""
+        sizes = {"rank": rank, "world_size": world_size, "micro_batch_size": micro_batch_size}
+        parts = super().micro_batches(step, **sizes)
+        return [part[np.argsort(part >= self._gold, kind="stable")] for part in parts]
+
+    def counts(self, step: int) -> dict[str, int]:
+        """As `Sampler.counts`, where the rationale's segment and `explained` have the data's text alone; with
+        `sampled`, the tokens of the student's own text, and `sampled_questions`, how many have it."""
+        found, rows = super().counts(step), self.step(step)
+        own = rows[rows >= self._gold]
+        tokens = self._features.rationales.lengths[own]
+        found[self._features.text] -= int(tokens.sum())
+        found["explained"] -= int((tokens > 0).sum())
+        return found | {"sampled": int(tokens.sum()), "sampled_questions": len(own)}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from ibdistill.models.families import greedy, layout
 from ibdistill.models.merging import merged
 from ibdistill.models.prompt import Prompt
 
+logger = logging.getLogger("ibdistill")
+
 _PROBES = (
     "how many ?",
     "How many are there in all?",
@@ -35,7 +38,7 @@ _PROBES = (
     "wait...",
     "a\nb",
 )
-"""Questions with the endings on which tokenizers join what follows to the last character."""
+"""Questions with common endings, beside those that the vocabulary may join with what follows (`_joined`)."""
 
 
 def write(
@@ -44,20 +47,24 @@ def write(
     """Write the student for `from_pretrained`: safetensors, tokenizer, and a model card with its `scores`.
 
     LoRA adapters are merged into a copy of the weights. The tokenizer's own chat template, which a student
-    of format plain never saw, gives way to one that makes its prompts, or to none.
+    of format plain never saw, gives way to one that makes its prompts, or to none; then card and log say why.
     """
     model = merged(model)
     prompt = Prompt.of(model, tokenizer, config)
     model.save_pretrained(folder, safe_serialization=True)
     greedy(model.config, tokenizer, max(prompt.limits.values())).save_pretrained(folder)
     prompt.write(folder)
-    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer, why_none = copy.deepcopy(tokenizer), ""
     if config.data.format == "chat":
         tokenizer.chat_template = student_template.template(tokenizer, config.data, prompt)
     else:
-        tokenizer.chat_template = chat_template(model, tokenizer, prompt)
+        try:
+            tokenizer.chat_template = chat_template(model, tokenizer, prompt)
+        except ValueError as error:
+            tokenizer.chat_template, why_none = None, str(error)
+            logger.warning("the exported student has no chat template: %s", why_none)
     tokenizer.save_pretrained(folder)
-    text = model_card.card(config, prompt, scores, has_template=tokenizer.chat_template is not None)
+    text = model_card.card(config, prompt, scores, why_no_template=why_none)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -66,12 +73,14 @@ def lines(model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config, 
     return model_card.usage(Prompt.of(model, tokenizer, config), str(folder))
 
 
-def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str | None:
+def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> str:
     """A Jinja template that renders the last user message as the student's prompt: that of its first stream,
-    or of another one whose name the caller sets (`explain`, `reason`); None if no text has the prompt's ids.
+    or of another one whose name the caller sets (`explain`, `reason`).
 
-    A template makes text, and some vocabularies (Qwen's) join `?` and the separator, a newline, to one
-    token, which was never in a training prompt.
+    A template makes text, and some vocabularies (Qwen's, Llama 3's) join `?` and the separator, a newline, to
+    one token, which was never in a training prompt. Raises ValueError where a question with such an ending
+    gets other ids than in training. A question that ends in white space is not asked about: many vocabularies
+    join that.
     """
     prefix, *others = (json.dumps(text) for text in prompt.prefixes.values())
     for name, text in zip(list(prompt.prefixes)[1:], others, strict=True):
@@ -82,9 +91,9 @@ def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
         "{%- set question = (messages | selectattr('role', 'equalto', 'user') | list | last)['content'] -%}"
         f"{{{{- {json.dumps(start)} ~ {prefix} ~ {question} ~ {json.dumps(end)} -}}}}"
     )
+    limit, around = prompt.question_limit, layout(model, tokenizer)
     for stream, before in prompt.prefixes.items():
-        for probe in _PROBES:
-            limit, around = prompt.question_limit, layout(model, tokenizer)
+        for probe in [*_PROBES, *_joined(tokenizer, prompt.end)]:
             expected, _ = id_rows.prompts([before + probe], tokenizer, limit, **around)
             ids = tokenizer.apply_chat_template(
                 [{"role": "user", "content": probe}],
@@ -93,5 +102,19 @@ def chat_template(model: nn.Module, tokenizer: PreTrainedTokenizerBase, prompt: 
                 **{name: name == stream for name in prompt.prefixes},
             )
             if list(ids) != expected[0].tolist():
-                return None
+                ours, theirs = (tokenizer.batch_decode([[i] for i in row[-2:]]) for row in (expected[0], ids))
+                raise ValueError(
+                    f"behind the question {probe!a} the prompt of training ends with the tokens {ours}, and "
+                    f"a text with {theirs}, because the tokenizer joins the question's last character and "
+                    f"the {end!a} behind it"
+                )
     return template
+
+
+def _joined(tokenizer: PreTrainedTokenizerBase, end: int) -> list[str]:
+    """What the pieces of the vocabulary that end with the separator have before it, where that does not end
+    in white space."""
+    separator, text = tokenizer.convert_ids_to_tokens(end), tokenizer.decode([end])
+    pieces = [i for piece, i in tokenizer.get_vocab().items() if piece.endswith(separator) and i != end]
+    found = (own.removesuffix(text) for own in tokenizer.batch_decode([[i] for i in sorted(pieces)]))
+    return [own for own in found if own == own.rstrip() != ""]

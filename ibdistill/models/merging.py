@@ -25,9 +25,9 @@ def merged(model: nn.Module, *, in_place: bool = False) -> PreTrainedModel:
     if in_4bit(model):
         model, in_place = dequantized(model), True
     if not in_place:
-        own = {id(p) for layer in _adapted(model) for p in layer.parameters()}
+        own = {id(p) for layer in adapted_layers(model) for p in layer.parameters()}
         model = copy.deepcopy(model, memo={id(p): p for p in model.parameters() if id(p) not in own})
-    for layer in _adapted(model):
+    for layer in adapted_layers(model):
         dtype = layer.get_base_layer().weight.dtype
         layer.float()
         layer.merge()
@@ -54,8 +54,10 @@ def dequantized(model: nn.Module) -> nn.Module:
     return whole
 
 
-def _adapted(model: nn.Module) -> list[nn.Module]:
-    """The layers with adapters."""
+def adapted_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers with adapters; empty for a model without any."""
+    if not hasattr(model, "merge_and_unload"):
+        return []
     from peft.tuners.lora import LoraLayer
 
     return [module for module in model.modules() if isinstance(module, LoraLayer)]

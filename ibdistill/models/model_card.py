@@ -61,27 +61,34 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     return found
 
 
-def card(config: Config, prompt: Prompt, scores: Any, *, has_template: bool) -> str:
+def card(config: Config, prompt: Prompt, scores: Any, *, why_no_template: str = "") -> str:
     """The card in Markdown. It names no path of the machine that trained the student.
 
-    `scores` go into it as JSON; `has_template`: the folder has a chat template of the student's prompts.
+    `scores` go into it as JSON; `why_no_template`: why the folder has no chat template; empty: it has
+    one.
     """
     asks = {"explain": "a rationale", "reason": "the reasoning with the answer"}
     asks = [f"for {what} with `{name}=True`" for name, what in asks.items() if name in prompt.prefixes]
     asks = asks if "predict" in prompt.prefixes else []
     parts = [f"- {part}." for part in papers(config.objective)] or ["- fine-tuning on labels alone."]
-    chat = (
-        "The chat template makes the same prompt from the last user message"
-        + (f" ({', '.join(asks)})" if asks else "")
-        + "."
-        if has_template and not prompt.tags
-        else "The chat template adds to a conversation what the student was trained with"
-        + (f"; it asks {', '.join(asks)}" if asks else "")
-        + f". In training, questions of more than {prompt.question_limit} tokens lost their end."
-        if prompt.tags
-        else "There is no chat template, because in this vocabulary no text has the prompt's tokens: the "
-        "tokenizer joins the last character of a question and the newline behind it."
-    )
+    asked = f" ({', '.join(asks)})" if asks else ""
+    if why_no_template:
+        chat = (
+            "There is no chat template, because in this vocabulary no text has the prompt's tokens: "
+            f"{why_no_template}. Ask with the lines above, or with ibdistill's `ask.py`. A student that was "
+            "trained with `data.format chat` has a template."
+        )
+    elif prompt.tags:
+        chat = (
+            "The chat template adds to a conversation what the student was trained with"
+            + (f"; it asks {', '.join(asks)}" if asks else "")
+            + f". In training, questions of more than {prompt.question_limit} tokens lost their end."
+        )
+    else:
+        chat = (
+            f"The chat template makes the same prompt from the last user message{asked}, which must not end "
+            "in white space."
+        )
     return f"""---
 {yaml.safe_dump(_front_matter(config), sort_keys=False)}---
 

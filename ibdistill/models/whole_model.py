@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from ibdistill.models.merging import in_4bit, merged
+from ibdistill.models.merging import merged
 
 
 class WholeModel:
@@ -29,14 +29,9 @@ class WholeModel:
 
     @contextmanager
     def __call__(self) -> Iterator[nn.Module]:
-        """The model in evaluation mode, with its adapters merged as in the export. Collective under ZeRO-3.
-
-        Weights in 4 bits stay apart from their adapters until the export, because a GPU that was chosen for
-        them may have no room for the whole weights beside the run.
-        """
+        """The model in evaluation mode, with adapters merged as in the export. Collective under ZeRO-3."""
         model = self._model if self._skeleton is None else self._collect()
-        if not in_4bit(model):
-            model = merged(model, in_place=self._skeleton is not None)
+        model = merged(model, in_place=self._skeleton is not None)
         model.eval()
         try:
             yield model

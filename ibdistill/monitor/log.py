@@ -64,7 +64,7 @@ def losses(interval: Interval, config: Config) -> dict[str, float]:
     sums = dict(interval.terms)
     asked, right = (sums.pop(f"teacher_{name}", 0.0) for name in ("asked", "right"))
     terms = means(sums, interval.counts)
-    result = {"loss/total": total(config.objective, terms)}
+    result = {"loss/total": total(config.objective, terms, interval.counts)}
     estimator = ESTIMATORS.get(config.objective.estimator)
     if estimator and estimator.is_cross_entropy and terms.pop("mi_bound", None) is not None:
         result["mi/kl"] = terms["mi"] - terms["mi_entropy"]
@@ -126,6 +126,7 @@ def speed(interval: Interval, world: World, stall: float = 0.0) -> dict[str, flo
         **parts,
         "speed/student_s": step - sum(parts.values()) - stall / interval.steps,
         "data/padded_share": 1 - interval.tokens / interval.positions,
+        "data/own_text_share": interval.counts.get("sampled", 0) / max(1, interval.targets),
     }
 
 

@@ -84,12 +84,16 @@ class Meter:
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + value
         for name, value in {"data_wait": data_wait, **parts}.items():
-            self._parts[name] = self._parts.get(name, 0.0) + value
+            self.add_seconds(name, value)
         if norm is not None:
             self._norms.append(norm)
         self._steps += 1
         self._probes += self._is_probed
         self._is_probed = False
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        """Add seconds of this rank to a part of the interval; all ranks name the same parts."""
+        self._parts[part] = self._parts.get(part, 0.0) + seconds
 
     def exclude(self, seconds: float) -> None:
         """Leave out seconds that were not training, such as those of an evaluation."""

@@ -30,9 +30,16 @@ from ibdistill.models.architectures import ENCODER_DECODER, family, softcap
 from ibdistill.models.families import base_of
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
-from ibdistill.objectives.weights import GRADIENT, mi_settings, pairs_of, uses_vib, uses_vid
+from ibdistill.objectives.weights import GRADIENT, mi_settings, pairs_of, text_of, uses_vib, uses_vid
 from ibdistill.ops.copies import to_device
-from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions, Weights, head_loss
+from ibdistill.ops.head_loss.api import (
+    MISettings,
+    Stream,
+    TeacherDistributions,
+    TeacherStream,
+    Weights,
+    head_loss,
+)
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 
 
@@ -66,10 +73,20 @@ class Pair(NamedTuple):
 
 def pair_weights(names: tuple[str, str | None], factors: Mapping[str, float]) -> Weights:
     """The weights of a pair's terms, from those by segment (`weights.step_weights`)."""
-    found = {"mi": factors["mi"]}
+    found = {"mi": factors["mi"] if names[1] else 0.0}
     for stream, segment in zip(STREAMS, names, strict=True):
-        found |= {f"{kind}_{stream}": factors[f"{kind}_{segment}"] for kind in ("ce", "kd") if segment}
+        if segment:  # the student's own text has no cross entropy
+            found |= {f"{kind}_{stream}": factors.get(f"{kind}_{segment}", 0.0) for kind in ("ce", "kd")}
     return Weights(**found)
+
+
+def split_text(text: Stream, own: int) -> tuple[Stream, Stream]:
+    """A segment of which the last `own` questions are the student's own text, as two: the data's text of all
+    questions, where those have none, and the own text of those."""
+    first = len(text.cu) - 1 - own
+    rows = int(text.cu[first])
+    data = Stream(text.hidden[:rows], text.labels[:rows], text.cu.clamp(max=rows))
+    return data, Stream(text.hidden[rows:], text.labels[rows:], text.cu[first:] - rows)
 
 
 class _LossHead(nn.Module):
@@ -92,7 +109,8 @@ class _LossHead(nn.Module):
         total, terms = 0.0, {}
         for pair in pairs:
             arguments = pair.label, pair.rationale, self.weight, self.bias
-            settings = {"mi": mi, "teacher": pair.teacher, "softcap": self.softcap}
+            own_mi = mi if pair.rationale is not None else None
+            settings = {"mi": own_mi, "teacher": pair.teacher, "softcap": self.softcap}
             loss, own = head_loss(*arguments, weights=pair.weights, **settings)
             if self.measures:
                 own |= term_gradients(*arguments, pair.weights, **settings)
@@ -139,7 +157,8 @@ def term_gradients(
 
 @torch.no_grad()
 def teacher_accuracy(answer: TeacherAnswer, batch: Batch) -> dict[str, Tensor]:
-    """`teacher_right`: of `teacher_asked` questions, those whose label the teacher would write; 0-d fp32.
+    """`teacher_right`: of `teacher_asked` questions with a label, those whose label the teacher would write;
+    0-d fp32.
 
     Greedy decoding writes a text if and only if each of its tokens is the most probable one after
     the tokens before it, so the scores of the label say it and nothing has to be decoded. Behind a rationale
@@ -152,9 +171,11 @@ def teacher_accuracy(answer: TeacherAnswer, batch: Batch) -> dict[str, Tensor]:
     else:
         best = nn.functional.linear(target.hidden, answer.weight, answer.bias).argmax(-1)
     differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
-    bounds = to_device(batch.cu[segment].long(), labels.device)
-    right = (differs[bounds[1:]] == differs[bounds[:-1]]).sum()
-    return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(bounds) - 1).float()}
+    cu = batch.cu[segment].long()
+    asked = cu[1:] > cu[:-1]  # a record may lack an answer in the reason stream
+    first, last = (to_device(bounds[asked], labels.device) for bounds in (cu[:-1], cu[1:]))
+    right = (differs[last] == differs[first]).sum()
+    return {"teacher_right": right.float(), "teacher_asked": torch.full_like(right, len(first)).float()}
 
 
 class Distillation(nn.Module):
@@ -195,6 +216,18 @@ class Distillation(nn.Module):
             name: Stream(hidden, batch.labels[name], batch.cu[name])
             for name, hidden in states.targets.items()
         }
+        own = []
+        if batch.own is not None:
+            text, _ = text_of(batch.streams)
+            segments[text], sampled = split_text(segments[text], batch.own)
+            if answer is not None and answer.targets:
+                rows = len(segments[text].labels)
+                parts = [
+                    TeacherStream(*(None if part is None else part[chosen] for part in answer.targets[text]))
+                    for chosen in (slice(rows), slice(rows, None))
+                ]
+                answer = replace(answer, targets=answer.targets | {text: parts[0], "sampled": parts[1]})
+            segments["sampled"], own = sampled, [("sampled", None)]
         pairs = [
             Pair(
                 names,
@@ -203,7 +236,7 @@ class Distillation(nn.Module):
                 pair_weights(names, weights),
                 self._teacher(answer, names),
             )
-            for names in pairs_of(batch.streams)
+            for names in [*pairs_of(batch.streams), *own]
         ]
         total, terms = self.head(pairs, self.mi)
         if self.vid is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ibdistill.config.methods import METHODS, QUESTION_ESTIMATORS
 from ibdistill.config.sections import ObjectiveConfig, OptimConfig
@@ -50,6 +50,28 @@ def shares(objective: ObjectiveConfig) -> dict[str, float]:
             own = {segment: part * share for segment, share in own.items()}
         found |= own
     return found
+
+
+def text_of(streams: Sequence[str]) -> tuple[str, list[str]]:
+    """The segment that holds the rationale, in whose place the student's own text stands, and all segments
+    that this text replaces."""
+    label, rationale = pairs_of(streams)[-1]
+    return rationale, [rationale] if rationale == "explain" else [rationale, label]
+
+
+def _by_text(objective: ObjectiveConfig, counts: Mapping[str, float]) -> tuple[dict[str, float], float]:
+    """`shares` of the data's segments, and the share of the student's own text in the distillation term.
+
+    A question's text has the same weight whether it is the data's or the student's own. So where a part x of
+    the questions has own text, it takes the part x of the shares of what it replaces.
+    """
+    found = shares(objective)
+    if not counts.get("sampled_questions"):
+        return found, 0.0
+    part = counts["sampled_questions"] / counts["questions"]
+    replaced = text_of(streams_of(objective))[1]
+    own = part * sum(found[segment] for segment in replaced)
+    return found | {segment: (1.0 - part) * found[segment] for segment in replaced}, own
 
 
 def uses_mi(objective: ObjectiveConfig) -> bool:
@@ -125,12 +147,15 @@ def teacher_streams(objective: ObjectiveConfig) -> Sequence[str]:
 def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> dict[str, float]:
     """What each term's *sum* is multiplied with, given a step's global counts (`sampler.Sampler.counts`).
 
-    Terms are named by segment: `ce_predict`, `kd_rationale`, and so on; `mi` has no segment.
+    Terms are named by segment: `ce_predict`, `kd_rationale`, and so on; `mi` has no segment. The student's
+    own text (`sampler.OnPolicySampler`) counts as the segment `sampled`, which has no cross entropy.
     """
+    of_data, of_own = _by_text(objective, counts)
     # a step may have no rationale at all: its sums are 0, and the factor only has to be finite
-    per_token = {segment: share / max(1, counts[segment]) for segment, share in shares(objective).items()}
+    per_token = {segment: share / max(1, counts[segment]) for segment, share in of_data.items()}
     gamma = objective.gamma if distils(objective) else 0.0
-    return {
+    own = {"kd_sampled": gamma * of_own / max(1, counts["sampled"])} if "sampled" in counts else {}
+    return own | {
         **{f"ce_{segment}": factor for segment, factor in per_token.items()},
         "mi": objective.beta / max(1, counts["explained"]) if mi_settings(objective) else 0.0,
         **{f"kd_{segment}": gamma * factor for segment, factor in per_token.items()},
@@ -152,12 +177,15 @@ def means(sums: dict[str, float], counts: dict[str, float]) -> dict[str, float]:
     }
 
 
-def total(objective: ObjectiveConfig, mean: dict[str, float]) -> float:
-    """The total loss of the mean terms, as `means` names them."""
-    value = sum(share * mean[f"ce_{segment}"] for segment, share in shares(objective).items())
+def total(
+    objective: ObjectiveConfig, mean: dict[str, float], counts: Mapping[str, float] | None = None
+) -> float:
+    """The total loss of the mean terms, as `means` names them; with own text, from the counts of its
+    steps."""
+    of_data, of_own = _by_text(objective, counts or {})
+    value = sum(share * mean[f"ce_{segment}"] for segment, share in of_data.items())
     if distils(objective):
-        value += objective.gamma * sum(
-            share * mean[f"kd_{segment}"] for segment, share in shares(objective).items()
-        )
+        kd = sum(share * mean[f"kd_{segment}"] for segment, share in of_data.items())
+        value += objective.gamma * (kd + of_own * mean.get("kd_sampled", 0.0))
     term = next((mean[name] for name in ("vid", "vib", "mi") if name in mean), 0.0)
     return value + (objective.beta or 0.0) * term

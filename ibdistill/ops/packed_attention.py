@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from ibdistill.ops.copies import to_device
+
 SLACK = 0.1
 """Sequences share a block if the shortest has at least 1 - SLACK of the longest one's tokens. Measured: see
 `tools/bench/README.md`."""
@@ -111,12 +113,13 @@ def packed_attention(
 
 def distances(lengths: Tensor, device: torch.device) -> Tensor:
     """[n] int64: the key's place less the query's, in the order of `packed_attention`'s bias."""
-    return torch.cat(
+    made = torch.cat(
         [
             (torch.arange(keys) - torch.arange(queries)[:, None]).flatten()
             for queries, keys in (block.longest for block in _plan(sizes_of(lengths), device).blocks)
         ]
-    ).to(device)
+    )
+    return to_device(made, device)
 
 
 def groups(sizes: Sizes) -> list[list[int]]:
@@ -140,7 +143,8 @@ def _near(numbers: list[int], lengths: tuple[int, ...]) -> list[list[int]]:
 @lru_cache(maxsize=32)  # every layer asks for the same rows
 def ends(sizes: Sizes, device: torch.device) -> Tensor:
     """[2, S + 1] int32: 0 and the ends of the sequences' queries, and of their keys."""
-    return torch.tensor([(0, *part) for part in sizes]).cumsum(1).to(device, torch.int32)
+    found = torch.tensor([(0, *part) for part in sizes]).cumsum(1)
+    return to_device(found.to(torch.int32), device)
 
 
 def _varlen(
@@ -199,12 +203,12 @@ def _plan(sizes: Sizes, device: torch.device) -> _Plan:
             steps = torch.minimum(torch.arange(longest[side]), lengths[side, group, None] - 1)
             gathered[side].append((starts[side, group, None] + steps).flatten())
         own = torch.arange(longest[1]) < lengths[1, group, None]
-        mask = None if own.all() else own[:, None, None].to(device)
+        mask = None if own.all() else to_device(own[:, None, None], device)
         blocks.append(_Block(len(group), tuple(longest), mask))
         for number, i in enumerate(group):
             places[i] = offset + number * longest[0] + torch.arange(sizes[0][i])
         offset += len(group) * longest[0]
-    return _Plan(blocks, *(torch.cat(part).to(device) for part in (*gathered, places)))
+    return _Plan(blocks, *(to_device(torch.cat(part), device) for part in (*gathered, places)))
 
 
 def _square(bias: Tensor, plan: _Plan) -> list[Tensor]:

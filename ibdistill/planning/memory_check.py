@@ -14,6 +14,7 @@ from ibdistill.objectives import weights
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Skeleton
+from ibdistill.planning.evaluation_memory import copied_bytes
 from ibdistill.planning.footprint import PLACED, Zero
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
@@ -31,7 +32,9 @@ def certain_bytes(
             bucket = min(zero.reduce_bucket, sum(n for n, t in sizes if t))
             zero = dataclasses.replace(zero, reduce_bucket=bucket)
         in_4bit = student.frozen_linear if config.student.load_in_4bit else 0
-        parts, host = footprint.student_states(sizes, config.student.precision, zero, ranks, in_4bit=in_4bit)
+        precision = config.student.precision
+        parts, host = footprint.student_states(sizes, precision, zero, ranks, in_4bit=in_4bit)
+        parts["evaluation"] = copied_bytes(student, precision, zero.stage, in_4bit=in_4bit > 0)
     if teacher is not None:
         wanted = weights.wanted(config.objective) or Wanted(False, False, text=True)
         needs = wanted.targets or wanted.text

@@ -135,16 +135,18 @@ class TeacherAnswers:
         self._begun: _Begun | None = None
         self._clock = hardware.Clock(world.device)
 
-    def set_features(self, features: Features, unchanged: int) -> None:
+    def set_features(self, features: Features, unchanged: int, *, keeps: bool = False) -> None:
         """From now on indices are those of other features, which begin with the first `unchanged` of these.
 
-        If there are more, the teacher is asked for all of them and the cache is left alone. Otherwise a
-        resumed run would read answers about text that changes during a run where the first run asked for
-        them.
+        If there are more, the teacher is asked for all of them and the cache is left alone, unless `keeps`
+        says that it is to hold the answers about the new ones too, because they will be asked for again.
         """
         if self._writer is not None:
             self._writer.take_arrived()  # it is about the old features
-        self._features, self._reads = features, len(features) == unchanged
+        self._features, self._reads = features, keeps or len(features) == unchanged
+        if self._keys and keeps:
+            del self._keys[unchanged:]
+            self._keys += [self._key(i) for i in range(unchanged, len(features))]
         self._wait()  # and forget what was begun: its indices are those of the old features
 
     @property

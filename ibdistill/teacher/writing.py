@@ -42,6 +42,9 @@ from ibdistill.teacher.vocabulary import own_tokenizer
 
 logger = logging.getLogger("ibdistill")
 
+_PROBE = "Ann's 1,250 apples,  \tm² é\n(A) 3.5 + -2 = ?"
+"""A text by whose ids tokenizers of one vocabulary differ that normalise or split differently."""
+
 
 class Written(NamedTuple):
     """The result of `write`."""
@@ -166,13 +169,19 @@ def read(
 
 
 def fingerprint(config: Config, template: str) -> dict[str, Any]:
-    """Everything that a text depends on besides its prompts."""
+    """Everything that a text depends on besides its prompts.
+
+    The tokenizer's chat template is none of it, because prompts are not made with it.
+    """
     settings = config.teacher
     if settings.model not in presets.PRESETS:
         families.load_config(settings.model, "teacher.model")
+    tokenizer = own_tokenizer(settings.model)
+    cuts = [sorted(tokenizer.get_vocab().items()), sorted(tokenizer.special_tokens_map.items())]
     found = {
         "format": FORMAT,
         "teacher": families.identity(settings.model),
+        "tokenizer": files.digest(repr([cuts, tokenizer(_PROBE).input_ids]).encode()).hex(),
         "precision": "8bit" if settings.load_in_8bit else settings.precision,
         "template": template or "prefixes",
         "temperature": settings.temperature,

@@ -60,6 +60,12 @@ class TrainState:
     """Mean validation accuracy over tasks at `best_step`."""
     stale_evaluations: int = 0
     """Evaluations on the validation split since `best_step`."""
+    own_text: str = ""
+    """The file of the student's own text in force (`on_policy`); empty: there is none."""
+    sampled: int = 0
+    """Texts that the student has sampled for its own training."""
+    unfinished: int = 0
+    """How many of them were empty, or reached their limit without an end."""
     pseudo: str = ""
     """The file of the pseudo-labelled records in force (`pseudo_labels`); empty: there are none."""
 

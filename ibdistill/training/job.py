@@ -43,7 +43,8 @@ class Job:
     gold: Features
     """The training records, tokenized."""
     features: Features
-    """The same, and behind them the pseudo-labelled records in force (`pseudo_labels`)."""
+    """The same, and behind them the pseudo-labelled records in force (`pseudo_labels`), or those with text of
+    the student's own (`on_policy`)."""
     sampler: Sampler
     teacher_answers: TeacherAnswers | None
     engine: deepspeed.DeepSpeedEngine
@@ -112,16 +113,20 @@ class Job:
         prefixes = {name: loading.TASKS[name].prefixes for name in self.records.test}
         added = tokenize(pseudo, prefixes, self.tokenizer, config.data, streams=self.gold.streams)
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
-        if self.prefetch is not None:
-            self.prefetch.forget()  # their indices are those of the old features
         if pseudo:
-            self.features = self.gold + added
             self.sampler = MixedSampler(self.gold, added, config.data, **batches)
         else:
-            self.features = self.gold
             self.sampler = Sampler(self.gold, config.data, **batches)
+        self.learn_from(self.gold + added if pseudo else self.gold)
+
+    def learn_from(self, features: Features, *, keeps: bool = False) -> None:
+        """Take these features, which begin with `gold`, from now on; `keeps`: the teacher's cache is to hold
+        the answers about the others too."""
+        if self.prefetch is not None:
+            self.prefetch.forget()  # their indices are those of the old features
+        self.features = features
         if self.teacher_answers:
-            self.teacher_answers.set_features(self.features, unchanged=len(self.gold))
+            self.teacher_answers.set_features(features, unchanged=len(self.gold), keeps=keeps)
 
     def collate(self, indices: np.ndarray) -> data_batches.Batch:
         """The records of these indices into `features`, as the student reads them."""

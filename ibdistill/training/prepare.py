@@ -21,7 +21,7 @@ from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
 from ibdistill.data import loading
 from ibdistill.data.features import Features, drop_untaught, tokenize
 from ibdistill.data.records import Record
-from ibdistill.data.sampler import Sampler
+from ibdistill.data.sampler import OnPolicySampler, Sampler
 from ibdistill.data.text_checks import check_texts, truncated_shares
 from ibdistill.data.token_sampler import TokenSampler
 from ibdistill.models.whole_model import WholeModel
@@ -35,7 +35,7 @@ from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import device, pseudo_labels, run_folder
+from ibdistill.training import device, on_policy, pseudo_labels, run_folder
 from ibdistill.training.build_student import build_student
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
@@ -101,7 +101,7 @@ def prepare(config: Config, world: World) -> Job:
         student,
         world,
         teacher,
-        expects_more=bool(unlabelled),
+        expects_more=bool(unlabelled) or config.on_policy.share > 0,
     )
     return assemble(
         config,
@@ -177,7 +177,10 @@ def add_teacher_text(
 def build_sampler(config: Config, features: Features, world_size: int) -> Sampler:
     """The sampler by questions, or by tokens with `optim.tokens_per_batch`; raises ValueError as these do."""
     if not config.optim.tokens_per_batch:
-        return Sampler(features, config.data, batch_size=config.optim.batch_size, seed=config.run.seed)
+        batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
+        if config.on_policy.share:
+            return OnPolicySampler(features, config.data, **batches, share=config.on_policy.share)
+        return Sampler(features, config.data, **batches)
     streams = weights.streams_of(config.objective)
     shared = {"streams": streams, "world_size": world_size, "seed": config.run.seed}
     return TokenSampler(features, config.data, config.optim, **shared)
@@ -196,7 +199,7 @@ def build_teacher(
 ) -> TeacherAnswers | None:
     """What answers for the teacher while the student learns; None if the objective wants no answers.
 
-    `teacher`: one that is loaded already. `expects_more`: pseudo-labelled records will join `features`.
+    `teacher`: one that is loaded already. `expects_more`: others will join `features`.
     """
     wanted = weights.wanted(objective)
     if not wanted:
@@ -268,4 +271,6 @@ def assemble(
     state.pseudo = state.pseudo if unlabelled else ""
     if state.pseudo:
         job.mix(pseudo_labels.read(folder, state.pseudo))
+    if config.on_policy.share:
+        on_policy.restore(job)
     return job

@@ -20,7 +20,6 @@ has its last checkpoint at that step or before, so it answers again with the sam
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from ibdistill.data.tasks import demo
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.evaluation.faithfulness import agrees
 from ibdistill.evaluation.predictions import Prediction
-from ibdistill.runtime import files
+from ibdistill.training import step_files
 
 FOLDER = "agree"
 
@@ -135,25 +134,10 @@ def scalars(predictions: Sequence[Prediction], pseudo: Sequence[Record], seconds
 def write(run: Path, step: int, pseudo: Sequence[Record]) -> str:
     """Write the records before training goes on; returns the file's name, empty without records. Raises
     OSError."""
-    if not pseudo:
-        return ""
-    folder = run / FOLDER
-    lines = [json.dumps(dataclasses.asdict(record)) + "\n" for record in pseudo]
-    content = "".join(lines).encode()
-    path = folder / f"step-{step:08d}-{files.digest(content).hex()}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
-    files.write_atomically(path, content)
-    return path.name
+    return step_files.write(run / FOLDER, step, map(dataclasses.asdict, pseudo)) if pseudo else ""
 
 
 def read(run: Path, name: str) -> list[Record]:
     """The records of a file that `write` made. Raises ValueError if it is missing or has changed."""
-    path = run / FOLDER / name
-    content = path.read_bytes() if path.is_file() else b""
-    if files.digest(content).hex() != path.stem.rpartition("-")[2]:
-        raise ValueError(
-            f"{path} is {'damaged' if content else 'missing'}: the checkpoint was trained with its records. "
-            "Put it back, or start a new run"
-        )
-    rows = [json.loads(line) for line in content.decode().splitlines()]
+    rows = step_files.read(run / FOLDER / name)
     return [Record(**row | {"quantities": tuple(row["quantities"])}) for row in rows]

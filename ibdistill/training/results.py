@@ -48,6 +48,8 @@ def write_result(job: Job) -> None:
         **{split: earlier[split] for split in ("valid", "valid_seconds") if split in earlier},
         **job.results,
     }
+    if state.sampled:
+        result["on_policy"] = {"texts": state.sampled, "unfinished": state.unfinished}
     if job.unwritten:
         result["unwritten"] = job.unwritten
     try:

@@ -126,6 +126,15 @@ def strict_and_lenient(task, prediction, rec):
         ("jsonl", "The answer is New York.", "New York", False, True),
         ("jsonl", "8 apples", "8", False, True),
         ("jsonl", "8 apples", "8 pears", False, False),
+        ("esnli", "**entailment**.", "entailment", False, True),
+        ("esnli", "**Answer:** neutral", "neutral", False, True),
+        ("esnli", "**Answer: neutral**", "neutral", False, True),
+        ("esnli", "**neutral** or **entailment**", "neutral", False, False),
+        ("jsonl", r"The answer is $\boxed{New York}$.", "New York", False, True),
+        ("jsonl", r"\boxed{8} or \boxed{9}", "8", False, False),
+        ("jsonl", "**New York**", "**New York**", True, True),  # a label may be written like this
+        ("jsonl", "Answer: x", "Answer: x", True, True),
+        ("jsonl", "2**3", "23", False, False),
     ],
 )
 def test_strict_and_lenient_rules(task, prediction, gold, strict, lenient):
@@ -138,7 +147,8 @@ def test_strict_and_lenient_rules(task, prediction, gold, strict, lenient):
      ("b)", False, True), ("[b]", False, True), ("option b", False, True), ("Answer: B", False, True),
      ("The answer is (b) dog", False, True), ("b: dog", False, True), ("B. dog", False, True),
      ("Choice (b).", False, True), ("[b] dog.", False, True), ("**b**", False, True),
-     ("letter b", False, True),
+     ("letter b", False, True), ("b)dog", False, True), ("b - dog", False, True), (r"\boxed{b}", False, True),
+     ("b)cat", False, False), ("a - dog", False, False), ("**a** or **b**", False, False),
      ("(b) cat", False, False), ("a)", False, False), ("option a", False, False), ("z)", False, False),
      ("b or a", False, False), ("Answer: b. Answer: a", False, False), ("dog cat", False, False),
      ("(a) dog", False, False), ("", False, False)],

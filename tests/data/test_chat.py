@@ -100,6 +100,12 @@ def test_rows_of_a_batch_are_the_rendered_conversation():
     width = batch.input_ids.shape[1]
     places = [*range(prompts[0]), *range(width, width + prompts[1])]
     assert batch.question_positions.tolist() == places
+    packed = collate(made, [0, 1], made.streams, pad=0, start=3, separator=5, packed=True)
+    assert packed.input_ids[0].tolist() == batch.input_ids[batch.attention_mask.bool()].tolist()
+    assert packed.row_lengths.tolist() == batch.attention_mask.sum(1).tolist()
+    assert packed.question_positions.tolist() == [*range(prompts[0])] + [
+        packed.row_lengths[0].item() + place for place in range(prompts[1])
+    ]
     last = [batch.labels["answer"][end - 1].item() for end in batch.cu["answer"][1:]]
     assert last == [own.end, own.end]
 

@@ -9,12 +9,14 @@ import importlib.util
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import TEXTS, save, tiny
 
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import StudentConfig
 from ibdistill.data import tokenizers
-from ibdistill.models import decoding, families, merging, student
+from ibdistill.models import decoding, export, families, merging, student
+from ibdistill.models.whole_model import WholeModel
 from ibdistill.planning import footprint
 
 LIMITS = dict(max_question_tokens=64, max_new_tokens=9, device=torch.device("cpu"))
@@ -104,6 +106,25 @@ def test_the_export_adds_adapters_to_weights_that_are_whole_again(monkeypatch, t
     assert len(calls) == 1 and not [n for n, _ in merged.named_parameters() if "lora" in n]
     assert [answer.text for answer in decoding.decode(merged, tokenizer, TEXTS, **LIMITS)] == said
     assert [n for n, _ in model.named_parameters() if "lora" in n]  # the student itself is as it was
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_evaluated_is_what_is_exported(monkeypatch, tmp_path, precision):
+    """In bf16 a student whose adapters stayed apart would round, and answer, differently."""
+    name = save(tmp_path, "llama")
+    tokenizer = tokenizers.load_tokenizer(name, "student.tokenizer")
+    model = student.load_student(StudentConfig(model=name, lora_rank=4), tokenizer, 0)
+    model = noisy(model.to(student.COMPUTE_DTYPES[precision]))
+    monkeypatch.setattr(type(model.get_base_model()), "dequantize", lambda self: self)
+    model.get_base_model().is_loaded_in_4bit = True
+    config = load_settings("demo", {"student.precision": precision, "student.model": name, "run.dir": "x"})
+    with WholeModel(model, sharded=False)() as evaluated:
+        export.write(evaluated, tokenizer, tmp_path / "evaluated", config)
+    export.write(model, tokenizer, tmp_path / "exported", config)
+    for folder in ("evaluated", "exported"):
+        weights = load_file(tmp_path / folder / "model.safetensors")
+        assert weights and all(torch.equal(evaluated.state_dict()[key], w) for key, w in weights.items())
+    assert model.training and [n for n, _ in model.named_parameters() if "lora" in n]
 
 
 def test_the_planner_counts_what_4_bits_save(tmp_path):

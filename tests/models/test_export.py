@@ -4,6 +4,7 @@ template."""
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from card_lines import answers_by_card
+from chat_tokenizers import qwen, smollm2
 from tiny_models import TEXTS, byte_tokenizer, save, tiny
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe
@@ -52,7 +54,7 @@ HINTON, MINILLM, GKD = "1503.02531", "2306.08543", "2306.13649"
 def test_the_card_credits_each_method_with_its_own_papers(settings, papers):
     config = Config(objective=ObjectiveConfig(**{"beta": 0.1} | settings))
     prompt = Prompt.of(tiny("t5"), byte_tokenizer(), config)
-    card = model_card.card(config, prompt, {"demo": 1}, has_template=True)
+    card = model_card.card(config, prompt, {"demo": 1})
     assert re.findall(r"arXiv\s+([\d.]+\d)", card) == papers
     assert ("rationale = answer(" in card) == (settings["method"] != "finetune")
     assert '"demo": 1' in card
@@ -63,7 +65,7 @@ def test_the_card_of_a_mixture_has_every_tasks_prefixes(method):
     tasks = ["svamp", "esnli", "anli1"]
     config = Config(data=DataConfig(task=tasks), objective=ObjectiveConfig(method=method))
     prompt = Prompt.of(tiny("t5"), byte_tokenizer(), config)
-    card = model_card.card(config, prompt, {}, has_template=True)
+    card = model_card.card(config, prompt, {})
     rows = [[cell.strip(" `") for cell in row.split("|")[1:-1]] for row in re.findall(r"(?m)^\|.*\|$", card)]
     streams = list(prompt.prefixes)
     assert rows[0] == ["task", *streams] and ("explain" in streams) == (method == "dss")
@@ -71,7 +73,7 @@ def test_the_card_of_a_mixture_has_every_tasks_prefixes(method):
         task: [TASKS[task].prefixes[stream] for stream in streams] for task in tasks
     }
     assert "have that of svamp:" in card
-    alone = model_card.card(Config(data=DataConfig(task="svamp")), prompt, {}, has_template=True)
+    alone = model_card.card(Config(data=DataConfig(task="svamp")), prompt, {})
     assert "|" not in alone.split("## Scores")[0].split("## Use")[1]
 
 
@@ -80,7 +82,7 @@ def test_the_card_says_why_a_text_in_16_bits_may_differ():
     for precision in ("fp32", "bf16"):
         config = Config(student=StudentConfig(precision=precision))
         prompt = Prompt.of(tiny("t5"), byte_tokenizer(), config)
-        cards.append(model_card.card(config, prompt, {}, has_template=True))
+        cards.append(model_card.card(config, prompt, {}))
     assert "These lines give the answers that were evaluated:\n" in cards[0]
     assert "evaluated, up to rounding. The weights are in bf16, where" in cards[1]
     assert f"batches of {Config().run.eval_batch_size} questions" in cards[1]
@@ -111,14 +113,14 @@ def padded(**kwargs) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def joining_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE that splits text as Qwen's does, with one token for `?` and the newline behind it."""
+def joining_tokenizer(ending: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE that splits text as Qwen's does; an ending and the newline behind it are one token."""
     core = Tokenizer(bpe.BPE())
     split = pre_tokenizers.Split(Regex(r" ?[^\s\p{L}\p{N}]+[\r\n]*|\p{L}+|\p{N}| |\n"), "isolated")
     core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
     core.decoder, alphabet = decoders.ByteLevel(), pre_tokenizers.ByteLevel.alphabet()
     special = {"special_tokens": ["<|end|>"], "initial_alphabet": alphabet, "vocab_size": 300}
-    core.train_from_iterator(["all?\n how?\n"] * 9, trainers.BpeTrainer(**special))
+    core.train_from_iterator([f"all{ending}\n how{ending}\n"] * 9, trainers.BpeTrainer(**special))
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|end|>", pad_token="<|end|>")
 
 
@@ -155,16 +157,35 @@ def test_the_chat_template_gives_the_ids_of_training(tmp_path, model_type, bos, 
         assert ids == batch.input_ids[row, :length].tolist()
 
 
-def test_there_is_no_chat_template_where_no_text_has_the_prompts_ids(tmp_path):
-    tokenizer = joining_tokenizer()
-    assert (
-        tokenizer.convert_ids_to_tokens(tokenizer("all?\n").input_ids)[-1]
-        == "?\N{LATIN CAPITAL LETTER C WITH DOT ABOVE}"
-    )
+@pytest.mark.parametrize("ending", ["?", "}", "=>"])
+def test_there_is_no_chat_template_where_no_text_has_the_prompts_ids(tmp_path, caplog, ending):
+    """Whatever ending the vocabulary joins; card and log name it."""
+    tokenizer = joining_tokenizer(ending)
     tokenizer.chat_template = "{{ messages }}"
     export.write(tiny("llama"), tokenizer, tmp_path, Config())
     assert AutoTokenizer.from_pretrained(tmp_path).chat_template is None
-    assert "There is no chat template" in (tmp_path / "README.md").read_text()
+    card = (tmp_path / "README.md").read_text()
+    assert "There is no chat template" in card and "`ask.py`" in card and "`data.format chat`" in card
+    for text in (card, caplog.text):
+        assert (
+            f"{ending}' the prompt of training ends with the tokens ['{ending}', '\\n'], and a text" in text
+        )
+
+
+@pytest.mark.parametrize("name", ["smollm2", "qwen"])
+def test_of_published_vocabularies_those_that_join_are_refused(tmp_path, name):
+    """The cut-out ones; with IBDISTILL_CHAT_SMOLLM2 or ..._QWEN, the published one of that folder too."""
+    made = [{"smollm2": smollm2, "qwen": qwen}[name]()]
+    if folder := os.environ.get(f"IBDISTILL_CHAT_{name.upper()}"):
+        made.append(tokenizers.load_tokenizer(folder, "student.tokenizer"))
+    for tokenizer in made:
+        student = tiny("llama")
+        prompt = Prompt.of(student, tokenizer, Config())
+        if name == "qwen":
+            with pytest.raises(ValueError, match="the tokenizer joins the question's last character and"):
+                export.chat_template(student, tokenizer, prompt)
+        else:
+            assert export.chat_template(student, tokenizer, prompt)
 
 
 @pytest.mark.parametrize(

@@ -21,17 +21,18 @@ from ibdistill.ops.head_loss.arguments import TeacherStream
 BUDGET = {"t5": 3, "llama": 1, "gpt2": 1, "gemma2": 2}
 """Waits in one forward and backward pass. All are transformers' own, as it makes masks: it asks whether T5's
 padding mask is full, for the encoder and for each stream's cross-attention, and, for each kind of mask of a
-decoder-only model, whether its positions are those of packed rows."""
+decoder-only model, whether its positions are those of packed rows. Packed rows bring masks of their own."""
 
 
-def step_of(model_type: str, measures: bool) -> list[str]:
+def step_of(model_type: str, measures: bool, packed: bool = False) -> list[str]:
     """Everything of a train step but the engine and the optimizer: where the host waited."""
     is_pair = model_type in ENCODER_DECODER_SHAPES
     auto = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
     objective = ObjectiveConfig(method="ib+kd", beta=0.1, estimator="vid")
     streams = ("predict", "explain")
     features = features_of([(9, 2, 7), (4, 5, 2), (13, 1, 3)])
-    on_host = batches.collate(features, [0, 1, 2], streams, pad=0, start=0, separator=None if is_pair else 5)
+    layout = {"pad": 0, "start": 0, "separator": None if is_pair else 5, "packed": packed}
+    on_host = batches.collate(features, [0, 1, 2], streams, **layout)
     counts = {name: 10 for name in ("predict", "explain", "explained", "question_tokens")}
     with torch.device(GPU):
         model = fused(auto.from_config(config_of(model_type))).train()
@@ -60,3 +61,8 @@ def test_only_transformers_masks_wait(model_type, measures):
     assert len(places) == BUDGET[model_type], places
     # T5's mask is made in fused.py; it waits only where the device is no GPU (`implementation.on_gpu`)
     assert all(place.startswith(("forward.py", "fused.py")) for place in places), places
+
+
+@pytest.mark.parametrize("model_type", ["t5", "llama", "gpt2"])
+def test_nothing_waits_for_packed_rows(model_type):
+    assert step_of(model_type, measures=False, packed=True) == []

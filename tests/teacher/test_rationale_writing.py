@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import time
 from collections import Counter
 from dataclasses import replace
@@ -14,9 +15,11 @@ import torch
 from experts import by_heart, demo_records, taught
 from harness import ROOT, as_arguments, full_disk, kill_session, launch, start, tiny
 from miniatures import lines
+from tiny_models import byte_tokenizer
+from tokenizers.normalizers import Replace
 
 from ibdistill.config.load import load_settings
-from ibdistill.data import loading
+from ibdistill.data import loading, tokenizers
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks import demo
 from ibdistill.data.tasks.jsonl import parse_text
@@ -237,6 +240,47 @@ def test_a_cache_of_something_else_is_refused(world, asked, changed, difference)
     write(world, asked)
     with pytest.raises(ValueError, match=f"written by something else: {difference}"):
         write(world, asked, **changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "is_another"),
+    [
+        (lambda t: None, False),
+        (lambda t: setattr(t, "chat_template", "{{ messages }}"), False),  # prompts are not made with it
+        (lambda t: t.add_tokens(["<new>"]), True),
+        (lambda t: setattr(t, "bos_token", "0"), True),
+        (lambda t: setattr(t.backend_tokenizer, "normalizer", Replace("+", "-")), True),
+    ],
+)
+def test_a_cache_knows_the_tokenizer_of_its_teacher(asked, tmp_path, change, is_another):
+    tokenizer, prints = byte_tokenizer(), []
+    for name, edit in (("here", lambda t: None), ("there", change)):
+        edit(tokenizer)
+        shutil.copytree(asked["teacher.model"], tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        config = load_settings(None, asked | {"teacher.model": str(tmp_path / name)})
+        prints.append(writing.fingerprint(config, ""))
+    here, there = prints
+    assert {n for n in here if here[n] != there[n]} == ({"tokenizer"} if is_another else set())
+
+
+def test_a_cache_of_another_vocabulary_is_refused(asked, tmp_path):
+    config = load_settings(None, asked)
+    here = writing.fingerprint(config, "")
+    vocabulary = tokenizers.demo_tokenizer().get_vocab()
+    assert vocabulary != byte_tokenizer().get_vocab()
+    shutil.copytree(config.teacher.model, tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    other = load_settings(None, asked | {"teacher.model": str(tmp_path / "other")})
+    open_cache(tmp_path / "texts", here)
+    with pytest.raises(
+        ValueError, match="written by something else: tokenizer is .* delete that one to have"
+    ):
+        open_cache(tmp_path / "texts", writing.fingerprint(other, ""))
+    before_digests = {name: value for name, value in here.items() if name != "tokenizer"}
+    open_cache(tmp_path / "old", before_digests)
+    with pytest.raises(ValueError, match="tokenizer is absent there"):
+        open_cache(tmp_path / "old", here)
 
 
 def test_only_what_is_missing_is_asked_for(world, asked, tmp_path, monkeypatch):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 from card_lines import answers_by_card
-from chat_tokenizers import CHATML, THINKING, chatml, save_chat_model
-from harness import TRAIN, as_arguments, launch
+from chat_tokenizers import CHATML, THINKING, chatml, save_chat_model, talks_folder
+from harness import TRAIN, as_arguments, launch, same, steps, weights
 from tiny_models import tiny
 from transformers import AutoTokenizer, GenerationConfig, pipeline
 
@@ -87,22 +87,49 @@ def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, world, method
     }
 
 
-def test_a_teacher_of_the_same_template_and_vid(tmp_path):
-    """The teacher reads the student's prompts; its vid term is over all prompt tokens."""
-    folder = save_chat_model(tmp_path / "teacher")
+def test_two_ranks_with_a_sharded_teacher_learn_conversations_of_several_turns(tmp_path):
+    """Student and teacher in ZeRO-3 through the launcher; what is asked last is scored and exported."""
     settings = {
-        **{"data.task": "jsonl", "data.path": data_folder(tmp_path / "data"), "data.format": "chat"},
-        **{
-            "student.model": save_chat_model(tmp_path / "model", hidden_size=32),
-            "objective.method": "cot+ib+kd",
-        },
-        **{"teacher.placement": "replica", "teacher.model": folder, "teacher.precision": "fp32"},
-        **{"run.dir": str(tmp_path / "run"), "optim.batch_size": 4, "optim.max_steps": 3},
+        **{"data.task": "jsonl", "data.path": talks_folder(tmp_path / "data"), "data.format": "chat"},
+        **{"student.model": save_chat_model(tmp_path / "model", hidden_size=32)},
+        **{"teacher.placement": "zero3", "teacher.model": save_chat_model(tmp_path / "teacher")},
+        **{"objective.method": "cot+ib+kd", "deepspeed.config": "zero3", "run.dir": str(tmp_path / "run")},
+        **{"optim.batch_size": 4, "optim.max_steps": 3},
         **{"data.max_question_tokens": 64, "data.max_rationale_tokens": 64, "data.max_label_tokens": 24},
     }
     log = tmp_path / "log"
-    assert launch([TRAIN, *as_arguments(settings)], log=log) == 0, log.read_text()[-3000:]
-    assert "chat: teacher, reason" in log.read_text() and "renders the reason stream" not in log.read_text()
+    assert launch([TRAIN, *as_arguments(settings)], ranks=2, log=log) == 0, log.read_text()[-3000:]
+    said = log.read_text()
+    assert "chat: teacher, reason" in said and "renders the reason stream" not in said
+    assert "vid " in said and "3/3" in said
+    rows = next((tmp_path / "run/predictions").glob("*/test_jsonl.jsonl")).read_text().splitlines()
+    assert [json.loads(row)["question"] for row in rows[:2]] == ["1 + 2 ?", "+ 1 ?"] and len(rows) == 12
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/student")
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_cached_and_resumed_equals_uninterrupted_bit_for_bit(make_job, tmp_path):
+    """Two epochs with a teacher that fills a cache, against its cache alone, interrupted in the second."""
+    settings = {
+        **{"data.task": "jsonl", "data.path": talks_folder(tmp_path / "data"), "data.format": "chat"},
+        **{"data.subsample": 1.0, "student.model": save_chat_model(tmp_path / "model", hidden_size=32)},
+        **{"teacher.placement": "replica", "teacher.model": save_chat_model(tmp_path / "teacher")},
+        **{"teacher.cache": str(tmp_path / "cache"), "objective.method": "cot+ib+kd"},
+        **{"optim.batch_size": 6, "data.max_question_tokens": 64},
+        **{"data.max_rationale_tokens": 64, "data.max_label_tokens": 24},
+    }
+    whole = make_job(tmp_path / "whole", **settings)
+    steps(whole, 5)
+    whole.teacher_answers.flush()
+    settings["teacher.placement"] = "cache"
+    part = make_job(tmp_path / "part", **settings)
+    assert part.teacher_answers.teacher is None
+    steps(part, 4)
+    part.checkpoints.save(part.engine, part.state)
+    resumed = make_job(tmp_path / "part", **settings)
+    assert resumed.state.step == 4
+    steps(resumed, 1)
+    assert same(weights(resumed), weights(whole))
 
 
 @pytest.mark.parametrize("thinking", [False, True])

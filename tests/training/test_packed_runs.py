@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from chat_tokenizers import save_chat_model
 from harness import FORKED, as_arguments, launch, same, steps, tiny, weights
 from tiny_models import save
 
@@ -61,12 +62,38 @@ def test_teacher_cache_and_every_term_are_those_of_padded_rows(make_job, tmp_pat
     steps(reading, 1)
 
 
-@pytest.mark.parametrize("lora_rank", [0, 4])
-def test_a_step_is_that_of_padded_rows(make_job, tmp_path, lora_rank):
+def chat(folder) -> dict[str, object]:
+    """A run in format chat that trains all three streams, with adapters, from a folder."""
+    folder.mkdir()
+    for split, numbers in (("train", range(120)), ("valid", range(5)), ("test", range(5))):
+        rows = [
+            {"question": f"{i} + {i % 7} ?", "label": f"n{i}", "rationale": f"start {i} . " * (1 + i % 7)}
+            for i in numbers
+        ]
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {
+        **{"data.task": "jsonl", "data.path": str(folder), "data.format": "chat"},
+        **{"student.model": save_chat_model(folder / "model"), "student.lora_rank": 4},
+        **{"objective.method": "dss+cot", "data.max_question_tokens": 64, "data.max_rationale_tokens": 96},
+    }
+
+
+def qwen2(folder) -> dict[str, object]:
+    return {
+        "student.model": save(folder, "qwen2", max_position_embeddings=512),
+        "data.max_question_tokens": 128,
+    }
+
+
+def t5(folder) -> dict[str, object]:
+    return {"student.model": save(folder, "t5", dropout_rate=0.0)}
+
+
+@pytest.mark.parametrize("case", [qwen2, chat, t5])
+def test_a_step_is_that_of_padded_rows(make_job, tmp_path, case):
     """Steps of tokens, recomputed activations, adapters; and the next steps go on from a checkpoint."""
-    folder = save(tmp_path / "qwen2", "qwen2", max_position_embeddings=512)
-    more = {"student.model": folder, "student.lora_rank": lora_rank, "optim.batch_size": 64}
-    more |= {"data.max_question_tokens": 128, "optim.lr": 1e-2, "optim.tokens_per_batch": 3000}
+    more = case(tmp_path / "model") | {"optim.batch_size": 64, "optim.lr": 1e-2}
+    more["optim.tokens_per_batch"] = 3000
     more["optim.adam_eps"] = 0.1  # else Adam makes a whole step of a gradient that is nothing but rounding
     packing = {"data.packing": "on", "student.gradient_checkpointing": True}
     jobs = []
@@ -88,9 +115,20 @@ def test_a_step_is_that_of_padded_rows(make_job, tmp_path, lora_rank):
     assert same(weights(again), weights(packed))
 
 
-def test_two_ranks_of_zero3_train_on_packed_rows_of_tokens(tmp_path):
+def t5_and_teacher(folder) -> dict[str, object]:
+    """From a folder, beside a larger teacher in shares that fills a cache."""
+    return {
+        **{"student.model": save(folder / "student", "t5"), "objective.method": "ib+kd"},
+        **{"teacher.model": save(folder / "teacher", "t5", d_model=48, num_heads=6)},
+        **{"teacher.placement": "zero3", "teacher.precision": "fp32", "teacher.cache_form": "states"},
+        **{"teacher.cache": str(folder / "cache")},
+    }
+
+
+@pytest.mark.parametrize("case", [chat, t5_and_teacher])
+def test_two_ranks_of_zero3_train_on_packed_rows_of_tokens(tmp_path, case):
     """Two forward passes per rank and step; evaluation and export do not know of packing."""
-    settings = DEMO | {
+    settings = case(tmp_path / "given") | {
         "deepspeed.config": "zero3",
         "data.packing": "on",
         "optim.tokens_per_batch": 4000,

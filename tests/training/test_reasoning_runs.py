@@ -8,6 +8,7 @@ import logging
 import pytest
 import torch
 from card_lines import answers_by_card
+from chat_tokenizers import save_chat_model, talks_folder
 from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, output_of, same, steps, weights
 from tiny_models import byte_tokenizer, config_of
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -93,16 +94,22 @@ def test_a_run_memorises_and_its_export_answers_the_same(world, tmp_path, kind, 
 
 
 def test_gradients_do_not_depend_on_ranks_micro_batches_and_stage(tmp_path):
+    save_chat_model(tmp_path / "student", hidden_size=32)
+    save_chat_model(tmp_path / "teacher", hidden_size=48)
+    talks_folder(tmp_path / "talks")
     output_of(str(WORKERS / "reasoners.py"), str(tmp_path))
-    for method, parameters in (("dss+cot", 40), ("cot+ib+kd", 28)):
-        reference = torch.load(tmp_path / f"{method}_zero0_1ranks.pt")
+    cases = {"streams": (40, 3), "teacher": (28, 3), "infonce": (25, 2), "chat": (20, 4)}
+    for case, (parameters, others) in cases.items():
+        reference = torch.load(tmp_path / f"{case}_zero0_1ranks.pt")
         assert len(reference) > parameters
-        for stage, ranks in ((0, 2), (3, 1), (3, 2)):
-            ours = torch.load(tmp_path / f"{method}_zero{stage}_{ranks}ranks.pt")
+        paths = set(tmp_path.glob(f"{case}_*.pt")) - {tmp_path / f"{case}_zero0_1ranks.pt"}
+        assert len(paths) == others
+        for path in sorted(paths):
+            ours = torch.load(path)
             assert ours.keys() == reference.keys()
             for name, gradient in reference.items():
                 error = (ours[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
-                assert error < 1e-5, f"{method} zero{stage} {ranks} {name}: {error}"
+                assert error < 1e-5, f"{path.stem} {name}: {error}"
 
 
 @pytest.mark.parametrize("form", ["states", "topk"])
@@ -131,9 +138,12 @@ def test_a_cached_answer_is_the_one_that_was_asked_for(make_job, tmp_path, form)
         } <= terms.keys()
 
 
-@pytest.mark.parametrize("model", ["demo-student", "demo-student-decoder"])
-def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(make_job, tmp_path, model):
-    settings = {"objective.method": "dss+cot", "student.model": model}
+@pytest.mark.parametrize(
+    ("model", "packing"),
+    [("demo-student", "off"), ("demo-student", "on"), ("demo-student-decoder", "off")],
+)
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(make_job, tmp_path, model, packing):
+    settings = {"objective.method": "dss+cot", "student.model": model, "data.packing": packing}
     whole = make_job(tmp_path / "whole", **settings)
     steps(whole, 6)
     part = make_job(tmp_path / "part", **settings)

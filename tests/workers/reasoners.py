@@ -1,9 +1,11 @@
 """`python reasoners.py FOLDER`: the full gradients of one real training step of methods with the reason
-stream, on 1 and 2 forked ranks, to FOLDER/METHOD_zeroS_Rranks.pt; run by test_reasoning_runs."""
+stream, on 1 and 2 forked ranks, to FOLDER/CASE_zeroS_Rranks.pt; run by test_reasoning_runs.
+
+FOLDER holds what the case `chat` reads: `student`, `teacher` and `talks`.
+"""
 
 from __future__ import annotations
 
-import itertools
 import sys
 from pathlib import Path
 
@@ -16,31 +18,50 @@ from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
 from ibdistill.training.prepare import prepare
 
+TAUGHT = {"objective.method": "cot+ib+kd", "teacher.precision": "fp32"}
 CASES = {
-    "dss+cot": {"student.model": "demo-student"},
-    "cot+ib+kd": {"student.model": "demo-student-decoder", "teacher.model": "demo-teacher"},
+    "streams": {"objective.method": "dss+cot", "student.model": "demo-student"},
+    "teacher": TAUGHT | {"student.model": "demo-student-decoder", "teacher.model": "demo-teacher"},
+    "infonce": {
+        "objective.method": "cot+ib",
+        "objective.estimator": "infonce",
+        "student.model": "demo-student-decoder",
+    },
+    "chat": TAUGHT | {"data.task": "jsonl", "data.format": "chat", "data.system": "answer ."},
 }
-"""The second has vid and distillation from a T5, whole on every rank or in ZeRO-3."""
+"""`teacher` has vid and distillation from a T5, whole on every rank or in ZeRO-3; `chat` too, from a model of
+the student's template, on conversations of several turns."""
+_BOTH = [("streams", 0), ("streams", 3), ("teacher", 0), ("teacher", 3)]
+RUNS = {
+    1: [*_BOTH, ("infonce", 0), ("chat", 0)],
+    2: [*_BOTH, ("infonce", 1), ("infonce", 2), *(("chat", stage) for stage in range(4))],
+}
+"""Number of ranks -> (case, ZeRO stage)."""
 
 
 def main(folder: Path) -> None:
     world = distributed.init()
-    for (method, own), stage in itertools.product(CASES.items(), (0, 3)):
-        name = f"{method}_zero{stage}_{world.size}ranks"
-        settings = own | {
-            "objective.method": method,
-            "data.subsample": 64,
+    for case, stage in RUNS[world.size]:
+        name = f"{case}_zero{stage}_{world.size}ranks"
+        settings = CASES[case] | {
+            "data.max_question_tokens": 128,
             "data.max_label_tokens": 16,
-            "data.max_rationale_tokens": 48,
+            "data.max_rationale_tokens": 64,
             "student.dropout": 0.0,
             "optim.batch_size": 8,
-            "optim.micro_batch_size": 2,
+            # InfoNCE is over the questions of one forward pass of all ranks
+            "optim.micro_batch_size": 8 // world.size if case == "infonce" else 2,
             "optim.clip_norm": 0.0,
             "deepspeed.config": f"zero{stage}",
             "run.dir": str(folder / name),
         }
-        if "teacher.model" in own:
-            settings |= {"teacher.placement": "zero3" if stage else "replica", "teacher.precision": "fp32"}
+        if case == "chat":
+            names = {"student.model": "student", "teacher.model": "teacher", "data.path": "talks"}
+            settings |= {setting: str(folder / name) for setting, name in names.items()}
+        else:
+            settings["data.subsample"] = 64
+        if "teacher.model" in settings:
+            settings["teacher.placement"] = "zero3" if stage else "replica"
         job = prepare(load_settings(None, settings), world)
         gradients = gradients_of_step(job)
         if stage == 3:

@@ -1,14 +1,16 @@
-"""Packed against padded rows against a plain loop, for decoder-only students: what `train.py --family` runs.
+"""Packed against padded rows against a plain loop and against TRL: what `train.py --family` runs.
 
 `sft` is the loop that a supervised fine-tuning script runs: shuffled batches padded to their longest row,
 transformers' model with logits for all positions, cross entropy, clipping and fused AdamW. `padded` and
 `packed` are `ibdistill.train.train_step` with `data.packing` off and on. All three learn from the same
-questions in each step, in method cot: question, rationale and answer in one row. Nothing is measured
-unless the losses of a ragged batch agree.
+questions in each step, in method cot: question, rationale and answer in one row. For t5 the method is dss,
+two streams, and there is no `sft`. Nothing is measured unless the losses of a ragged batch agree.
 
-Variants take turns at every step, and the least time of a step over the rounds counts. Memory is the most
-that the resident set (or torch's tensors on a GPU) grows to during the three largest steps, in a process
-of its own, less what was in use before and less 16 bytes per parameter of model states.
+Variants take turns at every step, and the least time of a step over the rounds counts; the ratios of each
+round by itself are printed too. Memory is the most that the resident set (or torch's tensors on a GPU) grows
+to during the three largest steps, in a process of its own, less what was in use before and less 16 bytes per
+parameter of model states. TRL runs in the environment of an interpreter that is given, in a process of its
+own in each round: see `trl_sft.py`.
 """
 
 from __future__ import annotations
@@ -16,15 +18,17 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
 
+import against_trl
 import devices
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ibdistill import train
 from ibdistill.config import zero_file
@@ -39,10 +43,12 @@ from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
 from ibdistill.training.checkpoint import TrainState
 
-VARIANTS = ("sft", "padded", "packed")
-STREAMS, PIECES, IGNORED = ("reason",), 4000, -100
+PIECES, IGNORED = 4000, -100
 SHAPE = {"vocab_size": PIECES + 100, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
 SHAPE |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+T5 = {"vocab_size": PIECES + 100, "d_model": 384, "d_kv": 64, "d_ff": 1024, "num_layers": 6, "num_heads": 6}
+T5 |= {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.1, "decoder_start_token_id": 0}
+TIED = {"tie_word_embeddings": True}
 LENGTHS = {
     "gsm8k": ((4.12, 0.35, 8, 1024), (4.07, 0.50, 4, 256)),
     "long": ((4.5, 0.5, 8, 512), (6.3, 0.7, 16, 4096)),
@@ -52,7 +58,7 @@ fitted to its training split in 4,000 pieces, with their correlation of 0.52; lo
 and 545."""
 
 
-def draw(lengths: str, records: int = 2000) -> Features:
+def draw(lengths: str, family: str, records: int = 2000) -> Features:
     """Random ids in these lengths; answers have 3 tokens."""
     rng = np.random.default_rng(0)
     normal = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
@@ -63,9 +69,11 @@ def draw(lengths: str, records: int = 2000) -> Features:
     questions, rationales, answers = (
         Ragged([rng.integers(3, PIECES, n) for n in part]) for part in (*drawn, np.full(records, 3))
     )
-    targets = {"rationale": rationales, "answer": answers}
-    ids = [str(i) for i in range(records)]
-    return Features(ids, np.zeros(records, dtype=int), {"reason": questions}, targets)
+    ids, groups = [str(i) for i in range(records)], np.zeros(records, dtype=int)
+    if family == "t5":
+        both = {"predict": questions, "explain": questions}
+        return Features(ids, groups, both, {"predict": answers, "explain": rationales})
+    return Features(ids, groups, {"reason": questions}, {"rationale": rationales, "answer": answers})
 
 
 @dataclass
@@ -78,9 +86,15 @@ class PackedCase:
     steps: int
     device: torch.device
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """What is compared."""
+        return ("padded", "packed") if self.family == "t5" else ("sft", "padded", "packed")
+
     def settings(self, packing: str):
         """The settings of our run."""
-        overrides = {"objective.method": "cot", "optim.batch_size": self.batch_size, "data.packing": packing}
+        method = "dss" if self.family == "t5" else "cot"
+        overrides = {"objective.method": method, "optim.batch_size": self.batch_size, "data.packing": packing}
         overrides |= {"run.term_gradients_every": 0, "student.precision": "fp32"}
         settings = load_settings(None, overrides)
         zero_file.settle_ds_config(settings, 1)
@@ -93,13 +107,16 @@ class PackedCase:
     def model(self):
         """A new model on the device, with the same weights at every call."""
         torch.manual_seed(0)
-        config = AutoConfig.for_model(self.family, **SHAPE, tie_word_embeddings=True)
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).train().to(self.device)
+        is_t5 = self.family == "t5"
+        config = AutoConfig.for_model(self.family, **(T5 if is_t5 else SHAPE), **TIED)
+        auto = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
+        return auto.from_config(config, trust_remote_code=False).train().to(self.device)
 
     def batch(self, model, step: int, packed: bool) -> batches.Batch:
         """A step's questions."""
         layout = families.layout(model, tokenizers.demo_tokenizer())
-        return batches.collate(self.features, self.sampler().step(step), STREAMS, packed=packed, **layout)
+        rows = self.sampler().step(step)
+        return batches.collate(self.features, rows, self.features.streams, packed=packed, **layout)
 
 
 def sft_loss(model, batch: batches.Batch, alpha: float = 0.5) -> torch.Tensor:
@@ -130,7 +147,7 @@ def build(case: PackedCase, name: str, world):
         return sft_step, size
     module = distillation.Distillation(fused.fused(model), settings.objective)
     parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
-    parts |= {"config": settings, "world": world, "streams": STREAMS, "features": case.features}
+    parts |= {"config": settings, "world": world, "streams": case.features.streams, "features": case.features}
     parts |= {"tokenizer": tokenizers.demo_tokenizer(), "sampler": sampler, "meter": Meter()}
     sections = settings.student.precision, settings.optim, settings.deepspeed
     parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
@@ -145,15 +162,16 @@ def build(case: PackedCase, name: str, world):
 
 def check_losses(case: PackedCase) -> float:
     """The largest relative difference between the losses of one ragged batch."""
-    model = case.model()
+    model = case.model().eval()
     with torch.no_grad():
-        expected = sft_loss(model, case.batch(model, 0, packed=False))
+        expected = None if case.family == "t5" else sft_loss(model, case.batch(model, 0, packed=False))
         counts, found, model = case.sampler().counts(0), [], fused.fused(model)
         for packing in ("off", "on"):
             settings = case.settings(packing)
             module = distillation.Distillation(model, settings.objective)
             batch = case.batch(model, 0, packed=packing == "on").to(case.device)
             found.append(module(batch, weights.step_weights(settings.objective, counts))[0])
+    expected = found[0] if expected is None else expected
     return max(float((loss - expected).abs() / expected.abs()) for loss in found)
 
 
@@ -161,9 +179,11 @@ def peak_bytes(case: PackedCase, name: str) -> int:
     """The most bytes above the model states, in a new process."""
     world = distributed.init()
     build(case, name, world)[0](0)  # libraries are warm
+    model = case.model()
+    order = np.argsort([case.batch(model, index, packed=True).num_tokens for index in range(case.steps)])
+    del model
     before = devices.held_bytes(case.device)
     step, size = build(case, name, world)
-    order = np.argsort([case.sampler().counts(index)["rationale"] for index in range(case.steps)])
     step(int(order[0]))
     devices.restart_peak(case.device)
     for index in order[-3:]:
@@ -171,33 +191,91 @@ def peak_bytes(case: PackedCase, name: str) -> int:
     return devices.peak_bytes(case.device) - before - 16 * size
 
 
-def main(family: str, lengths: str, batch_size: int, steps: int, rounds: int, memory: bool) -> None:
-    """Measure and print. `lengths`: gsm8k or long."""
+@dataclass
+class RowFigures:
+    """A variant's figures."""
+
+    seconds: np.ndarray
+    """[rounds, steps]."""
+    real: int
+    """Tokens of all steps without padding."""
+    positions: int
+    peak: float = float("nan")
+
+    @property
+    def speeds(self) -> np.ndarray:
+        """Tokens/s of each round."""
+        return self.real / self.seconds.sum(1)
+
+    @property
+    def best(self) -> float:
+        """Tokens/s from the least time of each step."""
+        return self.real / self.seconds.min(0).sum()
+
+
+def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dict[str, RowFigures]:
+    """All variants, which take turns."""
+    model, found = case.model(), {}
+    for name in case.variants:
+        made = [case.batch(model, index, packed=name == "packed") for index in range(case.steps)]
+        real, positions = (sum(getattr(b, n) for b in made) for n in ("num_tokens", "num_positions"))
+        found[name] = RowFigures(np.zeros((rounds, case.steps)), real, positions)
+        if memory and rounds:
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found[name].peak = process.submit(peak_bytes, case, name).result()
+    if not rounds:
+        return found
+    world = distributed.init()
+    takes = {name: build(case, name, world)[0] for name in case.variants}
+    for take in takes.values():
+        take(0)  # libraries are warm
+    with tempfile.TemporaryDirectory() as folder:
+        file, told = (
+            against_trl.trl_file(case, SHAPE | TIED, folder) if trl else "",
+            {"trl": [], "trl-packed": []},
+        )
+        for round_ in range(rounds):
+            for index, name in itertools.product(range(case.steps), case.variants):
+                found[name].seconds[round_, index] = devices.timed(partial(takes[name], index), case.device)
+            for name in told if trl else ():
+                told[name].append(against_trl.run_trl(trl, file, name))
+    for name in told if trl else ():
+        seconds = np.array([each["seconds"] for each in told[name]])
+        sums = sum(told[name][0]["real"]), sum(told[name][0]["positions"])
+        found[name] = RowFigures(seconds, *sums, min(each["peak"] for each in told[name]))
+    return found
+
+
+def main(
+    family: str, lengths: str, batch_size: int, steps: int, rounds: int, memory: bool, trl: str | None
+) -> None:
+    """Measure and print. `lengths`: gsm8k or long. `rounds`: 0 for the padding alone. `trl`: an interpreter
+    that has TRL."""
     if lengths not in LENGTHS:
         sys.exit(f"--lengths is {lengths!r}; choose {' or '.join(LENGTHS)}")
-    case = PackedCase(draw(lengths), family, batch_size, steps, devices.choose())
-    print(f"{family} of {SHAPE}, cot, {steps} x {batch_size} of {lengths} lengths, shuffled")
+    if trl:
+        against_trl.check_trl(trl, family)
+    case = PackedCase(draw(lengths, family), family, batch_size, steps, devices.choose())
+    method = case.settings("off").objective.method
+    shape = T5 if family == "t5" else SHAPE
+    print(f"{family} of {shape}, {method}, {steps} x {batch_size} of {lengths} lengths, shuffled")
     print(f"every variant runs on {devices.name(case.device)}")
     print(f"loss of one batch: relative difference {(difference := check_losses(case)):.1e}")
     if not difference < 1e-4:
         sys.exit("the losses disagree: nothing is measured")
-    peaks = {}
-    for name in VARIANTS if memory else ():
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            peaks[name] = process.submit(peak_bytes, case, name).result()
-    world = distributed.init()
-    takes = {name: build(case, name, world)[0] for name in VARIANTS}
-    seconds = {name: np.full(steps, np.inf) for name in VARIANTS}
-    for _, index, name in itertools.product(range(rounds), range(steps), VARIANTS):
-        took = devices.timed(partial(takes[name], index), case.device)
-        seconds[name][index] = min(seconds[name][index], took)
-    model = case.model()
+    found = measure(case, rounds, memory, trl)
+    if not rounds:
+        for name, of in found.items():
+            print(f"{name:10}{1 - of.real / of.positions:6.1%} padding")
+        return
     print(" " * 11 + "s/step tokens/s  padding  peak_MiB")
-    for name in VARIANTS:
-        made = [case.batch(model, index, packed=name == "packed") for index in range(steps)]
-        real, all_ = (sum(getattr(b, n) for b in made) for n in ("num_tokens", "num_positions"))
-        time = seconds[name].sum()
-        peak = f"{peaks[name] / 2**20:10.0f}" if peaks else ""
-        print(f"{name:8}{time / steps:9.3f}{real / time:9.0f}{1 - real / all_:9.1%}{peak}")
-    for name, other in (("packed", "padded"), ("packed", "sft"), ("padded", "sft")):
-        print(f"{name} / {other}: {seconds[other].sum() / seconds[name].sum():.2f} times the tokens/s")
+    for name, of in found.items():
+        peak = f"{of.peak / 2**20:10.0f}" if of.peak == of.peak else ""
+        step = of.real / of.best / of.seconds.shape[1]
+        print(f"{name:10}{step:7.3f}{of.best:9.0f}{1 - of.real / of.positions:9.1%}{peak}")
+    for name, other in itertools.combinations(reversed(found), 2):
+        low, middle, high = np.quantile(found[name].speeds / found[other].speeds, (0, 0.5, 1))
+        print(
+            f"{name} / {other}: {found[name].best / found[other].best:.2f} times the tokens/s "
+            f"(rounds {low:.2f}, {middle:.2f}, {high:.2f})"
+        )

@@ -12,6 +12,7 @@ from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Lengths
+from ibdistill.planning.evaluation_memory import copied_bytes
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
 from ibdistill.runtime.hardware import GIB
 from plan import costs
@@ -171,8 +172,8 @@ class Planner:
             "student": self.traces.living(checkpointing, micro),
             "update": footprint.step_buffers(self.sizes, precision, zero, self.ranks),
         }
-        if zero.stage == 3:  # evaluation collects a copy (`models.whole_model`)
-            activations["evaluation"] = WIDTH[precision] * sum(n for n, _ in self.sizes)
+        in_4bit = config.student.load_in_4bit
+        activations["evaluation"] = copied_bytes(self.student, precision, zero.stage, in_4bit=in_4bit)
         micro_batches = self.per_rank // micro
         traffic = costs.student_traffic(self.sizes, precision, zero, micro_batches, gathered)
         if self.ranks == 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ibdistill.config.sections.data import DataConfig
-from ibdistill.config.sections.learning import DeepSpeedConfig, ObjectiveConfig, OptimConfig
+from ibdistill.config.sections.learning import DeepSpeedConfig, ObjectiveConfig, OnPolicyConfig, OptimConfig
 from ibdistill.config.sections.models import StudentConfig, TeacherConfig
 from ibdistill.config.sections.run import RunConfig
 
@@ -27,6 +27,7 @@ class Config:
     student: StudentConfig = field(default_factory=StudentConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 

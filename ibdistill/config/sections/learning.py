@@ -1,4 +1,4 @@
-"""Settings of what is minimised, by which optimizer, under which ZeRO stage."""
+"""Settings of what is minimised, on which text, by which optimizer, under which ZeRO stage."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Literal
 
 from ibdistill.config.fields import (
     AtLeastOne,
+    ClosedShare,
     Decay,
     NotNegative,
     NotNegativeInt,
@@ -59,6 +60,28 @@ class ObjectiveConfig:
     probability of the head (none: 0.5). The others have none."""
     kd_temperature: Positive = 1.0
     """Temperature of both distributions; the term is multiplied with its square."""
+
+
+@dataclass(kw_only=True)
+class OnPolicyConfig:
+    """Text that the student samples itself and learns from by the distillation term alone."""
+
+    share: ClosedShare = 0.0
+    """Share of each batch's questions whose rationale is the student's own (lambda of GKD, Agarwal et al.,
+    ICLR 2024, arXiv 2306.13649); in a reason stream rationale and answer are. For methods with kd."""
+    every: Positive = 1.0
+    """Epochs between two samplings. Below 1 text is sampled within an epoch, at most before every step."""
+    start: Decay = 0.0
+    """Share of the run's steps before the first sampling, in which all text is the data's."""
+    temperature: Positive = 1.0
+    """Temperature of the samples."""
+    top_p: Share = 1.0
+    """Samples are drawn from the most probable tokens alone, as many as have this probability together."""
+    max_tokens: NotNegativeInt = 0
+    """The most tokens of a sample; 0: as many as the data's text may have."""
+    unfinished: Literal["keep", "replace"] = "keep"
+    """Samples that reach the limit without an end, and empty ones. keep: the teacher scores them as they are.
+    replace: such a question keeps the data's text until the next sampling."""
 
 
 @dataclass(kw_only=True)

@@ -119,8 +119,9 @@ def _can_be_met(record: Record) -> bool:
 
 
 def _same_stated(prediction: str, record: Record) -> bool:
-    text = stated(prediction)
-    if text is not None and same_text_or_number(text, record):
+    if any(
+        same_text_or_number(text, record) for text in (prediction, stated(prediction)) if text is not None
+    ):
         return True
     return lone_number(record.gold) is not None and same_amount(prediction, record)
 

@@ -1,0 +1,100 @@
+"""TRL's SFTTrainer on rows of token ids: what `train.py --family ... --trl PYTHON` runs there.
+
+TRL needs other versions of libraries than ibdistill pins, so nothing of ibdistill is imported here. The rows,
+their order, the model's shape, precision and optimizer are those of `packed.py`; what TRL does besides by
+default (the entropy and accuracy of each step) stays on. `trl` pads rows, `trl-packed` lets TRL pack them
+(`packing=True`, best fit decreasing). One JSON line on standard output says what was measured.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+
+class Stopwatch(TrainerCallback):
+    """Seconds of each step, its optimizer included."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, *_, **__) -> None:
+        self._start = time.perf_counter()
+
+    def on_step_end(self, *_, **__) -> None:
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def resident(key: str) -> int:
+    """Bytes of an entry in this process's status file: VmRSS, or VmHWM, which is its high-water mark."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def trainer(case: dict, packed: bool, steps: int) -> tuple[SFTTrainer, Stopwatch]:
+    """A trainer of this many steps; the rows come in their order."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(case["family"], **case["shape"])
+    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
+    core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    masks = [[0] * prompt + [1] * (len(row) - prompt) for row, prompt in case["rows"]]
+    rows = Dataset.from_dict({"input_ids": [row for row, _ in case["rows"]], "completion_mask": masks})
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=steps,
+        per_device_train_batch_size=1 if packed else case["batch_size"],
+        max_length=case["tokens"] if packed else None,
+        packing=packed,
+        train_sampling_strategy="sequential",
+        learning_rate=case["lr"],
+        max_grad_norm=case["clip_norm"],
+        optim="adamw_torch_fused",
+        completion_only_loss=True,
+        gradient_checkpointing=False,
+        bf16=False,
+        use_cpu=not torch.cuda.is_available(),
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+    )
+    watch = Stopwatch()
+    made = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch])
+    return made, watch
+
+
+def main(file: str, variant: str) -> None:
+    """Measure the case that a JSON file describes."""
+    case, packed = json.loads(Path(file).read_text()), variant == "trl-packed"
+    torch.set_num_threads(case["threads"])
+    trainer(case, packed, 1)[0].train()  # libraries are warm
+    gc.collect()
+    before = resident("VmRSS")
+    made, watch = trainer(case, packed, case["steps"])
+    batches = [batch for batch, _ in zip(made.get_train_dataloader(), range(case["steps"]), strict=False)]
+    real = [
+        int(b["attention_mask"].sum()) if "attention_mask" in b else b["input_ids"].numel() for b in batches
+    ]
+    positions = [batch["input_ids"].numel() for batch in batches]
+    Path("/proc/self/clear_refs").write_text("5")
+    made.train()
+    size = sum(parameter.numel() for parameter in made.model.parameters())
+    peak = resident("VmHWM") - before - 16 * size
+    found = {"seconds": watch.seconds, "real": real, "positions": positions, "peak": peak}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
