@@ -31,8 +31,8 @@ def by_heart(folder: Path, records: Sequence[Record], preset: str = "demo-studen
 
     from ibdistill.config.sections import DataConfig
     from ibdistill.data import batches, tokenizers
-    from ibdistill.data.features import tokenize
     from ibdistill.data.tasks.registry import TASKS
+    from ibdistill.data.tokenizing import tokenize
     from ibdistill.models import families, forward
 
     tokenizer = tokenizers.demo_tokenizer()

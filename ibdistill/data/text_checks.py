@@ -14,10 +14,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat, token_ids
-from ibdistill.data.features import Features, Ragged, tokenize
+from ibdistill.data.features import Features, Ragged
 from ibdistill.data.loading import Loaded
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.data.tokenizing import tokenize
 
 logger = logging.getLogger("ibdistill")
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill.config.sections import Config
 from ibdistill.data import batches as data_batches
 from ibdistill.data import loading
-from ibdistill.data.features import Features, tokenize
+from ibdistill.data.features import Features
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import MixedSampler, Sampler
+from ibdistill.data.tokenizing import tokenize
 from ibdistill.models import families
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms

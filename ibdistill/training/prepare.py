@@ -19,11 +19,12 @@ from ibdistill.config.sections import (
 )
 from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
 from ibdistill.data import loading
-from ibdistill.data.features import Features, drop_untaught, tokenize
+from ibdistill.data.features import Features
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import OnPolicySampler, Sampler
 from ibdistill.data.text_checks import check_texts, truncated_shares
 from ibdistill.data.token_sampler import TokenSampler
+from ibdistill.data.tokenizing import drop_untaught, tokenize
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board

@@ -8,9 +8,10 @@ from feature_tables import features_of, random_features
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data.batches import collate
-from ibdistill.data.features import Features, Ragged, tokenize
+from ibdistill.data.features import Features, Ragged
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
+from ibdistill.data.tokenizing import tokenize
 
 
 def test_an_epoch_uses_each_record_at_most_once_and_leaves_out_only_the_tail():

@@ -16,11 +16,11 @@ from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat, chat_features, chat_start, loading, token_ids
 from ibdistill.data.batches import collate
 from ibdistill.data.chat import Chat
-from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.tokenizers import load_tokenizer
+from ibdistill.data.tokenizing import tokenize
 
 CONFIG = DataConfig(task="jsonl", format="chat", system="Be brief.")
 GOLDEN = {

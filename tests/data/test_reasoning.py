@@ -13,10 +13,10 @@ from tiny_models import byte_tokenizer
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import batches, reasoning, token_ids, tokenizers
-from ibdistill.data.features import drop_untaught, tokenize
 from ibdistill.data.records import SEGMENTS, Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.data.tokenizing import drop_untaught, tokenize
 
 MARKER = "The answer is:"
 

@@ -9,9 +9,9 @@ import tokenizer_variants
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import loading, text_checks
-from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.data.tokenizing import tokenize
 
 
 def check(tokenizer, train, test=None, task="jsonl", valid=("1",), **settings):

@@ -12,9 +12,9 @@ from tiny_models import byte_tokenizer, save, tiny
 from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig
 from ibdistill.data import batches, tokenizers
 from ibdistill.data.chat import adopt_turn_end
-from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.data.tokenizing import tokenize
 from ibdistill.evaluation import predictions
 from ibdistill.models import asking, export, families
 from ibdistill.models.asking import Student

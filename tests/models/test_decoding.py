@@ -9,8 +9,8 @@ from tiny_models import tiny
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import batches
-from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
+from ibdistill.data.tokenizing import tokenize
 from ibdistill.models import decoding, families, forward
 
 QUESTIONS = [

@@ -21,9 +21,9 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 from ibdistill.config.methods import DIVERGENCES, HEAD_ESTIMATORS, QUESTION_ESTIMATORS
 from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
-from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
+from ibdistill.data.tokenizing import tokenize
 from ibdistill.models import decoding, export, families, model_card
 from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student

@@ -19,9 +19,9 @@ from transformers import (
 
 from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, id_rows, tokenizers
-from ibdistill.data.features import tokenize
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import Sampler
+from ibdistill.data.tokenizing import tokenize
 from ibdistill.models import decoding, export, families, forward
 from ibdistill.models.architectures import softcap
 from ibdistill.models.student import check_context, check_fit, load_model, load_student

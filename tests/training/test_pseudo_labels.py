@@ -272,7 +272,7 @@ def test_the_teacher_scores_the_pseudo_labelled_text_too(make_job, tmp_path, ora
 
 
 def agreement_features(records, prefixes, job):
-    from ibdistill.data.features import tokenize
+    from ibdistill.data.tokenizing import tokenize
 
     return tokenize(records, prefixes, job.tokenizer, job.config.data)
 

@@ -12,7 +12,7 @@ from accept import inputs
 from accept.lines import Context
 from ibdistill.config.load import load_settings
 from ibdistill.data import batches, loading
-from ibdistill.data.features import tokenize
+from ibdistill.data.tokenizing import tokenize
 from ibdistill.models import families, fused
 from ibdistill.objectives import distillation, weights
 

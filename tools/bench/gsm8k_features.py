@@ -9,7 +9,8 @@ import numpy as np
 
 from ibdistill.config.load import load_settings
 from ibdistill.data import loading, tokenizers
-from ibdistill.data.features import Features, Ragged, tokenize
+from ibdistill.data.features import Features, Ragged
+from ibdistill.data.tokenizing import tokenize
 
 PIECES = 4000
 """Tokens of the vocabulary."""
