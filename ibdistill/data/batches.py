@@ -36,7 +36,7 @@ from ibdistill.ops.copies import to_device
 
 logger = logging.getLogger("ibdistill")
 
-Rows = dict[str, list[np.ndarray]]
+TokenIds = dict[str, list[np.ndarray]]
 """Stream or segment -> token ids of each record."""
 
 
@@ -123,7 +123,7 @@ class Batch:
 
 def collate(
     features: Features,
-    rows: Sequence[int],
+    indices: Sequence[int],
     streams: Sequence[str],
     *,
     pad: int,
@@ -133,7 +133,9 @@ def collate(
     multiple: int = 1,
     packed: bool = False,
 ) -> Batch:
-    """The micro-batch of the records `rows`. `models.families.layout` gives a model's keyword arguments.
+    """The micro-batch of the records with these indices.
+
+    `models.families.layout` gives a model's keyword arguments.
 
     Args:
         pad: the padding token.
@@ -147,21 +149,21 @@ def collate(
 
     Of features whose questions are whole prompts, nothing comes in front of a prompt or behind it.
     """
-    questions = {stream: [features.questions[stream][row] for row in rows] for stream in streams}
+    questions = {stream: [features.questions[stream][i] for i in indices] for stream in streams}
     segments = segments_of(streams)
-    targets = {segment: [features.targets[segment][row] for row in rows] for segment in segments}
+    targets = {segment: [features.targets[segment][i] for i in indices] for segment in segments}
     if features.whole_prompts:
         inputs = _decoder_only(questions, targets, pad, None, None, multiple, packed)
     elif separator is None:
         inputs = _encoder_decoder(questions, targets, pad, start, bos, multiple, packed)
     else:
         inputs = _decoder_only(questions, targets, pad, start, separator, multiple, packed)
-    own = None if features.own is None else features.own[list(rows)]
+    own = None if features.own is None else features.own[list(indices)]
     assert own is None or (np.diff(own.astype(int)) >= 0).all(), "own text comes last (OnPolicySampler)"
     return Batch(
         streams=tuple(streams),
         own=None if own is None else int(own.sum()),
-        question_ids=tuple(features.ids[row] for row in rows),
+        question_ids=tuple(features.ids[i] for i in indices),
         labels={segment: torch.from_numpy(np.concatenate(targets[segment])).long() for segment in segments},
         cu={
             segment: torch.tensor(np.cumsum([0, *map(len, targets[segment])]), dtype=torch.int32)
@@ -172,7 +174,7 @@ def collate(
 
 
 def _encoder_decoder(
-    questions: Rows, targets: Rows, pad: int, start: int, bos: int | None, multiple: int, packed: bool
+    questions: TokenIds, targets: TokenIds, pad: int, start: int, bos: int | None, multiple: int, packed: bool
 ) -> dict[str, Any]:
     rows = [id_rows.led(row, bos) for rows in questions.values() for row in rows]
     input_ids, attention_mask, begins = id_rows.laid(rows, pad, multiple, packed)
@@ -204,8 +206,8 @@ def _encoder_decoder(
 
 
 def _decoder_only(
-    questions: Rows,
-    targets: Rows,
+    questions: TokenIds,
+    targets: TokenIds,
     pad: int,
     bos: int | None,
     separator: int | None,
@@ -242,7 +244,7 @@ def _of_packed(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
     return {"row_lengths": lengths, "position_ids": places[None]}
 
 
-def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
+def _whole(targets: TokenIds, stream: str) -> list[np.ndarray]:
     """Each record's target of a stream: its segments one after the other."""
     segments = [targets[segment] for segment in SEGMENTS[stream]]
     return (
@@ -252,7 +254,7 @@ def _whole(targets: Rows, stream: str) -> list[np.ndarray]:
     )
 
 
-def _segment_places(targets: Rows, stream: str, starts: np.ndarray) -> dict[str, Tensor]:
+def _segment_places(targets: TokenIds, stream: str, starts: np.ndarray) -> dict[str, Tensor]:
     """Segment -> the places that predict its tokens in a stream's flattened rows.
 
     `starts`: the place that predicts each target's first token.

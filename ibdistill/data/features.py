@@ -62,16 +62,16 @@ class Features:
         """The targets that hold the rationale."""
         return self.targets[self.text]
 
-    def take(self, rows: Sequence[int]) -> Features:
-        """These rows alone."""
+    def take(self, indices: Sequence[int]) -> Features:
+        """The records with these indices alone."""
         return replace(
             self,
-            ids=[self.ids[row] for row in rows],
-            groups=self.groups[list(rows)],
-            samples=None if self.samples is None else self.samples[list(rows)],
-            own=None if self.own is None else self.own[list(rows)],
-            questions={stream: Ragged(own[row] for row in rows) for stream, own in self.questions.items()},
-            targets={segment: Ragged(own[row] for row in rows) for segment, own in self.targets.items()},
+            ids=[self.ids[i] for i in indices],
+            groups=self.groups[list(indices)],
+            samples=None if self.samples is None else self.samples[list(indices)],
+            own=None if self.own is None else self.own[list(indices)],
+            questions={stream: Ragged(own[i] for i in indices) for stream, own in self.questions.items()},
+            targets={segment: Ragged(own[i] for i in indices) for segment, own in self.targets.items()},
         )
 
     def __add__(self, other: Features) -> Features:
@@ -87,14 +87,14 @@ class Features:
             cut={what: self.cut.get(what, 0) + other.cut.get(what, 0) for what in self.cut | other.cut},
         )
 
-    def with_own_text(self, rows: Sequence[int], texts: Iterable[Sequence[int]]) -> Features:
-        """These rows alone, with token ids of the student's own in the place of the rationale, and of the
-        answer behind it in a reason stream."""
-        taken = self.take(rows)
+    def with_own_text(self, indices: Sequence[int], texts: Iterable[Sequence[int]]) -> Features:
+        """`take`, with token ids of the student's own in the place of the rationale, and of the answer behind
+        it in a reason stream."""
+        taken = self.take(indices)
         targets = taken.targets | {self.text: Ragged(texts)}
         if "answer" in targets:
-            targets["answer"] = Ragged([[]] * len(rows))
-        return replace(taken, targets=targets, own=np.ones(len(rows), dtype=bool))
+            targets["answer"] = Ragged([[]] * len(indices))
+        return replace(taken, targets=targets, own=np.ones(len(indices), dtype=bool))
 
     def _own_with(self, other: Features) -> np.ndarray | None:
         if self.own is None and other.own is None:

@@ -46,7 +46,7 @@ class Sampler:
         self._members = [
             firsts[features.groups[firsts] == group] for group in range(int(features.groups.max()) + 1)
         ]
-        sizes = np.array([len(rows) for rows in self._members], dtype=np.float64)
+        sizes = np.array([len(members) for members in self._members], dtype=np.float64)
         shares = np.array(config.mixture_weights or sizes ** (1 / config.mixture_temperature))
         self._counts = np.floor(shares / shares.sum() * len(firsts) + 0.5).astype(int)
         self.steps_per_epoch = int(self._counts.sum()) // batch_size
@@ -71,22 +71,22 @@ class Sampler:
         Neighbours in length go to the same micro-step on all ranks, so ranks wait little for
         each other.
         """
-        rows = self.step(step).reshape(-1, world_size, micro_batch_size)
-        return list(rows[:, rank])
+        indices = self.step(step).reshape(-1, world_size, micro_batch_size)
+        return list(indices[:, rank])
 
     def counts(self, step: int) -> dict[str, int]:
         """What a step holds over all ranks: target tokens per segment, `questions`, `explained` (questions
         with a rationale), and `question_tokens` (of the first stream)."""
-        rows = self.step(step)
-        lengths = {name: table.lengths[rows] for name, table in self._features.targets.items()}
+        indices = self.step(step)
+        lengths = {name: table.lengths[indices] for name, table in self._features.targets.items()}
         return {segment: int(own.sum()) for segment, own in lengths.items()} | {
-            "questions": len(rows),
-            "explained": int((self._features.rationales.lengths[rows] > 0).sum()),
-            "question_tokens": int(self._features.first_questions.lengths[rows].sum()),
+            "questions": len(indices),
+            "explained": int((self._features.rationales.lengths[indices] > 0).sum()),
+            "question_tokens": int(self._features.first_questions.lengths[indices].sum()),
         }
 
     def _draw(self, group: int, epoch: int) -> np.ndarray:
-        """The rows of a task in an epoch: the next ones of its endless walk through permutations."""
+        """The records of a task in an epoch: the next ones of its endless walk through permutations."""
         members, count = self._members[group], self._counts[group]
         start, end = epoch * count, (epoch + 1) * count
         rounds = range(start // len(members), -(-end // len(members)))
@@ -99,27 +99,27 @@ class Sampler:
     def _plan_epoch(self, epoch: int) -> np.ndarray:
         """[steps_per_epoch, batch_size] record indices."""
         rng = np.random.default_rng([self._seed, epoch, 1 << 30])
-        rows = np.concatenate([self._draw(group, epoch) for group in range(len(self._members))])
-        rows = rng.permutation(rows)[: self.steps_per_epoch * self.batch_size]
-        rows = self._samples.drawn(rows, self._seed, epoch)
+        indices = np.concatenate([self._draw(group, epoch) for group in range(len(self._members))])
+        indices = rng.permutation(indices)[: self.steps_per_epoch * self.batch_size]
+        indices = self._samples.drawn(indices, self._seed, epoch)
         pool = self._bucket_batches * self.batch_size
         batches = np.concatenate(
-            [self._bucket(rows[start : start + pool]) for start in range(0, len(rows), pool)]
+            [self._bucket(indices[start : start + pool]) for start in range(0, len(indices), pool)]
         )
         return batches[rng.permutation(len(batches))]
 
-    def _bucket(self, rows: np.ndarray) -> np.ndarray:
-        """[batches, batch_size] the rows of a pool, as batches of similar target and question length."""
-        targets = sum(table.lengths[rows] for table in self._features.targets.values())
-        questions = self._features.first_questions.lengths[rows]
-        num_batches = len(rows) // self.batch_size
+    def _bucket(self, indices: np.ndarray) -> np.ndarray:
+        """[batches, batch_size] the records of a pool, as batches of similar target and question length."""
+        targets = sum(table.lengths[indices] for table in self._features.targets.values())
+        questions = self._features.first_questions.lengths[indices]
+        num_batches = len(indices) // self.batch_size
         slab = self.batch_size * max(1, round(num_batches**0.5))
         by_target = np.argsort(targets, kind="stable")
         order = [
-            rows_of_slab[np.argsort(questions[rows_of_slab], kind="stable")]
-            for rows_of_slab in (by_target[start : start + slab] for start in range(0, len(rows), slab))
+            slab_indices[np.argsort(questions[slab_indices], kind="stable")]
+            for slab_indices in (by_target[start : start + slab] for start in range(0, len(indices), slab))
         ]
-        return rows[np.concatenate(order)].reshape(num_batches, self.batch_size)
+        return indices[np.concatenate(order)].reshape(num_batches, self.batch_size)
 
 
 class _Samples:
@@ -133,12 +133,12 @@ class _Samples:
         self._order = np.argsort(self._question, kind="stable")
         self._starts = np.cumsum(self._sizes) - self._sizes
 
-    def drawn(self, rows: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-        """For each row one of those of its question, drawn by seed, question and epoch."""
+    def drawn(self, indices: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """For each record one of the samples of its question, drawn by seed, question and epoch."""
         if len(self._sizes) == len(self._order):
-            return rows
+            return indices
         chosen = np.random.default_rng([seed, epoch, 1 << 29]).random(len(self._sizes)) * self._sizes
-        questions = self._question[rows]
+        questions = self._question[indices]
         return self._order[self._starts[questions] + chosen.astype(int)[questions]]
 
 
@@ -153,7 +153,7 @@ class MixedSampler(Sampler):
     def __init__(
         self, gold: Features, pseudo: Features, config: DataConfig, *, batch_size: int, seed: int
     ) -> None:
-        """The row numbers that `step` returns are those of `gold + pseudo`.
+        """The indices that `step` returns are those of `gold + pseudo`.
 
         Raises ValueError if the records of either kind do not fill their part of one batch.
         """
@@ -167,8 +167,8 @@ class MixedSampler(Sampler):
 
     def step(self, step: int) -> np.ndarray:
         """[batch_size] indices into `gold + pseudo`, ordered by length."""
-        rows = [self._gold.step(step), self._first_pseudo + self._pseudo.step(step)]
-        return self._bucket(np.concatenate(rows))[0]
+        indices = [self._gold.step(step), self._first_pseudo + self._pseudo.step(step)]
+        return self._bucket(np.concatenate(indices))[0]
 
 
 class OnPolicySampler(Sampler):
@@ -188,30 +188,30 @@ class OnPolicySampler(Sampler):
         self._window = range(0)
 
     def drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """[batch_size] row numbers of a step, and whether each has own text, as soon as there is some."""
-        rows = super().step(step)
-        order = np.random.default_rng([self._seed, step, 1 << 28]).permutation(len(rows))
-        return rows, order < round(self._share * len(rows))
+        """[batch_size] indices of a step's records, and whether each has own text once there is some."""
+        indices = super().step(step)
+        order = np.random.default_rng([self._seed, step, 1 << 28]).permutation(len(indices))
+        return indices, order < round(self._share * len(indices))
 
-    def rows(self, window: range) -> np.ndarray:
-        """The rows that need own text in these steps, in rising order."""
-        parts = [rows[is_own] for rows, is_own in map(self.drawn, window)]
+    def to_sample(self, window: range) -> np.ndarray:
+        """The records that need own text in these steps, in rising order."""
+        parts = [indices[is_own] for indices, is_own in map(self.drawn, window)]
         return np.unique(np.concatenate(parts))
 
-    def use(self, own: Features, rows: np.ndarray, window: range, gold: Features) -> None:
-        """In the steps of `window` take the text `own` for these rows; in others there is none. The row
-        numbers that `step` returns are those of `gold + own`."""
+    def use(self, own: Features, indices: np.ndarray, window: range, gold: Features) -> None:
+        """In the steps of `window` take the text `own` for these records; in others there is none. The
+        indices that `step` returns are those of `gold + own`."""
         self._features, self._window = gold + own, window
         self._places = np.full(len(gold), -1)
-        self._places[rows] = len(gold) + np.arange(len(rows))
+        self._places[indices] = len(gold) + np.arange(len(indices))
 
     def step(self, step: int) -> np.ndarray:
-        """[batch_size] row numbers, ordered by length."""
+        """[batch_size] indices, ordered by length."""
         if step not in self._window:
             return super().step(step)
-        rows, is_own = self.drawn(step)
-        places = self._places[rows]
-        return self._bucket(np.where(is_own & (places >= 0), places, rows))[0]
+        indices, is_own = self.drawn(step)
+        places = self._places[indices]
+        return self._bucket(np.where(is_own & (places >= 0), places, indices))[0]
 
     def micro_batches(
         self, step: int, *, rank: int, world_size: int, micro_batch_size: int
@@ -224,8 +224,8 @@ class OnPolicySampler(Sampler):
     def counts(self, step: int) -> dict[str, int]:
         """As `Sampler.counts`, where the rationale's segment and `explained` have the data's text alone; with
         `sampled`, the tokens of the student's own text, and `sampled_questions`, how many have it."""
-        found, rows = super().counts(step), self.step(step)
-        own = rows[rows >= self._gold]
+        found, indices = super().counts(step), self.step(step)
+        own = indices[indices >= self._gold]
         tokens = self._features.rationales.lengths[own]
         found[self._features.text] -= int(tokens.sum())
         found["explained"] -= int((tokens > 0).sum())

@@ -58,7 +58,7 @@ class TokenSampler(Sampler):
             )
 
     def _check(self, features: Features, world_size: int) -> None:
-        if any(count != len(rows) for count, rows in zip(self._counts, self._members, strict=True)):
+        if any(count != len(members) for count, members in zip(self._counts, self._members, strict=True)):
             raise ValueError(
                 "optim.tokens_per_batch takes each record once per epoch, and data.mixture_weights or "
                 "data.mixture_temperature repeats some; leave these out, or set optim.batch_size"
@@ -88,37 +88,37 @@ class TokenSampler(Sampler):
     def _plan_epoch(self, epoch: int) -> list[np.ndarray]:
         """The record indices of each step."""
         rng = np.random.default_rng([self._seed, epoch, 1 << 30])
-        rows = rng.permutation(
+        indices = rng.permutation(
             np.concatenate([self._draw(group, epoch) for group in range(len(self._members))])
         )
-        ends, start, steps = self._tokens[rows].cumsum(), 0, []
+        ends, start, steps = self._tokens[indices].cumsum(), 0, []
         for _ in range(self.steps_per_epoch):
             before = ends[start - 1] if start else 0
             end = int(np.searchsorted(ends, before + self._budget, side="right"))
-            steps.append(rows[start:end])
+            steps.append(indices[start:end])
             start = end
         return steps
 
 
 def squares(features: Features, streams: Sequence[str]) -> np.ndarray:
     """[records] int64: the sum of the squared lengths of each record's sequences."""
-    rows = (
+    lengths = (
         features.questions[stream].lengths
         + sum(features.targets[segment].lengths for segment in segments_of((stream,)))
         for stream in streams
     )
-    return np.sum([row.astype(np.int64) ** 2 for row in rows], axis=0)
+    return np.sum([each.astype(np.int64) ** 2 for each in lengths], axis=0)
 
 
-def balanced(rows: np.ndarray, tokens: np.ndarray, squares: np.ndarray, shares: int) -> list[np.ndarray]:
-    """The records `rows` in `shares` parts of near-equal tokens and squares, the largest part first.
+def balanced(indices: np.ndarray, tokens: np.ndarray, squares: np.ndarray, shares: int) -> list[np.ndarray]:
+    """These records in `shares` parts of near-equal tokens and squares, the largest part first.
 
     `tokens` and `squares` are those of all records. No part is empty if there are as many records as parts.
     """
-    costs = np.stack([tokens[rows] / tokens[rows].sum(), squares[rows] / squares[rows].sum()], axis=1)
+    costs = np.stack([sizes[indices] / sizes[indices].sum() for sizes in (tokens, squares)], axis=1)
     loads, parts = np.zeros(shares), [[] for _ in range(shares)]
     for i in np.argsort(-costs.sum(1), kind="stable"):
         least = int(loads.argmin())
         loads[least] += costs[i].sum()
-        parts[least].append(rows[i])
+        parts[least].append(indices[i])
     return [np.array(parts[i]) for i in np.argsort(-loads, kind="stable")]

@@ -189,10 +189,10 @@ def open_cache(folder: Path, here: dict[str, Any]) -> None:
         )
 
 
-def append(path: Path, rows: Sequence[tuple[Record, str, Texts]]) -> None:
+def append(path: Path, written: Sequence[tuple[Record, str, Texts]]) -> None:
     """Add (record, key, texts) to a process's own file, and see them on disk. Raises OSError."""
     lines = []
-    for record, key, texts in rows:
+    for record, key, texts in written:
         rationale, label = parse(texts, record) or (None, None)
         read = {"rationale": rationale, "label": label}
         row = {"key": key, "id": record.id, "question": record.question, **read, "texts": texts}

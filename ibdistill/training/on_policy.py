@@ -44,8 +44,8 @@ FOLDER = "on_policy"
 class Text(NamedTuple):
     """One sampled text."""
 
-    row: int
-    """The record's number in the training records."""
+    record: int
+    """The record's index in the training records."""
     id: str
     """The record's name."""
     ids: list[int]
@@ -74,9 +74,9 @@ def refresh(job: Job) -> dict[str, float]:
     If it cannot be written, these steps learn from the data's text. Collective.
     """
     start, step = time.perf_counter(), job.state.step
-    rows = job.sampler.rows(window(job, step))
+    indices = job.sampler.to_sample(window(job, step))
     with job.whole() as model:
-        texts = sample(job, model, rows)
+        texts = sample(job, model, indices)
     write = partial(step_files.write, job.folder / FOLDER, step, [text._asdict() for text in texts])
     try:
         job.state.own_text = distributed.run_on_rank_0(write)
@@ -99,7 +99,7 @@ def restore(job: Job) -> None:
     """Learn from the text that the restored checkpoint names. Raises ValueError as `step_files.read` does."""
     name = job.state.own_text
     if name and not is_due(job):
-        texts = [Text(**row) for row in step_files.read(job.folder / FOLDER / name)]
+        texts = [Text(**values) for values in step_files.read(job.folder / FOLDER / name)]
         use(job, texts, step_files.step_of(name))
 
 
@@ -113,16 +113,16 @@ def use(job: Job, texts: Sequence[Text], step: int) -> None:
     """Let the steps after `step` learn from the texts, until the next sampling."""
     settings = job.config.on_policy
     kept = [text for text in texts if text.finished or settings.unfinished == "keep"]
-    rows = np.array([text.row for text in kept], dtype=int)
-    own = job.gold.with_own_text(rows, [text.ids for text in kept])
-    job.sampler.use(own, rows, window(job, step), job.gold)
+    indices = np.array([text.record for text in kept], dtype=int)
+    own = job.gold.with_own_text(indices, [text.ids for text in kept])
+    job.sampler.use(own, indices, window(job, step), job.gold)
     # text that lasts for more than an epoch is read again
     keeps = interval(job.config, job.sampler.steps_per_epoch) > job.sampler.steps_per_epoch
     job.learn_from(job.gold + own, keeps=keeps)
 
 
-def sample(job: Job, model: nn.Module, rows: Sequence[int]) -> list[Text]:
-    """A text for each of these rows. Collective; every rank gets all of them.
+def sample(job: Job, model: nn.Module, indices: Sequence[int]) -> list[Text]:
+    """A text for each record with one of these indices. Collective; every rank gets all of them.
 
     A text depends on the weights, the seed, the step and the record, and not on the batch or on the number of
     ranks, apart from rounding. `model` is whole on every rank, so the shares of the ranks may be uneven.
@@ -132,8 +132,8 @@ def sample(job: Job, model: nn.Module, rows: Sequence[int]) -> list[Text]:
     limit = settings.max_tokens or config.data.answer_limits()[stream]
     found = []
     for task in job.records.test:  # a mixture's tasks have prefixes of their own
-        mine = [row for row in rows if job.records.train[row].task == task][world.rank :: world.size]
-        records: list[Record] = [job.records.train[row] for row in mine]
+        mine = [i for i in indices if job.records.train[i].task == task][world.rank :: world.size]
+        records: list[Record] = [job.records.train[i] for i in mine]
         keys = [f"{config.run.seed} {job.state.step} {record.id} {stream} own" for record in records]
         answers = decoding.decode(
             model,
@@ -145,9 +145,9 @@ def sample(job: Job, model: nn.Module, rows: Sequence[int]) -> list[Text]:
             batch_size=config.run.eval_batch_size,
             sampling=Sampling(settings.temperature, decoding.draws(keys, limit), settings.top_p),
         )
-        for row, record, answer in zip(mine, records, answers, strict=True):
+        for index, record, answer in zip(mine, records, answers, strict=True):
             ended = answer.ids[-1:] == (job.tokenizer.eos_token_id,)
             finished = ended and bool(answer.text.strip())
-            found.append(Text(int(row), record.id, list(answer.ids), answer.text, finished))
+            found.append(Text(int(index), record.id, list(answer.ids), answer.text, finished))
     shares = distributed.gather_objects(found)
     return sorted(text for share in shares for text in share)

@@ -38,7 +38,7 @@ def test_every_batch_has_its_share_of_own_text(share, own):
     plan = OnPolicySampler(gold, DataConfig(), batch_size=16, seed=3, share=share)
     plain = Sampler(gold, DataConfig(), batch_size=16, seed=3)
     window = range(2, 6)
-    wanted = plan.rows(window)
+    wanted = plan.to_sample(window)
     texts = [np.arange(row % 5) for row in wanted]
     both = gold + gold.with_own_text(wanted, texts)
     plan.use(gold.with_own_text(wanted, texts), wanted, window, gold)
@@ -124,13 +124,13 @@ def test_text_depends_on_question_step_and_seed_alone(make_job, tmp_path):
         job.world, job.state.step = ranks[0], 5
         later = on_policy.sample(job, model, range(0, 10, 2))
     assert [all_of_them[2], all_of_them[7]] == some and sorted(shares) == all_of_them
-    assert [text.row for text in all_of_them] == list(range(10))
-    assert [text.ids for text in later] != [all_of_them[text.row].ids for text in later]
+    assert [text.record for text in all_of_them] == list(range(10))
+    assert [text.ids for text in later] != [all_of_them[text.record].ids for text in later]
     assert all(1 <= len(text.ids) <= 6 for text in all_of_them)
     eos = job.tokenizer.eos_token_id
     for text in all_of_them:
         assert text.finished == (text.ids[-1] == eos and bool(text.text.strip()))
-        assert text.id == job.records.train[text.row].id
+        assert text.id == job.records.train[text.record].id
 
 
 @pytest.mark.parametrize("unfinished", ["keep", "replace"])
@@ -142,7 +142,7 @@ def test_unfinished_texts_are_counted_and_kept_or_replaced(make_job, monkeypatch
 
     monkeypatch.setattr(on_policy, "sample", texts)
     scalars = on_policy.refresh(job)
-    rows = job.sampler.rows(range(12))
+    rows = job.sampler.to_sample(range(12))
     assert scalars["on_policy/texts"] == len(rows) == job.state.sampled
     assert scalars["on_policy/unfinished_share"] == pytest.approx(len(rows) // 2 / len(rows))
     own = sum(job.sampler.counts(step)["sampled_questions"] for step in range(12))
@@ -200,8 +200,8 @@ def test_a_damaged_or_missing_file_is_refused(make_job, tmp_path):
     job.checkpoints.save(job.engine, job.state)
     path = job.folder / "on_policy" / job.state.own_text
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert rows == step_files.read(path) and rows[0].keys() == {"row", "id", "ids", "text", "finished"}
-    path.write_text(path.read_text().replace('"row": ', '"row": 1', 1))
+    assert rows == step_files.read(path) and rows[0].keys() == {"record", "id", "ids", "text", "finished"}
+    path.write_text(path.read_text().replace('"record": ', '"record": 1', 1))
     with pytest.raises(ValueError, match="is damaged: the checkpoint was trained with its records"):
         make_job(**TAUGHT | {"optim.max_steps": 40})
 
