@@ -102,14 +102,14 @@ class Batch:
         """
         if device.type == "cpu":
             return self
-        return self._mapped(lambda tensor: to_device(tensor, device))
+        return self.mapped(lambda tensor: to_device(tensor, device))
 
     def pinned(self) -> Batch:
         """The batch in memory that a GPU can read by itself, which is where `to` would copy it first."""
-        return self._mapped(Tensor.pin_memory)
+        return self.mapped(Tensor.pin_memory)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        """The batch with this done to all its tensors but `cu` and the lengths."""
+    def mapped(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with this done to all its tensors but `cu` and the lengths, which the host reads."""
 
         def changed(value: Any) -> Any:
             if isinstance(value, dict):

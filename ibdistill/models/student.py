@@ -18,8 +18,8 @@ from ibdistill.data.records import STREAMS
 from ibdistill.models import presets
 from ibdistill.models.families import ENCODER_DECODER, base_of, family, load_model, load_preset
 from ibdistill.models.fused import packs
+from ibdistill.runtime.hardware import DTYPES
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ALL_LINEAR = "all-linear"
 """peft's name for all linear layers but the head."""
 
@@ -35,7 +35,7 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
     in_4bit = {}
     if config.load_in_4bit:
         check_4bit(config)
-        in_4bit = {"quantization_config": quantization(config), "dtype": COMPUTE_DTYPES[config.precision]}
+        in_4bit = {"quantization_config": quantization(config), "dtype": DTYPES[config.precision]}
     if config.model in presets.PRESETS:
         model = load_preset(config.model, tokenizer, seed, config.dropout)
     else:
@@ -68,12 +68,16 @@ def check_4bit(config: StudentConfig) -> None:
             "student.load_in_4bit is for pretrained weights, and student.model is the preset "
             f"{config.model!r}; name a model of the hub or a folder"
         )
+    check_bitsandbytes("student.load_in_4bit")
+
+
+def check_bitsandbytes(setting: str, or_else: str = "") -> None:
+    """Raise ValueError where weights in few bits cannot work. `or_else`: another way out for the message."""
     has_gpu, has_package = torch.cuda.is_available(), importlib.util.find_spec("bitsandbytes") is not None
     if not (has_gpu and has_package):
         raise ValueError(
-            "student.load_in_4bit needs a CUDA device and the package bitsandbytes "
-            f"(GPU: {'yes' if has_gpu else 'no'}, bitsandbytes: "
-            f"{'installed' if has_package else 'not installed'}); set student.load_in_4bit false"
+            f"{setting} needs a CUDA device and the package bitsandbytes (GPU: {'yes' if has_gpu else 'no'}, "
+            f"bitsandbytes: {'installed' if has_package else 'not installed'}); set {setting} false{or_else}"
         )
 
 
@@ -83,7 +87,7 @@ def quantization(config: StudentConfig) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=COMPUTE_DTYPES[config.precision],
+        bnb_4bit_compute_dtype=DTYPES[config.precision],
     )
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from datetime import timedelta
 
 import deepspeed
-import torch
 
 from ibdistill.config.sections import Config
 from ibdistill.models.operations import operations_per_token
@@ -142,5 +141,6 @@ def utilization(interval: Interval, operations: tuple[int, int], peak: float, wo
 
 def peak_rate(config: Config, world: World) -> float:
     """Operations per second that a device could do: `run.peak_tflops`, or else `hardware.peak_rate`."""
-    dtype = torch.bfloat16 if config.student.precision == "bf16" else torch.float32
-    return 1e12 * config.run.peak_tflops or hardware.peak_rate(world.device, dtype)
+    return 1e12 * config.run.peak_tflops or hardware.peak_rate(
+        world.device, hardware.DTYPES[config.student.precision]
+    )

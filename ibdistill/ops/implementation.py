@@ -100,6 +100,7 @@ def _log_choice(op: str, reason: str | None) -> None:
 
 
 @cache
-def log_plain_form(op: str, kind: str, name: str) -> None:
+def log_plain_form(kind: str, name: str) -> None:
     """Log once per process that an estimator, for instance, has no fused form."""
-    logger.info("%s: the %s %r has no fused form; torch.func differentiates its plain form", op, kind, name)
+    message = "head loss: the %s %r has no fused form; torch.func differentiates its plain form"
+    logger.info(message, kind, name)

@@ -39,8 +39,7 @@ from ibdistill.planning import published_shapes
 from ibdistill.planning.attention import attention_of
 from ibdistill.planning.experts import experts_in_any_dtype
 from ibdistill.planning.kernels import launches
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from ibdistill.runtime.hardware import DTYPES
 
 
 @dataclass(frozen=True)
@@ -160,15 +159,8 @@ class Skeleton:
         return tuple(base_of(self.model).get_output_embeddings().weight.shape)
 
     def fake(self, batch: batches.Batch) -> batches.Batch:
-        """The batch with fake tensors, but with the real `cu`, because the host reads these offsets."""
-
-        def moved(value):
-            if isinstance(value, dict):
-                return {key: moved(tensor) for key, tensor in value.items()}
-            return self.mode.from_tensor(value) if isinstance(value, Tensor) else value
-
-        parts = {f.name: moved(getattr(batch, f.name)) for f in fields(batch) if f.name != "cu"}
-        return batches.Batch(**parts, cu=batch.cu)
+        """The batch with fake tensors, except for what the host reads."""
+        return batch.mapped(self.mode.from_tensor)
 
 
 @dataclass(frozen=True)

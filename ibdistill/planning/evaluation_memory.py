@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ibdistill.models.merging import adapted_layers
-from ibdistill.planning.dryrun import DTYPES, Skeleton
+from ibdistill.planning.dryrun import Skeleton
+from ibdistill.runtime.hardware import DTYPES
 
 
 def copied_bytes(student: Skeleton, precision: str, stage: int, *, in_4bit: bool = False) -> int:

@@ -31,7 +31,6 @@ from ibdistill.models import presets
 from ibdistill.objectives import weights
 from ibdistill.planning import dryrun
 from ibdistill.planning.dryrun import Lengths, Skeleton, Use
-from ibdistill.planning.head_loss_memory import head_loss_bytes
 from ibdistill.runtime import deepspeed_fixes
 from ibdistill.teacher import sharding
 from ibdistill.teacher.teacher import SHARDED
@@ -220,25 +219,6 @@ def teacher_states(
         parts["teacher"] -= share
         return parts, share
     return parts, 0
-
-
-def activation_bytes(
-    config: Config, student: Skeleton, teacher: Skeleton | None, lengths: Lengths, device: str
-) -> int:
-    """The most bytes that the forward and backward pass of a micro-batch hold beside the model states."""
-    objective, wanted = config.objective, weights.wanted(config.objective) if teacher else None
-    head = teacher.head if teacher else (0, 0)
-    living = dryrun.student_step(student, lengths, objective, wanted=wanted, teacher_head=head, device=device)
-    inside = head_loss_bytes(
-        lengths.targets(weights.streams_of(objective)),
-        lengths.questions,
-        student.head,
-        config.student.precision,
-        mi=weights.mi_settings(objective) is not None,
-        teacher=head if wanted and wanted.targets else None,
-        device=device,
-    )
-    return max(living.peak, living.at_head + inside)
 
 
 def student_skeleton(config: Config) -> Skeleton:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ibdistill.ops.cpu.products import multiplies_natively
 from ibdistill.ops.head_loss.api import CHUNK_BYTES
-from ibdistill.planning.dryrun import DTYPES
+from ibdistill.runtime.hardware import DTYPES
 
 
 def head_loss_bytes(

@@ -18,6 +18,8 @@ from torch import Tensor
 
 GIB = 2**30
 """Bytes."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Value of a setting `precision` -> dtype."""
 
 
 _WIDTHS_ON_GPU = 8

@@ -25,7 +25,6 @@ tokenizer of its own.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import logging
 import socket
 from collections.abc import Iterator
@@ -41,9 +40,10 @@ from ibdistill.data.batches import Batch
 from ibdistill.models import families, fused, presets
 from ibdistill.models import forward as models_forward
 from ibdistill.models.architectures import softcap
+from ibdistill.models.student import check_bitsandbytes
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
-from ibdistill.runtime import distributed
+from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 from ibdistill.teacher import sharding
 from ibdistill.teacher.vocabulary import check_vocabulary, fit_rows
@@ -80,7 +80,7 @@ class Teacher:
         self.config = config
         self._world = world
         self._wanted = wanted
-        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._dtype = hardware.DTYPES[config.precision]
         skeleton = self._skeleton(tokenizer)
         self.width = skeleton.get_input_embeddings().embedding_dim
         self._model_config = skeleton.config
@@ -91,7 +91,7 @@ class Teacher:
         self._head: Tensor | sharding.RowShard | None = None
         self._bias: Tensor | None = None
         if config.load_in_8bit:
-            check_8bit()
+            check_bitsandbytes("teacher.load_in_8bit", ", or shard the teacher with teacher.placement zero3")
         self.group = self._group()
         sizes = [p.numel() for p in skeleton.parameters()]
         if config.placement in SHARDED:
@@ -244,14 +244,3 @@ class Scorer(nn.Module):
         """
         states = models_forward.states(self.model, batch, targets=self.targets)
         return states.targets, states.questions
-
-
-def check_8bit() -> None:
-    """Raise ValueError where 8-bit weights cannot work."""
-    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        raise ValueError(
-            "teacher.load_in_8bit needs a CUDA device and the package bitsandbytes "
-            f"(GPU: {'yes' if torch.cuda.is_available() else 'no'}, bitsandbytes: "
-            f"{'installed' if importlib.util.find_spec('bitsandbytes') else 'not installed'}); "
-            "set teacher.load_in_8bit false, or shard the teacher with teacher.placement zero3"
-        )

@@ -114,7 +114,7 @@ def test_what_is_evaluated_is_what_is_exported(monkeypatch, tmp_path, precision)
     name = save(tmp_path, "llama")
     tokenizer = tokenizers.load_tokenizer(name, "student.tokenizer")
     model = student.load_student(StudentConfig(model=name, lora_rank=4), tokenizer, 0)
-    model = noisy(model.to(student.COMPUTE_DTYPES[precision]))
+    model = noisy(model.to(student.DTYPES[precision]))
     monkeypatch.setattr(type(model.get_base_model()), "dequantize", lambda self: self)
     model.get_base_model().is_loaded_in_4bit = True
     config = load_settings("demo", {"student.precision": precision, "student.model": name, "run.dir": "x"})

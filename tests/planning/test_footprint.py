@@ -28,7 +28,8 @@ from ibdistill.ops.head_loss.api import Stream
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.planning import dryrun, footprint, memory_check
 from ibdistill.planning.footprint import Zero
-from ibdistill.runtime import deepspeed_fixes
+from ibdistill.planning.head_loss_memory import head_loss_bytes
+from ibdistill.runtime import deepspeed_fixes, hardware
 from ibdistill.training.prepare import prepare
 
 BOTH = ("predict", "explain")
@@ -133,6 +134,22 @@ def allocated_peak(run) -> int:
     return peak
 
 
+def activation_bytes(config, student, teacher, lengths, device):
+    """The most bytes that the forward and backward pass of a micro-batch hold beside the model states."""
+    objective = config.objective
+    wanted = objectives_weights.wanted(objective) if teacher else None
+    head = teacher.head if teacher else (0, 0)
+    living = dryrun.student_step(student, lengths, objective, wanted=wanted, teacher_head=head, device=device)
+    inside = head_loss_bytes(
+        *(lengths.targets(objectives_weights.streams_of(objective)), lengths.questions, student.head),
+        config.student.precision,
+        mi=objectives_weights.mi_settings(objective) is not None,
+        teacher=head if wanted and wanted.targets else None,
+        device=device,
+    )
+    return max(living.peak, living.at_head + inside)
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("method", "checkpointing"),
@@ -149,11 +166,11 @@ def test_the_activations_peak(name, method, checkpointing):
     chosen = settings(name, **given)
     lengths = dryrun.Lengths(questions=2, question=90, label=5, rationale=40)
     student, teacher = footprint.student_skeleton(chosen), footprint.teacher_skeleton(chosen)
-    predicted = footprint.activation_bytes(chosen, student, teacher, lengths, "cpu")
+    predicted = activation_bytes(chosen, student, teacher, lengths, "cpu")
 
     model = models_student.load_student(chosen.student, tokenizers.demo_tokenizer(), 0)
     wanted, width = objectives_weights.wanted(chosen.objective), teacher.head[1] if teacher else 0
-    dtype = dryrun.DTYPES[MODELS[name]]
+    dtype = hardware.DTYPES[MODELS[name]]
     module = distillation.Distillation(model, chosen.objective, teacher_width=width).to(dtype)
     batch, signal = lengths.batch(model, objectives_weights.streams_of(chosen.objective)), None
     if wanted:

@@ -227,17 +227,6 @@ def other_cases(context: Context) -> None:
             judge(context, f"{name}, {str(dtype).removeprefix('torch.')}", *results, dtype)
 
 
-def value_and_gradients(
-    function: Callable, arguments: Sequence[Tensor], constant: Sequence[int]
-) -> list[Tensor]:
-    """What a function gives for copies of the arguments, and its gradients; `constant`: arguments without."""
-    given = [x.clone() for x in arguments]
-    leaves = [x.requires_grad_() for i, x in enumerate(given) if i not in constant]
-    total = function(*given)
-    total.backward()
-    return [total.detach(), *(leaf.grad for leaf in leaves)]
-
-
 def large(context: Context) -> None:
     """More logits in one tensor than 2^31, whose places a 32-bit number cannot count."""
     V, rows, part = 151936, 14336, 1024  # 2.18e9 logits, 4.1 GiB in bf16

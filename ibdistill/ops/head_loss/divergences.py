@@ -226,7 +226,7 @@ def loss_and_gradient(name: str, log_q: Tensor, log_p: Tensor, beta: float) -> t
     divergence = DIVERGENCES[name]
     if divergence.fused is not None:
         return divergence.fused(log_q, log_p, beta)
-    log_plain_form("head loss", "divergence", name)
+    log_plain_form("divergence", name)
 
     def total(log_p: Tensor) -> tuple[Tensor, Tensor]:
         loss = divergence.function(log_q, log_p, beta)

@@ -155,7 +155,7 @@ def values_and_gradient(
         return values["mi"].sum(), values
 
     if differentiate and estimator.gradient is None:
-        log_plain_form("head loss", "estimator", name)
+        log_plain_form("estimator", name)
         # torch.func, because a custom op, inside which this runs, is hidden from torch.autograd
         gradient, values = torch.func.grad(total, has_aux=True)(estimate)
     else:
