@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from ibdistill.ops.copies import to_device
+
 SLACK = 0.1
 """Sequences share a block if the shortest has at least 1 - SLACK of the longest one's tokens. Measured: see
 `tools/bench/README.md`."""
@@ -116,7 +118,7 @@ def _blocks(sizes: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, 
     for group in groups(sizes):
         longest = sizes[group[0]]
         steps = torch.minimum(torch.arange(longest), lengths[group, None] - 1)
-        found.append(((starts[group, None] + steps).flatten().to(device), longest))
+        found.append((to_device((starts[group, None] + steps).flatten(), device), longest))
     return found
 
 
@@ -129,13 +131,13 @@ def _places(sizes: tuple[int, ...], device: torch.device) -> Tensor:
         for number, i in enumerate(group):
             places[i] = offset + number * longest + torch.arange(sizes[i])
         offset += len(group) * longest
-    return torch.cat(places).to(device)
+    return to_device(torch.cat(places), device)
 
 
 @lru_cache(maxsize=16)
 def _ends(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     """[S + 1] int32: 0 and the ends of the sequences."""
-    return torch.tensor((0, *sizes)).cumsum(0).to(device, torch.int32)
+    return to_device(torch.tensor((0, *sizes)).cumsum(0).int(), device)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
