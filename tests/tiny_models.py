@@ -53,7 +53,15 @@ SHAPES = {
 }
 T5 = dict(vocab_size=420, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
 T5 |= dict(pad_token_id=0, eos_token_id=0, decoder_start_token_id=0)  # of the tokenizer below
-ENCODER_DECODER_SHAPES = {"t5": T5, "mt5": T5 | {"feed_forward_proj": "gated-gelu"}}
+BART = dict(vocab_size=420, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64, encoder_layers=2)
+BART |= dict(decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, bos_token_id=1)
+BART |= dict(max_position_embeddings=256, pad_token_id=0, eos_token_id=0, decoder_start_token_id=0)
+ENCODER_DECODER_SHAPES = {
+    "t5": T5,
+    "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
+    "bart": BART | {"encoder_layerdrop": 0.3},
+    "mbart": BART | {"scale_embedding": True},
+}
 QUESTION = "predict: tom had 3 apples and found 4 . how many ?"
 TEXTS = [QUESTION, "explain: start 3 . found means + 4 .\n", "( 3 + 4 )"] * 3
 

@@ -30,9 +30,13 @@ class Architecture:
     """The cap of the logits (`ops.head_loss.softcap`); None in it: none."""
 
 
+_ON_QUESTION = (".EncDecAttention.k", ".EncDecAttention.v", ".encoder_attn.k_proj", ".encoder_attn.v_proj")
+"""Parts of the names of a decoder's matrices that read the encoder's states: T5's, then BART's."""
 FAMILIES = {
     "t5": Architecture(ENCODER_DECODER),
     "mt5": Architecture(ENCODER_DECODER),
+    "bart": Architecture(ENCODER_DECODER),
+    "mbart": Architecture(ENCODER_DECODER),
     "cohere": Architecture(multiplier="logit_scale"),
     "cohere2": Architecture(multiplier="logit_scale"),
     "gemma": Architecture(),
@@ -88,6 +92,26 @@ def softcap(config: PreTrainedConfig) -> float | None:
     """The cap of the model's logits; None: they are not capped."""
     field = architecture(config).softcap
     return None if field is None else getattr(config, field)
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """How many positions a row may have; None: any number, because they are relative (T5)."""
+    return getattr(config, "max_position_embeddings", None)
+
+
+def layers_of_pair(config: PreTrainedConfig) -> tuple[int, int, int]:
+    """The layers of an encoder-decoder model's encoder and of its decoder, and the width of their attention,
+    all heads together."""
+    if hasattr(config, "d_kv"):
+        return config.num_layers, config.num_decoder_layers, config.num_heads * config.d_kv
+    return config.encoder_layers, config.decoder_layers, config.d_model
+
+
+def in_decoder(name: str) -> bool:
+    """Whether a module or weight of this name is in an encoder-decoder model's decoder and meets the target's
+    tokens: all there but what makes the keys and values of cross-attention, which meet the question's."""
+    own = name.removeprefix("model.").startswith("decoder.")
+    return own and not any(part in name for part in _ON_QUESTION)
 
 
 def active_experts(config: PreTrainedConfig) -> float:

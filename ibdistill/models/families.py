@@ -183,6 +183,12 @@ def _pretrained(name: str, config: PreTrainedConfig, setting: str, **kwargs: Any
             f"{setting} is {name!r}, whose files have weights of other shapes than its config.json: "
             f"{_listed(shapes)}. {saved_as}; {way_out}"
         )
+    bias = getattr(model, "final_logits_bias", None)  # of BART; the head loss has no place for it
+    if bias is not None and bias.count_nonzero():
+        raise ValueError(
+            f"{setting} is {name!r}, which adds a constant final_logits_bias to its logits, and the loss "
+            "does not; take a model where it is zero, as published BART models have it"
+        )
     if unexpected := sorted(report["unexpected_keys"]):
         logger.warning(
             "%s is %r, whose files have weights that the model does not use: %s. %s",
@@ -211,6 +217,10 @@ def _from_config(config: PreTrainedConfig, dtype: torch.dtype | None) -> PreTrai
 
 
 def _with_dropout(config: PreTrainedConfig, dropout: float | None) -> PreTrainedConfig:
+    """The configuration with this rate in all its fields, None: with its own rates. BART's skipping of whole
+    layers is off, since ranks would skip different ones."""
+    for field in {"encoder_layerdrop", "decoder_layerdrop"} & set(config.to_dict()):
+        setattr(config, field, 0.0)
     if dropout is not None:
         for field in set(_DROPOUTS) & set(config.to_dict()):
             setattr(config, field, dropout)

@@ -126,8 +126,9 @@ def _decode_padded(
 
 
 def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
-    packed = {} if batch.row_lengths is None else _packed_arguments(batch)
-    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False, **packed)[0]
+    packed = batch.row_lengths is not None
+    seen = _packed_arguments(batch) if packed else {"attention_mask": no_padding(batch.input_ids)}
+    hidden = model.get_decoder()(input_ids=batch.input_ids, use_cache=False, **seen)[0]
     # positions count within a stream's rows, but within the whole of a packed row
     parts = [hidden] * len(batch.streams) if packed else hidden.chunk(len(batch.streams))
     of_stream = dict(zip(batch.streams, parts, strict=True))
@@ -138,6 +139,14 @@ def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
         if segment in batch.positions
     }
     return States(targets, hidden.flatten(0, 1).index_select(0, batch.question_positions))
+
+
+def no_padding(input_ids: Tensor) -> Tensor:
+    """[B, L] bool: a mask without padding, one value in memory, which `fused` tells by that.
+
+    Without any mask transformers would ask the device whether the positions are those of packed rows.
+    """
+    return torch.ones((), dtype=torch.bool, device=input_ids.device).expand(input_ids.shape)
 
 
 def _packed_arguments(batch: Batch) -> dict[str, Tensor]:

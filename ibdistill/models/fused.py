@@ -87,9 +87,11 @@ _DECODERS = ("Llama", "Mistral", "Olmo2", "Phi3", "Qwen2", "Qwen3", "SmolLM3")
 
 @cache
 def _with_gpu_form(layer: type[nn.Module]) -> type[nn.Module] | None:
-    """A layer of a decoder-only model that has a form for a GPU too, None where we have none."""
+    """A layer of a decoder-only model that has a form for a GPU too, None where we have none or it is one."""
     for part, mixin in _MIXINS.items():
-        if layer.__name__ in {family + part for family in _DECODERS} - {"Phi3MLP"}:
+        if not issubclass(layer, mixin) and layer.__name__ in {family + part for family in _DECODERS} - {
+            "Phi3MLP"
+        }:
             return type(layer.__name__, (mixin, layer), {})
     return None
 
@@ -208,8 +210,11 @@ def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, s
 def _mask(*, mask_function, attention_mask=None, **kwargs) -> torch.Tensor | None:
     """`sdpa_mask`, but on a GPU only the keys' padding [B, 1, 1, S] where all queries see the same keys.
 
-    `sdpa_mask` would spell it out for each query, after waiting for the GPU to learn whether there is any.
+    `sdpa_mask` would spell it out for each query, after waiting for the GPU to learn whether there is any. A
+    mask that is one value in memory (`forward.no_padding`) says without such a question that there is none.
     """
+    if attention_mask is not None and not any(attention_mask.stride()):
+        attention_mask = None
     same = mask_function is bidirectional_mask_function and attention_mask is not None
     if same and implementation.on_gpu(attention_mask) and attention_mask.shape[1] == kwargs["kv_length"]:
         return attention_mask.bool()[:, None, None, :]
@@ -231,7 +236,7 @@ def fused(model: PreTrainedModel) -> PreTrainedModel:
     `gelu_new` (T5 v1.1, GPT-2) becomes torch's one operation for the same formula instead of transformers'
     eight; dropout, T5's norm and its gated feed-forward become one each, as does attention with dropout on a
     CPU. On a GPU the norms and feed-forward layers of decoder-only models do too, and T5's attention needs no
-    matrix of its bias. What the model saves is as before.
+    matrix of its bias. What the model saves is as before. A second call changes nothing.
     """
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(ATTENTION)

@@ -6,11 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ibdistill.models.architectures import ENCODER_DECODER, active_experts, family
+from ibdistill.models.architectures import ENCODER_DECODER, active_experts, family, in_decoder
 from ibdistill.models.families import base_of
-
-_ON_QUESTION = (".EncDecAttention.k", ".EncDecAttention.v")
-"""Parts of the names of those matrices of T5's decoder that make the keys and values of cross-attention."""
 
 
 def operations_per_token(model: nn.Module) -> tuple[int, int]:
@@ -32,12 +29,7 @@ def operations_per_token(model: nn.Module) -> tuple[int, int]:
     share = active_experts(base.config)
     matrices = dict(_matrices(base, without=head, share=share))
     if family(base) == ENCODER_DECODER:
-        of_decoder = {
-            name
-            for name in matrices
-            if name.startswith("decoder.") and not any(part in name for part in _ON_QUESTION)
-        }
-        target = sum(matrices[name] for name in of_decoder)
+        target = sum(cost for name, cost in matrices.items() if in_decoder(name))
         question = sum(matrices.values()) - target
     else:
         question = target = sum(matrices.values())

@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data.records import STREAMS
 from ibdistill.models import presets
+from ibdistill.models.architectures import positions
 from ibdistill.models.families import ENCODER_DECODER, base_of, family, load_model, load_preset
 from ibdistill.models.fused import packs
 from ibdistill.runtime.hardware import DTYPES
@@ -137,17 +138,27 @@ def check_fit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Non
 def check_context(
     model: PreTrainedModel, config: DataConfig, streams: Sequence[str] = STREAMS, overhead: int = 0
 ) -> None:
-    """Raise ValueError if the longest question and target do not fit a decoder-only model's positions, with
-    `overhead` tokens of a chat template around the question, or if the model's family has no such format."""
+    """Raise ValueError if the longest question and target do not fit the model's positions, with `overhead`
+    tokens of a chat template around the question, or if the model's family has no such format.
+
+    Question and target share a decoder-only model's positions; encoder and decoder each have their own.
+    """
+    have = positions(model.config)
+    target = max(config.answer_limits()[stream] for stream in streams)
     if family(model) == ENCODER_DECODER:
         if config.format == "chat":
             raise ValueError(
                 "data.format is 'chat', which is for decoder-only models, and student.model is an "
                 "encoder-decoder model; take data.format plain"
             )
-        return  # its positions are relative, so there is no limit
-    have = model.config.max_position_embeddings
-    target = max(config.answer_limits()[stream] for stream in streams)
+        if have is not None and max(config.max_question_tokens + 1, target) > have:
+            raise ValueError(
+                f"student.model has {have} positions in encoder and decoder, but data.max_question_tokens "
+                f"{config.max_question_tokens} with BOS and targets of up to {target} tokens need "
+                f"{max(config.max_question_tokens + 1, target)}; lower data.max_question_tokens to "
+                f"{have - 1}, or data.max_rationale_tokens to {have}"
+            )
+        return
     around = overhead or 1
     need = around + config.max_question_tokens + target
     if need > have:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ibdistill.ops.cpu.products import multiplies_natively
 from ibdistill.ops.head_loss.api import CHUNK_BYTES
+from ibdistill.ops.head_loss.triton_weight import buffer_rows, keeps_all
 from ibdistill.runtime.hardware import DTYPES
 
 
@@ -24,14 +25,19 @@ def head_loss_bytes(
     """
     (vocabulary, width), narrow = head, DTYPES[precision].itemsize
     chunk = CHUNK_BYTES["cpu" if device == "cpu" else "gpu"]
-    per_row = 4 * vocabulary * (2 if teacher else 1)
-    in_chunk = max(1, min(rows, chunk // per_row))
     copied = device == "cpu" and not multiplies_natively("cpu", DTYPES[precision])
-    summed = 4 * vocabulary * width
+    # a GPU holds logits in the dtype of its products
+    wide = 4 if device == "cpu" else narrow
+    in_chunk = max(1, min(rows, chunk // (wide * vocabulary * (2 if teacher else 1))))
+    kept, summed = in_chunk, 4 * vocabulary * width
     if device == "cpu" and narrow < 4 and not copied:
         # `ChunkedLinear` keeps the narrow rows where that is less
         summed = min(summed, narrow * vocabulary * rows)
-    total = per_row * in_chunk + summed + 4 * rows * width + narrow * rows * width
+    elif device != "cpu":
+        kept = buffer_rows(rows, in_chunk, width, narrow, in_place=True)
+        summed = 0 if keeps_all(rows, width, narrow) else summed
+    total = wide * vocabulary * (kept + (in_chunk if teacher else 0)) + summed
+    total += 4 * rows * width + narrow * rows * width
     total += 4 * vocabulary * width if copied else 0
     total += narrow * (vocabulary * width + rows * width)  # the results, in the parameters' dtype
     if mi:  # pooled log probabilities, their gradients and the winning positions of a chunk's questions

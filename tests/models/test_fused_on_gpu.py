@@ -98,6 +98,13 @@ def test_decoder_only_models_compute_the_same_on_a_gpu_and_to_the_bit_on_a_cpu(m
     assert calls.count("norm") >= 2 * layers + 1
 
 
+@pytest.mark.parametrize("model_type", ["t5", "mt5", "gpt2", "qwen2"])
+def test_a_second_call_changes_nothing(model_type):
+    model = fused.fused(tiny(model_type))
+    classes = [type(module) for module in model.modules()]
+    assert [type(module) for module in fused.fused(model).modules()] == classes
+
+
 def test_it_takes_the_linear_attention_with_dropout_and_makes_no_matrix(as_on_gpu, monkeypatch):
     calls = []
     monkeypatch.setattr(

@@ -11,14 +11,20 @@ import torch
 from feature_tables import features_of
 from tiny_models import ENCODER_DECODER_SHAPES, SHAPES, save, tiny
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
+from transformers import (
+    MT5Config,
+    MT5ForConditionalGeneration,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from ibdistill.config.sections import Config, ObjectiveConfig, StudentConfig
+from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
-from ibdistill.models import export, forward, whole_model
+from ibdistill.models import export, families, forward, whole_model
 from ibdistill.models import fused as models_fused
-from ibdistill.models.student import check_fit, load_student, with_lora
+from ibdistill.models.student import check_context, check_fit, load_student, with_lora
 from ibdistill.objectives.distillation import Distillation
 from ibdistill.ops.cpu import attention as cpu_attention
 from ibdistill.planning.dryrun import DTYPES, Lengths, Skeleton, student_step
@@ -45,7 +51,15 @@ def ragged_batch() -> batches.Batch:
     return batches.collate(features, [0, 1, 2], ("predict", "explain"), pad=0, start=0)
 
 
-@pytest.mark.parametrize("make", [tied, untied, mt5])
+def bart() -> PreTrainedModel:
+    return tiny("bart")
+
+
+def mbart() -> PreTrainedModel:
+    return tiny("mbart")
+
+
+@pytest.mark.parametrize("make", [tied, untied, mt5, bart, mbart])
 def test_states_through_the_head_are_the_models_own_logits(make):
     torch.manual_seed(0)
     model = make().double().eval()
@@ -158,6 +172,25 @@ def test_a_tokenizer_with_other_special_tokens_is_refused():
         check_fit(model, tokenizer)
 
 
+def test_barts_logits_have_no_constant_and_its_layers_are_never_skipped(tmp_path):
+    model = tiny("bart")
+    model.save_pretrained(tmp_path)
+    loaded = families.load_model(str(tmp_path), tokenizers.demo_tokenizer(), setting="student.model")
+    assert loaded.get_encoder().layerdrop == 0 and model.get_encoder().layerdrop == 0.3
+    model.final_logits_bias[0, 3] = 0.5
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="teacher.model is '.*', which adds a constant final_logits_bias to"):
+        families.load_model(str(tmp_path), tokenizers.demo_tokenizer(), setting="teacher.model")
+
+
+@pytest.mark.parametrize("settings", [{"max_question_tokens": 256}, {"max_rationale_tokens": 257}])
+def test_barts_questions_and_targets_each_have_its_positions(settings):
+    fits = {"max_question_tokens": 255, "max_label_tokens": 8, "max_rationale_tokens": 256}
+    check_context(tiny("bart"), DataConfig(**fits))
+    with pytest.raises(ValueError, match="has 256 positions in encoder and decoder, .* need 257; lower data"):
+        check_context(tiny("bart"), DataConfig(**fits | settings))
+
+
 def test_unknown_model_and_tokenizer_names(tmp_path):
     tokenizer = tokenizers.demo_tokenizer()
     with pytest.raises(ValueError, match=r"student.model is '.*nowhere': no preset \(demo-student"):
@@ -167,8 +200,8 @@ def test_unknown_model_and_tokenizer_names(tmp_path):
 
 
 def test_an_unsupported_family_is_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
-    with pytest.raises(ValueError, match="a 'bart' model; supported are t5, mt5"):
+    (tmp_path / "config.json").write_text('{"model_type": "marian"}')
+    with pytest.raises(ValueError, match="a 'marian' model; supported are t5, mt5, bart, mbart"):
         load_student(StudentConfig(model=str(tmp_path)), tokenizers.demo_tokenizer(), 0)
 
 

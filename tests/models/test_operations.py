@@ -28,7 +28,8 @@ def counted(model, **inputs) -> int:
 def test_an_encoder_decoder_s_keys_and_values_of_cross_attention_meet_the_question(
     model_type, tied, question, target
 ):
-    model = tiny(model_type, tie_word_embeddings=tied, attn_implementation="eager", num_decoder_layers=3)
+    layers = "num_decoder_layers" if "t5" in model_type else "decoder_layers"
+    model = tiny(model_type, tie_word_embeddings=tied, attn_implementation="eager", **{layers: 3})
     per_question, per_target = operations_per_token(model)
     ids = torch.ones(ROWS, question, dtype=torch.long), torch.ones(ROWS, target, dtype=torch.long)
     expected = ROWS * (per_question * question + per_target * target)

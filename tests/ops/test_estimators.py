@@ -193,6 +193,24 @@ def test_tiled_infonce_gradcheck(generator):
     anchors, candidates = (
         torch.randn(n, 3, generator=generator, dtype=torch.float64, requires_grad=True) for n in (3, 5)
     )
+    absent = torch.tensor([0.0, 0.0, 0.0, 0.0, float("-inf")], dtype=torch.float64)
     assert torch.autograd.gradcheck(
-        lambda a, c: infonce_module._TiledInfoNCE.apply(a, c, 1, 0.5), (anchors, candidates)
+        lambda a, c: infonce_module._TiledInfoNCE.apply(a, c, absent, 1, 0.5), (anchors, candidates)
     )
+
+
+@pytest.mark.parametrize("there", [[0, 2, 3], [1], []])
+def test_infonce_leaves_out_rows_of_zeros(there, generator):
+    target, whole = (torch.randn(4, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    kept = torch.zeros(4, dtype=torch.bool)
+    kept[there] = True
+    results = []
+    for rows in (whole[kept], torch.where(kept[:, None], whole, 0.0)):
+        estimate = rows.requires_grad_()
+        anchors = target[kept] if len(rows) < 4 else target
+        values = infonce(anchors, estimate)
+        mine = kept if len(rows) == 4 else slice(None)
+        gradient = torch.autograd.grad(values["mi"][mine].sum(), estimate)[0]
+        results.append((values["mi"][mine], values["mi_bound"][mine], gradient[mine]))
+        assert gradient.isfinite().all()
+    torch.testing.assert_close(results[1], results[0], rtol=1e-12, atol=1e-12)

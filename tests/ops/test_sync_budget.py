@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from syncs import GPU, counted, no_kernels
 
 from ibdistill.ops.copies import to_device
+from ibdistill.ops.head_loss import infonce
 from ibdistill.ops.head_loss.arguments import (
     Call,
     MISettings,
@@ -19,6 +20,7 @@ from ibdistill.ops.head_loss.arguments import (
     TeacherStream,
     Weights,
 )
+from ibdistill.ops.head_loss.on_states import state_terms
 from ibdistill.ops.head_loss.triton import compute
 from ibdistill.ops.vid import api as vid_api
 from ibdistill.ops.vid import triton as vid_triton
@@ -76,6 +78,36 @@ def test_vid_waits_for_nothing():
         parameters = on_gpu(ROWS, D), on_gpu(24, D), vector, vector
         vid_api.compute(*parameters, states, vid_triton.absorb, 4 * 24 * 2, [True] * 4)
     assert syncs.places == [] and launched == ["residual_kernel"] * 4, syncs.places
+
+
+def test_infonce_waits_for_nothing(monkeypatch):
+    """Two ranks of a GPU job: their hosts tell each other how many questions each has."""
+    seen = []
+
+    def all_gather(parts, mine, group):
+        seen.append(mine.device.type)
+        if mine.dtype == torch.int64:
+            [part.copy_(mine) for part in parts]
+
+    monkeypatch.setattr(infonce, "_world_size", lambda group: 2)
+    for name, stand_in in (
+        ("get_world_size", lambda group: 2),
+        ("get_rank", lambda group: 1),
+        ("get_backend_config", lambda group: "cpu:gloo,cuda:nccl"),
+        ("all_gather", all_gather),
+        ("all_reduce", lambda *args, **kwargs: None),
+    ):
+        monkeypatch.setattr(infonce.dist, name, stand_in)
+    for pool in ("max", "mean"):
+        with counted() as syncs:
+            streams = [stream(D), stream(D)]
+            for each in streams:
+                each.hidden.requires_grad_()
+            terms = state_terms(*streams, MISettings("infonce", pool, "both"), None)
+            terms["mi"].backward()
+        assert syncs.places == [], syncs.places
+        assert streams[0].hidden.grad.shape == (ROWS, D)
+    assert seen == ["cpu", GPU] * 4
 
 
 def test_what_the_counter_sees():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -28,9 +29,12 @@ def all_passed() -> list[dict]:
 def test_accepted_needs_every_check_of_one_gpu():
     assert report.summary(all_passed(), on_cpu=False)[1] == 0
     alone = [x for x in all_passed() if named(x["check"]).ranks == 1]
-    alone += [line(check.name, lines.NOT_RUN) for check in CHECKS if check.ranks > 1]
+    several = [check.name for check in CHECKS if check.ranks > 1]
+    text, code = report.summary(alone + [line(name, lines.NOT_RUN) for name in several], on_cpu=False)
+    assert code == 4 and text.endswith("not accepted: not all was run")  # there were GPUs, and no time
+    alone += [line(name, lines.NOT_RUN, **{"too few GPUs": True}) for name in several]
     text, code = report.summary(alone, on_cpu=False)
-    assert code == 0 and text.endswith("\naccepted")
+    assert code == 0 and text.endswith("\naccepted on these GPUs, which are too few for some checks")
     text, code = report.summary(alone[1:], on_cpu=False)
     assert code == 4 and text.endswith("not accepted: not all was run")
     text, code = report.summary([*alone, line(CHECKS[0].name, lines.FAILED)], on_cpu=False)
@@ -64,6 +68,7 @@ def test_it_is_refused_without_a_gpu_and_over_an_earlier_report(tmp_path):
     ("script", "minutes", "said"),
     [
         ("import os; print('last words'); os._exit(7)", 1, "died with exit code 7; .*last words"),
+        ("import os; print('last words'); os.kill(os.getpid(), 11)", 1, "died by SIGSEGV; .*last words"),
         ("import time; time.sleep(60)", -0.65, "it had not ended after 3 s"),
         ("pass", 1, "it ended without a word"),
     ],
@@ -77,6 +82,39 @@ def test_a_check_that_dies_hangs_or_says_nothing_has_failed(tmp_path, monkeypatc
     failed, time = lines.read_lines(tmp_path)
     assert failed["status"] == lines.FAILED and re.search(said, failed["message"])
     assert time["case"] == "time" and time["values"]["seconds"] < 30
+
+
+def test_a_failed_case_does_not_hide_a_crash_behind_it(tmp_path, monkeypatch):
+    entry = tmp_path / "entry.py"
+    told = {"check": "x", "case": "first", "status": lines.FAILED, "message": "", "values": {}}
+    file = str(tmp_path / lines.FILE)
+    entry.write_text(f"import os\nopen({file!r}, 'a').write({json.dumps(told)!r} + '\\n')\nos.abort()")
+    monkeypatch.setattr(conductor, "ENTRY", entry)
+    (tmp_path / "logs").mkdir()
+    conductor.run_apart(Check("x", "nowhere:nothing", 1), tmp_path, on_cpu=True)
+    first, crash, _ = lines.read_lines(tmp_path)
+    assert first["case"] == "first" and "died by SIGABRT" in crash["message"]
+
+
+def test_ranks_of_a_check_that_hangs_are_ended_too(tmp_path, monkeypatch):
+    entry = tmp_path / "entry.py"
+    entry.write_text(
+        "import subprocess, sys, time\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)']\n"
+        "child = subprocess.Popen(sleep, start_new_session=True)\n"
+        f"open({str(tmp_path / 'pid')!r}, 'w').write(str(child.pid))\ntime.sleep(60)"
+    )
+    monkeypatch.setattr(conductor, "ENTRY", entry)
+    (tmp_path / "logs").mkdir()
+    conductor.run_apart(Check("x", "nowhere:nothing", -0.62), tmp_path, on_cpu=True)
+    child = int((tmp_path / "pid").read_text())
+    assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
+
+
+def test_places_of_waits_are_those_of_the_caller():
+    """torch's warnings come through warnings.py, which is nobody's place."""
+    place = budgets.place_of([("train.py", 3), ("engine.py", 7), ("torch/x.py", 1), ("warnings.py", 109)])
+    assert place == "engine.py:7"
 
 
 def test_what_a_check_raises_is_a_failed_case(tmp_path, monkeypatch):

@@ -49,8 +49,7 @@ def waits(job: Job) -> Counter[str]:
 
     def note(message, category, filename, lineno, file=None, line=None) -> None:
         if "synchronizing CUDA operation" in str(message):
-            frames = [f for f in traceback.extract_stack()[:-1] if "/torch/" not in f.filename]
-            places[f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"] += 1
+            places[place_of([(f.filename, f.lineno) for f in traceback.extract_stack()[:-1]])] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")
@@ -62,6 +61,12 @@ def waits(job: Job) -> Counter[str]:
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return places
+
+
+def place_of(frames: list[tuple[str, int]]) -> str:
+    """FILE:LINE of the innermost frame that is neither torch's nor that of the machinery of warnings."""
+    path, line = [f for f in frames if "torch/" not in f[0] and Path(f[0]).name != "warnings.py"][-1]
+    return f"{Path(path).name}:{line}"
 
 
 def profiled(context: Context, student: str, job: Job) -> None:

@@ -32,7 +32,7 @@ class Check(NamedTuple):
 CHECKS = (
     Check("a. environment", "environment:check", 0.3),
     Check("b. head loss", "losses:head_loss_cases", 2.0),
-    Check("b. vid and layers", "losses:other_cases", 0.5),
+    Check("b. vid and layers", "operations:other_cases", 0.5),
     Check("b. more than 2^31 logits", "losses:large", 0.3, on_cpu=False),
     Check("c. host syncs and kernels", "budgets:syncs", 0.5),
     Check("d. teacher beside student", "teachers:placements", 1.0),

@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import psutil
 import torch
 
 from accept import report
@@ -82,7 +83,8 @@ def conduct(out: Path, minutes: float, on_cpu: bool, checks: Sequence[Check] = C
         elif left < 60 * check.minutes:
             reason = f"the {minutes:g} minutes are spent; --minutes gives it more"
         if reason:
-            write_line(out, check=check.name, case="all", status=NOT_RUN, message=reason, values={})
+            values = {"too few GPUs": check.ranks > ranks}
+            write_line(out, check=check.name, case="all", status=NOT_RUN, message=reason, values=values)
         else:
             run_apart(check, out, on_cpu)
         report.write(out, on_cpu)  # after every check, so that there is one whatever comes
@@ -118,9 +120,10 @@ def run_apart(check: Check, out: Path, on_cpu: bool) -> None:
     told = any(line["status"] == FAILED for line in mine)
     message = ""
     if code is None:
-        message = f"it had not ended after {limit:.0f} s"
-    elif code != 0 and not told:
-        message = f"its process died with exit code {code}; the end of {log.name}: {_tail(log)}"
+        message = f"it had not ended after {limit:.0f} s; the end of {log.name}: {_tail(log)}"
+    elif code not in (0, EXIT_FAILED) or (code and not told):
+        ended = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+        message = f"its process died {ended}; the end of {log.name}: {_tail(log)}"
     elif not mine:
         message = "it ended without a word"
     if message:
@@ -130,7 +133,11 @@ def run_apart(check: Check, out: Path, on_cpu: bool) -> None:
 
 
 def _end(process: subprocess.Popen) -> None:
-    """End what is left of a check's process group."""
+    """End what is left of a check: its process group, and ranks that it started in groups of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

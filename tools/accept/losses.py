@@ -1,4 +1,4 @@
-"""Check b: the head loss, vid and the layers against the same in fp64, values and all gradients.
+"""Check b: the head loss against the same in fp64, values and all gradients.
 
 A result in a dtype may be off by at most twice what plain torch is off in that dtype, or by a floor of a few
 roundings where plain torch happens to be exact. The distance is that of the vectors, relative to the truth's
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from accept.lines import Context
-from ibdistill.ops import layers
 from ibdistill.ops.head_loss import (
     IGNORED,
     MISettings,
@@ -28,8 +27,6 @@ from ibdistill.ops.head_loss import (
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.ops.head_loss.reference import head_loss_reference
-from ibdistill.ops.vid.api import vid_loss
-from ibdistill.ops.vid.reference import vid_loss_reference
 
 VOCABULARIES = (32128, 50257, 151936)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -149,14 +146,16 @@ def judge(
     ours: Sequence[Tensor],
     again: Sequence[Tensor],
     dtype: torch.dtype,
+    *,
+    repeatable: bool = True,
 ) -> bool:
-    """The verdict of one case: errors against twice plain torch's, and equal bits."""
+    """The verdict of one case: errors against twice plain torch's, and equal bits if it is `repeatable`."""
     errors = [distance(x, t) for x, t in zip(ours, truth, strict=True)]
     allowed = [max(2 * distance(x, t), FLOOR[dtype]) for x, t in zip(plain, truth, strict=True)]
     finite = all(bool(torch.isfinite(x).all()) for x in ours)
     repeats = all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     worst = max(error / bound for error, bound in zip(errors, allowed, strict=True))
-    holds = finite and repeats and worst <= 1
+    holds = finite and (repeats or not repeatable) and worst <= 1
     message = f"error {worst:.2f} of what is allowed; {'the same' if repeats else 'OTHER'} bits twice"
     return context.verdict(name, holds, message, errors=errors, allowed=allowed, finite=finite)
 
@@ -178,53 +177,6 @@ def head_loss_cases(context: Context) -> None:
             again = outcome(head_loss, case, ours, teachers[2], impl=impl)
             name = f"{case.name}, V {V}, {str(dtype).removeprefix('torch.')}"
             judge(context, name, truth, rounded, got, again, dtype)
-
-
-def other_cases(context: Context) -> None:
-    """Vid, the norm and the gated feed-forward of the layers, in bf16 and fp32."""
-    tokens, student, teacher = (33, 24, 40) if context.small else (4099, 768, 3584)
-    generator = torch.Generator().manual_seed(1)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(context.device)
-
-    vid = [draw(tokens, student), draw(tokens, teacher), draw(teacher, student) * student**-0.5]
-    vid += [draw(teacher), draw(teacher) * 0.1]
-    wide = [draw(tokens, student), draw(tokens, student)]
-    impl = "torch" if context.small else "triton"
-
-    def plain_norm(x: Tensor, weight: Tensor) -> Tensor:
-        inverse = (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
-        return (weight * (x * inverse)).square().sum()
-
-    def our_norm(x: Tensor, weight: Tensor) -> Tensor:
-        return layers.rms_norm(x, weight, 1e-6).square().sum()
-
-    def plain_gate(gate: Tensor, up: Tensor) -> Tensor:
-        return (torch.nn.functional.gelu(gate, approximate="tanh") * up).square().sum()
-
-    def our_gate(gate: Tensor, up: Tensor) -> Tensor:
-        return layers.gated_gelu(gate, up, 0.0).square().sum()
-
-    functions = {
-        "vid": (vid, (1,), vid_loss_reference, lambda *x: vid_loss(*x, impl=impl)),
-        "norm": ([draw(tokens, student), draw(student)], (), plain_norm, our_norm),
-        "gated GELU": (wide, (), plain_gate, our_gate),
-    }
-    for name, (arguments, constant, plain, ours) in functions.items():
-        for dtype in DTYPES:
-
-            def run(
-                function: Callable, kind: torch.dtype, arguments=arguments, constant=constant, dtype=dtype
-            ):
-                given = [x.to(dtype).to(kind).clone() for x in arguments]
-                leaves = [x.requires_grad_() for i, x in enumerate(given) if i not in constant]
-                total = function(*given)
-                total.backward()
-                return [total.detach(), *(leaf.grad for leaf in leaves)]
-
-            results = run(plain, torch.float64), run(plain, dtype), run(ours, dtype), run(ours, dtype)
-            judge(context, f"{name}, {str(dtype).removeprefix('torch.')}", *results, dtype)
 
 
 def large(context: Context) -> None:

@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.models import families
+from ibdistill.models.architectures import in_decoder, layers_of_pair
 from ibdistill.models.families import base_of
 from ibdistill.objectives import weights
 from ibdistill.planning.dryrun import Lengths, Skeleton
@@ -53,10 +54,9 @@ def _linears(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> Iter
     for name, module in base.named_modules():
         if module is base.get_output_embeddings() or not isinstance(module, (nn.Linear, Conv1D)):
             continue
-        if is_pair and name.startswith("decoder.") and not decoder_rows:
+        if is_pair and not decoder_rows and name.removeprefix("model.").startswith("decoder."):
             continue
-        reads_memory = "EncDecAttention.k" in name or "EncDecAttention.v" in name
-        rows = decoder_rows if is_pair and name.startswith("decoder.") and not reads_memory else encoder_rows
+        rows = decoder_rows if is_pair and in_decoder(name) else encoder_rows
         yield module, 2 * rows * module.weight.numel()
 
 
@@ -68,10 +68,10 @@ def _attention(model: nn.Module, lengths: Lengths, streams: Sequence[str]) -> in
         heads = config.num_attention_heads
         inner = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
         return 4 * rows * width**2 * inner * config.num_hidden_layers
-    encoder = rows * width**2 * config.num_layers
+    layers, decoder_layers, inner = layers_of_pair(config)
     shapes = [ids.shape for ids in batch.decoder_input_ids.values()]
-    decoder = config.num_decoder_layers * sum(rows * n * (n + width) for rows, n in shapes)
-    return 4 * config.num_heads * config.d_kv * (encoder + decoder)
+    decoder = decoder_layers * sum(rows * n * (n + width) for rows, n in shapes)
+    return 4 * inner * (rows * width**2 * layers + decoder)
 
 
 def _not_repeated(model: nn.Module) -> set[nn.Module]:

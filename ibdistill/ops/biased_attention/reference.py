@@ -20,9 +20,10 @@ def biased_attention_reference(
     `keep` [B, H, T, S] is what dropout multiplies the probabilities with.
     """
     T, S = query.shape[2], key.shape[2]
-    distance = torch.arange(S)[None, :] - torch.arange(T)[:, None]
+    place = torch.arange(max(S, T), device=query.device)
+    distance = place[None, :S] - place[:T, None]
     scores = torch.einsum("bhtd,bhsd->bhts", query, key) + bias[:, distance + T - 1]
-    seen = torch.ones(query.shape[0], 1, T, S, dtype=torch.bool)
+    seen = torch.ones(query.shape[0], 1, T, S, dtype=torch.bool, device=query.device)
     if mask is not None:
         seen &= mask[:, None, None, :]
     if causal:

@@ -22,7 +22,8 @@ works in one of two spaces:
   questions at a time, so a question's values may depend on that question alone, `group` is always None, and
   no collective may be started.
 - "state": target and estimate are pooled hidden states [B, D] of all questions of this rank's micro-batch at
-  once. Since such a function compares questions, a step is not split into micro-batches with it
+  once, with a row of zeros for a question without positions in both streams, whose values count for nothing.
+  Since such a function compares questions, a step is not split into micro-batches with it
   (`objectives.weights.check_split`).
 
 The plain function is all that an estimator needs. Where it has no `gradient`, the torch implementation

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ def infonce(
     exceed ln(B_global). Estimates are gathered with gradients: a rank's estimate is a negative in the other
     ranks' losses and gets a gradient from there too, as if the sum of all ranks' losses had been computed in
     one place. Every rank must take part, even without a question. The matrix of similarities exists only in
-    tiles.
+    tiles. A row of zeros stands for no question: it is nobody's negative, and its own values mean nothing.
 
     Args:
         target, estimate: pooled hidden states [B, D], float32 or float64.
@@ -42,14 +41,23 @@ def infonce(
         candidates, first = _GatherRows.apply(candidates, group)
     else:
         first = 0
-    loss = _TiledInfoNCE.apply(anchors, candidates, first, temperature)
-    return {"mi": loss, "mi_bound": math.log(max(candidates.shape[0], 1)) - loss.detach()}
+    there = candidates.detach().any(-1)
+    absent = torch.zeros_like(candidates[:, 0]).masked_fill(~there, float("-inf"))
+    loss = _TiledInfoNCE.apply(anchors, candidates, absent, first, temperature)
+    bound = there.sum().clamp_min(1).to(loss.dtype).log() - loss.detach()
+    return {"mi": loss, "mi_bound": bound}
 
 
 def _world_size(group: Any) -> int:
     if not (dist.is_available() and dist.is_initialized()):
         return 1
     return dist.get_world_size(group)
+
+
+def _count_device(group: Any, device: torch.device) -> torch.device:
+    """Where ranks tell each other how many rows they have: between hosts, if the group can, so that none
+    waits for its device."""
+    return torch.device("cpu") if "cpu:" in dist.get_backend_config(group) else device
 
 
 class _GatherRows(torch.autograd.Function):
@@ -61,9 +69,9 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, group: Any):
-        world = dist.get_world_size(group)
-        counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(world)]
-        dist.all_gather(counts, torch.tensor([rows.shape[0]], device=rows.device), group=group)
+        world, device = dist.get_world_size(group), _count_device(group, rows.device)
+        counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(world)]
+        dist.all_gather(counts, torch.tensor([rows.shape[0]], device=device), group=group)
         counts = torch.cat(counts).tolist()
         padded = rows.new_zeros(max(counts), rows.shape[1])
         padded[: rows.shape[0]] = rows
@@ -84,38 +92,42 @@ class _GatherRows(torch.autograd.Function):
 class _TiledInfoNCE(torch.autograd.Function):
     """Losses [B] of anchors [B, D] whose positives are candidates[first : first + B] of [B_global, D].
 
+    `absent` [B_global] is added to each anchor's similarities: -inf for a candidate that is none, else 0.
     Similarities are made for as many anchors at a time as fit TILE_BYTES, and made again in the
     backward pass, so [B, B_global] is never whole in memory.
     """
 
     @staticmethod
-    def forward(ctx, anchors: Tensor, candidates: Tensor, first: int, temperature: float):
+    def forward(ctx, anchors: Tensor, candidates: Tensor, absent: Tensor, first: int, temperature: float):
         lse = anchors.new_empty(anchors.shape[0])
         for a, b in _tiles(anchors, candidates):
-            lse[a:b] = torch.logsumexp(anchors[a:b] @ candidates.T / temperature, -1)
+            lse[a:b] = torch.logsumexp((anchors[a:b] @ candidates.T / temperature).add_(absent), -1)
+        # without any candidate it would be -inf, and the gradient no number
+        lse.clamp_min_(torch.finfo(lse.dtype).min)
         positives = candidates[first : first + anchors.shape[0]]
-        ctx.save_for_backward(anchors, candidates, lse)
+        ctx.save_for_backward(anchors, candidates, absent, lse)
         ctx.first, ctx.temperature = first, temperature
         return lse - (anchors * positives).sum(-1) / temperature
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient: Tensor):
-        anchors, candidates, lse = ctx.saved_tensors
+        anchors, candidates, absent, lse = ctx.saved_tensors
         need_anchors, need_candidates = ctx.needs_input_grad[:2]
         d_anchors = torch.zeros_like(anchors) if need_anchors else None
         d_candidates = torch.zeros_like(candidates) if need_candidates else None
         scale = gradient / ctx.temperature
         for a, b in _tiles(anchors, candidates):
             # d loss / d similarity = softmax - [the positive], times the row's upstream gradient
-            weights = (anchors[a:b] @ candidates.T).div_(ctx.temperature).sub_(lse[a:b, None]).exp_()
+            weights = (anchors[a:b] @ candidates.T).div_(ctx.temperature).add_(absent)
+            weights.sub_(lse[a:b, None]).exp_()
             weights.mul_(scale[a:b, None])
             weights.diagonal(ctx.first + a).sub_(scale[a:b])
             if need_anchors:
                 d_anchors[a:b] = weights @ candidates
             if need_candidates:
                 d_candidates.addmm_(weights.T, anchors[a:b])
-        return d_anchors, d_candidates, None, None
+        return d_anchors, d_candidates, None, None, None
 
 
 def _tiles(anchors: Tensor, candidates: Tensor) -> list[tuple[int, int]]:

@@ -15,9 +15,9 @@ often:
     gradient      read + write  dL/dz in the place of z
 
 For cross entropies and a max-pooled term that is two reads forward and a read and a write backward, or 8
-bytes per bfloat16 logit. With n positions per question, the [B, V] arrays add 24 / n bytes. A question whose
-rows exceed the chunk is walked in chunks twice: its logits are computed twice, and its pool is carried on
-from chunk to chunk.
+bytes per bfloat16 logit. With n positions per question, the [B, V] arrays add 24 / n bytes, and
+`triton_weight` says what the gradient of the weight adds. A question whose rows exceed the chunk is walked
+in chunks twice: its logits are computed twice, and its pool is carried on from chunk to chunk.
 
 A row is a position; rows of a group of questions are predict's, then explain's. `table` has a line for each
 sequence: first row, last row + 1, question, stream (0 predict, 1 explain). A chunk is the rows a to b,
@@ -43,6 +43,7 @@ from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.head_loss.kernels import NORMALIZED
 from ibdistill.ops.head_loss.triton_group import GroupState
 from ibdistill.ops.head_loss.triton_plan import Group, Sums, cut_into_groups, make_plan
+from ibdistill.ops.head_loss.triton_weight import GroupBuffer
 
 
 def compute(
@@ -87,13 +88,13 @@ class _Work:
         buffers = 1 if call.teacher is None else 2
         self.size = max(1, call.chunk_bytes // (padded * example.element_size() * buffers))
         self.d_hidden = [torch.zeros_like(h) if needs[0] or needs[1] else None for h in self.hidden]
-        self.d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[2] else None
         self.d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[3] else None
         self.zero = example.new_zeros((), dtype=torch.float32)
         self.sums = Sums(self.zero, [0.0 for _ in self.plan.directions])
         if weight is not None:
             rows = max(1, min(self.size, sum(self.counts)))
-            self.buffers = [example.new_empty(rows, padded) for _ in range(buffers)]
+            self.logits = GroupBuffer(weight, sum(self.counts), self.size, padded, needs_weight=needs[2])
+            self.teacher_buffer = example.new_empty(rows, padded) if buffers == 2 else None
         self.teacher_fields = None if call.teacher is None else self._teacher_fields(call.teacher)
 
     def _teacher_fields(self, teacher: TeacherDistributions) -> list[list[Tensor] | None]:
@@ -130,7 +131,7 @@ class _Work:
         state = GroupState(self.plan, group, table, labels)
         if self.teacher_fields is not None:
             cut = [None if x is None else self._cut(group, x) for x in self.teacher_fields]
-            state.start_distilling(TeacherStream(*cut), self.buffers[1])
+            state.start_distilling(TeacherStream(*cut), self.teacher_buffer)
         for i, (a, b) in enumerate(chunks):
             z = self._logits(group, hidden, a, b, i)
             state.statistics(z, a, b)
@@ -159,7 +160,7 @@ class _Work:
             stream, first, last = group.slices[chunk]
             logits = self.hidden[stream][first:last]
             return logits if logits.stride(1) == 1 else logits.contiguous()
-        out = self.buffers[0][: b - a]
+        out = self.logits.place(b - a)
         return self.plan.multiply(hidden[a:b], self.weight, self.bias, self.plan.softcap, out)
 
     def _products(self, group: Group, hidden: Tensor, dz: Tensor, a: int, b: int) -> None:
@@ -172,10 +173,7 @@ class _Work:
                     part = d_hidden[low - a : high - a]
                     self.d_hidden[stream][first + low - offset : first + high - offset] = part
                 offset += last - first
-        if self.d_weight is not None and dz.dtype == torch.float32:
-            self.d_weight.addmm_(dz.T, hidden[a:b])
-        elif self.d_weight is not None:
-            self.d_weight.add_(dz.T @ hidden[a:b])
+        self.logits.keep(hidden[a:b])
         if self.d_bias is not None:
             self.d_bias.add_(dz.sum(0, dtype=torch.float32))
 
@@ -203,5 +201,6 @@ class _Work:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients in the order and the dtype of the inputs; None where none is needed."""
-        parts = [*[*self.d_hidden, None][:2], self.d_weight, self.d_bias]
+        d_weight = None if self.weight is None else self.logits.weight_gradient()
+        parts = [*[*self.d_hidden, None][:2], d_weight, self.d_bias]
         return [None if g is None else g.to(self.dtype) for g in parts]
