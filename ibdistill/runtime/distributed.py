@@ -27,7 +27,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from ibdistill.runtime import deepspeed_fixes, hardware, launcher, rendezvous
+from ibdistill.runtime import deepspeed_fixes, hardware, launcher, rendezvous, startup
 
 logger = logging.getLogger("ibdistill")
 T = TypeVar("T")
@@ -90,7 +90,7 @@ def init(timeout_minutes: int = 30) -> World:
         rank, size, local_rank = _place()
         store = rendezvous.meet(rank, size, timeout)
     except ValueError as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(startup.for_terminal(f"error: {error}\n"))
         sys.exit(EXIT_BAD_INPUT)
     device = _device(local_rank)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
@@ -208,7 +208,7 @@ def user_errors() -> Iterator[None]:
         if dist.get_rank() == 0:
             rank, message = next((rank, text) for rank, text in enumerate(errors) if text is not None)
             where = "" if rank == 0 else f" (rank {rank})"
-            sys.stderr.write(f"error{where}: {message}\n")
+            sys.stderr.write(startup.for_terminal(f"error{where}: {message}\n"))
         dist.barrier()
         sys.exit(EXIT_BAD_INPUT)
 
@@ -270,11 +270,18 @@ def _environment_from_slurm() -> None:
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
 
 
+class _Formatter(logging.Formatter):
+    """Escapes what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return startup.for_terminal(super().format(record))
+
+
 def _start_logging(rank: int) -> None:
     """Rank 0 logs everything; the other ranks only log warnings, with their rank in front."""
     handler = logging.StreamHandler()
     prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(logging.Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
+    handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False
