@@ -19,6 +19,7 @@ if __name__ == "__main__":
     startup.answer_help(lambda: f"{__doc__}{fields.describe(Asking)}")
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -45,12 +46,24 @@ def main() -> int:
         given = command_line.parse(sys.argv[1:], positions=2)
         answer = prepare(given.positions, fields.from_flat(Asking, given.settings).ask)
         answer()
+        print(end="", flush=True)
+    except BrokenPipeError:  # whoever reads the answers has seen enough
+        _give_up_output()
+    except OSError as error:
+        _give_up_output()
+        print(f"error: the answers cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(startup.for_terminal(f"error: {error}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print()
     return 0
+
+
+def _give_up_output() -> None:
+    """What still waits to be printed is lost, so that Python does not fail over it again at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def prepare(positions: list[str], config: AskConfig) -> Answer:
@@ -137,7 +150,7 @@ def read_questions(path: Path, field: str) -> list[dict[str, Any]]:
 
 
 def as_text(said: Said) -> str:
-    """An answer for a terminal: one line per part."""
+    """An answer for a terminal: one line per part, and no control characters."""
     lines = []
     for name in ("rationale", "label", "reasoned"):
         if name == "reasoned" and name in said:
@@ -145,7 +158,7 @@ def as_text(said: Said) -> str:
         elif name in said:
             value = said[name]
             lines.append(f"{name}: {'(the reasoning has no answer)' if value is None else value}")
-    return "\n".join(lines)
+    return startup.for_terminal("\n".join(lines))
 
 
 if __name__ == "__main__":

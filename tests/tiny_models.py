@@ -59,8 +59,10 @@ BART |= dict(max_position_embeddings=256, pad_token_id=0, eos_token_id=0, decode
 ENCODER_DECODER_SHAPES = {
     "t5": T5,
     "mt5": T5 | {"feed_forward_proj": "gated-gelu"},
+    "umt5": T5,
     "bart": BART | {"encoder_layerdrop": 0.3},
     "mbart": BART | {"scale_embedding": True},
+    "plbart": BART | {"scale_embedding": True},
 }
 QUESTION = "predict: tom had 3 apples and found 4 . how many ?"
 TEXTS = [QUESTION, "explain: start 3 . found means + 4 .\n", "( 3 + 4 )"] * 3

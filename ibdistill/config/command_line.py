@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ibdistill.config.fields import shown
+from ibdistill.config.fields import is_unicode, shown
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ def parse(arguments: Sequence[str], *, positions: int = 1, options: Sequence[str
         options: names of the program's own options, as `part` for `--part`. A hyphen in a
             name may be typed for an underscore.
 
-    Raises ValueError for a name that is given twice and for more arguments without a name.
+    Raises ValueError for a name that is given twice, for more arguments without a name, and for one of these
+    that is not UTF-8 (`fields` reads the others).
     """
     unnamed: list[str] = []
     named: dict[str, str | bool] = {}
@@ -54,6 +55,8 @@ def parse(arguments: Sequence[str], *, positions: int = 1, options: Sequence[str
         if argument in ("-h", "--help"):
             asks_for_help = True
         elif not argument.startswith("--"):
+            if not is_unicode(argument):
+                raise ValueError(f"{shown(argument)} is no text in UTF-8; write it in that encoding")
             unnamed.append(argument)
         else:
             name, equals, text = argument[2:].partition("=")

@@ -146,6 +146,16 @@ def _unknown(cls: type, name: str) -> str:
     return f"unknown setting {shown(name)}.{hint} The {listing}; --help lists all with their meaning"
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8 and has no null character. Bytes of a command line that are not
+    UTF-8, and halves of surrogate pairs, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in text
+
+
 class _OutOfRange(ValueError):
     """The value has the right type and breaks the field's rule."""
 
@@ -171,6 +181,8 @@ def _read(name: str, value: Any, annotation: Any) -> Any:
         if items is not None:
             return [_read(name, item, inner[0]) for item in items]
     elif annotation is str and isinstance(value, str):
+        if not is_unicode(value):
+            raise _OutOfRange(f"{name} is {shown(value)}; it must be Unicode text without a null character")
         return value
     elif annotation is bool:
         if isinstance(value, bool):

@@ -159,6 +159,13 @@ def _check_zero(path: Path, zero: dict[str, Any]) -> None:
         first = error.errors()[0]
         where = ".".join([_ZERO, *map(str, first["loc"])])
         raise ValueError(f"{path}: {where} is {shown(first['input'])}: {first['msg']}") from error
+    for part in ("offload_optimizer", "offload_param"):
+        given = zero.get(part) or {}
+        if given.get("device") == "nvme" and not given.get("nvme_path"):
+            raise ValueError(
+                f"{path}: {_ZERO}.{part}.device is 'nvme' without nvme_path; give the folder of the disk, or "
+                "take the device cpu"
+            )
 
 
 def _check_names(path: Path, where: str, values: dict[str, Any], model: type) -> None:

@@ -37,6 +37,9 @@ Message = dict[str, str]
 OPEN, CLOSE = "<think>", "</think>"
 PREAMBLE_END = "{#- end of what ibdistill puts before the tokenizer's own template -#}"
 """What follows it in the template of an exported student is the template of training."""
+DATED = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
+"""What precedes a template that writes the day's date: with it, a student would be trained, resumed and asked
+in different prompts. This is the date that Llama 3.1's template takes where it is told none."""
 _THOUGHT, _SAID = "\ue000\ue001", "\ue002\ue003"
 """Private characters as placeholders for the assistant's rationale and answer."""
 _AROUND = 40
@@ -131,10 +134,11 @@ class Chat:
     def text(self, messages: list[Message], *, prompt: bool = False, thinks: bool = False) -> str:
         """What the template makes of a conversation. Raises ValueError if it refuses it."""
         settings = {"enable_thinking": thinks} if thinks or self.quiet else {}
+        dated = DATED if "strftime_now" in self.template else ""
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=self.template,
+                chat_template=dated + self.template,
                 tokenize=False,
                 add_generation_prompt=prompt,
                 **settings,

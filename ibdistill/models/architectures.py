@@ -35,8 +35,10 @@ _ON_QUESTION = (".EncDecAttention.k", ".EncDecAttention.v", ".encoder_attn.k_pro
 FAMILIES = {
     "t5": Architecture(ENCODER_DECODER),
     "mt5": Architecture(ENCODER_DECODER),
+    "umt5": Architecture(ENCODER_DECODER),
     "bart": Architecture(ENCODER_DECODER),
     "mbart": Architecture(ENCODER_DECODER),
+    "plbart": Architecture(ENCODER_DECODER),
     "cohere": Architecture(multiplier="logit_scale"),
     "cohere2": Architecture(multiplier="logit_scale"),
     "gemma": Architecture(),
@@ -81,7 +83,8 @@ def family(model: nn.Module | PreTrainedConfig) -> str:
 def state_factor(config: PreTrainedConfig) -> float:
     """What the states are multiplied with before the head, so that the head's product is the logits."""
     kind = architecture(config)
-    if getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
+    umt5 = config.model_type == "umt5" and config.tie_word_embeddings
+    if umt5 or getattr(config, "scale_decoder_outputs", False):  # T5 with tied embeddings
         return config.d_model**-0.5
     if kind.multiplier is not None:
         return getattr(config, kind.multiplier)

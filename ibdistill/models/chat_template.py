@@ -1,8 +1,9 @@
 """The chat template of an exported student that was trained in format chat.
 
 It is the tokenizer's own template, and before it what the run put into each conversation: the system message,
-the prefix of the stream in the last user's text, and whether there are thoughts. So a caller who sends
-nothing but the question, as `pipeline("text-generation")` or a server does, asks in the training prompt.
+the prefix of the stream in the last user's text, the date, and whether there are thoughts. So a caller who
+sends nothing but the question, as `pipeline("text-generation")` or a server does, asks in the prompt of
+training.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.chat import PREAMBLE_END, Chat
+from ibdistill.data.chat import DATED, PREAMBLE_END, Chat
 from ibdistill.models.prompt import Prompt
 
 
@@ -21,6 +22,8 @@ def template(tokenizer: PreTrainedTokenizerBase, config: DataConfig, prompt: Pro
     sets (`explain`, `reason`). Raises ValueError as `Chat.of` does."""
     chat = Chat.of(tokenizer, config)
     parts = []
+    if "strftime_now" in chat.template:
+        parts.append(DATED)
     if any(prompt.prefixes.values()):
         before = _by_stream({stream: _literal(text) for stream, text in prompt.prefixes.items()})
         parts.append(

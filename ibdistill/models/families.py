@@ -27,7 +27,8 @@ from ibdistill.runtime.files import digest
 
 logger = logging.getLogger("ibdistill")
 
-# T5 has the first, GPT-2 the next three, Starcoder2 the two after these, all others some of the rest
+# T5 has the first, GPT-2 the next three, Starcoder2 the two after these, BART the last three, all others some
+# of these
 _DROPOUTS = (
     "dropout_rate",
     "attn_pdrop",
@@ -36,7 +37,7 @@ _DROPOUTS = (
     "residual_dropout",
     "embedding_dropout",
 )
-_DROPOUTS += ("attention_dropout", "dropout")
+_DROPOUTS += ("attention_dropout", "dropout", "activation_dropout")
 
 
 def base_of(model: nn.Module) -> PreTrainedModel:

@@ -202,7 +202,7 @@ def _rounding(config: Config) -> str:
         return ""
     return (
         f", up to rounding. The weights are in {config.student.precision}, where the last bits of a result "
-        f"depend on the shape of the batch. The evaluation had batches of {config.run.eval_batch_size} "
+        f"may depend on the shape of the batch. The evaluation had batches of {config.run.eval_batch_size} "
         "questions and the lines ask one, so a text may go on differently where two tokens are nearly as "
         "probable"
     )

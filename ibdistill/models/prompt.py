@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ibdistill.config.fields import shown
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config, DataConfig
 from ibdistill.data import chat, chat_features, id_rows, reasoning, tokenizers
@@ -85,6 +86,8 @@ class Prompt:
     def read(cls, folder: Path) -> Prompt:
         """The prompt of an exported student. Raises ValueError if its folder has none or a damaged one."""
         path = folder / FILE
+        if not folder.is_dir():
+            raise ValueError(f"STUDENT is {shown(str(folder))}, a folder that does not exist")
         if not path.is_file():
             raise ValueError(
                 f"{folder} has no {FILE}, which says how the student is asked: it is no student of train.py, "

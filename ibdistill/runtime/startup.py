@@ -15,9 +15,12 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def answer_help(text: Callable[[], str]) -> None:
@@ -50,3 +53,9 @@ def resume_garbage_collection() -> None:
     """Collect garbage again, but never look at what the imports have made."""
     gc.freeze()
     gc.enable()
+
+
+def for_terminal(text: str) -> str:
+    """The text with control characters escaped, but for line breaks and tabs. Texts of data, models and
+    libraries stand in messages and answers, and a terminal would obey what they hold."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

@@ -57,6 +57,12 @@ def _check_data(data: DataConfig) -> None:
                 f"data.path is {data.path!r}, which does not exist or cannot be read; give a folder or file"
             )
         files.append(Path(data.path))
+    for file in files:
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError(
+                f"{file} is neither a file nor a folder; data is read more than once, so a pipe cannot hold "
+                "it. Write it to a file first"
+            )
     for name in [data.task] if isinstance(data.task, str) else data.task:
         if name in TASKS and TASKS[name].read is jsonl.read_jsonl:
             files += jsonl.split_files(name, data).values()

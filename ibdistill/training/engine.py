@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import nn
 from transformers import get_scheduler
 
@@ -51,13 +52,18 @@ def build_engine(
     optimizer = _optimizer(module, optim)
     if unsharded_fp32:
         deepspeed_fixes.guard_fp32_steps(optimizer, optim.clip_norm)
-    engine, *_ = deepspeed.initialize(
-        model=module,
-        optimizer=optimizer,
-        lr_scheduler=lambda inner: _schedule(inner, optim),
-        config=ds_config,
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=module,
+            optimizer=optimizer,
+            lr_scheduler=lambda inner: _schedule(inner, optim),
+            config=ds_config,
+            dist_init_required=False,
+        )
+    except (DeepSpeedConfigError, AssertionError) as error:  # what it finds in the file only now
+        raise ValueError(
+            f"deepspeed.config {zero_file.config}: DeepSpeed refuses the file: {error}"
+        ) from error
     deepspeed_fixes.take_bf16_steps_in_parts(engine)
     if world.size == 1 and zero["stage"] == 0:
         # there is nobody to sum with, and DeepSpeed would copy all gradients into one buffer and back

@@ -42,6 +42,22 @@ def test_the_recipe_may_stand_behind_a_setting_with_its_value():
 
 
 @pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        # bytes of an argument that are no UTF-8 reach Python as halves of surrogate pairs
+        (["--run.dir", "a\udcff"], r"run.dir is 'a\\udcff'; it must be Unicode text"),
+        (["--data.task", "[svamp, a\udcff]"], "data.task is .* must be Unicode text"),
+        (["--teacher.template", "\0{question}"], "teacher.template is .* without a null character"),
+        (["demo\udcff"], r"'demo\\udcff' is no text in UTF-8"),
+    ],
+)
+def test_text_that_no_file_can_hold_is_refused(typed, message):
+    with pytest.raises(ValueError, match=message):
+        given = command_line.parse(typed)
+        load_settings(given.first, given.settings)
+
+
+@pytest.mark.parametrize(
     "folder", ["run#1", "(v2)", "10", "1e3", "[a]", "a,b", "true", "None", "'10'", "{x}"]
 )
 def test_text_settings_are_what_was_typed(folder):

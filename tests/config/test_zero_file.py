@@ -55,6 +55,14 @@ def test_keys_of_deepspeed_that_no_setting_owns_are_allowed(tmp_path, content):
         ({"stage3_prefetch_bucket_size": 5}, r"put it inside 'zero_optimization'"),
         # as TRL and ms-swift write it, to which DeepSpeed does not listen
         ({"zero_optimization.stage": 3}, r"zero_optimization.stage is no key that DeepSpeed knows"),
+        (
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}},
+            "offload_param.device is 'nvme' without nvme_path; give the folder of the disk, or",
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": ""}}},
+            "offload_optimizer.device is 'nvme' without nvme_path",
+        ),
         ({"train_batch_sise": 3}, r"did you mean 'train_batch_size'"),
         ({"\x1b[31m": 3}, r"mine.json: \\x1b\[31m is no key that DeepSpeed knows"),
         (

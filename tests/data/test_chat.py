@@ -206,6 +206,13 @@ def test_templates_that_cannot_be_used(template, thinks, message):
         Chat.of(chatml(template), CONFIG, thinks=thinks)
 
 
+def test_a_template_reads_one_date_every_day():
+    """Llama 3.2's and SmolLM3's write the day's own; a run that goes on tomorrow would have other prompts."""
+    for form in ("%d %b %Y", "%d %B %Y", "%f"):
+        dated = Chat.of(chatml(f"{{{{ strftime_now('{form}') }}}}" + CHATML), CONFIG)
+        assert dated.text([{"role": "user", "content": "x"}]).startswith("26 Jul 2024<|im_start|>user")
+
+
 def test_no_template_and_tags_that_the_tokenizer_swallows():
     with pytest.raises(ValueError, match="the tokenizer has no chat template; take the tokenizer of an"):
         Chat.of(byte_tokenizer(), CONFIG)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,24 @@ def test_a_conversation_ends_cleanly(run_folder, monkeypatch, capsys, end):
     assert capsys.readouterr().out == "\n"
 
 
+def test_an_output_that_takes_nothing_is_no_traceback(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["ask.py", str(run_folder), "how many ?"])
+    read, write = os.pipe()
+    os.close(read)
+    for place, code in (("/dev/full", 2), (write, 0)):
+        with open(place, "w") as output:
+            monkeypatch.setattr(sys, "stdout", output)
+            assert ask.main() == code
+    monkeypatch.setattr(sys, "stdout", None)
+    assert ask.main() == 0
+    assert capsys.readouterr().err == "error: the answers cannot be written: No space left on device\n"
+
+
+def test_an_answer_is_no_command_to_the_terminal(run_folder, monkeypatch, capsys):
+    monkeypatch.setattr(ask.asking, "ask", lambda *_: [{"rationale": "\x1b[2J", "label": "\u00e9\r7"}])
+    assert says(monkeypatch, capsys, run_folder, "why") == "rationale: \\x1b[2J\nlabel: \u00e9\\r7\n"
+
+
 def test_what_it_refuses(run_folder, tmp_path, monkeypatch, capsys):
     def refuses(message, *arguments):
         assert message in says(monkeypatch, capsys, *arguments, expect=2)
@@ -102,6 +121,8 @@ def test_what_it_refuses(run_folder, tmp_path, monkeypatch, capsys):
     refuses("unexpected arguments ('c',)", "a", "b", "c")
     refuses("'demo-student' is a preset", "demo-student", "why")
     refuses(f"has no {FILE}", tmp_path, "why")
+    refuses("none', a folder that does not exist", tmp_path / "none", "why")
+    refuses(r"'a\udcff' is no text in UTF-8", run_folder, "a\udcff")
     refuses("the question is empty", run_folder, "  ")
     refuses("ask.out is 'a', which holds the answers to ask.questions", run_folder, "--ask.out", "a")
     refuses("there is no such file", run_folder, "--ask.questions", tmp_path / "none")

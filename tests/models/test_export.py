@@ -4,6 +4,7 @@ template."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -86,6 +87,24 @@ def test_the_card_says_why_a_text_in_16_bits_may_differ():
     assert "These lines give the answers that were evaluated:\n" in cards[0]
     assert "evaluated, up to rounding. The weights are in bf16, where" in cards[1]
     assert f"batches of {Config().run.eval_batch_size} questions" in cards[1]
+
+
+@pytest.mark.parametrize("model_type", ["t5", "llama", "qwen2"])
+def test_a_text_in_16_bits_differs_only_where_two_tokens_are_nearly_as_probable(model_type):
+    """What the card says: in another batch the same question is answered alike up to such a place."""
+    model, tokenizer = tiny(model_type).to(torch.bfloat16), byte_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    questions = [f"{text} {i}" for i, text in enumerate(TEXTS)]
+    limits = {"max_question_tokens": 64, "max_new_tokens": 24, "device": torch.device("cpu")}
+    together = decoding.decode(model, tokenizer, questions, **limits)
+    for question, other in zip(questions, together, strict=True):
+        [alone] = decoding.decode(model, tokenizer, [question], **limits)
+        n = next((i for i, (a, b) in enumerate(zip(alone.ids, other.ids, strict=False)) if a != b), None)
+        if n is None:
+            assert alone.ids == other.ids
+        else:  # a probability that two batches give to their own first choice at one place
+            assert abs(alone.log_probs[n] - other.log_probs[n]) < 0.1
+            assert alone.log_probs[n] < math.log(0.55)
 
 
 def test_no_bar_of_a_library_reaches_the_console(world, tmp_path, capfd):

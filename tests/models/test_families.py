@@ -314,7 +314,7 @@ def test_a_compiled_student_says_the_same(folder, monkeypatch, model_type):
         ),
         ({"model_type": "cohere", "logit_scale": None}, "which has logit_scale 'None' in its config.json"),
         ({"model_type": "granite", "logits_scaling": -8.0}, "it must be a positive number: take it from the"),
-        ({"model_type": "bloom"}, "a 'bloom' model; supported are t5, mt5, bart, mbart, cohere, coh"),
+        ({"model_type": "bloom"}, "a 'bloom' model; supported are t5, mt5, umt5, bart, mbart, plbart"),
     ],
 )
 def test_models_that_the_loss_would_get_wrong_are_refused_by_name(tmp_path, config, message):

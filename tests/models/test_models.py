@@ -11,13 +11,7 @@ import torch
 from feature_tables import features_of
 from tiny_models import ENCODER_DECODER_SHAPES, SHAPES, save, tiny
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import (
-    MT5Config,
-    MT5ForConditionalGeneration,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import T5Config, T5ForConditionalGeneration
 from transformers.models.t5.modeling_t5 import T5Attention
 
 from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
@@ -42,27 +36,15 @@ def untied() -> T5ForConditionalGeneration:
     return model
 
 
-def mt5() -> MT5ForConditionalGeneration:
-    return MT5ForConditionalGeneration(MT5Config(**SHAPE, num_decoder_layers=2))
-
-
 def ragged_batch() -> batches.Batch:
     features = features_of([(9, 2, 7), (4, 5, 0), (13, 1, 3)])
     return batches.collate(features, [0, 1, 2], ("predict", "explain"), pad=0, start=0)
 
 
-def bart() -> PreTrainedModel:
-    return tiny("bart")
-
-
-def mbart() -> PreTrainedModel:
-    return tiny("mbart")
-
-
-@pytest.mark.parametrize("make", [tied, untied, mt5, bart, mbart])
-def test_states_through_the_head_are_the_models_own_logits(make):
+@pytest.mark.parametrize("kind", ["untied", *ENCODER_DECODER_SHAPES])
+def test_states_through_the_head_are_the_models_own_logits(kind):
     torch.manual_seed(0)
-    model = make().double().eval()
+    model = (untied() if kind == "untied" else tiny(kind)).double().eval()
     batch = ragged_batch()
     states = forward.states(model, batch).targets
     for row, stream in enumerate(("predict", "explain")):
@@ -177,6 +159,10 @@ def test_barts_logits_have_no_constant_and_its_layers_are_never_skipped(tmp_path
     model.save_pretrained(tmp_path)
     loaded = families.load_model(str(tmp_path), tokenizers.demo_tokenizer(), setting="student.model")
     assert loaded.get_encoder().layerdrop == 0 and model.get_encoder().layerdrop == 0.3
+    model.config.activation_dropout = 0.1
+    model.save_pretrained(tmp_path)
+    loaded = families.load_model(str(tmp_path), tokenizers.demo_tokenizer(), setting="x", dropout=0.2)
+    assert loaded.get_encoder().layers[0].activation_dropout == loaded.get_decoder().dropout == 0.2
     model.final_logits_bias[0, 3] = 0.5
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="teacher.model is '.*', which adds a constant final_logits_bias to"):
@@ -201,7 +187,9 @@ def test_unknown_model_and_tokenizer_names(tmp_path):
 
 def test_an_unsupported_family_is_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "marian"}')
-    with pytest.raises(ValueError, match="a 'marian' model; supported are t5, mt5, bart, mbart"):
+    with pytest.raises(
+        ValueError, match="a 'marian' model; supported are t5, mt5, umt5, bart, mbart, plbart"
+    ):
         load_student(StudentConfig(model=str(tmp_path)), tokenizers.demo_tokenizer(), 0)
 
 

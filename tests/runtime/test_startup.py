@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
 from harness import ROOT, output_of
+
+from ibdistill.runtime import distributed, startup
 
 
 def run(code: str) -> str:
@@ -64,3 +67,16 @@ def test_help_is_printed_by_the_first_rank_alone():
         command = ["env", f"RANK={rank}", sys.executable, "-c", code, *arguments]
         printed.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
     assert printed == [["text"], [], ["on"]]
+
+
+def test_a_terminal_obeys_nothing_that_a_message_holds():
+    kept = "a\tb\n\u00e9\u3042\u00a0"
+    assert startup.for_terminal(kept) == kept
+    assert startup.for_terminal("\x1b[31m \r\x00\x7f\x9b") == r"\x1b[31m \r\x00\x7f\x9b"
+
+
+def test_logged_lines_go_through_it(capsys, monkeypatch):
+    monkeypatch.setattr(distributed, "logger", logging.getLogger("another"))
+    distributed._start_logging(0)
+    logging.getLogger("another").warning("a %s", "\x1b]0;title")
+    assert r"a \x1b]0;title" in capsys.readouterr().err

@@ -44,9 +44,13 @@ def test_without_a_gpu_the_process_is_measured(calls, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     device = devices.choose()
     assert device == CPU and devices.name(device) == f"CPU, {torch.get_num_threads()} threads"
-    devices.restart_peak(device)
-    before = devices.held_bytes(device)
-    filled = torch.ones(2**24)  # 64 MiB
-    above = devices.peak_bytes(device) - before
-    assert 0.9 * filled.numel() * 4 < above < 1.5 * filled.numel() * 4
+
+    def above() -> int:
+        devices.restart_peak(device)
+        before = devices.held_bytes(device)
+        torch.ones(2**24)  # 64 MiB
+        return devices.peak_bytes(device) - before
+
+    # several times, since a machine short of memory may take pages away from the process meanwhile
+    assert any(0.9 * 2**26 < above() < 1.5 * 2**26 for _ in range(5))
     assert devices.timed(lambda: None, device) >= 0 and not calls

@@ -132,11 +132,11 @@ def test_cached_and_resumed_equals_uninterrupted_bit_for_bit(make_job, tmp_path)
     assert same(weights(resumed), weights(whole))
 
 
-@pytest.mark.parametrize("thinking", [False, True])
+@pytest.mark.parametrize("own", [CHATML, THINKING, "{{ strftime_now('%f') }}" + CHATML])
 @pytest.mark.parametrize("method", ["finetune", "cot", "dss+cot"])
-def test_the_exported_template_makes_the_training_prompts(method, thinking):
-    """With system message and prefixes, for a template with thoughts, and again after a second export."""
-    tokenizer = chatml(THINKING if thinking else CHATML)
+def test_the_exported_template_makes_the_training_prompts(method, own):
+    """With system message and prefixes, for templates with thoughts or a date, and after a second export."""
+    tokenizer = chatml(own)
     settings = {"objective.method": method, "data.task": "jsonl", "data.path": "x", "data.format": "chat"}
     config = load_settings(None, settings | {"data.system": 'Be "brief" \\ \N{SNOWMAN}\n.'})
     adopt_turn_end(tokenizer, config.data)
@@ -151,10 +151,8 @@ def test_the_exported_template_makes_the_training_prompts(method, thinking):
         tokenizer.chat_template = chat_template.template(tokenizer, config.data, prompt)
         for stream, ids in expected.items():
             talk = [{"role": "user", "content": record.question}]
-            own = tokenizer.apply_chat_template(
-                talk, add_generation_prompt=True, return_dict=False, **{stream: True}
-            )
-            assert own == ids
+            given = {"add_generation_prompt": True, "return_dict": False, stream: True}
+            assert tokenizer.apply_chat_template(talk, **given) == ids
             assert chat_features.prompts([record], stream, prefixes, tokenizer, config.data)[0] == ids
     plain = DataConfig(format="chat")
     tokenizer.chat_template = CHATML

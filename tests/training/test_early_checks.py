@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -114,6 +115,15 @@ def test_train_refuses_before_it_makes_the_runs_folder(world, tmp_path, monkeypa
         train.main()
     assert ended.value.code == 2 and f"{path} begins with" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("data.path", "data.unlabelled"):
+        config = load_settings(None, {"data.task": "jsonl", "data.path": str(tmp_path)})
+        setattr(config.data, name.split(".")[1], str(tmp_path / "pipe.jsonl"))
+        with pytest.raises(ValueError, match="pipe.jsonl is neither a file nor a folder"):
+            early_checks.check(config)
 
 
 def test_the_checks_need_no_torch():

@@ -18,7 +18,7 @@ LIMITS |= {"data.subsample": 16, "optim.batch_size": 4}
 RUNS = {
     "gemma2": {"teacher": "gemma2", "objective.method": "ib+kd", "deepspeed.config": "zero2"},
     "granite": {"teacher": "cohere", "objective.method": "kd", "deepspeed.config": "zero2"},
-    "bart": {"teacher": "mbart", "objective.method": "ib+kd", "deepspeed.config": "zero3"},
+    "bart": {"teacher": "plbart", "objective.method": "ib+kd", "deepspeed.config": "zero3"},
     "qwen3_moe": {"teacher": "gemma2", "objective.method": "dss", "deepspeed.config": "zero3"},
 }
 

@@ -63,6 +63,21 @@ def test_a_non_finite_step_is_skipped_and_counted(make_job, monkeypatch, config,
     assert (job.state.skipped, job.state.skipped_in_row) == (2, 0)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"sparse_gradients": True}, "Sparse compression .* has been removed"),
+        ({"checkpoint": {"tag_validation": "Maybe"}}, "invalid tag_validation value"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}}, "Hybrid"),
+    ],
+)
+def test_a_file_that_deepspeed_refuses_late_is_named(make_job, tmp_path, content, message):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"mine.json: DeepSpeed refuses the file: .*{message}"):
+        make_job(**{"deepspeed.config": str(path)})
+
+
 def test_zero_is_left_out_where_there_is_nothing_to_divide(make_job, tmp_path):
     job = make_job()
     assert job.engine.zero_optimization_stage() == 0
