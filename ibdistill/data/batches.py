@@ -176,14 +176,14 @@ def collate(
 def _encoder_decoder(
     questions: TokenIds, targets: TokenIds, pad: int, start: int, bos: int | None, multiple: int, packed: bool
 ) -> dict[str, Any]:
-    rows = [id_rows.led(row, bos) for rows in questions.values() for row in rows]
-    input_ids, attention_mask, begins = id_rows.laid(rows, pad, multiple, packed)
+    rows = [id_rows.with_bos(row, bos) for rows in questions.values() for row in rows]
+    input_ids, attention_mask, begins = id_rows.lay_out(rows, pad, multiple, packed)
     lengths = np.array([len(row) for row in rows], dtype=np.int32)
     decoder_input_ids, positions, decoded, before = {}, {}, [], 0
     for stream in questions:
         targeted = _whole(targets, stream)
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in targeted]
-        decoder_input_ids[stream], mask, starts = id_rows.laid(shifted, pad, multiple, packed)
+        decoder_input_ids[stream], mask, starts = id_rows.lay_out(shifted, pad, multiple, packed)
         positions |= _segment_places(targets, stream, starts + before)
         if packed:  # its streams are read as one row
             decoded += map(len, shifted)
@@ -221,7 +221,7 @@ def _decoder_only(
         for stream in prompts
         for prompt, target in zip(prompts[stream], _whole(targets, stream), strict=True)
     ]
-    input_ids, attention_mask, begins = id_rows.laid(rows, pad, multiple, packed)
+    input_ids, attention_mask, begins = id_rows.lay_out(rows, pad, multiple, packed)
     first, positions = next(iter(prompts.values())), {}
     size, lead = len(first), int(bos is not None)
     for number, (stream, own) in enumerate(prompts.items()):

@@ -1,19 +1,22 @@
 """Conversations under a tokenizer's own chat template: prompts and targets of `data.format` chat.
 
-Nothing of a template is searched for or rebuilt here. A conversation is rendered three times: up to the
-assistant's turn as a generation prompt, whole, and whole with stand-ins for what the assistant says, which
-tell where that stands. The ids of the generation prompt have to be those with which the ids of the whole
-begin; the rest is the target. So a student reads in training what it reads when it is asked.
+A template is never taken apart or rebuilt here. Each conversation is rendered three times: up to the
+assistant's turn, as a generation prompt; as a whole; and as a whole with placeholders for the assistant's
+words, which show where these words stand. The token ids of the whole conversation have to begin with those of
+the generation prompt, and the rest of them is the target. So a student reads the same tokens in training as
+when it is asked.
 
 - A target ends with the first special token behind the assistant's words, the **turn's end**. What the
-  template writes behind it (a newline, mostly) is neither learned nor generated. The tokenizer's end token is
-  set to it (`adopt_turn_end`), so decoding, the exported student and the teacher all stop there.
-- The ids are those of `apply_chat_template`: BOS is there once if the template writes it, and else not.
+  template writes behind that token (mostly a newline) is neither learned nor generated. The tokenizer's end
+  token is set to the turn's end (`adopt_turn_end`), so decoding, the exported student and the teacher all
+  stop there.
+- The ids are those of `apply_chat_template`: there is one BOS if the template writes one, and none otherwise.
 - A rationale stands in `reasoning_content` if the template takes that and puts it between the tags that are
   expected, else before the answer within `data.think_open` and `data.think_close`. The labels of the predict
   stream and the rationales of the explain stream are rendered with `enable_thinking` false: templates that
-  know it put an empty block of thoughts into the prompt, others ignore it. Where a template puts such a block
-  into the whole alone, the student learns to write it, and `visible` takes it away again.
+  know this setting put an empty block of thoughts into the prompt, and others ignore it. If a template puts
+  such a block into the whole conversation but not into the prompt, the student learns to write the block, and
+  `visible` removes it.
 - What users and assistants say is text: a special token or tag that it spells is broken up.
 """
 
@@ -37,10 +40,8 @@ PREAMBLE_END = "{#- end of what ibdistill puts before the tokenizer's own templa
 DATED = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
 """What precedes a template that writes the day's date: with it, a student would be trained, resumed and asked
 in different prompts. This is the date that Llama 3.1's template takes where it is told none."""
-_THOUGHT, _SAID = (
-    "\ue000\ue001",
-    "\ue002\ue003",
-)  # private characters, which stand in for an assistant's words
+_THOUGHT, _SAID = "\ue000\ue001", "\ue002\ue003"
+"""Private characters as placeholders for the assistant's rationale and answer."""
 _AROUND = 40
 _CHUNK = 512
 
@@ -49,7 +50,7 @@ class Row(NamedTuple):
     """A conversation as token ids."""
 
     prompt: Ids
-    """All before the assistant's words, the opening of its turn included."""
+    """Everything before the assistant's words, the opening of its turn included."""
     rationale: Ids
     """The rationale with the tags around it; empty without one."""
     tail: int
@@ -174,7 +175,8 @@ class Chat:
     def _rendered(
         self, system: str, history: Sequence, user: str, rationale: str | None, answer: str
     ) -> tuple[str, str, int, int, int]:
-        """Prompt and whole as text, and the places in it: the rationale's end, the answer's begin and end."""
+        """The prompt and the whole conversation as text, and three places in the latter: where the rationale
+        ends, where the answer begins, and where it ends."""
         messages, thinks = self.messages(system, history, user), rationale is not None
 
         def whole(thought: str, said: str) -> str:

@@ -41,8 +41,8 @@ def conversations(
     """(system, history, user's text) of each record, and the indices of those that lost something.
 
     `limit`: the most tokens of the question, the turns before it and a system message of the record's own.
-    What the template puts around the question is not counted, what it puts around earlier turns is. A
-    conversation beyond it loses its oldest turns, two by two, and then the question its end.
+    The template's tokens around earlier turns count, and those around the question do not. A longer
+    conversation loses its oldest turns, two at a time, and then the end of its question.
 
     Raises ValueError for a system message that leaves no room for a question.
     """
@@ -138,8 +138,8 @@ def _rows(
 
 
 def _fit(index: int, row: Row, config: DataConfig, long: list[tuple[int, int]]) -> tuple[Ids, Ids]:
-    """Rationale and answer of the reason stream within their limits, as `data.long_reasoning` has it; a
-    record beyond the limit joins `long`."""
+    """Rationale and answer of the reason stream, cut to their limits as `data.long_reasoning` says. A
+    record beyond the limit is added to `long`."""
     rationale, limit = row.rationale, config.max_rationale_tokens
     if len(rationale) > limit:
         if row.tail >= limit:

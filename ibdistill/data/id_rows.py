@@ -41,9 +41,9 @@ def prompts(
         encoded = token_ids.question_ids(texts, tokenizer)
     questions = [token_ids.cut(ids, limit) for ids in encoded]
     if separator is None:
-        return padded([led(ids, lead) for ids in questions], pad)
+        return padded([with_bos(ids, lead) for ids in questions], pad)
     if as_written:
-        return padded([led(ids[:-1], lead) for ids in questions], pad, left=True)
+        return padded([with_bos(ids[:-1], lead) for ids in questions], pad, left=True)
     return padded([prompt(ids, lead, separator) for ids in questions], pad, left=True)
 
 
@@ -62,15 +62,15 @@ def prompt(question: Sequence[int], bos: int | None, separator: int | None) -> n
     question = np.asarray(question)
     if separator is None:
         return question.astype(np.int64)
-    return led(np.where(question == question[-1], separator, question), bos)
+    return with_bos(np.where(question == question[-1], separator, question), bos)
 
 
-def led(ids: Sequence[int], bos: int | None) -> np.ndarray:
+def with_bos(ids: Sequence[int], bos: int | None) -> np.ndarray:
     """[tokens] int64: the ids with BOS in front, if there is one."""
     return np.array([*([] if bos is None else [bos]), *ids], dtype=np.int64)
 
 
-def laid(
+def lay_out(
     rows: Sequence[np.ndarray], pad: int, multiple: int, packed: bool
 ) -> tuple[Tensor, Tensor, np.ndarray]:
     """Ids, mask, and where each row begins in the flattened ids: rows side by side or in one."""

@@ -4,7 +4,7 @@
     The answer is: 7
 
 The words between the two are the task's marker (`tasks.base.Task.answer_marker`), or `data.answer_marker`.
-They belong to the segment `rationale`, whose end they say; the segment `answer` is the label and the end
+They belong to the segment `rationale` and mark its end; the segment `answer` is the label and the end
 token.
 """
 
@@ -30,15 +30,15 @@ def marker_of(task: str, config: DataConfig) -> str:
 
 
 def join(rationale: str, answer: str, marker: str) -> str:
-    """The text that `split` takes apart."""
+    """Rationale, marker and answer in one text; `split` takes it apart again."""
     return f"{rationale}\n{marker} {answer}"
 
 
 def split(text: str, marker: str) -> tuple[str, str | None]:
-    """Rationale and answer, which stands behind the last marker; None where there is no marker, or nothing
-    behind it.
+    """The rationale, and the answer behind the last marker; None if there is no such answer.
 
-    Any white space is as good as any other, since many tokenizers read a line break as a space.
+
+    All white space counts as equal, since many tokenizers read a line break as a space.
     """
     found = _last(text, marker)
     if found is None:
@@ -61,7 +61,7 @@ def segment_ids(
 ) -> tuple[list[Ids], list[Ids], Ids]:
     """The ids of the rationales without the marker, those of the answers, and those of the marker.
 
-    The three are tokenized apart, so that a rationale that is cut reads as one that is not. An answer ends
+    The three are tokenized apart, so that cutting a rationale changes no token before the cut. An answer ends
     with the end token and begins with a space, unless the tokenizer puts one there by itself.
 
     Raises ValueError if the tokenizer cannot say the marker.

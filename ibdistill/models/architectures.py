@@ -27,7 +27,7 @@ class Architecture:
     divisor: str | None = None
     """The logits are divided by it."""
     softcap: str | None = None
-    """The cap of the logits (`ops.head_loss.softcap`); None in it: none."""
+    """The cap of the logits (`ops.head_loss.softcap`); a setting of None: no cap."""
 
 
 _ON_QUESTION = (".EncDecAttention.k", ".EncDecAttention.v", ".encoder_attn.k_proj", ".encoder_attn.v_proj")
@@ -112,7 +112,7 @@ def layers_of_pair(config: PreTrainedConfig) -> tuple[int, int, int]:
 
 def in_decoder(name: str) -> bool:
     """Whether a module or weight of this name is in an encoder-decoder model's decoder and meets the target's
-    tokens: all there but what makes the keys and values of cross-attention, which meet the question's."""
+    tokens. The matrices that make the keys and values of cross-attention do not: they meet the question's."""
     own = name.removeprefix("model.").startswith("decoder.")
     return own and not any(part in name for part in _ON_QUESTION)
 

@@ -17,7 +17,6 @@ import random
 import signal
 import socket
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from ibdistill.runtime import deepspeed_fixes, hardware, launcher, rendezvous, startup
+from ibdistill.runtime import deepspeed_fixes, hardware, launcher, rank_logging, rendezvous, startup
 
 logger = logging.getLogger("ibdistill")
 T = TypeVar("T")
@@ -102,7 +101,7 @@ def init(timeout_minutes: int = 30) -> World:
     deepspeed_fixes.leave_shared_memory_operator_out()
     deepspeed_fixes.import_muon_uncompiled()
     _share_cores()
-    _start_logging(rank)
+    rank_logging.start_logging(rank)
     return World(rank, size, local_rank, device)
 
 
@@ -268,35 +267,3 @@ def _environment_from_slurm() -> None:
         os.environ["RANK"] = os.environ["SLURM_PROCID"]
         os.environ["LOCAL_RANK"] = os.environ["SLURM_LOCALID"]
         os.environ["WORLD_SIZE"] = os.environ["SLURM_NTASKS"]
-
-
-class _Formatter(logging.Formatter):
-    """Escapes what a terminal would obey."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return startup.for_terminal(super().format(record))
-
-
-def _start_logging(rank: int) -> None:
-    """Rank 0 logs everything; the other ranks only log warnings, with their rank in front."""
-    handler = logging.StreamHandler()
-    prefix = "" if rank == 0 else f"[rank {rank}] "
-    handler.setFormatter(_Formatter(f"%(asctime)s {prefix}%(message)s", datefmt="%H:%M:%S"))
-    logger.handlers[:] = [handler]
-    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logger.propagate = False
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    _hide_loading_bars()
-    # DeepSpeed still calls deprecated names of torch, about which a user can do nothing
-    warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
-
-
-def _hide_loading_bars() -> None:
-    """Keep transformers' bars for loading weights out of the console; the hub's bars for downloads stay."""
-    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
-    from transformers.utils import logging as transformers_logging
-
-    hub = not are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()  # it switches the hub's off too
-    if hub:
-        enable_progress_bars()

@@ -16,8 +16,8 @@ logger = logging.getLogger("ibdistill")
 
 
 def settle_precision(config: Config, world: World) -> None:
-    """Settle `student.precision` auto: one precision for all ranks, bf16 if all of their devices multiply in
-    it. Collective."""
+    """Replace `student.precision` auto by one precision for all ranks: bf16 if every device multiplies in
+    bf16, else fp32. Collective."""
     multiplies = distributed.gather_objects(hardware.multiplies_bf16(world.device))
     consistency.settle_precision(config, multiplies_bf16=all(multiplies))
 

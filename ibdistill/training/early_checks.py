@@ -49,7 +49,7 @@ def check(config: Config) -> None:
 
 
 def _check_data(data: DataConfig) -> None:
-    """The files exist and can be read, and the first bytes of each are those of a form that is read."""
+    """Raise ValueError unless the files exist, can be read, and begin as a file of a supported form does."""
     files = [Path(given) for given in (data.unlabelled, data.taught) if isinstance(given, str)]
     if data.path is not None:
         if not os.access(data.path, os.R_OK):
@@ -72,7 +72,7 @@ def _check_data(data: DataConfig) -> None:
 
 
 def _check_decoder(setting: str, name: str) -> None:
-    """A model's folder is not that of an encoder alone; other faults are for those who load it to find."""
+    """Raise ValueError if a model's folder holds an encoder without a decoder. Loading finds other faults."""
     try:
         model = json.loads((Path(name) / "config.json").read_bytes())
         kind, classes = str(model["model_type"]), [str(part) for part in model.get("architectures") or ()]

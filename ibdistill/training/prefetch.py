@@ -25,7 +25,8 @@ class Prefetch:
         self._begun: dict[bytes, Future[Batch]] = {}
 
     def begin(self, coming: Sequence[np.ndarray], make: Callable[[np.ndarray], Batch]) -> None:
-        """Make the micro-batches of these records, those that are made already aside. All others go."""
+        """Begin to make the micro-batches of these records that are not begun yet. Those of other records are
+        dropped."""
         begun, self._begun = self._begun, {}
         for indices in coming:
             key = _key(indices)

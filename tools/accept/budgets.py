@@ -1,5 +1,5 @@
-"""Checks c and g: how often the host waits for the device, how many kernels a step starts, and whether steps
-of ever new lengths compile or allocate again."""
+"""Checks c and g: how often the host waits for the device, how many kernels a step starts, and whether
+steps with lengths that never occurred before compile or allocate again."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def world() -> World:
 
 @contextmanager
 def job_of(config: Config) -> Iterator[Job]:
-    """A job, and the memory that it held given back at the end."""
+    """A job, whose memory is given back at the end of the block."""
     job = prepare(config, world())
     try:
         yield job
@@ -41,13 +41,14 @@ def job_of(config: Config) -> Iterator[Job]:
 
 
 def wait(context: Context) -> None:
-    """Let the device end what it was given."""
+    """Wait until the device has finished its work."""
     if context.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def losses(job: Job, steps: int) -> list[float]:
-    """The mean loss terms' sum of each of so many steps: what the job's meter adds up, read step by step."""
+    """The loss of each of so many steps: the sum of the mean terms that the job's meter holds after the
+    step."""
     values = []
     for _ in range(steps):
         with _seen(job) as totals:
@@ -82,5 +83,5 @@ def seconds_of(context: Context, action: Callable[[], object]) -> float:
 
 
 def step_seconds(context: Context, job: Job, steps: int) -> list[float]:
-    """Seconds of each of so many steps, the device waited for after each."""
+    """Seconds of each of so many steps. The host waits for the device after each step."""
     return [seconds_of(context, lambda: train.train_step(job)) for _ in range(steps)]

@@ -168,7 +168,8 @@ def final_scores(
 
 
 def same_scores(context: Context, case: str, scores: dict[str, dict[str, float]]) -> None:
-    """The accuracy is the same, and the confidence within what another order of additions changes."""
+    """The accuracies are equal, and the confidences differ by no more than another order of additions
+    explains."""
     (first, a), (second, b) = scores.items()
     apart = abs(a["confidence"] - b["confidence"])
     bound = 1e-5 if context.small else 1e-2

@@ -2,8 +2,8 @@
 
 Both learn from the same ragged micro-batches and start from the same weights. The plain loop is what a
 careful script does: transformers' model with torch's attention, bf16 under autocast with weights in fp32, the
-losses from full logits, fused AdamW. Its KD takes the teacher's full logits. The floor is the time of the
-step's products of the weights, padding left out, at the rate of a large square product measured here.
+losses from full logits, fused AdamW. Its KD takes the teacher's full logits. The floor is the time that the
+step's products with weights would take, without padding, at the measured rate of a large square product.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def qwen2(context: Context) -> None:
 
 
 def compare(context: Context, student: str, teacher: str, method: str, batch: int, micro: int) -> None:
-    """Measure both loops and what there is to compare them with."""
+    """Measure both loops, the floor and the planner's prediction, and compare them."""
     more = {"optim__batch_size": batch, "optim__micro_batch_size": micro, "student__dropout": 0.0}
     more["objective__method"] = method
     if teacher:

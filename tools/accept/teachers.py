@@ -72,7 +72,7 @@ def overlap(context: Context) -> None:
             losses = []
             for _ in range(STEPS):
                 losses += jobs.losses(job, 1)
-                poison(context)
+                overwrite_free_blocks(context)
             results[overlaps] = losses
     errors = [abs(a / b - 1) for a, b in zip(results[True], results[False], strict=True)]
     holds = errors[0] < 1e-5 and max(errors) < 2e-2
@@ -82,8 +82,8 @@ def overlap(context: Context) -> None:
     context.verdict("on and off", holds, message, **{f"overlap {k}": v for k, v in results.items()})
 
 
-def poison(context: Context) -> None:
-    """Fill the allocator's free blocks, of all sizes that a batch has, with other ids."""
+def overwrite_free_blocks(context: Context) -> None:
+    """Overwrite the allocator's free blocks, in all sizes that a batch's tensors have, with other ids."""
     blocks = [
         torch.full((2**power,), 3, dtype=torch.int64, device=context.device)
         for power in range(6, 18)

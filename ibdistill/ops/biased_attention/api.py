@@ -1,12 +1,13 @@
 """Attention whose scores get a learned bias for each distance between query and key, in linear memory.
 
 T5 (Raffel et al., JMLR 2020, arXiv 1910.10683, section 2.1) adds to the score of key j for query i a number
-that depends on j - i and on the head. As a mask for torch's SDPA that is a tensor [B, H, T, S] in every
-layer, kept for the backward pass: for T5-base, 64 questions of 1024 tokens and bfloat16 most of 110 GiB. Here
-the bias stays a vector [H, T + S - 1] by distance, and nothing of size T S is kept or made: the backward pass
-computes the probabilities again from each row's logarithm (FlashAttention, arXiv 2205.14135, section 3), the
-dropout mask again from a hash. FlexAttention could add such a bias too, but only under torch.compile, and its
-gradient for a captured bias is added by atomics, whose order changes from run to run.
+that depends on j - i and on the head. As a mask for torch's SDPA this bias is a tensor [B, H, T, S] in every
+layer, kept for the backward pass. For T5-base with 64 questions of 1024 tokens in bfloat16 these tensors are
+most of 110 GiB. Here the bias stays a vector [H, T + S - 1] by distance, and nothing of size T S is kept or
+made: the backward pass computes the probabilities again from each row's logarithm (FlashAttention, arXiv
+2205.14135, section 3), and the dropout mask from a hash. FlexAttention could add such a bias too, but only
+under torch.compile, and its gradient for a captured bias is added by atomics, whose order changes from run to
+run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """dropout(activation(gate) up) of a feed-forward layer as one kernel forward and one backward.
 
-As single operations it takes three to four kernels each way, each of which reads and writes tensors of the
-widest size of the model, and keeps the activation's result and a mask besides its inputs. Here the backward
-pass computes the activation again, and the mask from a hash (`ops.dropout_hash`). A ReLU without a gate keeps
-only its result, which the next linear map keeps too: where that is 0, no gradient passes.
+As separate operations this takes three to four kernels forward and as many backward. Each of them reads and
+writes tensors of the model's widest size, and the activation's result and a mask are kept beside the inputs.
+Here the backward pass computes the activation again, and the mask from a hash (`ops.dropout_hash`). A ReLU
+without a gate keeps only its result, which the next linear map keeps too: where that is 0, no gradient
+passes.
 """
 
 from __future__ import annotations
