@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import multiprocessing
 import os
 import resource
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,18 +23,64 @@ WORKERS = ROOT / "tests" / "workers"
 FORKED = str(WORKERS / "runs.py")
 """A script like TRAIN that forks its ranks itself; its first argument is their number."""
 
+_SERVER = multiprocessing.get_context("forkserver")
+"""Starts processes as forks of one that has imported what scripts import, which takes a script 4 s of CPU."""
+_SERVER.set_forkserver_preload(
+    ["ibdistill.train", "ibdistill.evaluate_student", "peft", "matplotlib.figure", "torch.utils.tensorboard"]
+    + [f"transformers.models.{name}.modeling_{name}" for name in ("t5", "llama")]
+)
+
+
+class Forked:
+    """A Python script that runs in a fork of `_SERVER`'s process; used as a `subprocess.Popen` is."""
+
+    def __init__(self, arguments: Sequence[str], log: Path | str, env: dict[str, str]) -> None:
+        given = [str(argument) for argument in arguments], str(log), env
+        self._process = _SERVER.Process(target=_run_script, args=given)
+        self._process.start()
+        self.pid = self._process.pid
+        atexit.register(self.send_signal, signal.SIGKILL)  # before the interpreter waits for its processes
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            raise subprocess.TimeoutExpired("a forked script", timeout)
+        return self._process.exitcode
+
+
+def _run_script(arguments: list[str], log: str, env: dict[str, str]) -> None:
+    """Do in this process what `python ARGUMENTS` does, in a session of its own, with output to `log`."""
+    os.setsid()
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.path[:0] = [str(Path(arguments[0]).parent), *env.get("PYTHONPATH", "").split(":")]
+    sys.argv[:] = arguments
+    runpy.run_path(arguments[0], run_name="__main__")
+
 
 def start(
     arguments: Sequence[str], *, log: Path, ranks: int | None = None, env: dict[str, str] | None = None
-) -> subprocess.Popen:
+) -> subprocess.Popen | Forked:
     """Start a script in a session of its own, with output to `log`: with `ranks` through DeepSpeed's
     launcher on so many, and else as one process, which may fork its ranks itself (workers/ranks.py)."""
     from ibdistill.runtime.distributed import free_port
 
-    command = [sys.executable]
-    if ranks is not None:
-        command += ["-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
-        command += ["--master_port", str(free_port())]
+    log.write_text("")
+    if ranks is None:
+        return Forked(arguments, log, alone() | (env or {}))
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
+    command += ["--master_port", str(free_port())]
     with log.open("w") as output:
         return subprocess.Popen(
             [*command, *arguments],
@@ -71,10 +122,16 @@ def output_of(*command: str) -> str:
     return run.stdout
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    """Kill a process that `start` started and all its ranks with SIGKILL, as a power failure would."""
-    import signal
+def printed_by(*command: str) -> str:
+    """What a Python script prints, errors too, run to its end as one process that `start` forks."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        assert launch(command, log=log) == 0, log.read_text()[-4000:]
+        return log.read_text()
 
+
+def kill_session(process: subprocess.Popen | Forked) -> None:
+    """Kill a process that `start` started and all its ranks with SIGKILL, as a power failure would."""
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

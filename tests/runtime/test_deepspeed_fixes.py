@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ibdistill.planning import kernels
 from ibdistill.runtime import deepspeed_fixes
 
 NO_KERNEL = ("aten.detach", "aten.view", "aten.empty", "aten.alias", "aten.slice")
@@ -58,7 +59,7 @@ def test_a_step_of_t5_bases_284_tensors_launches_under_250_kernels(monkeypatch):
     with Launches() as launched:
         deepspeed_fixes._step_in_parts(wrapper)
     assert wrapper._global_grad_norm == pytest.approx(norm, rel=1e-6)
-    assert launched.count < 250, launched.count
+    assert launched.count <= kernels.UPDATE, launched.count
     for parameter, master, old, gradient in zip(narrow, wide, before, gradients, strict=True):
         torch.testing.assert_close(master, old - gradient * 2.0 / norm, rtol=1e-5, atol=1e-6)
         assert torch.equal(parameter, master.bfloat16())

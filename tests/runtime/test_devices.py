@@ -97,6 +97,8 @@ def test_the_peak_of_a_known_card_is_its_data_sheets(monkeypatch, name, bf16, fp
     ("name", "dtype"),
     [
         ("NVIDIA A10G", torch.bfloat16),  # another card than the A10
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", torch.bfloat16),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", torch.bfloat16),
         ("NVIDIA Graphics Device", torch.float32),
         ("Tesla V100-SXM2-32GB", torch.bfloat16),  # it has no units for bf16
     ],

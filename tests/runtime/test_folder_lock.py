@@ -11,7 +11,7 @@ import sys
 import time
 
 import pytest
-from harness import TRAIN, alone, as_arguments, kill_session, launch, start, tiny
+from harness import TRAIN, Forked, alone, as_arguments, kill_session, launch, start, tiny
 
 from ibdistill.runtime import folder_lock, processes
 from ibdistill.runtime.folder_lock import NAME, STALE_SECONDS, FolderLock
@@ -167,8 +167,8 @@ def test_two_jobs_on_one_folder(tmp_path):
     run, log, second = tmp_path / "run", tmp_path / "log", tmp_path / "second"
     command = [TRAIN, *as_arguments(tiny(run, **{"optim.max_steps": 4000, "run.report_to": []}))]
 
-    def first_steps(process: subprocess.Popen) -> None:
-        deadline = time.monotonic() + 120
+    def first_steps(process: Forked) -> None:
+        deadline = time.monotonic() + 300
         while "step " not in log.read_text():
             assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
             time.sleep(0.1)
@@ -184,4 +184,4 @@ def test_two_jobs_on_one_folder(tmp_path):
     first_steps(first)
     assert "is taken over" in log.read_text()
     first.send_signal(signal.SIGTERM)
-    assert first.wait(60) == 143 and not (run / NAME).exists()
+    assert first.wait(300) == 143 and not (run / NAME).exists()

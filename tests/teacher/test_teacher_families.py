@@ -22,7 +22,7 @@ def facts(tmp_path_factory) -> dict[tuple[str, str], list[dict]]:
         tiny_models.save(folder / kind, kind)
     worker, log = str(ROOT / "tests/workers/teacher_families.py"), folder / "log"
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    assert launch([worker, str(folder)], ranks=2, log=log, env=env) == 0, log.read_text()[-4000:]
+    assert launch([worker, str(folder)], log=log, env=env) == 0, log.read_text()[-4000:]
     return torch.load(folder / "facts.pt")
 
 

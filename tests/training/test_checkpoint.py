@@ -3,17 +3,54 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from harness import full_disk, remark, same, steps, weights
+from harness import full_disk, remark, same, steps, tiny, weights
 
 from ibdistill import train
+from ibdistill.config.load import load_settings
 from ibdistill.training import checkpoint
 from ibdistill.training.checkpoint_marker import MARKER
+from ibdistill.training.prepare import prepare
+
+SHARDED = {"deepspeed.config": "zero2"}  # its optimizer states are files of their own
+
+
+@pytest.fixture(scope="module")
+def saved(world, tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The folder of a run that was saved at steps 2 and 4, and its weights at step 2."""
+    folder = tmp_path_factory.mktemp("saved")
+    job = prepare(load_settings(None, tiny(folder, **SHARDED)), world)
+    steps(job, 2)
+    assert job.checkpoints.save(job.engine, job.state)
+    at_2 = weights(job)
+    steps(job, 2)
+    assert job.checkpoints.save(job.engine, job.state)
+    job.board.close()
+    job.engine.destroy()
+    return folder, at_2
+
+
+@pytest.fixture
+def with_damage(saved, make_job, tmp_path, caplog):
+    """A function that damages the newest checkpoint of a copy of `saved`; what was said, when it resumed from
+    the one before."""
+
+    def resumed(damage: Callable[[Path], object]) -> str:
+        shutil.copytree(saved[0], tmp_path / "run")
+        damage(tmp_path / "run/checkpoints/step-00000004")
+        again = make_job(**SHARDED)
+        assert again.state.step == 2 and same(weights(again), saved[1])
+        (refused,) = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
+        assert "step-00000004" in refused and len(refused) < len(str(again.checkpoints.folder)) + 400
+        return refused
+
+    return resumed
 
 
 def zeroed(path: Path) -> None:
@@ -66,16 +103,8 @@ def test_a_restored_job_continues_as_if_nothing_had_happened(make_job):
         ),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(make_job, caplog, damage, message):
-    sharded = {"deepspeed.config": "zero2"}  # its optimizer states are files of their own
-    job = make_job(**sharded)
-    for _ in range(2):
-        steps(job, 2)
-        job.checkpoints.save(job.engine, job.state)
-    damage(job.checkpoints.folder / "step-00000004")
-    assert make_job(**sharded).state.step == 2
-    refused = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
-    assert len(refused) == 1 and "step-00000004" in refused[0] and message in refused[0]
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(with_damage, damage, message):
+    assert message in with_damage(damage)
 
 
 def rewritten(folder: Path, pattern: str, change: Callable[[dict], object]) -> None:
@@ -132,22 +161,9 @@ def shrink_a_weight(content: dict) -> None:
     ],
 )
 def test_files_that_are_whole_but_do_not_load_are_named_and_the_one_before_is_used(
-    make_job, caplog, damage, message
+    with_damage, damage, message
 ):
-    sharded = {"deepspeed.config": "zero2"}
-    job = make_job(**sharded)
-    for _ in range(2):
-        steps(job, 1)
-        job.checkpoints.save(job.engine, job.state)
-        if job.state.step == 1:
-            expected = weights(job)
-    folder = job.checkpoints.folder
-    damage(folder / "step-00000002")
-    again = make_job(**sharded)
-    assert again.state.step == 1 and same(weights(again), expected)
-    refused = [r.getMessage() for r in caplog.records if "is not used" in r.getMessage()]
-    assert len(refused) == 1 and "step-00000002" in refused[0] and message in refused[0]
-    assert len(refused[0]) < len(str(folder)) + 400
+    assert message in with_damage(damage)
 
 
 def test_loading_goes_back_over_two_and_ends_where_none_is_left(make_job, caplog):

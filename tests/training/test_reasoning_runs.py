@@ -9,7 +9,7 @@ import pytest
 import torch
 from card_lines import answers_by_card
 from chat_tokenizers import save_chat_model, talks_folder
-from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, output_of, same, steps, weights
+from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, same, steps, weights
 from tiny_models import byte_tokenizer, config_of
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from workers.one_step import gradients_of_step
@@ -97,7 +97,8 @@ def test_gradients_do_not_depend_on_ranks_micro_batches_and_stage(tmp_path):
     save_chat_model(tmp_path / "student", hidden_size=32)
     save_chat_model(tmp_path / "teacher", hidden_size=48)
     talks_folder(tmp_path / "talks")
-    output_of(str(WORKERS / "reasoners.py"), str(tmp_path))
+    log = tmp_path / "log"
+    assert launch([str(WORKERS / "reasoners.py"), str(tmp_path)], log=log) == 0, log.read_text()[-4000:]
     cases = {"streams": (40, 3), "teacher": (28, 3), "infonce": (25, 2), "chat": (20, 4)}
     for case, (parameters, others) in cases.items():
         reference = torch.load(tmp_path / f"{case}_zero0_1ranks.pt")

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from harness import TRAIN, alone, same, steps, tiny, weights
+from harness import TRAIN, alone, as_arguments, launch, same, steps, tiny, weights
 
 from ibdistill import train
 from ibdistill.config import zero_file
@@ -227,12 +227,13 @@ def run_command(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_line_refuses_before_it_trains(tmp_path):
-    settings = [part for name, value in tiny(tmp_path / "run").items() for part in (f"--{name}", str(value))]
-    bad = run_command("demo", *settings, "--optim.lrr", "1")
-    assert bad.returncode == 2 and not (tmp_path / "run").exists()
-    assert "error: unknown setting 'optim.lrr'" in bad.stderr and "Traceback" not in bad.stderr
-    stray = run_command("demo", "stray", *settings)
-    assert stray.returncode == 2 and "error: unexpected arguments ('stray',)" in stray.stderr
+    settings, log = as_arguments(tiny(tmp_path / "run")), tmp_path / "log"
+    assert launch([TRAIN, "demo", *settings, "--optim.lrr", "1"], log=log) == 2
+    said = log.read_text()
+    assert not (tmp_path / "run").exists()
+    assert "error: unknown setting 'optim.lrr'" in said and "Traceback" not in said
+    assert launch([TRAIN, "demo", "stray", *settings], log=log) == 2
+    assert "error: unexpected arguments ('stray',)" in log.read_text()
 
 
 def test_help_lists_recipes_and_settings():

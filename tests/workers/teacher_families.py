@@ -1,5 +1,5 @@
-"""Teachers and students of every supported type, loaded from folders in bf16, on 2 ranks; run by
-test_teacher_families through the launcher.
+"""Teachers and students of every supported type, loaded from folders in bf16, on 2 forked ranks;
+run by test_teacher_families.
 
 FOLDER/MODELTYPE holds a model of each type. What each rank found goes to FOLDER/facts.pt:
 (PLACEMENT, MODELTYPE) -> how far the sharded teacher's answer is from the replica's on the same rank, and
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import ranks
 import torch
 from feature_tables import random_features
 
@@ -110,4 +111,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    ranks.run(main, Path(sys.argv[-1]), ranks=(2,))

@@ -1,5 +1,4 @@
-"""Steps with every placement of the teacher; run by test_teacher through the launcher on 2 ranks, and without
-it on 1 and 4 (see ranks.py).
+"""Steps with every placement of the teacher; run by test_teacher on 1, 2 and 4 forked ranks (see ranks.py).
 
 For each case RANKS/PLACEMENT:STAGE, the stage being the student's: the gradients of one global batch and
 what there is to know about the teacher, to FOLDER/PLACEMENT:STAGE.pt. With a further :STEPS the memory over
@@ -102,4 +101,4 @@ def main(folder: Path, cases: list[str]) -> None:
 
 if __name__ == "__main__":
     folder, *cases = [a for a in sys.argv[1:] if not a.startswith("--")]
-    ranks.run(main, Path(folder), cases, ranks=(1, 4))
+    ranks.run(main, Path(folder), cases, ranks=(1, 2, 4))

@@ -11,6 +11,7 @@ from ibdistill.config import consistency, zero_file
 from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
 from ibdistill.planning import footprint
+from ibdistill.planning import kernels as kernels_of
 from ibdistill.planning.dryrun import Lengths
 from ibdistill.planning.evaluation_memory import copied_bytes
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
@@ -24,12 +25,6 @@ FILES = ("zero2", "zero0", "zero1", "zero3", "zero2_offload", "zero3_offload")
 """In order of preference where they are about equally fast; offloading is for when nothing else fits."""
 ABOUT = 1.1
 """Steps within this factor of the fastest count as equally fast: predictions are no better than that."""
-
-HEAD_LOSS_KERNELS = 40
-"""Launches of one head loss in Triton, forward and backward. This is an assumption: a group of rows takes
-about ten, and a micro-batch a few groups."""
-UPDATE_KERNELS = 250
-"""Launches of an update, at most: tests/runtime/test_deepspeed_fixes.py bounds that of bf16 without ZeRO."""
 
 
 @dataclass
@@ -211,7 +206,7 @@ class Planner:
             updated=trained // self.ranks if zero.stage else trained,
             overlaps_reduction=zero.overlap,
             overlaps_gathers=zero.stage == 3,
-            launches=self._launches(checkpointing, micro_batches, zero),
+            launches=self._launches(checkpointing, micro, micro_batches, zero),
         )
         rates = costs.Rates.of(
             *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision)
@@ -248,9 +243,10 @@ class Planner:
     def _group(self, placement: str) -> int:
         return self.on_node if placement == "zero3_node" else self.ranks
 
-    def _launches(self, checkpointing: bool, micro_batches: int, zero: Zero) -> int:
-        """Kernels per step: those of the dry run, and what the update and ZeRO do with each tensor."""
-        kernels = micro_batches * (sum(self.traces.kernels(checkpointing)) + HEAD_LOSS_KERNELS)
+    def _launches(self, checkpointing: bool, micro: int, micro_batches: int, zero: Zero) -> int:
+        """Kernels per step: those of the dry run and of the head loss, and what the update and ZeRO do with
+        each tensor."""
+        kernels = micro_batches * self.traces.kernels(checkpointing, micro)
         trained = sum(1 for _, is_trained in self.sizes if is_trained)
         # ZeRO copies each gradient into a bucket; without it the update takes whole lists of tensors
-        return kernels + UPDATE_KERNELS + (micro_batches * trained if zero.stage else 0)
+        return kernels + kernels_of.UPDATE + (micro_batches * trained if zero.stage else 0)

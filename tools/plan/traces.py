@@ -8,6 +8,7 @@ from functools import cached_property
 from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
 from ibdistill.planning import dryrun, footprint
+from ibdistill.planning import kernels as kernels_of
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.footprint import WIDTH, Zero
 from ibdistill.planning.head_loss_memory import head_loss_bytes
@@ -45,10 +46,17 @@ class Traces:
         one = self._operations_of_one[checkpointing]
         return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
 
-    def kernels(self, checkpointing: bool) -> tuple[int, int]:
-        """Kernels per micro-batch: (of the student without the head loss, of the teacher)."""
-        student = self._student_steps[checkpointing][0].kernels
-        return student, self._teacher_passes[0].kernels if self.teacher else 0
+    def kernels(self, checkpointing: bool, micro: int) -> int:
+        """Kernels per micro-batch of `micro` questions: those of the student, the head loss and the teacher."""
+        head_loss = kernels_of.head_loss_launches(
+            self._lengths(micro).targets(self._streams),
+            self.student.head[0],
+            WIDTH[self._config.student.precision],
+            pooled=weights.mi_settings(self._config.objective) is not None,
+            distils=self.teacher is not None and self.wanted.targets,
+        )
+        teacher = self._teacher_passes[0].kernels if self.teacher else 0
+        return self._student_steps[checkpointing][0].kernels + head_loss + teacher
 
     def living(self, checkpointing: bool, micro: int) -> int:
         """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
