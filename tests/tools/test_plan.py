@@ -295,9 +295,9 @@ def test_a_larger_micro_batch_is_traced_as_it_is_extrapolated(small):
     """A straight line through one and two questions, against a trace of eight."""
     from ibdistill.planning import dryrun
 
-    asked = {"wanted": small.wanted, "teacher_head": small.teacher.head}
+    asked = {"wanted": small.traces.wanted, "teacher_head": small.teacher.head}
     traced = dryrun.student_step(small.student, dryrun.Lengths(8, 20, 3, 9), small.config.objective, **asked)
-    one, two = small._traces[False]
+    one, two = small.traces._student_steps[False]
     assert one.at_head + 7 * (two.at_head - one.at_head) == pytest.approx(traced.at_head, rel=0.02)
 
 
