@@ -11,7 +11,6 @@ travel over the accelerator's own backend. Both live in torch's one default proc
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import signal
@@ -28,7 +27,6 @@ import torch.distributed as dist
 
 from ibdistill.runtime import deepspeed_fixes, hardware, launcher, rank_logging, rendezvous, startup
 
-logger = logging.getLogger("ibdistill")
 T = TypeVar("T")
 
 EXIT_BAD_INPUT = 2

@@ -8,7 +8,7 @@ import sys
 
 from harness import ROOT, output_of
 
-from ibdistill.runtime import distributed, startup
+from ibdistill.runtime import rank_logging, startup
 
 
 def run(code: str) -> str:
@@ -21,7 +21,7 @@ import os, signal
 from ibdistill.runtime import startup
 startup.hold_requeue_signal()
 os.kill(os.getpid(), signal.SIGUSR1)
-from ibdistill.runtime import distributed
+from ibdistill.runtime import distributed, rank_logging
 distributed.init()
 stop = distributed.StopRequest()
 print(stop.exit_code(), stop.exit_code())
@@ -76,7 +76,7 @@ def test_a_terminal_obeys_nothing_that_a_message_holds():
 
 
 def test_logged_lines_go_through_it(capsys, monkeypatch):
-    monkeypatch.setattr(distributed, "logger", logging.getLogger("another"))
-    distributed._start_logging(0)
+    monkeypatch.setattr(rank_logging, "logger", logging.getLogger("another"))
+    rank_logging.start_logging(0)
     logging.getLogger("another").warning("a %s", "\x1b]0;title")
     assert r"a \x1b]0;title" in capsys.readouterr().err

@@ -47,7 +47,7 @@ class Traces:
         return costs.Operations(one.student * micro, one.head * micro, one.teacher * micro)
 
     def kernels(self, checkpointing: bool, micro: int) -> int:
-        """Kernels per micro-batch of `micro` questions: of the student, the head loss and the teacher."""
+        """Kernels per micro-batch of `micro` questions, of student, head loss and teacher together."""
         head_loss = kernels_of.head_loss_launches(
             self._lengths(micro).targets(self._streams),
             self.student.head[0],
