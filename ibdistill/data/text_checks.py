@@ -16,7 +16,7 @@ from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat, token_ids
 from ibdistill.data.features import Features, Ragged
 from ibdistill.data.loading import Loaded
-from ibdistill.data.records import Record
+from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.tokenizing import tokenize
 
@@ -40,16 +40,20 @@ def check_texts(
         right), and for validation and test cut_questions and cut_labels.
 
     Raises:
-        ValueError: more than `MAX_UNSAYABLE` of a task's labels in a split can never be right.
+        ValueError: more than `MAX_UNSAYABLE` of a task's labels in a split can never be right, because of the
+            tokenizer or, in validation and test, by the rule that `data.answer_check` names.
     """
     counts: dict[str, int] = {}
+    # the question of the reason stream is that of predict, but for its prefix
+    streams = ["predict", *(s for s in train.streams if s == "explain")]
     for task in records.test:
         mine = [i for i, record in enumerate(records.train) if record.task == task]
         targets = Ragged(train.labels[i] for i in mine)
         part, name = [records.train[i] for i in mine], f"{task}/train"
         counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, config, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
-            counts |= check_split(f"{task}/{split}", part, tokenizer, config, MAX_UNSAYABLE)
+            _check_scorable(f"{task}/{split}", part, config)
+            counts |= check_split(f"{task}/{split}", part, tokenizer, config, MAX_UNSAYABLE, streams)
     return {name: count for name, count in counts.items() if count}
 
 
@@ -59,11 +63,15 @@ def check_split(
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     max_unsayable: float = 1.0,
+    streams: Sequence[str] = STREAMS,
 ) -> dict[str, int]:
-    """`check_texts` for records of one task that a student answers; `name` is what messages call them."""
+    """`check_texts` for records of one task that a student answers; `name` is what messages call them.
+
+    `streams`: those whose questions are counted, `predict` among them.
+    """
     said = [_as_said(record, config) for record in records]
     prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
-    features = tokenize(said, prefixes, tokenizer, config, split=name)
+    features = tokenize(said, prefixes, tokenizer, config, split=name, streams=streams)
     wrong = _unsayable(name, said, features.labels, tokenizer, config, max_unsayable)
     return {
         f"{name}/cut_questions": features.cut["predict questions"],
@@ -105,6 +113,17 @@ def _as_said(record: Record, config: DataConfig) -> Record:
     if config.choice_labels != "letter" or not letter_of:
         return record
     return replace(record, label=letter_of(record.label, record))
+
+
+def _check_scorable(split: str, records: Sequence[Record], config: DataConfig) -> None:
+    """Raise ValueError where most labels are such that no answer equals them, not even the label itself."""
+    wrong = [r for r in records if not TASKS[r.task].is_correct(r.gold, r)]
+    if len(wrong) > MAX_UNSAYABLE * len(records):
+        raise ValueError(
+            f"{split}: {len(wrong)} of {len(records)} labels equal no answer by the task's rule "
+            f"(data.answer_check is {config.answer_check!r}). The first is {wrong[0].gold[:200]!r} "
+            f"({wrong[0].id[:100]}). Take another data.answer_check, or mend the labels"
+        )
 
 
 def _unsayable(

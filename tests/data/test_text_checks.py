@@ -79,6 +79,36 @@ def test_a_run_is_refused_where_most_labels_can_never_be_right(tmp_path):
             check(tokenizer, **splits)
 
 
+@pytest.mark.parametrize(("check_", "bad"), [("choice", 3), ("value", 2), ("text", 0)])
+def test_a_rule_by_which_most_labels_equal_nothing_is_refused(tmp_path, check_, bad):
+    """As `choice` does for questions without options, and `value` for words."""
+    config = DataConfig(task="jsonl", answer_check=check_)
+    tests = [
+        Record(f"t{i}", "jsonl", "a", g, "", g, answer_check=check_) for i, g in enumerate(["1", "b", "c"])
+    ]
+    loaded = loading.Loaded([], {"jsonl": tests[:1] * (check_ != "choice")}, {"jsonl": tests}, {})
+    tokenizer = tokenizer_variants.t5(tmp_path)
+    features = tokenize([], {"jsonl": TASKS["jsonl"].prefixes}, tokenizer, config)
+    if not bad:
+        assert text_checks.check_texts(loaded, features, tokenizer, config) == {}
+        return
+    message = rf"jsonl/test: {bad} of 3 labels equal no answer .*answer_check is '{check_}'"
+    with pytest.raises(ValueError, match=message):
+        text_checks.check_texts(loaded, features, tokenizer, config)
+
+
+@pytest.mark.parametrize("streams", [("predict",), ("predict", "explain"), ("reason",)])
+def test_only_questions_that_the_run_has_are_reported(tmp_path, caplog, streams):
+    tokenizer, config = tokenizer_variants.t5(tmp_path), DataConfig(max_question_tokens=20)
+    record = Record("r", "jsonl", "a" * 50, "1", "2", "1")
+    loaded = loading.Loaded([], {"jsonl": []}, {"jsonl": [record]}, {})
+    features = tokenize([], {"jsonl": TASKS["jsonl"].prefixes}, tokenizer, config, streams=streams)
+    with caplog.at_level(logging.WARNING, logger="ibdistill"):
+        text_checks.check_texts(loaded, features, tokenizer, config)
+    expected = {"predict", *streams} - {"reason"}
+    assert {m.split()[4] for m in caplog.messages if "questions are longer" in m} == expected
+
+
 def test_an_evaluation_is_warned_and_goes_on(tmp_path, caplog):
     tokenizer = tokenizer_variants.t5(tmp_path)
     records = [
