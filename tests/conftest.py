@@ -81,13 +81,19 @@ def world() -> Iterator:
 
 
 @pytest.fixture
-def make_job(world, tmp_path):
-    """A function that makes a one-rank job in a folder; called again for the same folder, it resumes."""
+def make_job(world, tmp_path, monkeypatch, request):
+    """A function that makes a one-rank job in a folder; called again for the same folder, it resumes.
+
+    Figures, which take most of an evaluation's time, are drawn in tests/monitor alone.
+    """
     import torch
 
     from ibdistill.config.load import load_settings
+    from ibdistill.evaluation import report
     from ibdistill.training.prepare import prepare
 
+    if request.path.parent.name != "monitor":
+        monkeypatch.setattr(report, "figures", lambda *_: {})
     jobs, linear = [], torch.nn.functional.linear
 
     def make(folder=tmp_path / "run", **overrides):

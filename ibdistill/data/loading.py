@@ -68,7 +68,7 @@ def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
         loaded.valid[task.name], loaded.test[task.name] = valid, test
         for split, part in (("train", train), ("valid", valid), ("test", test)):
             counts[f"{split}/records"] = len(part)
-            if (task.arithmetic or task.answer_check) and split != "train":
+            if (task.arithmetic or task.answer_check) and split != "train" and not task.generated:
                 counts[f"{split}/unscorable"] = sum(not task.is_correct(r.gold, r) for r in part)
         found = {f"{task.name}/{what}": n for what, n in counts.items() if n or what.endswith("/records")}
         loaded.report.update(found)

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 import pytest
 
+from ibdistill.data.answer_rules import same_value
 from ibdistill.data.records import map_numbers
 from ibdistill.data.tasks import demo, demo_words
 
@@ -233,3 +234,9 @@ def test_vocabulary_is_what_the_corpus_says(splits, pretraining):
     ]
     said = {word for text in texts for word in text.split()}
     assert said | {*demo.PREFIXES, "n6", "n7", "<extra_id_3>"} == set(demo.vocabulary())
+
+
+def test_every_gold_label_has_a_value():
+    """`loading` looks for answers that cannot be scored in data that are read, not in these."""
+    for records in demo.load_demo("demo").values():
+        assert all(same_value(record.gold, record) for record in records[:1000])

@@ -13,7 +13,7 @@ import termios
 from collections.abc import Iterable
 
 import pytest
-from harness import TRAIN, alone, as_arguments, tiny
+from harness import TRAIN, alone, as_arguments, launch, tiny
 
 from ibdistill import train
 from ibdistill.config.fields import to_flat
@@ -179,11 +179,7 @@ def test_a_terminal_gets_a_progress_bar_and_a_file_plain_lines(tmp_path):
     assert process.wait(60) == 0, shown[-3000:]
     text = shown.decode()
     assert re.search(r"12/12 \[\d\d:\d\d<\d\d:\d\d", text) and re.search(r"step 12/12 .* eta 0:00:00", text)
-    again = subprocess.run(
-        [*command[:2], *as_arguments(tiny(tmp_path / "run2", **{"run.test_limit": 2}))],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=120,
-    )
-    assert "step 12/12" in again.stderr and "12/12 [" not in again.stderr and "\r" not in again.stderr
+    again, log = as_arguments(tiny(tmp_path / "run2", **{"run.test_limit": 2})), tmp_path / "log"
+    assert launch([TRAIN, *again], log=log) == 0
+    plain = log.read_bytes()
+    assert b"step 12/12" in plain and b"12/12 [" not in plain and b"\r" not in plain

@@ -547,9 +547,7 @@ def two_ranks(expert, tmp_path_factory) -> Path:
     """Text and steps of two ranks with a sharded teacher (see workers/writers.py)."""
     folder = tmp_path_factory.mktemp("writers")
     arguments = [str(ROOT / "tests/workers/writers.py"), str(folder), str(expert)]
-    assert launch(arguments, ranks=2, log=folder / "log", timeout=300) == 0, (folder / "log").read_text()[
-        -4000:
-    ]
+    assert launch(arguments, log=folder / "log") == 0, (folder / "log").read_text()[-4000:]
     return folder
 
 

@@ -13,20 +13,24 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import FORKED, ROOT, TRAIN, WORKERS, as_arguments, kill_session, launch, output_of, start, tiny
+from harness import FORKED, ROOT, TRAIN, WORKERS, as_arguments, kill_session, launch, start, tiny
 
 
 @pytest.fixture(scope="module")
 def gradients(tmp_path_factory) -> dict[str, dict[str, torch.Tensor]]:
     """`MODEL_zeroS_Rranks` -> parameter -> gradient of one global batch of 8, in micro-batches of 2."""
     folder = tmp_path_factory.mktemp("gradients")
-    output_of(str(WORKERS / "gradients.py"), str(folder))
+    log = folder / "log"
+    assert launch([str(WORKERS / "gradients.py"), str(folder)], log=log) == 0, log.read_text()[-4000:]
     return {path.stem: torch.load(path) for path in folder.glob("*.pt")}
 
 
 @pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-@pytest.mark.parametrize(("model", "parameters"), [("demo-student", 40), ("demo-student-decoder", 25)])
+@pytest.mark.parametrize(
+    ("model", "parameters", "ranks"),
+    [("demo-student", 40, ranks) for ranks in (1, 2, 4)]
+    + [("demo-student-decoder", 25, ranks) for ranks in (1, 2)],
+)
 def test_the_gradient_does_not_depend_on_ranks_micro_batches_and_stage(
     gradients, model, parameters, ranks, stage
 ):

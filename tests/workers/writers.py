@@ -77,5 +77,6 @@ def main(folder: Path, expert: str) -> None:
 
 
 if __name__ == "__main__":
-    folder, expert = [a for a in sys.argv[1:] if not a.startswith("--")]
-    main(Path(folder), expert)
+    from ranks import run
+
+    run(main, Path(sys.argv[1]), sys.argv[2], ranks=(2,))
