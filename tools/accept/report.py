@@ -23,7 +23,7 @@ def write(out: Path, on_cpu: bool) -> None:
         "",
         facts,
         "",
-        summary(lines, on_cpu)[0],
+        *(f"- {text}" for text in summary(lines, on_cpu)[0].splitlines()),
         "",
         "| check | cases | seconds |",
         "|---|---|---|",
