@@ -79,9 +79,9 @@ def main(file: str, variant: str) -> None:
     """Measure the case that a JSON file describes."""
     case, packed = json.loads(Path(file).read_text()), variant == "trl-packed"
     torch.set_num_threads(case["threads"])
-    trainer(case, packed, 1)[0].train()  # libraries are warm
+    before = resident("VmRSS")  # what libraries take up as they warm counts too: an upper bound
+    trainer(case, packed, 1)[0].train()
     gc.collect()
-    before = resident("VmRSS")
     made, watch = trainer(case, packed, case["steps"])
     batches = [batch for batch, _ in zip(made.get_train_dataloader(), range(case["steps"]), strict=False)]
     real = [
