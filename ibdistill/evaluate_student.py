@@ -247,8 +247,10 @@ def _decoder(
     eval_ = config.eval
     source = run_folder.student_folder(student)
     tokenizer = load_tokenizer(source, "STUDENT")
+    streams = STREAMS if eval_.rationales else STREAMS[:1]
+    streams = {"no": streams, "only": ("reason",), "also": (*streams, "reason")}[eval_.reason]
     if config.data.format == "chat":
-        adopt_turn_end(tokenizer, config.data)
+        adopt_turn_end(tokenizer, config.data, streams)
     check_split("evaluation", records, tokenizer, config.data)
     if eval_.engine == "vllm":
         model = families.load_config(source, "STUDENT")
@@ -256,8 +258,6 @@ def _decoder(
     else:
         model = load_student(StudentConfig(model=source), tokenizer, seed=0).eval().to(world.device)
         decoder = partial(decoding.decode, cache=_cache(model, eval_.cache, world))
-    streams = STREAMS if eval_.rationales else STREAMS[:1]
-    streams = {"no": streams, "only": ("reason",), "also": (*streams, "reason")}[eval_.reason]
 
     def answer() -> tuple[list[Prediction], dict[str, Samples]]:
         given = records, streams, config.data, world, eval_.batch_size, decoder

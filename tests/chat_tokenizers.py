@@ -29,6 +29,10 @@ THINKING = (
     "{%- if enable_thinking is defined and enable_thinking is false %}"
     "{{- '<think>\n\n</think>\n\n' }}{%- endif %}{%- endif %}"
 )
+ALWAYS_THINKING = (  # as that of Qwen3's thinking models: the prompt opens the thoughts
+    THINKING.partition("{%- if add_generation_prompt %}")[0]
+    + "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+)
 SMOLLM2_TEMPLATE = (  # of SmolLM2-135M-Instruct
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, "

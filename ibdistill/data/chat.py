@@ -19,7 +19,7 @@ begin; the rest is the target. So a student reads in training what it reads when
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -74,22 +74,30 @@ class Chat:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, config: DataConfig, *, thinks: bool = False) -> Chat:
-        """The tokenizer's template under the settings of a run; `thinks`: it has to take rationales.
+        """The tokenizer's template under the settings of a run. `thinks`: for rationales, and then nothing
+        else has to work, as templates of models that always think can do nothing else.
 
         Raises ValueError if there is no template, or if it cannot be used; the message says why.
         """
-        template = own_template(tokenizer)
-        chat = cls(tokenizer, template, config.system, tags_of(config), by_field=False, end=-1)
-        probe = ("", (), "a", None, "b")
+        chat = cls(tokenizer, own_template(tokenizer), config.system, tags_of(config), by_field=False, end=-1)
+        if not thinks:
+            return chat._without_thoughts(config)
+        try:
+            return chat._with_thoughts()
+        except ValueError:
+            chat._without_thoughts(config)  # which names what is wrong apart from rationales
+            raise
+
+    def _without_thoughts(self, config: DataConfig) -> Chat:
+        """The template with the turn's end that it writes, and what it does where there is no rationale."""
+        chat, probe = self, ("", (), "a", None, "b")
         try:
             [row] = chat.rows([probe])
         except ValueError:
             chat = replace(chat, quiet=False)  # for a template whose empty thoughts stand in the prompt alone
             [row] = chat.rows([probe])
-        text = token_ids.read_back([row.answer], tokenizer)[0]
-        empty_thoughts = visible(text, config) != text
-        chat = replace(chat, end=row.answer[-1], empty_thoughts=empty_thoughts)
-        return chat._with_thoughts() if thinks else chat
+        text = token_ids.read_back([row.answer], self.tokenizer)[0]
+        return replace(chat, end=row.answer[-1], empty_thoughts=visible(text, config) != text)
 
     def _with_thoughts(self) -> Chat:
         """The template with the form in which it takes rationales. Raises ValueError if it takes none."""
@@ -103,7 +111,7 @@ class Chat:
                 continue
             text = token_ids.read_back([row.rationale], self.tokenizer)[0]
             if text.split() and text.split()[-1].endswith(self.tags[1]):
-                return chat
+                return replace(chat, end=row.answer[-1])
             found.append(f"it writes {_shown(text)} for the rationale 'b'")
         raise ValueError(
             f"the tokenizer's chat template, or its special tokens, swallow the tags {self.tags[0]!r} and "
@@ -237,6 +245,11 @@ class Chat:
         return Row(prompt, ids[len(prompt) : first], tail, ids[first : end + 1])
 
 
+def only_thinks(streams: Iterable[str]) -> bool:
+    """Whether a student of these streams always writes a rationale and an answer."""
+    return set(streams) == {"reason"}
+
+
 def tags_of(config: DataConfig) -> tuple[str, str]:
     """What stands before and behind a rationale of the reason stream."""
     return config.think_open or OPEN, config.think_close or CLOSE
@@ -255,9 +268,10 @@ def own_template(tokenizer: PreTrainedTokenizerBase) -> str:
     return own
 
 
-def adopt_turn_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig) -> None:
+def adopt_turn_end(tokenizer: PreTrainedTokenizerBase, config: DataConfig, streams: Iterable[str]) -> None:
     """Let the tokenizer's end token be that of an assistant's turn. Raises ValueError as `Chat.of` does."""
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(Chat.of(tokenizer, config).end)
+    end = Chat.of(tokenizer, config, thinks=only_thinks(streams)).end
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     tokenizer.ends_turns = True
 
 

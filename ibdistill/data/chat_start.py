@@ -42,7 +42,7 @@ def settle(
             f"give the teacher's tokenizer to the student, --student.tokenizer {teacher}, or take the "
             "instructed student"
         )
-    adopt_turn_end(tokenizer, config)
+    adopt_turn_end(tokenizer, config, streams)
     if tokenizer.eos_token_id != own_end:
         logger.info(
             "chat: a turn ends with %r (%d), which replaces the tokenizer's end token (%d) in training, "

@@ -12,14 +12,14 @@ import json
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.chat import PREAMBLE_END, Chat
+from ibdistill.data.chat import PREAMBLE_END, Chat, only_thinks
 from ibdistill.models.prompt import Prompt
 
 
 def template(tokenizer: PreTrainedTokenizerBase, config: DataConfig, prompt: Prompt) -> str:
     """The Jinja template. It asks for the student's first stream, or for another one whose name the caller
     sets (`explain`, `reason`). Raises ValueError as `Chat.of` does."""
-    chat = Chat.of(tokenizer, config)
+    chat = Chat.of(tokenizer, config, thinks=only_thinks(prompt.prefixes))
     parts = []
     if any(prompt.prefixes.values()):
         before = _by_stream({stream: _literal(text) for stream, text in prompt.prefixes.items()})

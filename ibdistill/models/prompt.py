@@ -71,7 +71,9 @@ class Prompt:
             marker=reasoning.marker_of(first, config.data),
             question_limit=config.data.max_question_tokens,
             tags=chat.tags_of(config.data) if in_chat else None,
-            empty_thoughts=in_chat and chat.Chat.of(tokenizer, config.data).empty_thoughts,
+            empty_thoughts=in_chat
+            and not chat.only_thinks(streams)
+            and chat.Chat.of(tokenizer, config.data).empty_thoughts,
             system=config.data.system if in_chat else "",
             map_numbers=config.data.map_numbers,
         )

@@ -60,7 +60,7 @@ def test_the_stored_prompt_of_a_chat_gives_the_rows_of_training(tmp_path):
     tokenizer = chatml()
     data = DataConfig(task="svamp", format="chat", system="answer .", max_question_tokens=32)
     config = Config(data=data, objective=ObjectiveConfig(method="dss+cot"))
-    adopt_turn_end(tokenizer, data)
+    adopt_turn_end(tokenizer, data, ("predict", "explain", "reason"))
     Prompt.of(tiny("llama"), tokenizer, config).write(tmp_path)
     prompt, asked = Prompt.read(tmp_path), [text for text in QUESTIONS if text]
     features = tokenize(records(asked), PREFIXES, tokenizer, data, streams=tuple(prompt.prefixes))

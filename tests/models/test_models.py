@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import numpy as np
@@ -185,11 +186,10 @@ def test_unknown_model_and_tokenizer_names(tmp_path):
         tokenizers.load_tokenizer(str(tmp_path / "nowhere"), "student.tokenizer")
 
 
-def test_an_unsupported_family_is_refused_by_name(tmp_path):
-    (tmp_path / "config.json").write_text('{"model_type": "marian"}')
-    with pytest.raises(
-        ValueError, match="a 'marian' model; supported are t5, mt5, umt5, bart, mbart, plbart"
-    ):
+@pytest.mark.parametrize("model_type", ["marian", "pegasus", "t5gemma"])
+def test_an_unsupported_family_is_refused_by_name(tmp_path, model_type):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(ValueError, match=f"a '{model_type}' model; supported are t5, mt5, umt5, bart, mb"):
         load_student(StudentConfig(model=str(tmp_path)), tokenizers.demo_tokenizer(), 0)
 
 

@@ -9,16 +9,20 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
 from harness import ROOT
 from plan import accelerators, command, costs, lengths, planner, summary
 from plan.accelerators import ACCELERATORS
 from plan.choice import Choice
 from plan.planner import FILES, Planner
+from torch.utils.flop_counter import FlopCounterMode
 
 from ibdistill.config import sections
 from ibdistill.config.load import load_settings
 from ibdistill.config.zero_file import DS_CONFIGS
+from ibdistill.models import forward
 from ibdistill.planning import footprint
+from ibdistill.planning.dryrun import Lengths
 from ibdistill.runtime.hardware import GIB
 
 H100 = ACCELERATORS["h100-80g"]
@@ -435,3 +439,12 @@ PARAMETERS = {
 def test_published_shapes_have_their_published_number_of_parameters(name, count):
     skeleton = footprint.student_skeleton(tiny(**{"student.model": name}))
     assert sum(n for n, _ in skeleton.sizes()) == count
+
+
+@pytest.mark.parametrize("model_type", tiny_models.ENCODER_DECODER_SHAPES)
+def test_operations_of_an_encoder_decoder_model_are_those_that_torch_counts(model_type):
+    model, streams = tiny_models.tiny(model_type, attn_implementation="eager"), ("predict", "explain")
+    of_batch = Lengths(3, 17, 5, 9)
+    with FlopCounterMode(display=False) as counter:
+        forward.states(model, of_batch.batch(model, streams))
+    assert costs.forward_operations(model, of_batch, streams) == counter.get_total_flops()

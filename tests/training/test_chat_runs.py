@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from card_lines import answers_by_card
-from chat_tokenizers import CHATML, THINKING, chatml, save_chat_model, talks_folder
+from chat_tokenizers import ALWAYS_THINKING, CHATML, THINKING, chatml, qwen, save_chat_model, talks_folder
 from harness import TRAIN, as_arguments, launch, same, steps, weights
 from tiny_models import tiny
 from transformers import AutoTokenizer, GenerationConfig, pipeline
 
 from ibdistill import evaluate_student
 from ibdistill.config.load import load_settings
+from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat_features
 from ibdistill.data.chat import adopt_turn_end
+from ibdistill.data.chat_start import settle
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models import asking, chat_template
@@ -139,7 +141,7 @@ def test_the_exported_template_makes_the_training_prompts(method, thinking):
     tokenizer = chatml(THINKING if thinking else CHATML)
     settings = {"objective.method": method, "data.task": "jsonl", "data.path": "x", "data.format": "chat"}
     config = load_settings(None, settings | {"data.system": 'Be "brief" \\ \N{SNOWMAN}\n.'})
-    adopt_turn_end(tokenizer, config.data)
+    adopt_turn_end(tokenizer, config.data, METHODS[method].streams)
     prompt = Prompt.of(tiny("llama"), tokenizer, config)
     record = Record("x", "jsonl", "3 + 4 ?", "7", "so", gold="7")
     prefixes = {"jsonl": TASKS["jsonl"].prefixes}
@@ -161,6 +163,28 @@ def test_the_exported_template_makes_the_training_prompts(method, thinking):
     config.data = plain
     alone = chat_template.template(tokenizer, plain, Prompt.of(tiny("llama"), tokenizer, config))
     assert (alone == CHATML) == (method == "cot")
+
+
+def test_a_model_that_always_thinks_is_asked_in_its_own_format():
+    """The template opens the thoughts in the prompt; the vocabulary joins the line breaks of empty ones."""
+    tokenizer = qwen()
+    tokenizer.chat_template = ALWAYS_THINKING
+    settings = {"objective.method": "cot", "data.task": "jsonl", "data.path": "x", "data.format": "chat"}
+    config = load_settings(None, settings)
+    asked = Record("x", "jsonl", "What is 3 + 4?", "7", "3 + 4 = 7.", gold="7")
+    settle(tokenizer, config.data, ("reason",), "", asked)
+    prefixes = {"jsonl": TASKS["jsonl"].prefixes}
+    made = chat_features.tables([asked], prefixes, tokenizer, config.data, ("reason",))
+    [prompt], [rationale] = made.prompts["reason"], made.targets["rationale"]
+    assert tokenizer.decode(prompt).endswith("<|im_start|>assistant\n<think>\n")
+    assert tokenizer.decode(rationale) == "3 + 4 = 7.\n</think>\n\n"
+    stored = Prompt.of(tiny("qwen2"), tokenizer, config)
+    assert not stored.empty_thoughts and stored.ids("reason", [asked.question], tokenizer) == [prompt]
+    tokenizer.chat_template = chat_template.template(tokenizer, config.data, stored)
+    talk = [{"role": "user", "content": asked.question}]
+    assert tokenizer.apply_chat_template(talk, add_generation_prompt=True, return_dict=False) == prompt
+    with pytest.raises(ValueError, match="from token [0-9]+ on the prompt goes"):
+        settle(tokenizer, config.data, ("predict", "reason"), "", asked)
 
 
 def test_an_encoder_decoder_model_is_refused(tmp_path):
