@@ -11,7 +11,6 @@ import runpy
 import signal
 import subprocess
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -120,14 +119,6 @@ def output_of(*command: str) -> str:
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
-
-
-def printed_by(*command: str) -> str:
-    """What a Python script prints, errors too, run to its end as one process that `start` forks."""
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        assert launch(command, log=log) == 0, log.read_text()[-4000:]
-        return log.read_text()
 
 
 def kill_session(process: subprocess.Popen | Forked) -> None:

@@ -36,9 +36,9 @@ BOTH = ("predict", "explain")
 MODELS = {"demo-student": "fp32", "t5-mini": "bf16", "demo-teacher-decoder": "bf16"}
 """The students of the tests in this process; those of the worker are smaller."""
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-CASES = [(ranks, name, stage) for ranks in (1, 2, 4) for name in worker.STUDENTS for stage in STAGES]
+PLACED = [(ranks, name) for ranks in (1, 2, 4) for name in worker.students(ranks)]
+CASES = [(ranks, name, stage) for ranks, name in PLACED for stage in STAGES]
 CASES += [(2, name, "small") for name in worker.STUDENTS]
-PLACED = [(ranks, name) for ranks in (1, 2, 4) for name in worker.STUDENTS]
 
 
 @pytest.fixture(scope="module")
