@@ -32,8 +32,7 @@ from ibdistill.data import token_ids
 if TYPE_CHECKING:  # the readers of files are imported where there is no torch yet
     from transformers import PreTrainedTokenizerBase
 
-Ids = list[int]
-Message = dict[str, str]
+Ids, Message = list[int], dict[str, str]
 OPEN, CLOSE = "<think>", "</think>"
 PREAMBLE_END = "{#- end of what ibdistill puts before the tokenizer's own template -#}"
 """What follows it in the template of an exported student is the template of training."""
@@ -42,8 +41,7 @@ DATED = "{%- macro strftime_now(form) -%}26 Jul 2024{%- endmacro -%}"
 in different prompts. This is the date that Llama 3.1's template takes where it is told none."""
 _THOUGHT, _SAID = "\ue000\ue001", "\ue002\ue003"
 """Private characters as placeholders for the assistant's rationale and answer."""
-_AROUND = 40
-_CHUNK = 512
+_AROUND, _CHUNK = 40, 512
 
 
 class Row(NamedTuple):
@@ -142,19 +140,18 @@ class Chat:
     def text(self, messages: list[Message], *, prompt: bool = False, thinks: bool = False) -> str:
         """What the template makes of a conversation. Raises ValueError if it refuses it."""
         settings = {"enable_thinking": thinks} if thinks or self.quiet else {}
-        dated = DATED if "strftime_now" in self.template else ""
         try:
             return self.tokenizer.apply_chat_template(
                 messages,
-                chat_template=dated + self.template,
+                chat_template=(DATED if "strftime_now" in self.template else "") + self.template,
                 tokenize=False,
                 add_generation_prompt=prompt,
                 **settings,
             )
         except Exception as error:  # of a template: anything
-            roles = ", ".join(message["role"] for message in messages)
+            roles, said = ", ".join(message["role"] for message in messages), str(error)[:200]
             raise ValueError(
-                f"the tokenizer's chat template refuses a conversation of {roles} ({str(error)[:200]})"
+                f"the tokenizer's chat template refuses a conversation of {roles} ({said})"
                 + ("; leave data.system out" if messages[0]["role"] == "system" else "")
             ) from error
 

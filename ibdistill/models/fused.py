@@ -27,6 +27,7 @@ from transformers.models.t5.modeling_t5 import (
     T5LayerNorm,
 )
 
+from ibdistill.models.architectures import DECODER_ONLY, family
 from ibdistill.ops import implementation, layers, packed_attention
 from ibdistill.ops.biased_attention import biased_attention
 from ibdistill.ops.cpu import attention
@@ -226,8 +227,13 @@ AttentionMaskInterface.register(ATTENTION, _mask)
 
 
 def packs(model: PreTrainedModel) -> bool:
-    """Whether a model's attention can read packed rows (`ops.packed_attention`)."""
-    return model.config._attn_implementation == ATTENTION
+    """Whether a model's attention can read packed rows (`ops.packed_attention`).
+
+    Of encoder-decoder models it is that of T5 and mT5 alone: BART's positions would not restart, and umT5's
+    bias would count across sequences.
+    """
+    knows_rows = family(model) == DECODER_ONLY or any(type(m) is _BiasedT5Attention for m in model.modules())
+    return knows_rows and model.config._attn_implementation == ATTENTION
 
 
 def fused(model: PreTrainedModel) -> PreTrainedModel:

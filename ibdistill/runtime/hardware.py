@@ -10,11 +10,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import deepspeed
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import deepspeed  # takes a second, and tells the console of the accelerator
 
 GIB = 2**30
 """Bytes."""

@@ -59,7 +59,7 @@ def other_cases(context: Context) -> None:
     def biased_plain(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, *rest) -> Tensor:
         return biased_attention_reference(q, k, v, bias.to(q.dtype), *rest)
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None, bias: None = None) -> Tensor:
         out = nn.functional.scaled_dot_product_attention(
             q, k, v, seen, is_causal=seen is None, enable_gqa=q.shape[1] != k.shape[1]
         )
