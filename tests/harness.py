@@ -97,7 +97,7 @@ def launch(
     log: Path,
     ranks: int | None = None,
     env: dict[str, str] | None = None,
-    timeout: float = 300,
+    timeout: float = 900,
 ) -> int:
     """Run a script to its end as `start` does; the exit code."""
     process = start(arguments, ranks=ranks, log=log, env=env)
@@ -116,7 +116,7 @@ def alone() -> dict[str, str]:
 def output_of(*command: str) -> str:
     """What a Python script prints, run as one process of one thread."""
     env = alone() | {"OMP_NUM_THREADS": "1"}
-    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=300)
+    run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=900)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
 
