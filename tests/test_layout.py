@@ -48,6 +48,16 @@ def importable(folder: Path) -> set[str]:
     return {name for name in files | folders if not name.startswith("__")}
 
 
+def test_the_top_level_is_fixed():
+    """What a tool leaves behind does not join it."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    top = {path.split("/")[0] for path in listed.stdout.splitlines()}
+    entries = "CONTRIBUTING.md LICENSE README.md ds_configs ibdistill pyproject.toml slurm tests tools"
+    assert {name for name in top if not name.startswith(".")} == set(entries.split())
+
+
 def test_every_script_folder_is_known():
     """Files of the package's inner folders and of tools/plan are never run as scripts."""
     scripts = {

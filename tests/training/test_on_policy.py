@@ -193,6 +193,40 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same(make_job, tmp_path, e
     assert whole.state.sampled > 0
 
 
+def test_a_run_killed_within_a_sampling_samples_anew(make_job, tmp_path, monkeypatch):
+    """What was decoded before the kill is lost, and the resumed run decodes the same."""
+    settings = TAUGHT | {"on_policy.every": 0.25, "optim.max_steps": 16, "data.subsample": 64}
+
+    def run(folder, until):
+        job = make_job(folder, **settings)
+        while job.state.step < until:
+            if on_policy.is_due(job):
+                train.sample_own_text(job)
+            train.train_step(job)
+        job.checkpoints.save(job.engine, job.state)
+        return job
+
+    whole, killed = run(tmp_path / "whole", 6), run(tmp_path / "killed", 4)
+    assert on_policy.is_due(killed)
+
+    def killed_after_three(model, tokenizer, questions, *, sampling, **rest):
+        sampling = sampling._replace(draws=sampling.draws[:3])
+        decode(model, tokenizer, questions[:3], sampling=sampling, **rest)
+        raise KeyboardInterrupt
+
+    decode = on_policy.decoding.decode
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(on_policy.decoding, "decode", killed_after_three)
+        train.sample_own_text(killed)
+    names = [
+        {path.name for path in (tmp_path / name / "on_policy").iterdir()} for name in ("whole", "killed")
+    ]
+    assert names[1] < names[0] and not any("step-00000004" in name for name in names[1])
+    resumed = run(tmp_path / "killed", 6)
+    assert same(weights(whole), weights(resumed)) and whole.state.own_text == resumed.state.own_text
+    assert names[0] == {path.name for path in (resumed.folder / "on_policy").iterdir()}
+
+
 def test_a_damaged_or_missing_file_is_refused(make_job, tmp_path):
     job = make_job(**TAUGHT | {"optim.max_steps": 40})
     train.sample_own_text(job)
