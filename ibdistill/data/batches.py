@@ -185,11 +185,12 @@ def _encoder_decoder(
         shifted = [np.concatenate([[start], target[:-1]]) if len(target) else target for target in targeted]
         decoder_input_ids[stream], mask, starts = id_rows.lay_out(shifted, pad, multiple, packed)
         positions |= _segment_places(targets, stream, starts + before)
-        if packed:  # its streams are read as one row
-            decoded += map(len, shifted)
-            decoded[-1] += mask.shape[1] - sum(
-                map(len, shifted)
-            )  # the column that stands for no target at all
+        if packed:  # all streams are read as one row
+            lengths_of_stream = [len(target) for target in shifted]
+            lengths_of_stream[-1] += mask.shape[1] - sum(
+                lengths_of_stream
+            )  # a column where there is no target
+            decoded += lengths_of_stream
             before += mask.shape[1]
     first = next(iter(questions.values()))
     of_packed = {"row_lengths": torch.from_numpy(lengths), "decoder_lengths": torch.tensor(decoded).int()}

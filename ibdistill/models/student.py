@@ -176,8 +176,8 @@ def check_packing(model: PreTrainedModel, config: DataConfig) -> None:
         kind = model.config.model_type
         raise ValueError(
             f"data.packing is 'on', and student.model is a {kind!r} model with the attention "
-            f"{model.config._attn_implementation!r}, which would let sequences of one row see each other; "
-            "leave data.packing off"
+            f"{model.config._attn_implementation!r}, which would read the sequences of a row as one; leave "
+            "data.packing off"
         )
 
 
