@@ -103,6 +103,8 @@ def train(job: Job) -> None:
             give_up(job)
         evaluates = run.eval_every > 0 and (state.step % run.eval_every == 0 or last)
         saves = state.step % run.save_every == 0 or evaluates or last or stop_code
+        # a run that is killed while it samples the text of an epoch goes on with these weights
+        saves = saves or (job.config.on_policy.every >= 1 and on_policy.is_due(job))
         if state.step % run.log_every == 0 or saves:
             log(job)
         if evaluates and not stop_code:
@@ -186,7 +188,11 @@ def refresh(job: Job) -> None:
 def sample_own_text(job: Job) -> None:
     """Let the student write the text that it learns from in the coming steps. Collective."""
     start = time.perf_counter()
-    scalars = on_policy.refresh(job)
+    try:
+        scalars = on_policy.refresh(job)
+    except on_policy.Stopped as stop:
+        saved = job.checkpoints.save(job.engine, job.state)
+        leave(job, stop.args[0] if saved else 1)
     # shown at the first step that learns from it, as above
     job.board.scalars(scalars, job.state.step + 1)
     brief = "  ".join(f"{tag.removeprefix('on_policy/')} {value:.4g}" for tag, value in scalars.items())

@@ -40,11 +40,22 @@ def prompts(
     else:
         encoded = token_ids.question_ids(texts, tokenizer)
     questions = [token_ids.cut(ids, limit) for ids in encoded]
-    if separator is None:
-        return padded([with_bos(ids, lead) for ids in questions], pad)
-    if as_written:
+    if as_written and separator is not None:
         return padded([with_bos(ids[:-1], lead) for ids in questions], pad, left=True)
-    return padded([prompt(ids, lead, separator) for ids in questions], pad, left=True)
+    rows = [asked(ids, pad=pad, start=start, bos=bos, separator=separator) for ids in questions]
+    return padded(rows, pad, left=separator is not None)
+
+
+def asked(
+    question: Sequence[int],
+    *,
+    pad: int,
+    start: int | None,
+    bos: int | None = None,
+    separator: int | None = None,
+) -> np.ndarray:
+    """[tokens] int64: what a model of either family reads of a question. Arguments as those of `collate`."""
+    return with_bos(question, bos) if separator is None else prompt(question, start, separator)
 
 
 def whole_prompts(ids: Sequence[Sequence[int]], pad: int, *, left: bool = True) -> tuple[Tensor, Tensor]:

@@ -13,32 +13,42 @@ Why decode with a copy of the weights that every rank holds (`models.whole_model
 through the engine: ZeRO-3's prefetch trace then sees training steps alone.
 
     RUN/on_policy/step-STEP-DIGEST.jsonl    the text, written before training goes on (`step_files`)
+    RUN/on_policy/step-STEP-DIGEST.part     the blocks of a sampling under way; the digest is that of weights
+                                            and settings
 """
 
 from __future__ import annotations
 
 import logging
 import time
+import zlib
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import nn
 
 from ibdistill.config.sections import Config
-from ibdistill.data.records import Record
-from ibdistill.evaluation.predictions import questions
-from ibdistill.models import decoding
+from ibdistill.data import id_rows
+from ibdistill.models import decoding, families
 from ibdistill.models.decoding import Sampling
 from ibdistill.objectives.weights import streams_of
-from ibdistill.runtime import distributed
+from ibdistill.runtime import distributed, files
 from ibdistill.training import step_files
 from ibdistill.training.job import Job
 
 logger = logging.getLogger("ibdistill")
 
 FOLDER = "on_policy"
+BATCHES = 4
+"""A block is so many batches of `run.eval_batch_size` of every rank."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop between two blocks; the argument is the exit code."""
 
 
 class Text(NamedTuple):
@@ -71,15 +81,14 @@ def is_due(job: Job) -> bool:
 def refresh(job: Job) -> dict[str, float]:
     """Sample the text of the coming steps and let them learn from it; what it was like, by TensorBoard tag.
 
-    If it cannot be written, these steps learn from the data's text. Collective.
+    If it cannot be written, these steps learn from the data's text. Raises Stopped. Collective.
     """
     start, step = time.perf_counter(), job.state.step
-    indices = job.sampler.to_sample(window(job, step))
-    with job.whole() as model:
-        texts = sample(job, model, indices)
-    write = partial(step_files.write, job.folder / FOLDER, step, [text._asdict() for text in texts])
+    indices, texts = job.sampler.to_sample(window(job, step)), []
     try:
-        job.state.own_text = distributed.run_on_rank_0(write)
+        with job.whole() as model:
+            texts = sample_all(job, model, indices)
+        job.state.own_text = distributed.run_on_rank_0(partial(_write, job, texts))
         use(job, texts, step)
     except OSError as error:
         job.state.own_text = ""
@@ -121,6 +130,54 @@ def use(job: Job, texts: Sequence[Text], step: int) -> None:
     job.learn_from(job.gold + own, keeps=keeps)
 
 
+def _write(job: Job, texts: Sequence[Text]) -> str:
+    """Write a round of texts, and remove its blocks; the file's name. Raises OSError. On rank 0."""
+    folder = job.folder / FOLDER
+    name = step_files.write(folder, job.state.step, [text._asdict() for text in texts])
+    for path in folder.glob("*.part"):
+        path.unlink()
+    return name
+
+
+def sample_all(job: Job, model: nn.Module, indices: Sequence[int]) -> list[Text]:
+    """`sample` in blocks, of which the folder keeps each, so that an interrupted run goes on behind the last.
+
+    Questions of similar length are in one block. Raises OSError, and Stopped between two blocks. Collective.
+    """
+    size = BATCHES * job.config.run.eval_batch_size * job.world.size
+    if len(indices) <= size:
+        return sample(job, model, indices)
+    lengths = job.gold.questions[streams_of(job.config.objective)[-1]].lengths
+    order = sorted(map(int, indices), key=lambda i: (-lengths[i], i))
+    path, rows = distributed.run_on_rank_0(lambda: _there(job, model))
+    found = {text.record: text for text in (Text(**row) for row in rows)}
+    if found:
+        logger.info("on-policy text: %d of %d are there from before", len(found), len(order))
+    for start in range(0, len(order), size):
+        block = order[start : start + size]
+        if found.keys() >= set(block):
+            continue
+        texts = sample(job, model, block)
+        found |= {text.record: text for text in texts}
+        logger.info("on-policy text: %d of %d", len(found), len(order))
+        if start + size < len(order):
+            rows = [text._asdict() for text in texts]
+            distributed.run_on_rank_0(partial(step_files.append, path, rows))
+            if code := job.stop.exit_code():
+                raise Stopped(code)
+    return sorted(found.values())
+
+
+def _there(job: Job, model: nn.Module) -> tuple[Path, list[dict]]:
+    """The file of this round's blocks, and the rows that it holds. Raises OSError. On rank 0."""
+    weights = 0
+    for parameter in model.parameters():
+        weights = zlib.crc32(parameter.detach().flatten().cpu().view(torch.uint8).numpy(), weights)
+    made_with = files.digest(f"{weights} {job.config.on_policy} {job.config.run.seed}".encode()).hex()
+    path = job.folder / FOLDER / f"step-{job.state.step:08d}-{made_with}.part"
+    return path, step_files.pieces(path)
+
+
 def sample(job: Job, model: nn.Module, indices: Sequence[int]) -> list[Text]:
     """A text for each record with one of these indices. Collective; every rank gets all of them.
 
@@ -130,24 +187,26 @@ def sample(job: Job, model: nn.Module, indices: Sequence[int]) -> list[Text]:
     config, world = job.config, job.world
     settings, stream = config.on_policy, streams_of(config.objective)[-1]
     limit = settings.max_tokens or config.data.answer_limits()[stream]
+    mine = list(indices)[world.rank :: world.size]
+    keys = [f"{config.run.seed} {job.state.step} {job.gold.ids[i]} {stream} own" for i in mine]
+    prompts = [job.gold.questions[stream][i] for i in mine]
+    if not job.gold.whole_prompts:
+        layout = families.layout(model, job.tokenizer)
+        prompts = [id_rows.asked(question, **layout) for question in prompts]
+    answers = decoding.decode(
+        model,
+        job.tokenizer,
+        prompts,
+        max_question_tokens=config.data.max_question_tokens,
+        max_new_tokens=limit,
+        device=world.device,
+        batch_size=config.run.eval_batch_size,
+        sampling=Sampling(settings.temperature, decoding.draws(keys, limit), settings.top_p),
+    )
     found = []
-    for task in job.records.test:  # a mixture's tasks have prefixes of their own
-        mine = [i for i in indices if job.records.train[i].task == task][world.rank :: world.size]
-        records: list[Record] = [job.records.train[i] for i in mine]
-        keys = [f"{config.run.seed} {job.state.step} {record.id} {stream} own" for record in records]
-        answers = decoding.decode(
-            model,
-            job.tokenizer,
-            questions(records, stream, job.tokenizer, config.data),
-            max_question_tokens=config.data.max_question_tokens,
-            max_new_tokens=limit,
-            device=world.device,
-            batch_size=config.run.eval_batch_size,
-            sampling=Sampling(settings.temperature, decoding.draws(keys, limit), settings.top_p),
-        )
-        for index, record, answer in zip(mine, records, answers, strict=True):
-            ended = answer.ids[-1:] == (job.tokenizer.eos_token_id,)
-            finished = ended and bool(answer.text.strip())
-            found.append(Text(int(index), record.id, list(answer.ids), answer.text, finished))
+    for index, answer in zip(mine, answers, strict=True):
+        ended = answer.ids[-1:] == (job.tokenizer.eos_token_id,)
+        finished = ended and bool(answer.text.strip())
+        found.append(Text(int(index), job.gold.ids[index], list(answer.ids), answer.text, finished))
     shares = distributed.gather_objects(found)
     return sorted(text for share in shares for text in share)

@@ -1,13 +1,14 @@
 """JSON lines that a run makes at a step and learns from afterwards; a checkpoint names the file by content.
 
 A run that is killed while it makes them has its last checkpoint at that step or before, so it makes them
-again with the same weights.
+again with the same weights. What takes long is kept piece by piece meanwhile (`append`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,26 @@ def write(folder: Path, step: int, rows: Iterable[dict[str, Any]]) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     files.write_atomically(path, content)
     return path.name
+
+
+def append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Add a piece of rows that are not all there yet, and see it on disk. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as file:
+        file.write(b"\n" + json.dumps(list(rows)).encode())  # a piece that was cut off ends here
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def pieces(path: Path) -> list[dict[str, Any]]:
+    """The rows of all pieces that `append` wrote, without a piece that a crash cut off. Raises OSError."""
+    found = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else ():
+        try:
+            found += json.loads(line)
+        except ValueError:
+            continue
+    return found
 
 
 def step_of(name: str) -> int:

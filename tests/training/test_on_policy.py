@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 import types
 
 import numpy as np
 import pytest
 import torch
 from feature_tables import random_features
-from harness import FORKED, TRAIN, as_arguments, kill_session, launch, same, start, steps, tiny, weights
+from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, same, steps, tiny, weights
 
 from ibdistill import train
 from ibdistill.config.load import load_settings
@@ -18,6 +17,8 @@ from ibdistill.config.sections import DataConfig
 from ibdistill.data.sampler import OnPolicySampler, Sampler
 from ibdistill.models import forward
 from ibdistill.training import on_policy, step_files
+
+KILLED = str(WORKERS / "killed_in_sampling.py")
 
 TAUGHT = {
     "objective.method": "kd",
@@ -193,9 +194,18 @@ def test_a_run_that_is_interrupted_and_resumed_is_the_same(make_job, tmp_path, e
     assert whole.state.sampled > 0
 
 
-def test_a_run_killed_within_a_sampling_samples_anew(make_job, tmp_path, monkeypatch):
-    """What was decoded before the kill is lost, and the resumed run decodes the same."""
+@pytest.mark.parametrize("way", ["killed", "signal"])
+def test_a_run_that_ends_between_two_blocks_goes_on_behind_the_last(make_job, tmp_path, monkeypatch, way):
+    """Blocks of four texts: the resumed run decodes those alone that are not there."""
     settings = TAUGHT | {"on_policy.every": 0.25, "optim.max_steps": 16, "data.subsample": 64}
+    settings["run.eval_batch_size"] = 1
+    decode, decoded = on_policy.decoding.decode, []
+
+    def counted(model, tokenizer, prompts, **rest):
+        decoded.append(len(prompts))
+        return decode(model, tokenizer, prompts, **rest)
+
+    monkeypatch.setattr(on_policy.decoding, "decode", counted)
 
     def run(folder, until):
         job = make_job(folder, **settings)
@@ -206,25 +216,48 @@ def test_a_run_killed_within_a_sampling_samples_anew(make_job, tmp_path, monkeyp
         job.checkpoints.save(job.engine, job.state)
         return job
 
-    whole, killed = run(tmp_path / "whole", 6), run(tmp_path / "killed", 4)
-    assert on_policy.is_due(killed)
+    whole, killed = run(tmp_path / "whole", 6), run(tmp_path / "broken", 4 if way == "signal" else 3)
+    while not on_policy.is_due(killed):  # the killed one has its checkpoint a step before
+        train.train_step(killed)
+    append = step_files.append
 
-    def killed_after_three(model, tokenizer, questions, *, sampling, **rest):
-        sampling = sampling._replace(draws=sampling.draws[:3])
-        decode(model, tokenizer, questions[:3], sampling=sampling, **rest)
+    def and_killed(path, rows):
+        append(path, rows)
+        with path.open("ab") as file:
+            file.write(b'\n[{"record": 1, "id": "cut off')
         raise KeyboardInterrupt
 
-    decode = on_policy.decoding.decode
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(on_policy.decoding, "decode", killed_after_three)
-        train.sample_own_text(killed)
-    names = [
-        {path.name for path in (tmp_path / name / "on_policy").iterdir()} for name in ("whole", "killed")
-    ]
-    assert names[1] < names[0] and not any("step-00000004" in name for name in names[1])
-    resumed = run(tmp_path / "killed", 6)
+    with monkeypatch.context() as patched:
+        if way == "killed":
+            patched.setattr(step_files, "append", and_killed)
+        else:
+            patched.setattr(killed.stop, "exit_code", lambda: 85)
+        with pytest.raises(KeyboardInterrupt if way == "killed" else SystemExit):
+            train.sample_own_text(killed)
+    folder = killed.folder / "on_policy"
+    assert len(list(folder.glob("step-00000004-*.part"))) == 1
+    decoded.clear()
+    resumed = run(tmp_path / "broken", 6)
+    assert decoded == [4]  # of eight
     assert same(weights(whole), weights(resumed)) and whole.state.own_text == resumed.state.own_text
-    assert names[0] == {path.name for path in (resumed.folder / "on_policy").iterdir()}
+    assert whole.state.sampled == resumed.state.sampled
+    names = [{path.name for path in (tmp_path / n / "on_policy").iterdir()} for n in ("whole", "broken")]
+    assert names[0] == names[1] and all(name.endswith(".jsonl") for name in names[0])
+
+
+def test_blocks_of_other_weights_or_settings_are_not_used(make_job):
+    job = make_job(**TAUGHT)
+    with job.whole() as model:
+        path, rows = on_policy._there(job, model)
+        step_files.append(path, [{"record": 1}])
+        assert rows == [] and on_policy._there(job, model) == (path, [{"record": 1}])
+        job.config.on_policy.temperature = 0.9
+        assert on_policy._there(job, model)[0] != path
+        job.config.on_policy.temperature = 1.0
+        bias = next(model.parameters())
+        bias.data.view(-1)[0] += 1e-6
+        other, rows = on_policy._there(job, model)
+        assert other != path and rows == []
 
 
 def test_a_damaged_or_missing_file_is_refused(make_job, tmp_path):
@@ -267,13 +300,15 @@ def test_what_cannot_go_with_own_text_is_refused(tmp_path, more, message):
 
 
 def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
-    """Both models in ZeRO-3, a sampling every three steps, a checkpoint every two; killed after step 5."""
+    """Both models in ZeRO-3, a sampling every three steps in two blocks, a checkpoint every four; killed
+    between the blocks of the third one."""
     settings = TAUGHT | {
         "data.subsample": 48,
         "optim.max_steps": 10,
         "optim.micro_batch_size": 2,
-        "run.save_every": 2,
+        "run.save_every": 4,
         "run.test_limit": 4,
+        "run.eval_batch_size": 1,
         "run.report_to": [],
         "deepspeed.config": "zero3",
         "teacher.placement": "zero3",
@@ -283,12 +318,16 @@ def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
     runs = {name: as_arguments(tiny(tmp_path / name, **settings)) for name in ("whole", "broken")}
     logs = {name: tmp_path / f"{name}.log" for name in ("whole", "broken", "resumed", "one")}
     assert launch([FORKED, "2", *runs["whole"]], log=logs["whole"]) == 0, logs["whole"].read_text()[-4000:]
-    process = start([FORKED, "2", *runs["broken"]], log=logs["broken"])
-    wait_for(logs["broken"], "step 5/10")
-    kill_session(process)
+    assert launch([KILLED, *runs["broken"]], ranks=2, log=logs["broken"]) != 0
+    assert "step 6/10" in logs["broken"].read_text() and "step 7/10" not in logs["broken"].read_text()
+    (part,) = (tmp_path / "broken/on_policy").glob("*.part")
+    kept = len(step_files.pieces(part))
     assert launch([TRAIN, *runs["broken"]], ranks=2, log=logs["resumed"]) == 0, logs["resumed"].read_text()[
         -4000:
     ]
+    again = logs["resumed"].read_text()
+    assert f"on-policy text: {kept} of 12 are there from before" in again and kept == 8
+    assert again.count("on-policy text: 12 of 12") == 1 and "on-policy text: 8 of 12\n" not in again
     assert "resumed from" in logs["resumed"].read_text()
     weights = [(tmp_path / name / "student/model.safetensors").read_bytes() for name in runs]
     assert weights[0] == weights[1]
@@ -302,10 +341,3 @@ def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
     assert launch([FORKED, "1", *one], log=logs["one"]) == 0, logs["one"].read_text()[-4000:]
     first = {name: tmp_path / name / "on_policy" / names[0][0] for name in ("whole", "one")}
     assert first["one"].exists() and first["one"].read_bytes() == first["whole"].read_bytes()
-
-
-def wait_for(log, text: str) -> None:
-    until = time.monotonic() + 240
-    while text not in (log.read_text() if log.exists() else ""):
-        assert time.monotonic() < until, log.read_text()[-4000:]
-        time.sleep(0.2)
