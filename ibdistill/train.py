@@ -195,6 +195,8 @@ def sample_own_text(job: Job) -> None:
         leave(job, stop.args[0] if saved else 1)
     # shown at the first step that learns from it, as above
     job.board.scalars(scalars, job.state.step + 1)
+    if job.world.rank == 0:
+        job.alarms.check(scalars, job.state.step)
     brief = "  ".join(f"{tag.removeprefix('on_policy/')} {value:.4g}" for tag, value in scalars.items())
     if job.config.on_policy.every >= 1:
         logger.info("after step %d  on-policy text: %s", job.state.step, brief)

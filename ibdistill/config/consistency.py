@@ -264,6 +264,13 @@ def _check_on_policy(config: Config) -> None:
             f"objective.method {objective.method} with objective.gamma {objective.gamma} has none; take "
             "kd, ib+kd, cot+kd or cot+ib+kd"
         )
+    limit = config.data.answer_limits()[METHODS[objective.method].streams[-1]]
+    if config.on_policy.max_tokens > limit:
+        raise ValueError(
+            f"on_policy.max_tokens is {config.on_policy.max_tokens}, and the data's text in its place has at "
+            f"most {limit} tokens (data.max_rationale_tokens, and data.max_label_tokens in a reason stream), "
+            "for which positions and memory are checked; raise these, or lower it"
+        )
     if config.teacher.placement == "cache":
         raise ValueError(
             f"{setting}: the student's own text is new, and a cache has no teacher's answers for it; choose "

@@ -21,6 +21,8 @@ LARGEST_CONSTANT = 0.99
 """The largest share of the mutual-information term that is the same whatever the student does."""
 LARGEST_WAIT = 0.5
 """The largest share of a step that is spent on waiting for data."""
+LARGEST_UNFINISHED = 0.8
+"""The largest share of a sampling's own texts that reach their limit, or are empty."""
 PATIENCE = 3
 """Number of measurements in a row beyond a bound that give an alarm."""
 
@@ -59,6 +61,8 @@ class Alarms:
                 f"{wait:.0%} of the step time is spent on waiting for data (bound {LARGEST_WAIT:.0%}). Give "
                 "each process more CPU cores, check the file system, or enlarge optim.batch_size",
             )
+        if "on_policy/unfinished_share" in scalars:
+            self._check_unfinished(scalars["on_policy/unfinished_share"], step)
         if "teacher/accuracy" in scalars:
             self.check_teacher(scalars["teacher/accuracy"], self._chance)
 
@@ -100,6 +104,26 @@ class Alarms:
             step,
             f"the {term} term makes {share:.1%} of the gradient (bound {LARGEST_SHARE:.0%}): the others have "
             f"hardly any effect. Lower its weight ({weights})",
+        )
+
+    def _check_unfinished(self, share: float, step: int) -> None:
+        ways_out = (
+            "Raise on_policy.max_tokens, lower on_policy.temperature or on_policy.top_p, or start later "
+            "(on_policy.start), when the student has learned to end"
+        )
+        if share == 1:
+            self._warn(
+                "none finished",
+                f"step {step}: none of the student's own texts has an end and words. With "
+                "on_policy.unfinished keep the teacher scores them as they are; with replace the data's text "
+                f"is learned until the next sampling, as if on_policy.share were 0. {ways_out}",
+            )
+        self._count(
+            "unfinished",
+            share > LARGEST_UNFINISHED,
+            step,
+            f"{share:.0%} of the student's own texts have no end or no words (bound "
+            f"{LARGEST_UNFINISHED:.0%}), in {PATIENCE} samplings in a row. {ways_out}",
         )
 
     def _count(self, name: str, is_beyond: bool, step: int, message: str) -> None:

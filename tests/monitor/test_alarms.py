@@ -16,6 +16,7 @@ CALM = {
     "mi/constant_share": 0.2,
     "speed/step_s": 1.0,
     "speed/data_wait_s": 0.1,
+    "on_policy/unfinished_share": 0.7,
 }
 
 
@@ -41,6 +42,7 @@ def check(alarms: Alarms, times: int, **changes: float) -> None:
         ({"grad__share_predict": 0.95}, ["the predict term makes 95.0% of the gradient", "Lower its weight"]),
         ({"mi__constant_share": 0.9997}, ["99.97% of the mutual-information term", "estimator normalized"]),
         ({"speed__data_wait_s": 0.7}, ["70% of the step time", "CPU cores"]),
+        ({"on_policy__unfinished_share": 0.9}, ["90% of the student's own texts", "on_policy.max_tokens"]),
     ],
 )
 def test_an_alarm_comes_once_after_three_in_a_row(said, changes, words):
@@ -59,6 +61,13 @@ def test_steps_without_a_measurement_do_not_break_the_row(said):
         alarms.check({"grad/share_mi": 0.0001}, 10 * step)
         alarms.check({"loss/total": 1.0}, 10 * step + 5)
     assert len(said()) == 1
+
+
+def test_a_sampling_without_a_finished_text_is_told_at_once(said):
+    alarms = Alarms()
+    alarms.check({"on_policy/unfinished_share": 1.0}, 4)
+    alarms.check({"on_policy/unfinished_share": 1.0}, 8)
+    assert len(said()) == 1 and said()[0].startswith("step 4: none of the student's own texts has an end")
 
 
 def test_a_calm_run_says_nothing(said):

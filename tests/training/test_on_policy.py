@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import types
 
 import numpy as np
@@ -150,6 +151,30 @@ def test_unfinished_texts_are_counted_and_kept_or_replaced(make_job, monkeypatch
     assert own == 96 if unfinished == "keep" else 96 / 3 < own < 96 * 2 / 3
 
 
+@pytest.mark.parametrize("method", ["kd", "cot+kd"])
+def test_a_round_without_a_finished_text_is_the_data_s_alone_with_replace(
+    make_job, tmp_path, caplog, monkeypatch, method
+):
+    """A limit of one token: no text ends with words. The steps are those of a run without own text."""
+    monkeypatch.setattr(logging.getLogger("ibdistill"), "propagate", True)
+    mine = {"on_policy.share": 1.0, "on_policy.unfinished": "replace", "on_policy.max_tokens": 1}
+    mine |= {"objective.method": method, "objective.divergence": "reverse"}
+    job = make_job(tmp_path / "own", **TAUGHT | mine)
+    train.sample_own_text(job)
+    plain = make_job(tmp_path / "plain", **TAUGHT | mine | {"on_policy.share": 0.0})
+    steps(job, 2)
+    steps(plain, 2)
+    assert job.state.sampled == job.state.unfinished == 96 and job.sampler.counts(0)["sampled"] == 0
+    for name, ours in weights(plain).items():
+        torch.testing.assert_close(weights(job)[name], ours, rtol=1e-4, atol=1e-6)
+    assert "none of the student's own texts has an end" in caplog.text
+    job.config.on_policy.unfinished = "keep"
+    texts = [on_policy.Text(**row) for row in step_files.read(job.folder / "on_policy" / job.state.own_text)]
+    on_policy.use(job, texts, job.state.step)
+    train.train_step(job)  # texts of one token, or of an end alone
+    assert job.sampler.counts(2)["sampled"] == 8 == job.sampler.counts(2)["sampled_questions"]
+
+
 @pytest.mark.parametrize(("every", "start", "due"), [(1, 0, [0, 12]), (0.5, 0, [0, 6]), (1e-9, 0.9, [11])])
 def test_sampling_comes_at_the_steps_that_the_settings_name(every, start, due):
     config = load_settings(None, TAUGHT | {"on_policy.every": every, "on_policy.start": start})
@@ -290,6 +315,7 @@ def test_text_that_cannot_be_written_leaves_the_data_s(make_job, caplog):
         ({"teacher.placement": "cache", "teacher.cache": "x"}, "a cache has no teacher's answers for it"),
         ({"data.unlabelled": 40}, "data.unlabelled is set"),
         ({"optim.tokens_per_batch": 500, "optim.batch_size": 64}, "set optim.batch_size instead"),
+        ({"on_policy.max_tokens": 49}, "on_policy.max_tokens is 49, .* at most 48 tokens"),
         ({"on_policy.share": 1.5}, r"on_policy.share is 1.5; it must be in \[0, 1\]"),
         ({"on_policy.every": 0}, "on_policy.every is 0.0; it must be above 0"),
     ],
