@@ -195,7 +195,7 @@ def student_step(
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     known = [t for p in module.parameters() for t in (p, p.grad) if t is not None]
-    tracker = _Tracker([*known, *module.buffers(), *_tensors(batch)])
+    tracker = Tracker([*known, *module.buffers(), *_tensors(batch)])
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, dict.fromkeys([*segments_of(SEGMENTS), "explained"], 1))
@@ -211,7 +211,7 @@ def student_step(
 def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str) -> Living:
     """A teacher's forward pass over a micro-batch, with its answers."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
-    tracker = _Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
+    tracker = Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
     with attention_of(device), experts_in_any_dtype(), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
@@ -260,7 +260,7 @@ def _tensors(batch: batches.Batch) -> list[Tensor]:
     return [t for t in values if isinstance(t, Tensor)]
 
 
-class _Tracker(TorchDispatchMode):
+class Tracker(TorchDispatchMode):
     """Sums the bytes of the storages that operators make, for as long as they exist, and counts kernels."""
 
     def __init__(self, known: Sequence[Tensor]) -> None:

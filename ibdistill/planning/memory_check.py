@@ -14,7 +14,7 @@ from ibdistill.objectives import weights
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Skeleton
-from ibdistill.planning.evaluation_memory import copied_bytes
+from ibdistill.planning.evaluation_memory import copied_bytes, sampling
 from ibdistill.planning.footprint import PLACED, Zero
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import World
@@ -35,6 +35,8 @@ def certain_bytes(
         precision = config.student.precision
         parts, host = footprint.student_states(sizes, precision, zero, ranks, in_4bit=in_4bit)
         parts["evaluation"] = copied_bytes(student, precision, zero.stage, in_4bit=in_4bit > 0)
+        if sampled := sampling(student, config, device=device):
+            parts["keys and values of sampled text"] = sampled.cache
     if teacher is not None:
         wanted = weights.wanted(config.objective) or Wanted(False, False, text=True)
         needs = wanted.targets or wanted.text
@@ -90,6 +92,7 @@ def check_models(config: Config, world: World, *, with_student: bool, with_teach
             if alternatives
             else f"Nothing fits {world.size} ranks; use more"
         )
+        + ("; or lower run.eval_batch_size or on_policy.max_tokens" if config.on_policy.share else "")
         + ". (tools/plan.py plans; --run.check_memory false skips this check)"
     )
 

@@ -26,6 +26,7 @@ from ibdistill.models.architectures import in_decoder, layers_of_pair
 from ibdistill.models.families import base_of
 from ibdistill.objectives import weights
 from ibdistill.planning.dryrun import Lengths, Skeleton
+from ibdistill.planning.evaluation_memory import Decoding
 from ibdistill.planning.footprint import WIDTH, Gathers, Sizes, Zero
 from plan.accelerators import Accelerator
 
@@ -238,6 +239,22 @@ def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
     # reads and writes master and moments, reads the gradient, writes the weight
     parts["optimizer"] = 28 * load.updated / rates.memory
     return parts
+
+
+def sampling_seconds(
+    sampled: Decoding, sizes: Sizes, precision: str, rates: Rates, question: int, texts: float
+) -> float:
+    """Predicted seconds of a step in which a rank samples `texts` of own text, on average.
+
+    `sampled`: of as many texts as are decoded at once. They read their prompts of `question` tokens with 2
+    operations per weight and token. Then each token of theirs takes a pass over all weights and, on average,
+    half of the keys and values that there are at the end, or longer where products or launches do.
+    """
+    weights_read = sum(n for n, _ in sizes)
+    products = 2 * weights_read * sampled.texts / rates.products
+    moved = (WIDTH[precision] * weights_read + sampled.cache / 2) / rates.memory
+    token = max(moved, products, sampled.kernels * rates.launch)
+    return texts / sampled.texts * (question * products + sampled.tokens * token)
 
 
 def with_launches(parts: dict[str, float], load: Load, rates: Rates) -> dict[str, float]:

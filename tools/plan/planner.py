@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from ibdistill.objectives import weights
 from ibdistill.planning import footprint
 from ibdistill.planning import kernels as kernels_of
 from ibdistill.planning.dryrun import Lengths
-from ibdistill.planning.evaluation_memory import copied_bytes
+from ibdistill.planning.evaluation_memory import Decoding, copied_bytes
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
 from ibdistill.runtime.hardware import GIB
 from plan import costs
@@ -88,6 +89,18 @@ class Planner:
     def per_rank(self) -> int:
         """Questions per rank and step."""
         return self.config.optim.batch_size // self.ranks
+
+    @property
+    def sampled_per_step(self) -> float:
+        """Texts of the student's own that a rank samples for a step, on average."""
+        return self.config.on_policy.share * self.per_rank / max(1.0, self.config.on_policy.every)
+
+    def _at_once(self, sampled: Decoding) -> Decoding:
+        """With the texts that are decoded together: where text is sampled within an epoch, those of a step,
+        as if that were before every step."""
+        texts = sampled.texts if self.config.on_policy.every >= 1 else self.sampled_per_step
+        texts = min(sampled.texts, math.ceil(texts))
+        return dataclasses.replace(sampled, texts=texts, cache=sampled.cache * texts // sampled.texts)
 
     def micro_batch_sizes(self) -> list[int]:
         """The sizes that a run can have, largest first.
@@ -216,6 +229,10 @@ class Planner:
             there_and_back = (4 + WIDTH[precision]) * load.updated
             seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
         seconds = costs.with_launches(seconds, load, rates)
+        if sampled := self.traces.sampled:
+            activations["sampling"] = activations["evaluation"] + sampled.cache
+            args = self.student.sizes(), precision, rates, self.question, self.sampled_per_step
+            seconds["sampling"] = costs.sampling_seconds(self._at_once(sampled), *args)
         return Choice(
             *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room()),
             int(self.gpu.host_memory_gib * GIB / self.on_node),

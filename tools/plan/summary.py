@@ -25,6 +25,7 @@ BOUNDS = {
     "parameters wait": "waiting for parameters of other ranks",
     "teacher wait": "waiting for the teacher's parameters",
     "optimizer": "the optimizer's update",
+    "sampling": "sampling the student's own text",
     "launch wait": "launching kernels, which the host does one by one",
 }
 """Part of a step (`costs.step_seconds`) -> what it is called here."""
@@ -64,6 +65,18 @@ def memory(choice: Choice) -> str:
     if choice.host:
         text += f"; {choice.host / GIB:.1f} of a rank's {choice.host_room / GIB:.1f} GiB of the host's memory"
     return text
+
+
+def sampled(choice: Choice, planner: Planner) -> list[str]:
+    """What sampling the student's own text takes: one line or none."""
+    own = planner.traces.sampled
+    if own is None:
+        return []
+    seconds, texts = choice.seconds["sampling"], planner.sampled_per_step
+    return [
+        f"{seconds:.3g} s per step (predicted) for {texts:.3g} texts of up to {own.tokens} tokens on each "
+        f"GPU; {own.cache / GIB:.2f} GiB of keys and values for {own.texts} at once (run.eval_batch_size)"
+    ]
 
 
 def relative(choice: Choice, best: Choice) -> str:
@@ -192,6 +205,7 @@ def summary(
         f"Recommended for {where}: {named(best)}",
         line("fits", f"{memory(best)}; up to {loading:.1f} GiB of a node's memory while loading"),
         line("speed", speed(best, planner)),
+        *(line("sampling", text) for text in sampled(best, planner)),
         line("faster", faster(options, best)),
         line("roomier", roomier(options, best)),
         *(line("replaced", text) for text in replaced(planner, best, assumed)),

@@ -10,6 +10,7 @@ from ibdistill.objectives import weights
 from ibdistill.planning import dryrun, footprint
 from ibdistill.planning import kernels as kernels_of
 from ibdistill.planning.dryrun import Lengths, Skeleton
+from ibdistill.planning.evaluation_memory import Decoding, sampling
 from ibdistill.planning.footprint import WIDTH, Zero
 from ibdistill.planning.head_loss_memory import head_loss_bytes
 from plan import costs
@@ -81,6 +82,11 @@ class Traces:
         tokens = micro * self._tokens[0] if self.wanted.questions else 0
         tokens += self._lengths(micro).targets(self._streams) if self.wanted.targets else 0
         return tokens * self.teacher.head[1] * WIDTH[self._config.teacher.precision]
+
+    @cached_property
+    def sampled(self) -> Decoding | None:
+        """What a rank needs to sample a batch of the student's own texts; None: it samples none."""
+        return sampling(self.student, self._config, self._tokens[0])
 
     @cached_property
     def teacher_gathers(self) -> footprint.Gathers:
