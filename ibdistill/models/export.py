@@ -19,7 +19,7 @@ from ibdistill.config.sections import Config
 from ibdistill.data import id_rows
 from ibdistill.data.token_ids import JOINT
 from ibdistill.models import chat_template as student_template
-from ibdistill.models import model_card
+from ibdistill.models import depth, model_card
 from ibdistill.models.families import greedy, layout
 from ibdistill.models.merging import merged
 from ibdistill.models.prompt import Prompt
@@ -64,7 +64,8 @@ def write(
             tokenizer.chat_template, why_none = None, str(error)
             logger.warning("the exported student has no chat template: %s", why_none)
     tokenizer.save_pretrained(folder)
-    text = model_card.card(config, prompt, scores, why_no_template=why_none)
+    kept = getattr(model.config, depth.KEPT, None) or {}
+    text = model_card.card(config, prompt, scores, why_no_template=why_none, kept=kept)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ibdistill.data import tokenizers
-from ibdistill.models import presets
+from ibdistill.models import depth, presets
 from ibdistill.models.architectures import DECODER_ONLY as DECODER_ONLY  # for those who import both families
 from ibdistill.models.architectures import ENCODER_DECODER, FAMILIES, check_logits, family
 from ibdistill.models.fused import fused
@@ -128,6 +128,7 @@ def load_model(
     dropout: float | None = None,
     random_seed: int | None = None,
     dtype: torch.dtype = torch.float32,
+    layers: int = 0,
     **kwargs: Any,
 ) -> PreTrainedModel:
     """A model with its head, by hub name or folder, for a student or a teacher.
@@ -138,19 +139,20 @@ def load_model(
     Args:
         setting: what messages call `name`.
         dropout: replaces the model's own rates.
+        layers: of which so many stay (`depth`); 0: all.
         random_seed: if given, only the shape is taken, and new weights are drawn with this seed.
         kwargs: further arguments of `from_pretrained`, such as `quantization_config`.
 
     Raises:
-        ValueError: as `load_config` does; or the files lack a weight of the model, or have it in another
-            shape. Weights in the files for which the model has no place are a warning.
+        ValueError: as `load_config` and `depth.cut_config` do; or the files lack a weight of the model, or
+            have it in another shape. Weights in the files for which the model has no place are a warning.
     """
     config = _with_dropout(load_config(name, setting), dropout)
     if random_seed is None:
-        model = _pretrained(name, config, setting, dtype=dtype, **kwargs)
+        model = depth.cut(_pretrained(name, config, setting, dtype=dtype, **kwargs), layers)
     else:
         torch.manual_seed(random_seed)
-        model = _from_config(config, dtype)
+        model = _from_config(depth.cut_config(config, layers), dtype)
     return fused(decodes_greedily(model, tokenizer))
 
 

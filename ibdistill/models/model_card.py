@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,18 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     return found
 
 
-def card(config: Config, prompt: Prompt, scores: Any, *, why_no_template: str = "") -> str:
+def card(
+    config: Config,
+    prompt: Prompt,
+    scores: Any,
+    *,
+    why_no_template: str = "",
+    kept: Mapping[str, Sequence[int]] = {},
+) -> str:
     """The card in Markdown. It names no path of the machine that trained the student.
 
     `scores` go into it as JSON; `why_no_template`: why the folder has no chat template; empty: it has
-    one.
+    one. `kept`: the layers of its base model that a student with `student.layers` has, by stack.
     """
     asks = {"explain": "a rationale", "reason": "the reasoning with the answer"}
     asks = [f"for {what} with `{name}=True`" for name, what in asks.items() if name in prompt.prefixes]
@@ -95,7 +103,7 @@ def card(config: Config, prompt: Prompt, scores: Any, *, why_no_template: str = 
 A student distilled with ibdistill on the task {", ".join(tasks_of(config))}. Its objective is made of
 
 {chr(10).join(parts)}
-
+{_layers(config, kept)}
 ## Use
 
 These lines give the answers that were evaluated{_rounding(config)}:
@@ -117,6 +125,15 @@ These lines give the answers that were evaluated{_rounding(config)}:
 ```yaml
 {yaml.safe_dump(_settings(config), sort_keys=False, allow_unicode=True)}```
 """
+
+
+def _layers(config: Config, kept: Mapping[str, Sequence[int]]) -> str:
+    """Which layers of its base model the student has; empty if it has all."""
+    if not config.student.layers:
+        return ""
+    stacks = "; ".join(f"{name} {', '.join(map(str, numbers))}" for name, numbers in kept.items())
+    shape = "the weights" if config.student.init == "pretrained" else "the shape"
+    return f"\nIt began with {shape} of these layers of its base model, counted from 0: {stacks}.\n"
 
 
 def usage(prompt: Prompt, folder: str) -> str:

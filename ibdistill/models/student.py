@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data.records import STREAMS
-from ibdistill.models import presets
+from ibdistill.models import depth, presets
 from ibdistill.models.architectures import positions
 from ibdistill.models.families import ENCODER_DECODER, base_of, family, load_model, load_preset
 from ibdistill.models.fused import packs
@@ -38,6 +38,7 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
         check_4bit(config)
         in_4bit = {"quantization_config": quantization(config), "dtype": DTYPES[config.precision]}
     if config.model in presets.PRESETS:
+        depth.check_preset(config)
         model = load_preset(config.model, tokenizer, seed, config.dropout)
     else:
         model = load_model(
@@ -46,6 +47,7 @@ def load_student(config: StudentConfig, tokenizer: PreTrainedTokenizerBase, seed
             setting="student.model",
             dropout=config.dropout,
             random_seed=seed if config.init == "random" else None,
+            layers=config.layers,
             **in_4bit,
         )
     check_fit(model, tokenizer)

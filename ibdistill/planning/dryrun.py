@@ -27,7 +27,7 @@ from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
 from ibdistill.data.features import Features, Ragged
 from ibdistill.data.records import SEGMENTS, STREAMS, segments_of
-from ibdistill.models import families, presets
+from ibdistill.models import depth, families, presets
 from ibdistill.models import forward as models_forward
 from ibdistill.models.families import base_of
 from ibdistill.models.student import with_lora
@@ -106,12 +106,15 @@ class Skeleton:
     def _build(self, name, setting, tokenizer, student) -> nn.Module:
         dropout = student.dropout if student else None
         if name in presets.PRESETS:
+            if student:
+                depth.check_preset(student)
             dtype = torch.get_default_dtype()
             model = families.load_preset(name, tokenizer, seed=0, dropout=dropout, dtype=dtype)
         else:
             try:
                 shape = published_shapes.PUBLISHED.get(name)
                 config = AutoConfig.for_model(**shape) if shape else families.load_config(name, setting)
+                config = depth.cut_config(config, student.layers if student else 0)
                 model = families.from_config(config, dropout)
             except (TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
                 raise ValueError(

@@ -28,6 +28,9 @@ class StudentConfig:
     """Pieces of a tokenizer that is trained here (an upper bound)."""
     init: Literal["pretrained", "random"] = "pretrained"
     """Whether a hub or local model keeps its weights or only its shape. Presets are always random."""
+    layers: NotNegativeInt = 0
+    """Layers of a hub or local model that stay, evenly spaced (`models/depth.py`); an encoder-decoder model
+    keeps so many of each stack. 0: all."""
     dropout: Decay | None = None
     """Dropout rate; none: the model's own."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
