@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,11 @@ def load(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World, seed: in
     else:
         dropout = "" if same_ranks else "; dropout is drawn anew, from run.seed, the step and the rank"
         written = f"written by {marker.world_size} ranks with zero_optimization {json.dumps(marker.zero)}"
-        now = f"{world.size} with {json.dumps(zero)}"
+        now, start = f"{world.size} with {json.dumps(zero)}", time.perf_counter()
         logger.info("%s was %s, and is shared out anew among %s%s", folder, written, now, dropout)
         client_state = _together(reshard.read, lambda: "its files")(engine, folder)
         reshard.refresh(engine)
+        logger.info("shared out in %.1f s", time.perf_counter() - start)
 
     def ours() -> TrainState:
         state = TrainState(**client_state["ibdistill"])
