@@ -3,6 +3,7 @@
 #
 #   sbatch [sbatch options] slurm/distill.sh RECIPE [--section.field value ...]
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 slurm/distill.sh cqa --run.dir runs/cqa
+#   sbatch --nodes=2-8 --exclusive --gpus-per-node=8 slurm/distill.sh cqa  # as many as there are at each start
 #   sbatch --gpus-per-node=0 --ntasks-per-node=2 slurm/distill.sh demo     # nodes without GPUs
 #   DRY_RUN=1 bash slurm/distill.sh cqa      # check the settings and print what would run
 #
@@ -26,7 +27,6 @@
 #SBATCH --job-name=ibdistill
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=4
 #SBATCH --time=24:00:00
 #SBATCH --requeue

@@ -20,9 +20,11 @@ job=${job:-${SLURM_JOB_ID:-}}
 launch() { # FOLDER PROGRAM [ARGUMENT ...]: run it, one task a GPU, and end with its exit code
   local folder=$1
   shift
-  local nodes=${SLURM_JOB_NUM_NODES:-1} tasks=${SLURM_NTASKS_PER_NODE:-1} gpus=${SLURM_GPUS_ON_NODE:-0}
-  if [ "$gpus" -gt 0 ] && [ "$gpus" -ne "$tasks" ]; then
-    fail 2 "$gpus GPUs and $tasks tasks on a node; one task drives one GPU, so give --gpus-per-node=N --ntasks-per-node=N"
+  local nodes=${SLURM_JOB_NUM_NODES:-1} gpus=${SLURM_GPUS_ON_NODE:-0} cpus=${SLURM_CPUS_PER_TASK:-1}
+  local tasks=${SLURM_NTASKS_PER_NODE:-$((gpus > 0 ? gpus : 1))}
+  if [ "$gpus" -gt 0 ] && [ "$gpus" -ne "$tasks" ] || [ $((tasks * cpus)) -gt "${SLURM_CPUS_ON_NODE:-$((tasks * cpus))}" ]; then
+    fail 2 "$gpus GPUs, $tasks tasks and ${SLURM_CPUS_ON_NODE:-?} CPUs on a node; one task drives one GPU and has" \
+      "--cpus-per-task=$cpus, so give --gpus-per-node=N and either --ntasks-per-node=N or --exclusive"
   fi
 
   local hosts=localhost # of a dry run
@@ -32,15 +34,15 @@ launch() { # FOLDER PROGRAM [ARGUMENT ...]: run it, one task a GPU, and end with
   export MASTER_PORT=$((10000 + ${SLURM_JOB_ID:-0} % 20000))
   # ranks take these from Slurm; what the submitting shell had must not win
   unset RANK LOCAL_RANK WORLD_SIZE
-  export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+  export OMP_NUM_THREADS=$cpus
   # since Slurm 22.05 srun no longer takes this over from sbatch
-  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+  export SRUN_CPUS_PER_TASK=$cpus
   # what DeepSpeed compiles (for NVMe offload): the default place, in the home directory, is rebuilt whenever
   # environments take turns
   export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-${VIRTUAL_ENV:-$PWD/.venv}/torch_extensions}
 
   # --label puts the rank before every line; a rank that fails takes the others along at once
-  local command=(srun --kill-on-bad-exit=1 --label bash slurm/rank.sh "$@")
+  local command=(srun --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --kill-on-bad-exit=1 --label bash slurm/rank.sh "$@")
   if [ -n "${DRY_RUN:-}" ]; then
     say "folder $folder; $nodes nodes x $tasks ranks; would run"
     printf '  %s=%q' MASTER_ADDR "$MASTER_ADDR" MASTER_PORT "$MASTER_PORT" OMP_NUM_THREADS "$OMP_NUM_THREADS"

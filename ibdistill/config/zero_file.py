@@ -61,25 +61,30 @@ _OTHER: dict[str, tuple[type | tuple[type, ...], str]] = {
 
 
 def split_batch(optim: OptimConfig, world_size: int) -> tuple[int, int]:
-    """(questions per micro-batch, micro-batches per step) of one rank.
+    """(questions per micro-batch at most, micro-batches per step) of one rank.
 
-    With `optim.tokens_per_batch` a micro-batch counts as 1, since its questions vary. Raises ValueError if
-    the global batch does not divide evenly.
+    Where the global batch does not divide evenly, some micro-batches hold one question less. With
+    `optim.tokens_per_batch` a micro-batch counts as 1, since its questions vary. Raises ValueError if a
+    micro-batch would be empty.
     """
     if optim.tokens_per_batch:
         per_forward = world_size * (optim.tokens_per_forward or optim.tokens_per_batch)
         return 1, -(-optim.tokens_per_batch // per_forward)
-    batch, micro = optim.batch_size, optim.micro_batch_size
-    if micro == 0:
-        if batch % world_size:
-            raise ValueError(f"optim.batch_size is {batch}; it must be a multiple of the {world_size} ranks")
-        return batch // world_size, 1
-    if batch % (micro * world_size):
+    batch = optim.batch_size
+    micro = optim.micro_batch_size or -(-batch // world_size)
+    count = -(-batch // (micro * world_size))
+    if batch < world_size:
         raise ValueError(
-            f"optim.batch_size is {batch}; it must be a multiple of optim.micro_batch_size x ranks "
-            f"= {micro} x {world_size} = {micro * world_size}"
+            f"optim.batch_size is {batch}, which leaves some of the {world_size} ranks without a question; "
+            "raise it, or take fewer ranks"
         )
-    return micro, batch // (micro * world_size)
+    if batch < count * world_size:  # only micro-batches of 1 cannot hold less
+        raise ValueError(
+            f"optim.micro_batch_size is {micro}, and optim.batch_size {batch} does not divide by the "
+            f"{world_size} ranks, so some would be left without a question; set optim.micro_batch_size 2, "
+            f"which does not change what is learned, or take another number of ranks"
+        )
+    return micro, count
 
 
 def settle_ds_config(config: Config, world_size: int) -> None:

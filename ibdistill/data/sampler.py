@@ -66,13 +66,14 @@ class Sampler:
     def micro_batches(
         self, step: int, *, rank: int, world_size: int, micro_batch_size: int
     ) -> list[np.ndarray]:
-        """This rank's micro-batches of a step.
+        """This rank's micro-batches of a step, of at most `micro_batch_size` questions and near-equal sizes.
 
         Neighbours in length go to the same micro-step on all ranks, so ranks wait little for
         each other.
         """
-        indices = self.step(step).reshape(-1, world_size, micro_batch_size)
-        return list(indices[:, rank])
+        indices = self.step(step)
+        count = -(-len(indices) // (world_size * micro_batch_size))
+        return np.array_split(indices, count * world_size)[rank::world_size]
 
     def counts(self, step: int) -> dict[str, int]:
         """What a step holds over all ranks: target tokens per segment, `questions`, `explained` (questions

@@ -16,7 +16,7 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -166,6 +166,13 @@ def gather_objects(value: Any) -> list[Any]:
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
+
+
+def errors_of_all(errors: Sequence[str]) -> str:
+    """All ranks' errors as one text, the same on every rank; empty if there are none. Collective."""
+    return "; ".join(
+        f"rank {rank}: {error}" for rank, found in enumerate(gather_objects(errors)) for error in found
+    )
 
 
 def run_on_rank_0(action: Callable[[], T]) -> T:

@@ -16,6 +16,11 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def derived(*numbers: int) -> int:
+    """A seed that is a function of these numbers, all of them at least 0."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def rng_state(device: torch.device) -> dict[str, Any]:
     """This rank's random state, for a checkpoint."""
     state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}

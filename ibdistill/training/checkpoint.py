@@ -8,9 +8,8 @@ DeepSpeed's own marker `latest` is written before all ranks are done, so it is n
 others, and it lists what must be there. A folder without it, or with a file that is missing or
 has another size or checksum, is refused with a message, and the checkpoint before it is used.
 The ranks share the files among them to compute checksums, which takes about 0.2 s for 500 MB.
-So is one whose files are as they were written and still cannot be loaded, on whichever rank that
-shows: the ranks exchange their errors before DeepSpeed's collectives, and go back together. If none
-can be loaded, the run ends, because by then the weights may be partly those of a file.
+So is one whose files are as they were written and still cannot be loaded. If none can be loaded, the
+run ends, because by then the weights may be partly those of a file.
 Which checkpoint was the best on the validation split stands in the state of each (`TrainState`).
 
 A failed write (full disk, lost permission) must not lose the training state. So each rank keeps
@@ -25,62 +24,32 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 
 from ibdistill.runtime import distributed, random_state
 from ibdistill.runtime.distributed import World
 from ibdistill.runtime.files import checksum, write_json
+from ibdistill.training import checkpoint_load
+from ibdistill.training.checkpoint_load import zero_settings
 from ibdistill.training.checkpoint_marker import MARKER, problem_with, read_marker
+from ibdistill.training.train_state import TrainState
 
 logger = logging.getLogger("ibdistill")
-
-
-@dataclass
-class TrainState:
-    """What a run must remember besides weights, optimizer and schedule."""
-
-    step: int = 0
-    """Optimizer steps taken or skipped, which is also the position in the order of batches."""
-    tokens: int = 0
-    """Tokens trained on, over all ranks, without padding."""
-    seconds: float = 0.0
-    """Seconds of training, over all starts of the run."""
-    skipped: int = 0
-    """Steps skipped for a non-finite loss or gradient."""
-    skipped_in_row: int = 0
-    """How many of the last steps in a row were skipped."""
-    best_step: int = -1
-    """Step of the best evaluation on the validation split; -1: there was none."""
-    best_score: float = float("-inf")
-    """Mean validation accuracy over tasks at `best_step`."""
-    stale_evaluations: int = 0
-    """Evaluations on the validation split since `best_step`."""
-    own_text: str = ""
-    """The file of the student's own text in force (`on_policy`); empty: there is none."""
-    sampled: int = 0
-    """Texts that the student has sampled for its own training."""
-    unfinished: int = 0
-    """How many of them were empty, or reached their limit without an end."""
-    pseudo: str = ""
-    """The file of the pseudo-labelled records in force (`pseudo_labels`); empty: there are none."""
-
-
-class _Unloadable(Exception):
-    """A checkpoint cannot be loaded; the same on every rank."""
 
 
 class Checkpoints:
     """The checkpoints of a run folder."""
 
-    def __init__(self, run: Path, world: World, *, keep_last: int) -> None:
+    def __init__(self, run: Path, world: World, *, keep_last: int, seed: int) -> None:
+        """`seed`: the run's, for the random states of ranks that did not write a checkpoint."""
         self.folder = run / "checkpoints"
         self._world = world
         self._keep_last = keep_last
+        self._seed = seed
 
     def save(self, engine: deepspeed.DeepSpeedEngine, state: TrainState) -> bool:
         """Save; False (after a message) if the checkpoint could not be written. Collective."""
@@ -90,7 +59,7 @@ class Checkpoints:
         errors: list[str] = []
         written: list[Path] = []
         self._on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), errors)
-        if not self._errors_of_all(errors):
+        if not distributed.errors_of_all(errors):
             with _errors_kept(engine, errors, written):
                 engine.save_checkpoint(
                     str(self.folder),
@@ -99,13 +68,13 @@ class Checkpoints:
                     save_latest=False,
                 )
         checksums = _checksums(written, errors)
-        failed = self._errors_of_all(errors)
+        failed = distributed.errors_of_all(errors)
         if not failed:
             checksums = {
                 name: sum_ for part in distributed.gather_objects(checksums) for name, sum_ in part.items()
             }
-            self._on_rank_0(lambda: self._complete(folder, state, checksums), errors)
-            failed = self._errors_of_all(errors)
+            self._on_rank_0(lambda: self._complete(folder, state, zero_settings(engine), checksums), errors)
+            failed = distributed.errors_of_all(errors)
         if failed:
             self._on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True), [])
             logger.error("checkpoint of step %d not saved, training goes on: %s", state.step, failed)
@@ -116,17 +85,16 @@ class Checkpoints:
     def restore(self, engine: deepspeed.DeepSpeedEngine, step: int | None = None) -> TrainState | None:
         """Load the newest valid checkpoint, or that of `step`; None if there is none. Collective.
 
-        Raises ValueError if the checkpoint was written by another number of ranks, if that of `step`, the
-        best one of the run, cannot be used, or if loading has begun and no checkpoint can be loaded.
+        Raises ValueError if that of `step`, the best one of the run, cannot be used, or if loading has begun
+        and no checkpoint can be loaded.
         """
         problem, unloadable = None, ""
         for folder in self._newest_first() if step is None else [self.folder / f"step-{step:08d}"]:
             problem = self._problem_with(folder)
             if problem is None:
-                self._check_world_size(folder)
                 try:
-                    return self._load(engine, folder)
-                except _Unloadable as error:
+                    return checkpoint_load.load(engine, folder, self._world, self._seed)
+                except checkpoint_load.Unloadable as error:
                     problem = str(error)
                     unloadable = unloadable or f"{folder}: {problem}"
             if step is not None:
@@ -149,60 +117,6 @@ class Checkpoints:
         names = distributed.run_on_rank_0(lambda: sorted(path.name for path in self.folder.glob("step-*")))
         return [self.folder / name for name in reversed(names)]
 
-    def _check_world_size(self, folder: Path) -> None:
-        """Raise ValueError if another number of ranks wrote the checkpoint."""
-        written_by = read_marker(folder).world_size
-        if written_by != self._world.size:
-            raise ValueError(
-                f"{folder} was written by {written_by} ranks and this run has {self._world.size}; "
-                "ZeRO's shards fit the same number only. Continue with that number, or start a new run"
-            )
-
-    def _load(self, engine: deepspeed.DeepSpeedEngine, folder: Path) -> TrainState:
-        """Load a checkpoint. Collective. Raises _Unloadable, on all ranks, for what lies in its files.
-
-        DeepSpeed reads in `_load_checkpoint` and `_load_zero_checkpoint`, which communicate with no other
-        rank. Each is followed by an exchange of errors: a rank that ends alone leaves the others waiting.
-        """
-        storage, read = engine.checkpoint_engine, [folder.name]
-        storage_load = storage.load
-
-        def load_file(path: str, *args: Any, **kwargs: Any) -> Any:
-            read.append(Path(path).name)
-            return storage_load(path, *args, **kwargs)
-
-        def together(load: Callable[..., Any]) -> Callable[..., Any]:
-            def run(*args: Any, **kwargs: Any) -> Any:
-                result, errors = None, []
-                try:
-                    result = load(*args, **kwargs)
-                except torch.OutOfMemoryError:  # the fault is not the file's
-                    raise
-                except Exception as error:  # pickle, zip files, DeepSpeed and torch each have their own
-                    text = " ".join(str(error).split())
-                    errors.append(f"{read[-1]} cannot be loaded: {type(error).__name__}: {text:.200}")
-                if failed := self._errors_of_all(errors):
-                    raise _Unloadable(failed)
-                return result
-
-            return run
-
-        def ours(client_state: dict[str, Any]) -> TrainState:
-            random_state.set_rng_state(client_state["rng"][self._world.rank], self._world.device)
-            return TrainState(**client_state["ibdistill"])
-
-        storage.load = load_file
-        engine._load_checkpoint = together(engine._load_checkpoint)
-        engine._load_zero_checkpoint = together(engine._load_zero_checkpoint)
-        try:
-            _, client_state = engine.load_checkpoint(str(self.folder), tag=folder.name)
-            state = together(ours)(client_state)
-        finally:
-            storage.load = storage_load
-            del engine._load_checkpoint, engine._load_zero_checkpoint  # the class's own again
-        logger.info("resumed from %s", folder)
-        return state
-
     def _problem_with(self, folder: Path) -> str | None:
         """`problem_with`, and whether the files have their checksums; the same on every rank. Collective.
 
@@ -222,14 +136,22 @@ class Checkpoints:
                 )
         return next((text for part in distributed.gather_objects(problems) for text in part), None)
 
-    def _complete(self, folder: Path, state: TrainState, checksums: dict[str, int]) -> None:
+    def _complete(
+        self, folder: Path, state: TrainState, zero: dict[str, Any], checksums: dict[str, int]
+    ) -> None:
         """Write the marker; `checksums` are those of the files that ranks have written, by name."""
         files = {
             path.name: {"bytes": path.stat().st_size, "crc32": checksums.get(path.name)}
             for path in sorted(folder.iterdir())
             if path.name != MARKER
         }
-        write_json(folder / MARKER, {"step": state.step, "world_size": self._world.size, "files": files})
+        marker = {
+            "step": state.step,
+            "world_size": self._world.size,
+            "zero_optimization": zero,
+            "files": files,
+        }
+        write_json(folder / MARKER, marker)
 
     def _prune(self, state: TrainState) -> None:
         """Remove what is neither the best checkpoint nor one of the newest, or was never completed."""
@@ -245,14 +167,6 @@ class Checkpoints:
                 action()
             except OSError as error:
                 errors.append(f"{type(error).__name__}: {error}")
-
-    def _errors_of_all(self, errors: list[str]) -> str:
-        """All ranks' errors as one text, the same on every rank; empty if none. Collective."""
-        return "; ".join(
-            f"rank {rank}: {error}"
-            for rank, rank_errors in enumerate(distributed.gather_objects(errors))
-            for error in rank_errors
-        )
 
 
 def _checksums(paths: list[Path], errors: list[str]) -> dict[str, int]:

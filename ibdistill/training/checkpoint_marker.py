@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 MARKER = "complete.json"
 
@@ -23,6 +23,8 @@ class Marker(NamedTuple):
 
     step: int
     world_size: int
+    zero: dict[str, Any] | None
+    """The run's settings of ZeRO; None: they were not written, as once."""
     files: dict[str, MarkedFile]
 
 
@@ -36,7 +38,9 @@ def read_marker(folder: Path) -> Marker:
             else MarkedFile(int(file), None)
             for name, file in content["files"].items()
         }
-        return Marker(int(content["step"]), int(content.get("world_size", 0)), files)
+        return Marker(
+            int(content["step"]), int(content.get("world_size", 0)), content.get("zero_optimization"), files
+        )
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # ValueError: no JSON, or no UTF-8
         raise ValueError(f"its {MARKER} is damaged") from error
 

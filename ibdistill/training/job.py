@@ -26,8 +26,9 @@ from ibdistill.monitor.meter import Meter
 from ibdistill.runtime import hardware
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher.answers import TeacherAnswers
-from ibdistill.training.checkpoint import Checkpoints, TrainState
+from ibdistill.training.checkpoint import Checkpoints
 from ibdistill.training.prefetch import Prefetch
+from ibdistill.training.train_state import TrainState
 
 
 @dataclass

@@ -38,10 +38,11 @@ from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
 from ibdistill.training import device, on_policy, pseudo_labels, run_folder
 from ibdistill.training.build_student import build_student
-from ibdistill.training.checkpoint import Checkpoints, TrainState
+from ibdistill.training.checkpoint import Checkpoints
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
 from ibdistill.training.prefetch import Prefetch
+from ibdistill.training.train_state import TrainState
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -238,7 +239,7 @@ def assemble(
         seed=config.run.seed,
     )
     engine = build_engine(module, config.student.precision, config.optim, config.deepspeed, world)
-    checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last)
+    checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last, seed=config.run.seed)
     state = checkpoints.restore(engine) or TrainState()
     board = Board(folder, world, state.step, config.optim.max_steps, report_to=config.run.report_to)
     board.text("config", to_yaml(config), state.step)

@@ -11,6 +11,7 @@ come.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -32,9 +33,13 @@ from ibdistill.runtime import files
 from ibdistill.runtime.version import version
 from ibdistill.training.checkpoint_marker import MARKER
 
+logger = logging.getLogger("ibdistill")
+
 RESULT = "result.json"
 _CONFIG, _INPUTS = "config.yaml", "inputs.json"
-_MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"}
+_SPLIT = {"deepspeed.config", "optim.micro_batch_size", "optim.tokens_per_forward"}
+"""Settings of how a step is shared out, which change no gradient but for its rounding."""
+_MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"} | _SPLIT
 """Settings that an interrupted run may change without becoming another run."""
 _WAY_OUT = "Choose another --run.dir, or continue it all the same with --run.allow_config_change"
 
@@ -175,12 +180,15 @@ def _check_settings(path: Path, config: Config) -> None:
     except (yaml.YAMLError, AttributeError, ValueError) as error:  # ValueError: it is not UTF-8
         raise ValueError(f"{path} is damaged: {error}; choose another --run.dir") from error
     new = to_flat(config)
-    changed = [
-        f"{name} was {old[name]!r} and is {new[name]!r}"
+    differing = {
+        name: f"{name} was {old[name]!r} and is {new[name]!r}"
         for name in new
-        if name in old and old[name] != new[name] and name not in _MAY_CHANGE
-    ]
-    if changed and has_begun(path.parent) and not config.run.allow_config_change:
+        if name in old and old[name] != new[name] and has_begun(path.parent)
+    }
+    if split := [text for name, text in differing.items() if name in _SPLIT]:
+        logger.info("the run continues though %s", "; ".join(split))
+    changed = [text for name, text in differing.items() if name not in _MAY_CHANGE]
+    if changed and not config.run.allow_config_change:
         raise ValueError(
             f"{path.parent} holds a run of another configuration: {'; '.join(changed)}. {_WAY_OUT}"
         )

@@ -8,6 +8,8 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
+from harness import FORKED, as_arguments, launch
 from slurm_cluster import Job, run_settings, wait_for
 
 # one thread a rank, as the launcher's runs have: another number of threads sums in another order
@@ -120,6 +122,34 @@ def test_two_machines_student_and_teacher_in_zero3_a_rank_killed_then_a_machine_
     check_same(run, uninterrupted(4, 3))
 
 
+def test_a_job_of_one_to_two_machines_goes_on_with_as_many_as_there_are(cluster, tmp_path):
+    """2, 1 and 2 machines with 2 ranks each: the losses of an undisturbed run, up to rounding."""
+    run, drain = tmp_path / "run", ("scontrol", "update", "nodename=node2")
+    # the pooled maxima of the term `mi` would let rounding grow
+    settings = run_settings(run, **{"objective.method": "dss", "student.dropout": 0.0})
+    options = ("--nodes=1-2", "--gpus-per-node=2", "--exclusive", "--cpus-per-task=1")
+    job = cluster.distill(*options, settings=settings)
+    job.wait_for_step(6)
+    assert len(job.ranks()) == 4
+    cluster.run(*drain, "state=drain", "reason=test")
+    cluster.run("scancel", "-s", "USR1", job.id)
+    job.wait_for_text(", restart 1:")
+    cluster.run(*drain, "state=resume")
+    job.wait_for_step(20)
+    assert len(job.ranks()) == 2
+    cluster.run("scancel", "-s", "USR1", job.id)
+    job.wait_for_text(", restart 2:")
+    job.wait_for_state("COMPLETED")
+    said = [int(n) for n in re.findall(r"0: .* anew among (\d) with", job.log())]
+    assert said == [2, 4] and job.log().count("2 nodes x 2 ranks") == 2
+    other = tmp_path / "whole"
+    log = tmp_path / "log"
+    settings |= {"run.dir": str(other), "run.test_limit": 1}
+    assert launch([FORKED, "1", "demo", *as_arguments(settings)], log=log) == 0, log.read_text()[-4000:]
+    for (step, found), (also, expected) in zip(curve(run), curve(other), strict=True):
+        assert step == also and found == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_job_that_restarts_without_a_new_checkpoint_stops_itself(cluster, tmp_path):
     job = cluster.distill("--gpus-per-node=0", settings=run_settings(tmp_path / "run"), MAX_RESTARTS="1")
     for restart in (0, 1):
@@ -147,7 +177,9 @@ def test_mistakes_are_told_before_ranks_start(cluster, tmp_path):
     job = cluster.distill(cpu, settings=settings, IBDISTILL_VENV=str(tmp_path))
     check_fails_quickly(job, f"error: no virtual environment in {tmp_path}")
     job = cluster.distill("--gpus-per-node=2", settings=settings)
-    check_fails_quickly(job, "error: 2 GPUs and 1 tasks on a node; one task drives one GPU")
+    check_fails_quickly(
+        job, "error: 2 GPUs, 2 tasks and 4 CPUs on a node; one task drives one GPU and has --cpus-per-task=4"
+    )
     job = cluster.distill(cpu, f"--chdir={tmp_path}", settings=settings)
     check_fails_quickly(job, "is not the repository's root")
     assert not (tmp_path / "run").exists()

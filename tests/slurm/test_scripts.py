@@ -14,6 +14,8 @@ from slurm_cluster import clean_env, lacking, wait_for
 
 from ibdistill.runtime.distributed import free_port
 
+SRUN = "srun --ntasks=1 --ntasks-per-node=1 --kill-on-bad-exit=1 --label bash slurm/rank.sh"
+
 
 def bash(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -78,11 +80,7 @@ def test_a_dry_run_checks_the_settings_and_shows_the_command(tmp_path):
     shown = bash("slurm/distill.sh", "cqa", "--data.path", str(folder), DRY_RUN="1")
     assert shown.returncode == 0, shown.stderr
     assert "folder runs/cqa; 1 nodes x 1 ranks" in shown.stdout
-    assert (
-        "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/train.py cqa --data.path "
-        in shown.stdout
-        and "/a\\ folder" in shown.stdout
-    )
+    assert f"{SRUN} ibdistill/train.py cqa --data.path " in shown.stdout and "/a\\ folder" in shown.stdout
     wrong = bash("slurm/distill.sh", "cqa", "--optim.lr", "-1", DRY_RUN="1")
     assert wrong.returncode == 2 and "error: optim.lr is -1" in wrong.stderr
     outside = bash("slurm/distill.sh", "cqa")
@@ -95,7 +93,7 @@ def test_a_dry_run_of_the_teachers_writing_shows_the_elements_share():
     shown = bash(*command, DRY_RUN="1")
     assert shown.returncode == 0, shown.stderr
     assert "rationales.sh: folder runs/cqa/rationales; 1 nodes x 1 ranks" in shown.stdout
-    python = "srun --kill-on-bad-exit=1 --label bash slurm/rank.sh ibdistill/write_rationales.py cqa"
+    python = f"{SRUN} ibdistill/write_rationales.py cqa"
     assert f"{python} {' '.join(settings)} --part 0/1" in shown.stdout
     array = {
         f"SLURM_ARRAY_TASK_{key}": n for key, n in (("MIN", "0"), ("MAX", "7"), ("COUNT", "8"), ("ID", "6"))

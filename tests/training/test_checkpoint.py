@@ -193,6 +193,7 @@ def test_a_marker_holds_every_files_size_and_checksum(make_job):
     assert json.loads((folder / MARKER).read_text()) == {
         "step": 1,
         "world_size": 1,
+        "zero_optimization": {"stage": 0},
         "files": {name: {"bytes": len(c), "crc32": zlib.crc32(c)} for name, c in contents.items()},
     }
     assert len(contents) >= 1
@@ -234,18 +235,6 @@ def test_a_foreign_folder_is_refused(make_job, caplog):
     (foreign / "pytorch_model.bin").write_bytes(b"x")
     assert "was not written by ibdistill" in checkpoint.problem_with(foreign)
     assert make_job().state.step == 1
-
-
-def test_another_number_of_ranks_is_refused(make_job):
-    job = make_job()
-    steps(job, 1)
-    job.checkpoints.save(job.engine, job.state)
-    marker = job.checkpoints.folder / "step-00000001" / MARKER
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"world_size": 3}))
-    with pytest.raises(
-        ValueError, match=r"step-00000001 was written by 3 ranks and this run has 1.*that number"
-    ):
-        make_job()
 
 
 def test_the_last_ones_and_the_best_are_kept(make_job):

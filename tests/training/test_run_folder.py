@@ -141,7 +141,7 @@ def test_a_folder_without_a_checkpoint_takes_new_settings_and_inputs(make_job, t
 
 
 @pytest.mark.parametrize("evidence", ["checkpoint", "result"])
-def test_a_run_folder_of_another_configuration_is_refused(make_job, evidence):
+def test_a_run_folder_of_another_configuration_is_refused(make_job, evidence, caplog):
     job = make_job()
     if evidence == "checkpoint":
         steps(job, 1)
@@ -152,7 +152,9 @@ def test_a_run_folder_of_another_configuration_is_refused(make_job, evidence):
         ValueError, match=r"another configuration: optim.lr was 0.002 and is 0.1. Choose another"
     ):
         make_job(**{"optim.lr": 0.1})
-    make_job(**{"run.log_every": 7})
+    make_job(**{"run.log_every": 7, "optim.micro_batch_size": 4, "deepspeed.config": "zero1"})
+    text = "the run continues though optim.micro_batch_size was 0 and is 4; deepspeed.config was 'zero0' and"
+    assert any(text in record.getMessage() for record in caplog.records)
     assert make_job(**{"optim.lr": 0.1, "run.allow_config_change": True}).config.optim.lr == 0.1
 
 

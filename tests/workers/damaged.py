@@ -21,8 +21,8 @@ from harness import remark, same, steps, tiny, weights
 
 from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
-from ibdistill.training.checkpoint import TrainState
 from ibdistill.training.prepare import prepare
+from ibdistill.training.train_state import TrainState
 
 
 def let_it_not_load(shard: Path) -> None:

@@ -41,7 +41,7 @@ from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, weights
 from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
-from ibdistill.training.checkpoint import TrainState
+from ibdistill.training.train_state import TrainState
 
 PIECES, IGNORED = 4000, -100
 SHAPE = {"vocab_size": PIECES + 100, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}

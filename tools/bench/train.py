@@ -54,7 +54,7 @@ from ibdistill.monitor.meter import Meter
 from ibdistill.objectives import distillation, weights
 from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
-from ibdistill.training.checkpoint import TrainState
+from ibdistill.training.train_state import TrainState
 
 CLIP_NORM, LR = 1.0, 5e-5
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

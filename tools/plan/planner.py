@@ -87,8 +87,8 @@ class Planner:
 
     @property
     def per_rank(self) -> int:
-        """Questions per rank and step."""
-        return self.config.optim.batch_size // self.ranks
+        """Questions per rank and step, of the rank with the most."""
+        return -(-self.config.optim.batch_size // self.ranks)
 
     @property
     def sampled_per_step(self) -> float:
@@ -105,9 +105,10 @@ class Planner:
     def micro_batch_sizes(self) -> list[int]:
         """The sizes that a run can have, largest first.
 
-        They divide a rank's questions. A recipe that sets the size leaves only that one, and an objective
-        that compares questions leaves only a rank's whole share. Raises ValueError as `zero_file.split_batch`
-        and `weights.check_split` do where the recipe's own size is none of them.
+        They divide a rank's questions, and 1 is none where the ranks have different numbers of them. A recipe
+        that sets the size leaves only that one, and an objective that compares questions leaves only a rank's
+        whole share. Raises ValueError as `zero_file.split_batch` and `weights.check_split` do where the
+        recipe's own size is none of them.
         """
         optim = self.config.optim
         if optim.micro_batch_size:
@@ -116,7 +117,8 @@ class Planner:
             return [size]
         if weights.compares_questions(self.config.objective):
             return [self.per_rank]
-        return [size for size in range(self.per_rank, 0, -1) if self.per_rank % size == 0]
+        least = 2 if optim.batch_size % self.ranks else 1
+        return [size for size in range(self.per_rank, least - 1, -1) if self.per_rank % size == 0]
 
     def placements(self) -> tuple[str, ...]:
         """Every placement that a run would take of an online teacher; else only the recipe's."""
@@ -182,7 +184,7 @@ class Planner:
         }
         in_4bit = config.student.load_in_4bit
         activations["evaluation"] = copied_bytes(self.student, precision, zero.stage, in_4bit=in_4bit)
-        micro_batches = self.per_rank // micro
+        micro_batches = -(-self.per_rank // micro)
         traffic = costs.student_traffic(self.sizes, precision, zero, micro_batches, gathered)
         if self.ranks == 1:
             traffic = {}

@@ -16,7 +16,7 @@ def print_all(planner: Planner, micro: int) -> None:
     """Print the operations, memory and speed of every choice, and a checkpoint, at one micro-batch size."""
     choices = planner.choices(micro)
     one, work = choices[0].seconds, planner.traces.operations(False, micro)
-    steps = planner.per_rank // micro
+    steps = -(-planner.per_rank // micro)
     print(
         f"\nmicro-batches of {micro}, {steps} per step. Operations per step on each GPU: student "
         f"{steps * work.student:.3g}, head {steps * work.head:.3g}, teacher {steps * work.teacher:.3g}; at "
