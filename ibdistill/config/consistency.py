@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ibdistill.config.methods import METHODS
+from ibdistill.config.distillation import check_distillation
+from ibdistill.config.methods import METHODS, SAMPLED
 from ibdistill.config.zero_file import zero_stage
 
 if TYPE_CHECKING:
@@ -25,7 +26,8 @@ def settle(config: Config) -> None:
     if objective.beta is None:
         objective.beta = {"vid": 1.0, "vib": 1e-3}.get(objective.estimator, 0.1)
     if teacher.cache and teacher.cache_form == "auto":
-        teacher.cache_form = "states" if objective.mi_pair == "teacher" else "topk"
+        states = objective.mi_pair == "teacher" or objective.divergence in SAMPLED
+        teacher.cache_form = "states" if states else "topk"
 
 
 def settle_precision(config: Config, *, multiplies_bf16: bool) -> None:
@@ -51,6 +53,7 @@ def check(config: Config) -> None:
     _check_4bit(config)
     _check_streams(config)
     _check_chat(config)
+    check_distillation(config)
     _check_teacher(config)
     _check_unlabelled(config)
     _check_on_policy(config)

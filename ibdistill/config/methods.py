@@ -21,6 +21,9 @@ HEAD_ESTIMATORS, QUESTION_ESTIMATORS = ("paper", "normalized", "infonce"), ("vid
 DIVERGENCES = tuple("forward reverse jsd skew_forward skew_reverse adaptive total_variation top1".split())
 """The names in `ops.head_loss.divergences.DIVERGENCES`, for checks before torch is imported."""
 
+SAMPLED = ("k1", "k2", "k3")
+"""The names in `ops.head_loss.sampled_token.SAMPLED`: estimates from tokens that the student has drawn."""
+
 
 class Method(NamedTuple):
     """What a method minimises."""
@@ -66,7 +69,7 @@ def is_estimator(name: str) -> bool:
 
 def is_divergence(name: str) -> bool:
     """Whether `objective.divergence` may be this: one of ours, or one that somebody added to the registry."""
-    if name in DIVERGENCES:
+    if name in (*DIVERGENCES, *SAMPLED):
         return True
     from ibdistill.ops.head_loss.divergences import DIVERGENCES as registry
 
@@ -77,5 +80,5 @@ EstimatorName = Annotated[
     str, Rule(is_estimator, "auto, paper, normalized, infonce, vid, vib or a name added to ESTIMATORS")
 ]
 DivergenceName = Annotated[
-    str, Rule(is_divergence, f"{', '.join(DIVERGENCES)} or a name added to DIVERGENCES")
+    str, Rule(is_divergence, f"{', '.join([*DIVERGENCES, *SAMPLED])} or a name added to DIVERGENCES")
 ]

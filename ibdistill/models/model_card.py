@@ -18,6 +18,7 @@ from ibdistill.data.token_ids import JOINT
 from ibdistill.models import presets
 from ibdistill.models.prompt import Prompt, tasks_of
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
+from ibdistill.ops.head_loss.sampled_token import SAMPLED
 
 _RATIONALES = (
     'learning labels and rationales as two tasks: Hsieh et al., "Distilling Step-by-Step!", Findings of ACL '
@@ -57,7 +58,7 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     if method.mi and objective.beta != 0:
         found.append(_ESTIMATORS.get(objective.estimator, f"the estimator {objective.estimator}"))
     if method.kd and objective.gamma != 0:
-        divergence = DIVERGENCES[objective.divergence].paper or objective.divergence
+        divergence = {**DIVERGENCES, **SAMPLED}[objective.divergence].paper or objective.divergence
         found.append(f"distilling the teacher's distributions: {divergence}")
     return found
 

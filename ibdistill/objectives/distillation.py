@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ibdistill.config.methods import SAMPLED
 from ibdistill.config.sections import ObjectiveConfig
 from ibdistill.data.batches import Batch
 from ibdistill.data.records import STREAMS
@@ -256,9 +257,12 @@ class Distillation(nn.Module):
     def _teacher(
         self, answer: TeacherAnswer | None, names: tuple[str, str | None]
     ) -> TeacherDistributions | None:
-        if answer is None or not answer.targets:
-            return None
         beta, divergence = self.objective.divergence_beta, self.objective.divergence
+        # the data's tokens are not draws of the student's
+        if answer is None or not answer.targets or (divergence in SAMPLED and names[0] != "sampled"):
+            return None
+        if beta is None:
+            beta = 0.5 if divergence in SAMPLED else DIVERGENCES[divergence].beta
         return TeacherDistributions(
             predict=answer.targets[names[0]],
             explain=answer.targets.get(names[1]),  # a method may train on the label alone
@@ -266,6 +270,6 @@ class Distillation(nn.Module):
             bias=answer.bias,
             softcap=answer.softcap,
             divergence=divergence,
-            beta=DIVERGENCES[divergence].beta if beta is None else beta,
+            beta=beta,
             temperature=self.objective.kd_temperature,
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ibdistill.config.methods import METHODS, QUESTION_ESTIMATORS
+from ibdistill.config.methods import METHODS, QUESTION_ESTIMATORS, SAMPLED
 from ibdistill.config.sections import ObjectiveConfig, OptimConfig
 from ibdistill.data.records import STREAMS
 from ibdistill.objectives.teacher_answers import Wanted
@@ -131,6 +131,11 @@ def distils(objective: ObjectiveConfig) -> bool:
     return METHODS[objective.method].kd and objective.gamma != 0
 
 
+def distils_data(objective: ObjectiveConfig) -> bool:
+    """Whether they are on the data's text too; k1, k2 and k3 need tokens that the student has drawn."""
+    return distils(objective) and objective.divergence not in SAMPLED
+
+
 def wanted(objective: ObjectiveConfig) -> Wanted | None:
     """What the objective asks of a teacher; None: nothing."""
     pairs = uses_mi(objective) and objective.mi_pair == "teacher"
@@ -154,11 +159,12 @@ def step_weights(objective: ObjectiveConfig, counts: dict[str, int]) -> dict[str
     # a step may have no rationale at all: its sums are 0, and the factor only has to be finite
     per_token = {segment: share / max(1, counts[segment]) for segment, share in of_data.items()}
     gamma = objective.gamma if distils(objective) else 0.0
+    data = gamma if distils_data(objective) else 0.0
     own = {"kd_sampled": gamma * of_own / max(1, counts["sampled"])} if "sampled" in counts else {}
     return own | {
         **{f"ce_{segment}": factor for segment, factor in per_token.items()},
         "mi": objective.beta / max(1, counts["explained"]) if mi_settings(objective) else 0.0,
-        **{f"kd_{segment}": gamma * factor for segment, factor in per_token.items()},
+        **{f"kd_{segment}": data * factor for segment, factor in per_token.items()},
     }
 
 
@@ -185,7 +191,9 @@ def total(
     of_data, of_own = _by_text(objective, counts or {})
     value = sum(share * mean[f"ce_{segment}"] for segment, share in of_data.items())
     if distils(objective):
-        kd = sum(share * mean[f"kd_{segment}"] for segment, share in of_data.items())
+        kd = 0.0
+        if distils_data(objective):
+            kd = sum(share * mean[f"kd_{segment}"] for segment, share in of_data.items())
         value += objective.gamma * (kd + of_own * mean.get("kd_sampled", 0.0))
     term = next((mean[name] for name in ("vid", "vib", "mi") if name in mean), 0.0)
     return value + (objective.beta or 0.0) * term

@@ -7,7 +7,7 @@ is the online form, down to a sampling before every step. A step's micro-batches
 
 The text takes the place of the rationale in the explain stream, or of rationale and answer in the reason
 stream. It has no cross entropy: the divergence from the teacher is all that it teaches (GKD, Agarwal et al.,
-ICLR 2024, arXiv 2306.13649). Any `objective.divergence` goes with it.
+ICLR 2024, arXiv 2306.13649). Any `objective.divergence` goes with it; k1, k2 and k3 need it.
 
 Why decode with a copy of the weights that every rank holds (`models.whole_model`), as evaluations do, and not
 through the engine: ZeRO-3's prefetch trace then sees training steps alone.

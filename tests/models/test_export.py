@@ -19,7 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
-from ibdistill.config.methods import DIVERGENCES, HEAD_ESTIMATORS, QUESTION_ESTIMATORS
+from ibdistill.config.methods import DIVERGENCES, HEAD_ESTIMATORS, QUESTION_ESTIMATORS, SAMPLED
 from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import batches, tokenizers
 from ibdistill.data.records import Record
@@ -28,7 +28,7 @@ from ibdistill.data.tokenizing import tokenize
 from ibdistill.models import decoding, export, families, model_card
 from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
-from ibdistill.ops.head_loss import divergences
+from ibdistill.ops.head_loss import divergences, sampled_token
 
 DSS, MI, VID, VIB, INFONCE = "2305.02301", "2403.03348", "1904.05835", "1612.00410", "1807.03748"
 HINTON, MINILLM, GKD = "1503.02531", "2306.08543", "2306.13649"
@@ -119,7 +119,9 @@ def test_no_bar_of_a_library_reaches_the_console(world, tmp_path, capfd):
 def test_every_estimator_and_divergence_has_a_credit():
     assert {*HEAD_ESTIMATORS, *QUESTION_ESTIMATORS} == model_card._ESTIMATORS.keys()
     assert set(DIVERGENCES) == divergences.DIVERGENCES.keys()
-    assert all(divergence.paper for divergence in divergences.DIVERGENCES.values())
+    assert set(SAMPLED) == sampled_token.SAMPLED.keys()
+    every = [*divergences.DIVERGENCES.values(), *sampled_token.SAMPLED.values()]
+    assert all(divergence.paper for divergence in every)
 
 
 QUESTIONS = ["how many are there in all?", 'she said "yes."', "( 3 + 4 )", "wait...", "a", "7", "two\nlines"]

@@ -20,6 +20,7 @@ from ibdistill.ops.head_loss.api import (
     logits_loss,
 )
 from ibdistill.ops.head_loss.reference import head_loss_reference
+from ibdistill.ops.head_loss.sampled_token import SAMPLED
 
 D, V = 7, 37
 PREDICT, EXPLAIN = [3, 4, 1, 1, 2, 0], [6, 19, 1, 2, 0, 3]
@@ -96,6 +97,16 @@ def test_distillation(generator, teacher, divergence, mi, sides):
     teacher = teacher(case, generator, SIDES[sides], divergence, 0.3, 1.7)
     for chunk_rows in (8, 1000):
         check(case, weights=ALL, mi=mi, teacher=teacher, chunk_bytes=chunk_rows * 48 * 4)
+
+
+@pytest.mark.parametrize("divergence", SAMPLED)
+@pytest.mark.parametrize("mi", [None, MISettings("normalized", gradient="both")], ids=name_of)
+@pytest.mark.parametrize("sides", ["both", "explain"])
+def test_estimates_from_the_labels(generator, divergence, mi, sides):
+    case = make(generator, FEWER)
+    teacher = white_box(case, generator, SIDES[sides], divergence, 0.3, 1.0, 0.8)
+    for chunk_rows in (8, 1000):
+        check(case, weights=ALL, mi=mi, teacher=teacher, softcap=1.5, chunk_bytes=chunk_rows * 48 * 4)
 
 
 @pytest.mark.parametrize("k", [1, V])

@@ -338,7 +338,7 @@ def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
         "run.report_to": [],
         "deepspeed.config": "zero3",
         "teacher.placement": "zero3",
-        "objective.divergence": "reverse",
+        "objective.divergence": "k1",
         "on_policy.every": 0.5,
     }
     runs = {name: as_arguments(tiny(tmp_path / name, **settings)) for name in ("whole", "broken")}

@@ -27,6 +27,7 @@ from ibdistill.ops.head_loss import (
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS
 from ibdistill.ops.head_loss.reference import head_loss_reference
+from ibdistill.ops.head_loss.sampled_token import SAMPLED
 
 VOCABULARIES = (32128, 50257, 151936)
 DTYPES = (torch.bfloat16, torch.float32)
@@ -57,6 +58,8 @@ def cases() -> Iterator[Case]:
     for name in DIVERGENCES:
         yield Case(f"kd {name}, states", None, name)
         yield Case(f"kd {name}, top 64, and paper", MISettings("paper"), name, 64)
+    for name in SAMPLED:
+        yield Case(f"kd {name}, states", None, name)
 
 
 class Inputs(NamedTuple):
@@ -117,7 +120,8 @@ def teacher_of(case: Case, given: Inputs) -> TeacherDistributions | None:
         top = [torch.softmax(x, -1).topk(case.top_k, -1) for x in logits]
         streams = [TeacherStream(None, t.indices, t.values.to(given.weight.dtype)) for t in top]
         weight = None
-    return TeacherDistributions(*streams, weight, divergence=case.divergence, temperature=2.0)
+    temperature = 1.0 if case.divergence in SAMPLED else 2.0
+    return TeacherDistributions(*streams, weight, divergence=case.divergence, temperature=temperature)
 
 
 def outcome(function: Callable, case: Case, given: Inputs, teacher, **more) -> list[Tensor]:

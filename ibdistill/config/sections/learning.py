@@ -53,7 +53,9 @@ class ObjectiveConfig:
     divergence: DivergenceName = "forward"
     """forward: KL(teacher || student). reverse: KL(student || teacher). jsd: the generalised Jensen-Shannon
     divergence. For skew_forward, skew_reverse, adaptive, total_variation and top1 see
-    `ops/head_loss/divergences.py`."""
+    `ops/head_loss/divergences.py`. k1 (the policy gradient of the reverse KL), k2 and k3: estimates from the
+    tokens that the student has drawn (`on_policy`), see `ops/head_loss/sampled_token.py`; the data's text has
+    its cross entropy alone then."""
     divergence_beta: OpenShare | None = None
     """The divergence's parameter. jsd: the teacher's share in the mixture (none: 0.5, the symmetric form).
     skew_forward, skew_reverse: the first distribution's share in the mixture (none: 0.1). adaptive: the

@@ -286,6 +286,8 @@ def _missing_in_triton(call: Call) -> str | None:
         return f"it has no estimator {call.mi.estimator!r}"
     if call.teacher is None:
         return None
+    if call.teacher.is_sampled:
+        return None
     if not DIVERGENCES[call.teacher.divergence].in_triton:
         return f"it has no divergence {call.teacher.divergence!r}"
     target = call.teacher.predict or call.teacher.explain

@@ -11,6 +11,7 @@ from torch import Tensor
 from ibdistill.ops.checks import check_choice
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import DIRECTIONS, ESTIMATORS, POOLS
+from ibdistill.ops.head_loss.sampled_token import SAMPLED
 from ibdistill.ops.head_loss.softcap import check_softcap
 
 STREAMS = ("predict", "explain")
@@ -128,7 +129,9 @@ class TeacherDistributions:
     bias: Tensor | None = None
     """[V]"""
     divergence: str = "forward"
-    """A name in `divergences.DIVERGENCES`: forward KL(teacher || student), reverse, jsd, ..."""
+    """A name in `divergences.DIVERGENCES`: forward KL(teacher || student), reverse, jsd, ...; or, where the
+    labels are tokens that the student has drawn, an estimate in `sampled_token.SAMPLED`, from hidden states
+    and at temperature 1."""
     beta: float = 0.5
     """The divergence's parameter, between 0 and 1 (jsd: the teacher's share in the mixture)."""
     temperature: float = 1.0
@@ -137,7 +140,7 @@ class TeacherDistributions:
     """The cap of the teacher's logits, before the temperature (see `softcap`); None: they have none."""
 
     def __post_init__(self):
-        check_choice("divergence", self.divergence, DIVERGENCES)
+        check_choice("divergence", self.divergence, [*DIVERGENCES, *SAMPLED])
         if not 0 < self.beta < 1:
             raise ValueError(
                 f"beta = {self.beta} must lie between 0 and 1 (use divergence = forward or reverse)"
@@ -145,6 +148,19 @@ class TeacherDistributions:
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature} must be positive")
         check_softcap("teacher.softcap", self.softcap)
+        if self.is_sampled and (self.is_top_k or self.temperature != 1):
+            found = (
+                "a top k, which may lack the label" if self.is_top_k else f"temperature {self.temperature}"
+            )
+            raise ValueError(
+                f"divergence = {self.divergence!r} compares the probabilities of the labels at temperature 1 "
+                f"and got {found}; give the teacher's hidden states and temperature = 1, or use another"
+            )
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the divergence is estimated from the labels (`sampled_token`)."""
+        return self.divergence in SAMPLED
 
     @property
     def is_top_k(self) -> bool:

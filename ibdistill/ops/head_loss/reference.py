@@ -34,6 +34,7 @@ from ibdistill.ops.head_loss.arguments import (
 )
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov, pool_states
+from ibdistill.ops.head_loss.sampled_token import value_and_factor
 from ibdistill.ops.head_loss.softcap import capped, check_softcap
 
 
@@ -80,8 +81,12 @@ def head_loss_reference(
         terms[f"correct_{name}"] = (label_log_p == log_p[keep].amax(-1)).sum().to(dtype)
         target = None if teacher is None else getattr(teacher, name)
         if target is not None:
-            student = torch.log_softmax(logits / teacher.temperature, -1)
-            terms[f"kd_{name}"] = _distil(student, teacher, target, dtype)[keep].sum()
+            if teacher.is_sampled:
+                kd = _estimate(label_log_p, teacher, target.hidden[keep], stream.labels[keep], dtype)
+            else:
+                student = torch.log_softmax(logits / teacher.temperature, -1)
+                kd = _distil(student, teacher, target, dtype)[keep]
+            terms[f"kd_{name}"] = kd.sum()
         values, pool = (hidden, pool_states) if space == "state" else (log_p, pool_logs)
         if name == "explain" and mi is not None and mi.pair == "teacher":
             values = _teacher_logs(teacher, target, weight.shape[0], dtype)
@@ -133,8 +138,8 @@ def pool_logs(log_p: Tensor, pool: str) -> Tensor:
     return torch.logsumexp(log_p, 0) - torch.log(torch.tensor(float(len(log_p)), dtype=log_p.dtype))
 
 
-def _teacher_logits(teacher: TeacherDistributions, target: TeacherStream, dtype: torch.dtype) -> Tensor:
-    logits = target.hidden.to(dtype) @ teacher.weight.to(dtype).T
+def _teacher_logits(teacher: TeacherDistributions, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    logits = hidden.to(dtype) @ teacher.weight.to(dtype).T
     logits = logits if teacher.bias is None else logits + teacher.bias.to(dtype)
     return capped(logits, teacher.softcap).detach()
 
@@ -144,7 +149,7 @@ def _teacher_logs(
 ) -> Tensor:
     """The teacher's log probabilities at temperature 1, [N, V]; a top k's tail in equal shares."""
     if target.hidden is not None:
-        return torch.log_softmax(_teacher_logits(teacher, target, dtype), -1)
+        return torch.log_softmax(_teacher_logits(teacher, target.hidden, dtype), -1)
     q = target.probabilities.detach().to(dtype)
     n, k = q.shape
     tail = (1 - q.sum(-1, keepdim=True)).clamp_min(SMALLEST_PROBABILITY) / max(vocabulary - k, 1)
@@ -152,12 +157,21 @@ def _teacher_logs(
     return full.clamp_min(torch.finfo(dtype).tiny).log()
 
 
+def _estimate(
+    log_p: Tensor, teacher: TeacherDistributions, hidden: Tensor, labels: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Estimates of the divergence from the labels, [n], with the gradient that belongs to them."""
+    log_q = torch.log_softmax(_teacher_logits(teacher, hidden, dtype), -1).gather(1, labels[:, None])[:, 0]
+    value, factor = value_and_factor(teacher.divergence, log_q, log_p.detach())
+    return value + factor * (log_p - log_p.detach())
+
+
 def _distil(
     student: Tensor, teacher: TeacherDistributions, target: TeacherStream, dtype: torch.dtype
 ) -> Tensor:
     """T^2 times the divergence of each position, [N], from the student's log probabilities at T."""
     if target.hidden is not None:
-        logits = _teacher_logits(teacher, target, dtype)
+        logits = _teacher_logits(teacher, target.hidden, dtype)
         log_q, log_p = torch.log_softmax(logits / teacher.temperature, -1), student
     else:
         # k + 1 buckets: the k tokens, and the rest of each distribution

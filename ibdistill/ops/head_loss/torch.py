@@ -160,10 +160,14 @@ class _Walk:
     def _backward(self, log_p: Tensor, a: int, b: int) -> None:
         """Distil the rows a to b, and put dL/dz, from which all gradients follow, in the place of log p."""
         # first, because it reads log p, which the next step overwrites
-        d_distil = None if self.distiller is None else self.distiller.distil(log_p, a, b)
+        d_distil, scale, labels = None, self.scale[a:b], self.rows.labels[a:b]
+        if self.distiller is not None and self.call.teacher.is_sampled:
+            # a gradient of log p at the label, as the cross entropy's is
+            scale = scale - self.distiller.estimate(-self.cross_entropy[a:b], labels, a, b)
+        elif self.distiller is not None:
+            d_distil = self.distiller.distil(log_p, a, b)
         if not self.differentiate:
             return
-        scale = self.scale[a:b]
         if self.pooler is not None and self.pooler.gradients:
             dz = self.pooler.logits_gradient(log_p, a, b, scale)
         else:
@@ -171,7 +175,7 @@ class _Walk:
         if d_distil is not None:
             dz.add_(d_distil)
         # the cross entropy's gradient is c (p - 1) at the label, c p elsewhere; c p is there already
-        dz[torch.arange(b - a, device=dz.device), self.rows.labels[a:b]] -= scale
+        dz[torch.arange(b - a, device=dz.device), labels] -= scale
         if self.slopes is not None:
             dz.mul_(self.slopes[: b - a])
         self.head.add_gradients(dz, a, b)

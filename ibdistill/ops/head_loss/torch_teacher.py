@@ -8,6 +8,7 @@ from torch import Tensor
 from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, SMALLEST_PROBABILITY, Call
 from ibdistill.ops.head_loss.divergences import loss_and_gradient
 from ibdistill.ops.head_loss.packing import Rows
+from ibdistill.ops.head_loss.sampled_token import value_and_factor
 from ibdistill.ops.head_loss.softcap import cap_
 from ibdistill.ops.linear import ChunkedLinear, log_softmax_
 
@@ -86,6 +87,15 @@ class TorchDistiller:
             self.losses[mine] = torch.where(taught, losses * temperature**2, 0)
             out[block] = gradient.mul_(self.factor[mine, None]).masked_fill_(~taught[:, None], 0)
         return out
+
+    def estimate(self, label_log_p: Tensor, labels: Tensor, a: int, b: int) -> Tensor:
+        """Note the estimates from the labels of the rows a to b, and return the factors [b - a] of the
+        gradients of `label_log_p` [b - a]."""
+        log_q = self.log_probabilities(a, b).gather(1, labels[:, None])[:, 0]
+        value, factor = value_and_factor(self.teacher.divergence, log_q, label_log_p)
+        taught = self.taught[a:b]
+        self.losses[a:b] = torch.where(taught, value, 0)
+        return torch.where(taught, factor * self.factor[a:b], 0)
 
     def _top_k(self, student: Tensor, mine: slice) -> tuple[Tensor, Tensor]:
         """Losses and gradients between the k + 1 buckets. Overwrites the log probabilities `student`."""

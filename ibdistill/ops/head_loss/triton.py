@@ -142,7 +142,7 @@ class _Work:
             elif self.plan.is_pooled:
                 state.pool(z, state.lse, a, b)
             if state.distiller is not None:
-                state.distiller.distil(z, a, b)
+                state.distil(z, a, b)
         state.add_to(self.sums)
         for i, (a, b) in enumerate(chunks if self.differentiate else ()):
             # the buffer holds the last chunk's logits only; those of a group in one chunk still stand there

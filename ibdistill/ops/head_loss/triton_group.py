@@ -28,7 +28,7 @@ class GroupState:
     """Numbers per row and per question of one group, and the kernels' launches.
 
     Call `start_distilling` if there is a teacher; then, for each chunk of rows, `statistics`, `pool` and
-    `distiller.distil`; then `add_to`; then `gradient` for each chunk.
+    `distil`; then `add_to`; then `gradient` for each chunk.
     """
 
     def __init__(self, plan: Plan, group: Group, table: Tensor, labels: Tensor):
@@ -64,6 +64,14 @@ class GroupState:
         )
         taught = self._by_stream(on) * teacher.temperature
         self.distiller = TritonDistiller(self.plan, targets, buffer, self.labels, taught)
+
+    def distil(self, z: Tensor, a: int, b: int) -> None:
+        """Compare the rows a to b, whose logits are z, with the teacher's."""
+        if self.plan.teacher.is_sampled:
+            # a gradient of log p at the label, as the cross entropy's is
+            self.scale[a:b] -= self.distiller.estimate(-self.ce[a:b], a, b)
+        else:
+            self.distiller.distil(z, a, b)
 
     def _by_stream(self, values: tuple[float, float]) -> Tensor:
         """The stream's value for each row that is not ignored, 0 for the others: [rows] float32."""
@@ -175,7 +183,7 @@ class GroupState:
             self._mean_sums(z, a, b)
         x = self.distiller
         taught, k = (self.unused,) * 6, 0
-        if x is not None:
+        if x is not None and x.divergence != NONE:
             taught = (x.load(a, b), x.student_lse, x.teacher_lse, x.means, x.taught, x.tops)
             k = x.tops.shape[-1]
         # one launch makes all parts of dL/dz, so that a logit is read and written once

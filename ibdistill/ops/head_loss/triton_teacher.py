@@ -16,7 +16,7 @@ from torch import Tensor
 from ibdistill.ops import launch
 from ibdistill.ops.head_loss.arguments import SMALLEST_PROBABILITY, TeacherStream
 from ibdistill.ops.head_loss.divergences import loss_and_gradient
-from ibdistill.ops.head_loss.kernels import row_stats_kernel
+from ibdistill.ops.head_loss.kernels import NONE, row_stats_kernel
 from ibdistill.ops.head_loss.kernels_teacher import (
     FORWARD,
     JSD,
@@ -25,6 +25,7 @@ from ibdistill.ops.head_loss.kernels_teacher import (
     divergence_kernel,
     tail_kernel,
 )
+from ibdistill.ops.head_loss.sampled_token import value_and_factor
 from ibdistill.ops.head_loss.triton_plan import Plan
 
 
@@ -55,9 +56,11 @@ class TritonDistiller:
 
     @property
     def divergence(self) -> int:
-        """The kernels' constant."""
+        """The kernels' constant; NONE for an estimate from the labels, which `scale` has (`estimate`)."""
         if self.teacher.is_top_k:
             return TOP_K
+        if self.teacher.is_sampled:
+            return NONE
         return {"forward": FORWARD, "reverse": REVERSE, "jsd": JSD}[self.teacher.divergence]
 
     def load(self, a: int, b: int) -> Tensor:
@@ -89,12 +92,26 @@ class TritonDistiller:
             tiny = torch.finfo(torch.float32).tiny
             out.copy_(tail.log_()).scatter_(1, self.targets.ids[a:b], q.clamp_min(tiny).log_().to(out.dtype))
         else:
-            out, scratch = self.load(a, b), torch.empty_like(lse)
-            row_stats_kernel[(b - a,)](
-                out, out.stride(0), self.labels, lse, scratch, scratch, a,
-                self.plan.V, self.plan.padded, BLOCK=self.plan.row_block, num_warps=launch.WARPS,
-            )  # fmt: skip
+            out = self.load(a, b)
+            self._statistics(lse, torch.empty_like(lse), a, b)
         return out, lse
+
+    def _statistics(self, lse: Tensor, ce: Tensor, a: int, b: int) -> None:
+        """Log-sum-exp and -log q[label] of the teacher's rows a to b, which the buffer holds."""
+        out = self.buffer
+        row_stats_kernel[(b - a,)](
+            out, out.stride(0), self.labels, lse, ce, torch.empty_like(ce), a,
+            self.plan.V, self.plan.padded, BLOCK=self.plan.row_block, num_warps=launch.WARPS,
+        )  # fmt: skip
+
+    def estimate(self, label_log_p: Tensor, a: int, b: int) -> Tensor:
+        """Note the estimates from the labels of the rows a to b, and return the weighted factors [b - a] of
+        the gradients of `label_log_p` [b - a]. It costs one read of the teacher's logits."""
+        self.load(a, b)
+        self._statistics(self.teacher_lse, self.means, a, b)
+        value, factor = value_and_factor(self.teacher.divergence, -self.means[a:b], label_log_p)
+        self.losses[a:b] = value
+        return factor * self.taught[a:b]
 
     def distil(self, z: Tensor, a: int, b: int) -> None:
         """Divergences of the rows a to b, whose logits are z, and what their gradients need."""

@@ -1,0 +1,49 @@
+"""Settings of the distillation term that contradict other settings."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ibdistill.config.methods import METHODS, SAMPLED
+
+if TYPE_CHECKING:
+    from ibdistill.config.sections import Config
+
+
+def check_distillation(config: Config) -> None:
+    """Raise ValueError where a divergence from the student's own tokens contradicts other settings."""
+    objective, own, teacher = config.objective, config.on_policy, config.teacher
+    if objective.divergence not in SAMPLED:
+        return
+    given = f"objective.divergence is {objective.divergence!r}"
+    if not METHODS[objective.method].kd:
+        raise ValueError(
+            f"{given}, and objective.method {objective.method} compares no distributions with a teacher's; "
+            "take kd, ib+kd, cot+kd or cot+ib+kd, or leave objective.divergence out"
+        )
+    if not own.share:
+        raise ValueError(
+            f"{given}, an estimate from tokens that the student draws, and on_policy.share is 0, so there "
+            "are none; set on_policy.share, or take reverse, which is what k1 estimates"
+        )
+    # only then are the tokens drawn from the distribution whose divergence is estimated
+    whole = {
+        "on_policy.temperature": own.temperature,
+        "on_policy.top_p": own.top_p,
+        "objective.kd_temperature": objective.kd_temperature,
+    }
+    if bent := [f"{name} is {value}" for name, value in whole.items() if value != 1]:
+        raise ValueError(
+            f"{given}, an estimate from tokens drawn from the student's distribution as it is, and "
+            f"{' and '.join(bent)}; leave it at 1, or take reverse"
+        )
+    if teacher.cache and teacher.cache_form != "states":
+        raise ValueError(
+            f"{given}, for which a drawn token's probability must be known, and teacher.cache_form "
+            f"{teacher.cache_form} does not keep each token's; take states, or leave teacher.cache out"
+        )
+    if objective.mi_pair == "teacher":
+        raise ValueError(
+            f"{given} and objective.mi_pair is 'teacher': the data's text, whose distributions that pairs, "
+            "is then not compared with the teacher; take mi_pair student, or reverse"
+        )
