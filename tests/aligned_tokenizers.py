@@ -54,6 +54,7 @@ def save_teacher(folder: Path, tokenizer: PreTrainedTokenizerFast, model_type: s
     import tiny_models
 
     ends = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    tiny_models.tiny(model_type, vocab_size=len(tokenizer), **ends).save_pretrained(folder)
+    shape = {"vocab_size": len(tokenizer), "max_position_embeddings": 2048}
+    tiny_models.tiny(model_type, **shape, **ends).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -48,6 +48,8 @@ class Pieces(NamedTuple):
     """Whether the tokenizer puts a space in front of a text."""
     own: dict[bytes, int]
     """Bytes -> the token that stands for them, special ones apart."""
+    roles: dict[str, int]
+    """Role or spelling -> special token."""
 
     def of(self, ids: Sequence[int], *, special: bool = False) -> list[bytes]:
         """The bytes of each token; of special ones but the end token nothing, unless asked for."""
@@ -100,27 +102,34 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
             own.setdefault(texts[index], index)
     words = (text[1:].decode() for text in own if re.fullmatch(rb" [!-~]+", text))
     [probe] = token_ids.text_ids([next(words, "a")], tokenizer)
-    return Pieces(texts, frozenset(special), texts[probe[0]].startswith(b" "), own)
+    roles = {tokenizer.convert_ids_to_tokens(index): index for index in sorted(special)}
+    for role in ("bos_token", "pad_token", "unk_token", "eos_token"):
+        if (index := getattr(tokenizer, f"{role}_id")) is not None:
+            roles = {role: index} | {name: i for name, i in roles.items() if i != index}
+    return Pieces(texts, frozenset(special), texts[probe[0]].startswith(b" "), own, roles)
 
 
 class Shared(NamedTuple):
-    """Tokens that stand for the same bytes in two vocabularies, and the two end tokens."""
+    """Tokens that stand for the same bytes in two vocabularies, and special tokens of the same role or
+    spelling."""
 
     student: list[int]
     teacher: list[int]
     bucket: dict[bytes, int]
-    """Bytes -> place in both lists."""
+    """Bytes, or `END` -> place in both lists."""
 
 
 def shared(student: Pieces, teacher: Pieces) -> tuple[Shared, Shared, Shared]:
     """What two vocabularies share: within a text, and where a text begins to which only the student's
     tokenizer adds a space (then its token of ` a` is the partner of `a`), or only the teacher's."""
-    ends = [pieces.texts.index(END) for pieces in (student, teacher)]
+    names = [name for name in student.roles if name in teacher.roles]  # the end token's comes first
+    special = [[pieces.roles[name] for name in names] for pieces in (student, teacher)]
 
     def matched(mine: Mapping[bytes, int], yours: Mapping[bytes, int]) -> Shared:
         texts = sorted(mine.keys() & yours.keys(), key=mine.__getitem__)
-        found = [ends[0], *(mine[t] for t in texts)], [ends[1], *(yours[t] for t in texts)]
-        return Shared(*found, {text: place for place, text in enumerate([END, *texts])})
+        found = special[0] + [mine[t] for t in texts], special[1] + [yours[t] for t in texts]
+        places = {text: place for place, text in enumerate(texts, start=len(names))}
+        return Shared(*found, {END: 0} | places)
 
     def bare(own: Mapping[bytes, int]) -> dict[bytes, int]:
         return {text[1:]: i for text, i in own.items() if text.startswith(b" ") and len(text) > 1}

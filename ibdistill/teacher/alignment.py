@@ -67,11 +67,9 @@ class TextAlignment:
         self._student = alignment.pieces_of(tokenizer, "student.tokenizer")
         self._teacher = alignment.pieces_of(self.tokenizer, "teacher.model")
         self._shared = alignment.shared(self._student, self._teacher)
-        self.rows = len(self._teacher.texts)
-        """The rows of the teacher's head that are tokens."""
         self._sides: dict[tuple[int, int], tuple[tuple[Side, Side], ...]] = {}
         mine, yours = len(self._student.own), len(self._teacher.own)
-        both = max(len(table.student) - 1 for table in self._shared)
+        both = len(self._shared[0].bucket) - 1  # without the end tokens
         self.figures = f"student.tokenizer has {mine} tokens, the teacher's {yours}, and they share {both}"
         if both < LEAST_SHARED * min(mine, yours):
             raise ValueError(
@@ -174,12 +172,17 @@ class TextAlignment:
         return replace(answer, questions=questions, targets=targets, vocabularies=known)
 
     def _vocabularies(self, rows: tuple[int, int], device: torch.device) -> tuple[tuple[Side, Side], ...]:
-        """`AlignedTeacher.vocabularies` for heads of so many rows, the student's and the teacher's."""
+        """`AlignedTeacher.vocabularies` for heads of so many rows, the student's and the teacher's.
+
+        Rows beyond the tokenizers, which mean nothing, are partners in their order.
+        """
         if rows not in self._sides:
+            begins = len(self._student.texts), len(self._teacher.texts)
+            spare = max(0, min(have - begin for have, begin in zip(rows, begins, strict=True)))
             self._sides[rows] = tuple(
                 tuple(
-                    Side.of(torch.tensor(ids, device=device), have)
-                    for ids, have in zip((table.student, table.teacher), rows, strict=True)
+                    Side.of(torch.tensor([*ids, *range(begin, begin + spare)], device=device), have)
+                    for ids, begin, have in zip(table[:2], begins, rows, strict=True)
                 )
                 for table in self._shared
             )

@@ -97,7 +97,7 @@ class TeacherAnswers:
         self._config, self._wanted, self._features, self._world = config, wanted, features, world
         self.alignment, theirs = alignment, alignment and alignment.tokenizer
         self._student_rows = student.get_output_embeddings().weight.shape[0]
-        self._head_rows = alignment.rows if alignment else self._student_rows
+        self._head_rows = None if alignment else self._student_rows
         self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._writer = None
@@ -120,8 +120,8 @@ class TeacherAnswers:
                 )
             pair = (theirs or tokenizer), self._head_rows
             self.teacher = teacher or Teacher(config, wanted, *pair, world)
-            if teacher is not None:
-                teacher.pair(*pair)
+            if teacher is not None or alignment is not None:
+                self.teacher.pair(*pair)
             self.width, self._head = self.teacher.width, None
             if self._cache is not None:  # a run without a loaded teacher needs its head too
                 head = self.teacher.head() if wanted.targets else NO_HEAD
@@ -294,4 +294,7 @@ class TeacherAnswers:
         if found is None:
             return None
         width, (weight, bias, softcap) = found
-        return width, NO_HEAD if weight is None else (*fit_rows(weight, bias, self._head_rows), softcap)
+        return width, NO_HEAD if weight is None else (
+            *fit_rows(weight, bias, self._head_rows or len(weight)),
+            softcap,
+        )
