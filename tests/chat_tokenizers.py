@@ -153,3 +153,15 @@ def talks_folder(folder: Path) -> str:
     for split in ("train", "valid", "test"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(folder)
+
+
+def data_rows(folder: Path) -> str:
+    """A JSONL task of four sums with rationales, the same in every split; the folder's name."""
+    rows = [
+        {"question": f"{a} + {b} ?", "rationale": f"start {a} . found means + {b} .", "label": str(a + b)}
+        for a, b in ((3, 4), (1, 1), (5, 4), (2, 6))
+    ]
+    folder.mkdir()
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)

@@ -26,8 +26,10 @@ def settle(config: Config) -> None:
     if objective.beta is None:
         objective.beta = {"vid": 1.0, "vib": 1e-3}.get(objective.estimator, 0.1)
     if teacher.cache and teacher.cache_form == "auto":
-        states = objective.mi_pair == "teacher" or objective.divergence in SAMPLED
-        teacher.cache_form = "states" if states else "topk"
+        whole = (
+            objective.mi_pair == "teacher" or objective.alignment == "text" or objective.divergence in SAMPLED
+        )
+        teacher.cache_form = "states" if whole else "topk"
 
 
 def settle_precision(config: Config, *, multiplies_bf16: bool) -> None:
@@ -55,6 +57,7 @@ def check(config: Config) -> None:
     _check_chat(config)
     check_distillation(config)
     _check_teacher(config)
+    _check_alignment(config)
     _check_unlabelled(config)
     _check_on_policy(config)
 
@@ -226,6 +229,23 @@ def _check_teacher(config: Config) -> None:
         raise ValueError(
             f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
         )
+
+
+def _check_alignment(config: Config) -> None:
+    """Raise ValueError where a teacher of another vocabulary cannot do what other settings ask of it."""
+    teacher, objective = config.teacher, config.objective
+    contradicting = {
+        "teacher.placement is 'none', so no teacher answers; choose one": teacher.placement == "none",
+        "teacher.cache_form is 'topk', of the student's tokens; take states": bool(teacher.cache)
+        and teacher.cache_form == "topk",
+        "objective.mi_pair is 'teacher', which pools its distribution over the student's vocabulary; take "
+        "student": objective.mi_pair == "teacher",
+        f"objective.divergence is {objective.divergence!r}, of a token that the teacher may not have; take "
+        "reverse": objective.divergence in SAMPLED,
+    }
+    for reason, holds in contradicting.items():
+        if objective.alignment == "text" and holds:
+            raise ValueError(f"objective.alignment is 'text', and {reason}")
 
 
 def _check_unlabelled(config: Config) -> None:

@@ -30,6 +30,8 @@ class Features:
     one of them is drawn in each epoch. None: each record is a question of its own."""
     own: np.ndarray | None = None
     """[records] bool: whether the target that holds the rationale is the student's own text; None: none."""
+    teacher_questions: dict[str, Ragged] = field(default_factory=dict)
+    """`questions` in the tokens of a teacher of another vocabulary; empty without one."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many of the `predict questions`, `explain questions`, `labels`, `rationales` and so on were too
     long."""
@@ -70,8 +72,9 @@ class Features:
             groups=self.groups[list(indices)],
             samples=None if self.samples is None else self.samples[list(indices)],
             own=None if self.own is None else self.own[list(indices)],
-            questions={stream: Ragged(own[i] for i in indices) for stream, own in self.questions.items()},
-            targets={segment: Ragged(own[i] for i in indices) for segment, own in self.targets.items()},
+            questions=_taken(self.questions, indices),
+            targets=_taken(self.targets, indices),
+            teacher_questions=_taken(self.teacher_questions, indices),
         )
 
     def __add__(self, other: Features) -> Features:
@@ -79,8 +82,9 @@ class Features:
         return Features(
             ids=self.ids + other.ids,
             groups=np.concatenate([self.groups, other.groups]),
-            questions={stream: own + other.questions[stream] for stream, own in self.questions.items()},
-            targets={segment: own + other.targets[segment] for segment, own in self.targets.items()},
+            questions=_joined(self.questions, other.questions),
+            targets=_joined(self.targets, other.targets),
+            teacher_questions=_joined(self.teacher_questions, other.teacher_questions),
             whole_prompts=self.whole_prompts,
             samples=self._samples_with(other),
             own=self._own_with(other),
@@ -109,6 +113,14 @@ class Features:
             np.arange(len(part)) if part.samples is None else part.samples for part in (self, other)
         )
         return np.concatenate([first, second + first.max(initial=-1) + 1])
+
+
+def _taken(tables: dict[str, Ragged], indices: Sequence[int]) -> dict[str, Ragged]:
+    return {name: Ragged(own[i] for i in indices) for name, own in tables.items()}
+
+
+def _joined(tables: dict[str, Ragged], others: dict[str, Ragged]) -> dict[str, Ragged]:
+    return {name: own + others[name] for name, own in tables.items()}
 
 
 def samples_of(records: Sequence[Record]) -> np.ndarray | None:

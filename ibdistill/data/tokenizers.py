@@ -167,7 +167,8 @@ def check_vocabularies(
     both models have rows, or if targets would end differently.
     """
     ways_out = (
-        "Choose a teacher of the student's vocabulary, or distil through the teacher's text: "
+        "Choose a teacher of the student's vocabulary, compare them on the text (objective.alignment text), "
+        "or distil through the teacher's text: "
         "let it write the rationales, and train with teacher.placement none"
     )
     sizes = (

@@ -33,14 +33,8 @@ from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.objectives.weights import GRADIENT, mi_settings, pairs_of, text_of, uses_vib, uses_vid
 from ibdistill.ops.copies import to_device
-from ibdistill.ops.head_loss.api import (
-    MISettings,
-    Stream,
-    TeacherDistributions,
-    TeacherStream,
-    Weights,
-    head_loss,
-)
+from ibdistill.ops.head_loss.aligned import AlignedStream, AlignedTeacher, head_loss
+from ibdistill.ops.head_loss.api import MISettings, Stream, TeacherDistributions, TeacherStream, Weights
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 
 
@@ -63,7 +57,7 @@ class Pair(NamedTuple):
     label: Stream
     rationale: Stream | None
     weights: Weights
-    teacher: TeacherDistributions | None
+    teacher: TeacherDistributions | AlignedTeacher | None
 
     def named(self, term: str) -> str:
         """The name of one of its terms with the segment in the place of the stream."""
@@ -88,6 +82,17 @@ def split_text(text: Stream, own: int) -> tuple[Stream, Stream]:
     rows = int(text.cu[first])
     data = Stream(text.hidden[:rows], text.labels[:rows], text.cu.clamp(max=rows))
     return data, Stream(text.hidden[rows:], text.labels[rows:], text.cu[first:] - rows)
+
+
+def split_teacher(
+    target: TeacherStream | AlignedStream, rows: int, questions: int
+) -> Sequence[TeacherStream | AlignedStream]:
+    """What the teacher says about the two parts that `split_text` has made: of `rows` positions, and of the
+    questions from number `questions` on."""
+    if isinstance(target, AlignedStream):
+        return target.split(rows, questions)
+    parts = slice(rows), slice(rows, None)
+    return [TeacherStream(*(None if part is None else part[chosen] for part in target)) for chosen in parts]
 
 
 class _LossHead(nn.Module):
@@ -166,13 +171,15 @@ def teacher_accuracy(answer: TeacherAnswer, batch: Batch) -> dict[str, Tensor]:
     (the segment `answer`) the teacher has read the rationale.
     """
     segment = "predict" if "predict" in answer.targets else "answer"
-    target, labels = answer.targets[segment], batch.labels[segment]
-    if target.hidden is None:
+    target, labels, cu = answer.targets[segment], batch.labels[segment], batch.cu[segment]
+    if isinstance(target, AlignedStream):
+        labels, cu = target.labels, target.cu
+    if isinstance(target, TeacherStream) and target.hidden is None:
         best = target.ids[:, 0]
     else:
         best = nn.functional.linear(target.hidden, answer.weight, answer.bias).argmax(-1)
     differs = torch.nn.functional.pad((best != labels).cumsum(0), (1, 0))
-    cu = batch.cu[segment].long()
+    cu = cu.long()
     asked = cu[1:] > cu[:-1]  # a record may lack an answer in the reason stream
     first, last = (to_device(bounds[asked], labels.device) for bounds in (cu[:-1], cu[1:]))
     right = (differs[last] == differs[first]).sum()
@@ -222,11 +229,8 @@ class Distillation(nn.Module):
             text, _ = text_of(batch.streams)
             segments[text], sampled = split_text(segments[text], batch.own)
             if answer is not None and answer.targets:
-                rows = len(segments[text].labels)
-                parts = [
-                    TeacherStream(*(None if part is None else part[chosen] for part in answer.targets[text]))
-                    for chosen in (slice(rows), slice(rows, None))
-                ]
+                rows, first = len(segments[text].labels), len(batch.question_ids) - batch.own
+                parts = split_teacher(answer.targets[text], rows, first)
                 answer = replace(answer, targets=answer.targets | {text: parts[0], "sampled": parts[1]})
             segments["sampled"], own = sampled, [("sampled", None)]
         pairs = [
@@ -256,20 +260,23 @@ class Distillation(nn.Module):
 
     def _teacher(
         self, answer: TeacherAnswer | None, names: tuple[str, str | None]
-    ) -> TeacherDistributions | None:
+    ) -> TeacherDistributions | AlignedTeacher | None:
         beta, divergence = self.objective.divergence_beta, self.objective.divergence
         # the data's tokens are not draws of the student's
         if answer is None or not answer.targets or (divergence in SAMPLED and names[0] != "sampled"):
             return None
         if beta is None:
             beta = 0.5 if divergence in SAMPLED else DIVERGENCES[divergence].beta
-        return TeacherDistributions(
-            predict=answer.targets[names[0]],
-            explain=answer.targets.get(names[1]),  # a method may train on the label alone
-            weight=answer.weight,
-            bias=answer.bias,
-            softcap=answer.softcap,
-            divergence=divergence,
-            beta=beta,
-            temperature=self.objective.kd_temperature,
-        )
+        settings = {
+            "predict": answer.targets[names[0]],
+            "explain": answer.targets.get(names[1]),  # a method may train on the label alone
+            "weight": answer.weight,
+            "bias": answer.bias,
+            "softcap": answer.softcap,
+            "divergence": divergence,
+            "beta": beta,
+            "temperature": self.objective.kd_temperature,
+        }
+        if answer.vocabularies:
+            return AlignedTeacher(vocabularies=answer.vocabularies, **settings)
+        return TeacherDistributions(**settings)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ibdistill.ops.head_loss.aligned import AlignedStream, Side
 from ibdistill.ops.head_loss.arguments import TeacherStream
 
 logger = logging.getLogger("ibdistill")
@@ -18,14 +19,17 @@ class TeacherAnswer:
 
     questions: Tensor | None = None
     """[N_question, D_teacher] states of the first stream's question tokens; None: not asked for."""
-    targets: dict[str, TeacherStream] = field(default_factory=dict)
+    targets: dict[str, TeacherStream | AlignedStream] = field(default_factory=dict)
     """Segment -> hidden states [N, D_teacher] or top k at the target positions; empty: not asked for."""
     weight: Tensor | None = None
-    """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states."""
+    """[V, D_teacher] the teacher's head on the student's vocabulary, for hidden states; of a teacher of
+    another vocabulary its own head."""
     bias: Tensor | None = None
     """[V]"""
     softcap: float | None = None
     """The cap of the head's logits (`ops.head_loss.softcap`)."""
+    vocabularies: tuple[tuple[Side, Side], ...] = ()
+    """Of a teacher of another vocabulary: what it shares with the student (`AlignedTeacher`)."""
 
     def tensors(self) -> list[Tensor]:
         """All tensors of it."""

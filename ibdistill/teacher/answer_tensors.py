@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import TeacherConfig
+from ibdistill.data.features import Features
 from ibdistill.data.records import SEGMENTS, segments_of
 from ibdistill.data.tokenizers import bos_of
 from ibdistill.models import families
@@ -76,6 +77,12 @@ def unpack(packed: dict[str, Tensor], head: Head) -> TeacherAnswer:
     return TeacherAnswer(questions, targets)
 
 
+def lengths(features: Features, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """How many rows of packed tensors belong to each of these records, by content."""
+    tables = {"questions": features.first_questions, **features.targets}
+    return {name: table.lengths[list(indices)] for name, table in tables.items()}
+
+
 def pieces(packed: dict[str, Tensor], lengths: dict[str, np.ndarray]) -> list[Entry]:
     """Each record's part of packed tensors, where these are. `lengths`: [records] rows, by content."""
     parts = {name: tensor.split(lengths[name.split(".")[0]].tolist()) for name, tensor in packed.items()}
@@ -93,22 +100,34 @@ def join(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
     return {name: joined([entry[name] for entry in entries]) for name in entries[0]}
 
 
-def fingerprint(config: TeacherConfig, wanted: Wanted, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Everything that a record's entry depends on besides its tokens."""
+def fingerprint(
+    config: TeacherConfig,
+    wanted: Wanted,
+    tokenizer: PreTrainedTokenizerBase,
+    theirs: PreTrainedTokenizerBase | None = None,
+) -> dict[str, Any]:
+    """Everything that a record's entry depends on besides its tokens. `theirs`: the tokenizer of a teacher of
+    another vocabulary than that of the student's `tokenizer`; None: it reads the student's tokens."""
     holds = ["question states"] * wanted.questions + ["target states"] * wanted.targets
     found = {
         "teacher": families.identity(config.model),
-        "tokenizer": files.digest(repr(sorted(tokenizer.get_vocab().items())).encode()).hex(),
+        "tokenizer": _digest(tokenizer),
         "precision": "8bit" if config.load_in_8bit else config.precision,
         "holds": holds,
     }
     # What a tokenizer puts in front of a question is in the teacher's rows, and not in an entry's key. Most
     # put nothing there, and their caches need no word of it.
-    if (bos := bos_of(tokenizer)) is not None:
+    if (bos := bos_of(theirs or tokenizer)) is not None:
         found["bos"] = bos
+    if theirs is not None:
+        found["teacher_tokenizer"] = _digest(theirs)
     if wanted.targets and config.cache_form == "topk":
         found |= {"top_k": config.cache_top_k, "temperature": wanted.temperature}
     return found
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    return files.digest(repr(sorted(tokenizer.get_vocab().items())).encode()).hex()
 
 
 def write_head(folder: Path, width: int, head: Head) -> None:

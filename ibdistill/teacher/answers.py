@@ -42,6 +42,7 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 from ibdistill.teacher import answer_tensors
+from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
 from ibdistill.teacher.cache_shard import Entry, key_of
@@ -75,6 +76,7 @@ class TeacherAnswers:
         teacher: Teacher | None = None,
         *,
         expects_more: bool = False,
+        alignment: TextAlignment | None = None,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
 
@@ -86,18 +88,21 @@ class TeacherAnswers:
             student: the model whose head and family the answers must fit.
             teacher: a loaded teacher that answers `wanted`; None: one is loaded if it is needed.
             expects_more: whether `set_features` will bring more records, for which a teacher is needed.
+            alignment: for a teacher of another vocabulary; None: it has the student's.
 
         Raises:
             ValueError: as `Teacher` and `AnswerCache` raise it, and where placement is cache and records are
                 missing.
         """
         self._config, self._wanted, self._features, self._world = config, wanted, features, world
-        self._head_rows = student.get_output_embeddings().weight.shape[0]
+        self.alignment, theirs = alignment, alignment and alignment.tokenizer
+        self._student_rows = student.get_output_embeddings().weight.shape[0]
+        self._head_rows = None if alignment else self._student_rows
         self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._writer = None
         if config.cache:
-            fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer)
+            fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer, theirs)
             self._cache = AnswerCache(Path(config.cache), fingerprint, rank=world.rank)
             self._writer = CacheWriter(self._cache)
         self._reads = True
@@ -113,9 +118,10 @@ class TeacherAnswers:
                     f"teacher.cache {config.cache} lacks {what}; "
                     "run the same data once with the teacher in another placement, which fills it"
                 )
-            self.teacher = teacher or Teacher(config, wanted, tokenizer, self._head_rows, world)
-            if teacher is not None:
-                teacher.pair(tokenizer, self._head_rows)
+            pair = (theirs or tokenizer), self._head_rows
+            self.teacher = teacher or Teacher(config, wanted, *pair, world)
+            if teacher is not None or alignment is not None:
+                self.teacher.pair(*pair)
             self.width, self._head = self.teacher.width, None
             if self._cache is not None:  # a run without a loaded teacher needs its head too
                 head = self.teacher.head() if wanted.targets else NO_HEAD
@@ -175,7 +181,8 @@ class TeacherAnswers:
         with torch.cuda.stream(self._stream):
             answer = self._answer(indices, batch)
         for tensor in answer.tensors():
-            tensor.record_stream(torch.cuda.current_stream())
+            if tensor.device == self._world.device:  # the host reads the spans of an aligned answer
+                tensor.record_stream(torch.cuda.current_stream())
         self._begun = _Begun(np.asarray(indices).tobytes(), answer, batch)
 
     def _wait(self) -> _Begun | None:
@@ -207,6 +214,7 @@ class TeacherAnswers:
     def _key(self, index: int) -> bytes:
         features = self._features
         tables = *features.questions.values(), *features.targets.values()
+        tables += tuple(features.teacher_questions.values())
         return key_of(*(table[index] for table in tables))
 
     def _missing(self) -> int:
@@ -215,25 +223,36 @@ class TeacherAnswers:
         return distributed.max_over_ranks(missing)
 
     def _answer(self, indices: Sequence[int], batch: Batch) -> TeacherAnswer:
-        """The answer, read from the cache if all of it is there; else the teacher is asked for all of it."""
+        """The answer in the places of the student's tokens."""
+        if self.alignment is None:
+            return self._own_answer(indices, batch, None)
+        theirs = self.alignment.rendered(self._features, indices)
+        answer = self._own_answer(indices, batch, theirs)
+        return self.alignment.placed(answer, self._features, indices, theirs, self._student_rows)
+
+    def _own_answer(self, indices: Sequence[int], batch: Batch, theirs: Features | None) -> TeacherAnswer:
+        """The answer, read from the cache if all of it is there; else the teacher is asked for all of it.
+        `theirs`: these records in the tokens of a teacher of another vocabulary."""
         if self._writer is not None:
             self._writer.take_arrived()
         known = self._known(indices)
         if self._complete(known):
             return self._unpack(answer_tensors.join(known, self._world.device), self._head)
         assert self.teacher is not None
+        asked = (self._features, indices) if theirs is None else (theirs, range(len(theirs)))
         with self._clock.measure("teacher"):
-            answer = self.teacher(self._for_teacher(indices, batch))
+            answer = self.teacher(self._for_teacher(*asked, batch))
             if self._cache is None:
                 return answer
             packed = answer_tensors.pack(answer, self._config, self._wanted.temperature)
         if self._reads:
             # the host goes on while the answer is on its way to it, and puts it into the cache later
             keys = [None if old else self._keys[i] for i, old in zip(indices, known, strict=True)]
-            self._writer.put(packed, keys, partial(self._pieces, list(indices)))
+            lengths = answer_tensors.lengths(*asked)
+            self._writer.put(packed, keys, partial(answer_tensors.pieces, lengths=lengths))
             if any(known):
                 # a record keeps its first answer, because another batch's padding would change the last bits
-                fresh = self._pieces(indices, packed)
+                fresh = answer_tensors.pieces(packed, lengths)
                 kept = [old or now for old, now in zip(known, fresh, strict=True)]
                 packed = answer_tensors.join(kept, self._world.device)
         # a new answer goes through the kept form too, so that asking and reading give the same step
@@ -253,18 +272,13 @@ class TeacherAnswers:
             lacking = distributed.max_over_ranks(lacking)
         return not lacking
 
-    def _pieces(self, indices: Sequence[int], packed: dict[str, Tensor]) -> list[Entry]:
-        """Each record's part of packed tensors, where these are."""
-        lengths = {"questions": self._features.first_questions.lengths}
-        lengths |= {segment: table.lengths for segment, table in self._features.targets.items()}
-        return answer_tensors.pieces(packed, {name: of[indices] for name, of in lengths.items()})
-
-    def _for_teacher(self, indices: Sequence[int], batch: Batch) -> Batch:
-        """The micro-batch as the teacher's family reads it."""
-        if self.teacher.layout == self._layout and (batch.row_lengths is None or self.teacher.packs):
+    def _for_teacher(self, features: Features, indices: Sequence[int], batch: Batch) -> Batch:
+        """The micro-batch, of these features, as the teacher's family reads it."""
+        is_same = features is self._features and self.teacher.layout == self._layout
+        if is_same and (batch.row_lengths is None or self.teacher.packs):
             return batch
         layout = self.teacher.layout | {"packed": batch.row_lengths is not None and self.teacher.packs}
-        theirs = batches.collate(self._features, indices, self._features.streams, **layout)
+        theirs = batches.collate(features, indices, features.streams, **layout)
         return theirs.to(self._world.device)
 
     def _unpack(self, packed: dict[str, Tensor], head: Head | None) -> TeacherAnswer:
@@ -275,9 +289,12 @@ class TeacherAnswers:
         return answer_tensors.unpack(packed, head)
 
     def _read_head(self) -> tuple[int, Head] | None:
-        """The teacher's width, and its head with as many rows as the student's; None if it cannot be read."""
+        """The teacher's width, and its head with the rows of `Teacher.head`; None if it cannot be read."""
         found = answer_tensors.read_head(Path(self._config.cache), self._world.device)
         if found is None:
             return None
         width, (weight, bias, softcap) = found
-        return width, NO_HEAD if weight is None else (*fit_rows(weight, bias, self._head_rows), softcap)
+        return width, NO_HEAD if weight is None else (
+            *fit_rows(weight, bias, self._head_rows or len(weight)),
+            softcap,
+        )

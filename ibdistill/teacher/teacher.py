@@ -107,11 +107,15 @@ class Teacher:
             self.bytes() / 2**20,
         )
 
-    def pair(self, tokenizer: PreTrainedTokenizerBase, head_rows: int) -> None:
-        """Let the teacher answer a student's token sequences; ValueError if the vocabularies differ."""
-        own = check_vocabulary(self.config.model, tokenizer, head_rows, self._own_rows)
+    def pair(self, tokenizer: PreTrainedTokenizerBase, head_rows: int | None) -> None:
+        """Let the teacher answer a student's token sequences; ValueError if the vocabularies differ.
+
+        `head_rows`: the number of rows of the student's head; None: `tokenizer` is the teacher's own, and its
+        head stays as it is.
+        """
+        self._head_rows = head_rows or self._own_rows
+        own = check_vocabulary(self.config.model, tokenizer, self._head_rows, self._own_rows)
         self.layout = families.layout(self._model_config, own)  # its own BOS, as where it writes
-        self._head_rows = head_rows
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> TeacherAnswer:

@@ -114,6 +114,8 @@ class Job:
         config = self.config
         prefixes = {name: loading.TASKS[name].prefixes for name in self.records.test}
         added = tokenize(pseudo, prefixes, self.tokenizer, config.data, streams=self.gold.streams)
+        if self.teacher_answers and self.teacher_answers.alignment:
+            added = self.teacher_answers.alignment.with_questions(added, pseudo, prefixes)
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
         if pseudo:
             self.sampler = MixedSampler(self.gold, added, config.data, **batches)

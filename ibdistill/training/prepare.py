@@ -34,6 +34,7 @@ from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed, random_state
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import writing
+from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
 from ibdistill.training import device, on_policy, pseudo_labels, run_folder
@@ -72,6 +73,7 @@ def prepare(config: Config, world: World) -> Job:
     teacher = None
     if writes and trains_tokenizer:
         records, teacher = add_teacher_text(config, records, world, stop)
+    aligned = config.objective.alignment == "text"
     tokenizer, student = build_student(
         config.student,
         config.data,
@@ -79,14 +81,20 @@ def prepare(config: Config, world: World) -> Job:
         records,
         folder,
         config.run.seed,
-        teacher="" if config.teacher.placement in ("none", "cache") else config.teacher.model,
+        teacher="" if aligned or config.teacher.placement in ("none", "cache") else config.teacher.model,
     )
     if writes and not trains_tokenizer:
         vocabulary = student.get_output_embeddings().weight.shape[0]
-        records, teacher = add_teacher_text(config, records, world, stop, (tokenizer, vocabulary))
+        pair = None if aligned else (tokenizer, vocabulary)
+        records, teacher = add_teacher_text(config, records, world, stop, pair)
     prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
     streams = weights.tokenized_streams(config.objective)
     features = tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
+    alignment = None
+    if aligned:
+        alignment = TextAlignment(config.teacher.model, tokenizer, config.data, streams)
+        features = alignment.with_questions(features, records.train, prefixes)
+        alignment.check(features)
     train, features = drop_untaught(records.train, features)
     records = dataclasses.replace(records, train=train)
     if too_long := features.cut.get("reasonings"):
@@ -104,6 +112,7 @@ def prepare(config: Config, world: World) -> Job:
         world,
         teacher,
         expects_more=bool(unlabelled) or config.on_policy.share > 0,
+        alignment=alignment,
     )
     return assemble(
         config,
@@ -198,17 +207,18 @@ def build_teacher(
     teacher: Teacher | None,
     *,
     expects_more: bool,
+    alignment: TextAlignment | None = None,
 ) -> TeacherAnswers | None:
     """What answers for the teacher while the student learns; None if the objective wants no answers.
 
-    `teacher`: one that is loaded already. `expects_more`: others will join `features`.
+    `teacher`: one that is loaded already. `expects_more`: others will join `features`. `alignment`: for a
+    teacher of another vocabulary.
     """
     wanted = weights.wanted(objective)
     if not wanted:
         return None
-    return TeacherAnswers(
-        config, wanted, tokenizer, features, student, world, teacher, expects_more=expects_more
-    )
+    more = {"expects_more": expects_more, "alignment": alignment}
+    return TeacherAnswers(config, wanted, tokenizer, features, student, world, teacher, **more)
 
 
 def assemble(

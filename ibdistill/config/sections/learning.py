@@ -62,6 +62,10 @@ class ObjectiveConfig:
     probability of the head (none: 0.5). The others have none."""
     kd_temperature: Positive = 1.0
     """Temperature of both distributions; the term is multiplied with its square."""
+    alignment: Literal["none", "text"] = "none"
+    """none: student and teacher must have one vocabulary. text: the teacher may have another tokenizer and
+    reads the same text in its own tokens; `kd` compares both where their tokens end at the same byte
+    (`ops/head_loss/aligned.py`), and `vid` takes the mean of the teacher's states there."""
 
 
 @dataclass(kw_only=True)
