@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ibdistill.config.distillation import check_distillation
+from ibdistill.config.distillation import check_alignment, check_distillation
 from ibdistill.config.methods import METHODS, SAMPLED
 from ibdistill.config.zero_file import zero_stage
 
@@ -56,8 +56,8 @@ def check(config: Config) -> None:
     _check_streams(config)
     _check_chat(config)
     check_distillation(config)
+    check_alignment(config)
     _check_teacher(config)
-    _check_alignment(config)
     _check_unlabelled(config)
     _check_on_policy(config)
 
@@ -229,23 +229,6 @@ def _check_teacher(config: Config) -> None:
         raise ValueError(
             f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
         )
-
-
-def _check_alignment(config: Config) -> None:
-    """Raise ValueError where a teacher of another vocabulary cannot do what other settings ask of it."""
-    teacher, objective = config.teacher, config.objective
-    contradicting = {
-        "teacher.placement is 'none', so no teacher answers; choose one": teacher.placement == "none",
-        "teacher.cache_form is 'topk', of the student's tokens; take states": bool(teacher.cache)
-        and teacher.cache_form == "topk",
-        "objective.mi_pair is 'teacher', which pools its distribution over the student's vocabulary; take "
-        "student": objective.mi_pair == "teacher",
-        f"objective.divergence is {objective.divergence!r}, of a token that the teacher may not have; take "
-        "reverse": objective.divergence in SAMPLED,
-    }
-    for reason, holds in contradicting.items():
-        if objective.alignment == "text" and holds:
-            raise ValueError(f"objective.alignment is 'text', and {reason}")
 
 
 def _check_unlabelled(config: Config) -> None:

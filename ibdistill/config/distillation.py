@@ -47,3 +47,20 @@ def check_distillation(config: Config) -> None:
             f"{given} and objective.mi_pair is 'teacher': the data's text, whose distributions that pairs, "
             "is then not compared with the teacher; take mi_pair student, or reverse"
         )
+
+
+def check_alignment(config: Config) -> None:
+    """Raise ValueError where a teacher of another vocabulary cannot do what other settings ask of it."""
+    teacher, objective = config.teacher, config.objective
+    contradicting = {
+        "teacher.placement is 'none', so no teacher answers; choose one": teacher.placement == "none",
+        "teacher.cache_form is 'topk', of the student's tokens; take states": bool(teacher.cache)
+        and teacher.cache_form == "topk",
+        "objective.mi_pair is 'teacher', which pools its distribution over the student's vocabulary; take "
+        "student": objective.mi_pair == "teacher",
+        f"objective.divergence is {objective.divergence!r}, of a token that the teacher may not have; take "
+        "reverse": objective.divergence in SAMPLED,
+    }
+    for reason, holds in contradicting.items():
+        if objective.alignment == "text" and holds:
+            raise ValueError(f"objective.alignment is 'text', and {reason}")
