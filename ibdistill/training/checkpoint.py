@@ -45,7 +45,7 @@ from ibdistill.training.train_state import TrainState
 logger = logging.getLogger("ibdistill")
 
 
-class _Begun(NamedTuple):
+class _Unfinished(NamedTuple):
     """A checkpoint whose files are being written."""
 
     folder: Path
@@ -64,7 +64,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._keep_every = keep_every
         self._seed = seed
-        self._begun: _Begun | None = None
+        self._begun: _Unfinished | None = None
 
     def save(self, engine: deepspeed.DeepSpeedEngine, state: TrainState) -> bool:
         """Save; False (after a message) if the checkpoint could not be written. Collective."""
@@ -90,7 +90,7 @@ class Checkpoints:
                     client_state={"ibdistill": asdict(state), "rng": rng},
                     save_latest=False,
                 )
-        self._begun = _Begun(folder, replace(state), zero_settings(engine), writing)
+        self._begun = _Unfinished(folder, replace(state), zero_settings(engine), writing)
 
     def poll(self) -> None:
         """Complete the checkpoint that was begun if all ranks have written their files. Collective."""
@@ -174,7 +174,7 @@ class Checkpoints:
                 )
         return next((text for part in distributed.gather_objects(problems) for text in part), None)
 
-    def _complete(self, begun: _Begun, checksums: dict[str, int]) -> None:
+    def _complete(self, begun: _Unfinished, checksums: dict[str, int]) -> None:
         """Write the marker; `checksums` are those of the files that ranks have written, by name."""
         files = {
             path.name: {"bytes": path.stat().st_size, "crc32": checksums.get(path.name)}
