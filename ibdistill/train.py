@@ -95,6 +95,7 @@ def train(job: Job) -> None:
         if on_policy.is_due(job):
             sample_own_text(job)
         train_step(job)
+        job.checkpoints.poll()
         state.seconds += time.perf_counter() - start
 
         last = state.step == job.config.optim.max_steps
@@ -122,10 +123,10 @@ def train(job: Job) -> None:
         if saves:
             if job.teacher_answers:
                 job.teacher_answers.flush()
-            saved = job.checkpoints.save(job.engine, state)
+            job.checkpoints.begin(job.engine, state, beside=not (last or stop_code))
             if stop_code:
-                leave(job, stop_code if saved else 1)
-            if last and not saved and job.world.rank == 0:
+                leave(job, stop_code if job.checkpoints.wait() else 1)
+            if last and not job.checkpoints.wait() and job.world.rank == 0:
                 job.unwritten.append(f"the checkpoint of step {state.step}")
 
 
@@ -273,6 +274,7 @@ def leave(job: Job, code: int) -> None:
     """End all ranks together with an exit code, since a launcher that sees one end kills the others."""
     if code not in (EXIT_DIVERGED, EXIT_UNWRITTEN):
         logger.warning("stopped by a signal after step %d, exit code %d", job.state.step, code)
+    job.checkpoints.wait()
     job.board.close()
     dist.barrier()
     sys.exit(code)

@@ -69,6 +69,11 @@ def _check_run(run: RunConfig) -> None:
             f"run.patience is {run.patience}, which counts evaluations, and run.eval_every is 0, so there "
             "are none before the end; set run.eval_every"
         )
+    if run.keep_every % run.save_every:
+        raise ValueError(
+            f"run.keep_every is {run.keep_every}, and run.save_every {run.save_every} does not divide it, so "
+            "there is no checkpoint at those steps; give a multiple"
+        )
     if run.push_to_hub and not run.export:
         raise ValueError(
             f"run.push_to_hub is {run.push_to_hub[:100]!r}, and run.export is false, so there is nothing to "

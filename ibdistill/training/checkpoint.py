@@ -12,10 +12,13 @@ So is one whose files are as they were written and still cannot be loaded. If no
 run ends, because by then the weights may be partly those of a file.
 Which checkpoint was the best on the validation split stands in the state of each (`TrainState`).
 
-A failed write (full disk, lost permission) must not lose the training state. So each rank keeps
-the error that it meets inside DeepSpeed's save, and every rank reaches the barriers there. The
-ranks then exchange their errors; if there is one, rank 0 removes the half-written folder, and
-the run goes on with the previous checkpoint.
+A save copies the states and lets the step go on while a thread writes them (`checkpoint_write`). There is
+at most one such checkpoint. The ranks look at each step whether all have written, and then rank 0 writes the
+marker; a run that is killed before that resumes from the checkpoint before.
+
+A failed write (full disk, lost permission) must not lose the training state. So each rank keeps the errors
+of its files, and the ranks exchange them at the step after the last file; if there is one, rank 0 removes
+the half-written folder, and the run goes on with the previous checkpoint.
 """
 
 from __future__ import annotations
@@ -24,9 +27,9 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import deepspeed
 
@@ -36,50 +39,85 @@ from ibdistill.runtime.files import checksum, write_json
 from ibdistill.training import checkpoint_load
 from ibdistill.training.checkpoint_load import zero_settings
 from ibdistill.training.checkpoint_marker import MARKER, problem_with, read_marker
+from ibdistill.training.checkpoint_write import Writing
 from ibdistill.training.train_state import TrainState
 
 logger = logging.getLogger("ibdistill")
 
 
+class _Unfinished(NamedTuple):
+    """A checkpoint whose files are being written."""
+
+    folder: Path
+    state: TrainState
+    zero: dict[str, Any]
+    writing: Writing
+
+
 class Checkpoints:
     """The checkpoints of a run folder."""
 
-    def __init__(self, run: Path, world: World, *, keep_last: int, seed: int) -> None:
+    def __init__(self, run: Path, world: World, *, keep_last: int, keep_every: int, seed: int) -> None:
         """`seed`: the run's, for the random states of ranks that did not write a checkpoint."""
         self.folder = run / "checkpoints"
         self._world = world
         self._keep_last = keep_last
+        self._keep_every = keep_every
         self._seed = seed
+        self._begun: _Unfinished | None = None
 
     def save(self, engine: deepspeed.DeepSpeedEngine, state: TrainState) -> bool:
         """Save; False (after a message) if the checkpoint could not be written. Collective."""
+        self.begin(engine, state, beside=False)
+        return self.wait()
+
+    def begin(self, engine: deepspeed.DeepSpeedEngine, state: TrainState, *, beside: bool = True) -> None:
+        """Begin to save, once the checkpoint before is there. Collective.
+
+        `beside`: the files are written while the run goes on, which has to `poll`.
+        """
+        self.wait()
         folder = self.folder / f"step-{state.step:08d}"
         # all ranks' random states, because only rank 0 writes the client state
         rng = distributed.gather_objects(random_state.rng_state(self._world.device))
-        errors: list[str] = []
-        written: list[Path] = []
-        self._on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), errors)
-        if not distributed.errors_of_all(errors):
-            with _errors_kept(engine, errors, written):
+        writing = Writing(engine.checkpoint_engine.save, beside=beside)
+        self._on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), writing.errors)
+        if not distributed.errors_of_all(writing.errors):
+            with _saving_by(engine, writing):
                 engine.save_checkpoint(
                     str(self.folder),
                     tag=folder.name,
                     client_state={"ibdistill": asdict(state), "rng": rng},
                     save_latest=False,
                 )
-        checksums = _checksums(written, errors)
+        self._begun = _Unfinished(folder, replace(state), zero_settings(engine), writing)
+
+    def poll(self) -> None:
+        """Complete the checkpoint that was begun if all ranks have written their files. Collective."""
+        if self._begun and not distributed.max_over_ranks(not self._begun.writing.is_done):
+            self.wait()
+
+    def wait(self) -> bool:
+        """Complete the checkpoint that was begun; False (after a message) if it could not be. Collective."""
+        begun, self._begun = self._begun, None
+        if begun is None:
+            return True
+        begun.writing.wait()
+        errors, step = begun.writing.errors, begun.state.step
         failed = distributed.errors_of_all(errors)
         if not failed:
             checksums = {
-                name: sum_ for part in distributed.gather_objects(checksums) for name, sum_ in part.items()
+                name: sum_
+                for part in distributed.gather_objects(begun.writing.checksums)
+                for name, sum_ in part.items()
             }
-            self._on_rank_0(lambda: self._complete(folder, state, zero_settings(engine), checksums), errors)
+            self._on_rank_0(lambda: self._complete(begun, checksums), errors)
             failed = distributed.errors_of_all(errors)
         if failed:
-            self._on_rank_0(lambda: shutil.rmtree(folder, ignore_errors=True), [])
-            logger.error("checkpoint of step %d not saved, training goes on: %s", state.step, failed)
+            self._on_rank_0(lambda: shutil.rmtree(begun.folder, ignore_errors=True), [])
+            logger.error("checkpoint of step %d not saved, training goes on: %s", step, failed)
             return False
-        self._on_rank_0(lambda: self._prune(state), errors)
+        self._on_rank_0(lambda: self._prune(begun.state), errors)
         return True
 
     def restore(self, engine: deepspeed.DeepSpeedEngine, step: int | None = None) -> TrainState | None:
@@ -136,27 +174,27 @@ class Checkpoints:
                 )
         return next((text for part in distributed.gather_objects(problems) for text in part), None)
 
-    def _complete(
-        self, folder: Path, state: TrainState, zero: dict[str, Any], checksums: dict[str, int]
-    ) -> None:
+    def _complete(self, begun: _Unfinished, checksums: dict[str, int]) -> None:
         """Write the marker; `checksums` are those of the files that ranks have written, by name."""
         files = {
             path.name: {"bytes": path.stat().st_size, "crc32": checksums.get(path.name)}
-            for path in sorted(folder.iterdir())
+            for path in sorted(begun.folder.iterdir())
             if path.name != MARKER
         }
         marker = {
-            "step": state.step,
+            "step": begun.state.step,
             "world_size": self._world.size,
-            "zero_optimization": zero,
+            "zero_optimization": begun.zero,
             "files": files,
         }
-        write_json(folder / MARKER, marker)
+        write_json(begun.folder / MARKER, marker)
 
     def _prune(self, state: TrainState) -> None:
-        """Remove what is neither the best checkpoint nor one of the newest, or was never completed."""
+        """Remove what no setting keeps: all but the best, the newest, and those of every so many steps."""
         complete = [folder for folder in sorted(self.folder.glob("step-*")) if problem_with(folder) is None]
         keep = {folder.name for folder in complete[-self._keep_last :]} | {f"step-{state.best_step:08d}"}
+        if self._keep_every:
+            keep |= {f.name for f in complete if read_marker(f).step % self._keep_every == 0}
         for folder in self.folder.glob("step-*"):
             if folder.name not in keep:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -181,22 +219,11 @@ def _checksums(paths: list[Path], errors: list[str]) -> dict[str, int]:
 
 
 @contextmanager
-def _errors_kept(engine: deepspeed.DeepSpeedEngine, errors: list[str], written: list[Path]) -> Iterator[None]:
-    """Within this context a rank that cannot write keeps the error in `errors` and goes on to the barrier.
-
-    The files that it has written are added to `written`.
-    """
-    storage = engine.checkpoint_engine
-    write = storage.save
-
-    def save(state_dict: Any, path: str) -> None:
-        try:
-            write(state_dict, path)
-            written.append(Path(path))
-        except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-            errors.append(f"{path}: {error}")
-
-    storage.save = save
+def _saving_by(engine: deepspeed.DeepSpeedEngine, writing: Writing) -> Iterator[None]:
+    """Within this context `writing` takes the files that DeepSpeed saves, and keeps its errors, so that each
+    rank reaches DeepSpeed's barriers."""
+    storage, write = engine.checkpoint_engine, engine.checkpoint_engine.save
+    storage.save = writing.save
     # DeepSpeed would add a script that makes weights of the shards, but `train.close` exports the student
     engine._copy_recovery_script = lambda save_path: None
     try:

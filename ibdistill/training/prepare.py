@@ -249,7 +249,8 @@ def assemble(
         seed=config.run.seed,
     )
     engine = build_engine(module, config.student.precision, config.optim, config.deepspeed, world)
-    checkpoints = Checkpoints(folder, world, keep_last=config.run.keep_last, seed=config.run.seed)
+    kept = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
+    checkpoints = Checkpoints(folder, world, **kept, seed=config.run.seed)
     state = checkpoints.restore(engine) or TrainState()
     board = Board(folder, world, state.step, config.optim.max_steps, report_to=config.run.report_to)
     board.text("config", to_yaml(config), state.step)

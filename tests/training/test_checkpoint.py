@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +16,7 @@ from harness import full_disk, remark, same, steps, tiny, weights
 
 from ibdistill import train
 from ibdistill.config.load import load_settings
-from ibdistill.training import checkpoint
+from ibdistill.training import checkpoint, checkpoint_write
 from ibdistill.training.checkpoint_marker import MARKER
 from ibdistill.training.prepare import prepare
 
@@ -273,3 +275,106 @@ def test_a_failed_write_loses_neither_the_run_nor_the_checkpoint_before(make_job
     assert same(weights(job), weights(undisturbed))
     assert job.checkpoints.save(job.engine, job.state)
     assert make_job().state.step == 4
+
+
+@pytest.fixture
+def gate(monkeypatch) -> threading.Event:
+    """Until it is set, no file of a checkpoint is written beside the steps."""
+    event, write = threading.Event(), torch.save
+
+    def waiting(*args, **kwargs) -> None:
+        assert not threading.current_thread().name.startswith("checkpoint") or event.wait(60)
+        write(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", waiting)
+    yield event
+    event.set()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", range(4))
+def test_a_checkpoint_is_written_beside_the_steps_that_follow(make_job, gate, stage, precision):
+    settings = {"deepspeed.config": f"zero{stage}", "student.precision": precision}
+    job = make_job(**settings)
+    steps(job, 2)
+    expected = weights(job)
+    job.checkpoints.begin(job.engine, job.state)
+    steps(job, 1)
+    job.checkpoints.poll()
+    assert not list(job.checkpoints.folder.glob("*/*"))  # no file yet, and no marker
+    straight = weights(job)
+    gate.set()
+    assert job.checkpoints.wait()
+    again = make_job(**settings)
+    assert again.state.step == 2 and same(weights(again), expected)
+    steps(again, 1)
+    assert same(weights(again), straight)
+
+
+def test_there_is_one_checkpoint_at_a_time_and_polling_completes_it(make_job, gate):
+    job = make_job(**{"run.keep_last": 5})
+    folder = job.checkpoints.folder
+    gate.set()
+    for step in (1, 2):
+        steps(job, 1)
+        job.checkpoints.begin(job.engine, job.state)
+        assert checkpoint.problem_with(folder / f"step-{step - 1:08d}") is None or step == 1
+    deadline = time.monotonic() + 60
+    while checkpoint.problem_with(folder / "step-00000002") is not None:
+        job.checkpoints.poll()
+        assert time.monotonic() < deadline
+    assert job.checkpoints.wait()  # there is nothing to wait for
+
+
+def test_a_write_that_fails_beside_the_steps_is_told_at_the_next(make_job, gate, caplog):
+    job = make_job()
+    gate.set()
+    steps(job, 1)
+    assert job.checkpoints.save(job.engine, job.state)
+    gate.clear()
+    steps(job, 1)
+    job.checkpoints.begin(job.engine, job.state)
+    with full_disk(20_000):
+        gate.set()
+        while not caplog.records or "not saved" not in caplog.records[-1].getMessage():
+            steps(job, 1)
+            job.checkpoints.poll()
+    assert "checkpoint of step 2 not saved, training goes on: rank 0: " in caplog.records[-1].getMessage()
+    assert [path.name for path in job.checkpoints.folder.iterdir()] == ["step-00000001"]
+
+
+def test_where_a_copy_does_not_fit_the_file_is_written_first(make_job, monkeypatch, caplog):
+    monkeypatch.setattr(checkpoint_write, "free_memory", lambda device, ranks_on_node: 10_000)
+    job = make_job()
+    steps(job, 1)
+    job.checkpoints.begin(job.engine, job.state)
+    folder = job.checkpoints.folder / "step-00000001"
+    assert (folder / "mp_rank_00_model_states.pt").stat().st_size > 10_000
+    text = "mp_rank_00_model_states.pt is written before the next step: a copy of its 0.0"
+    assert any(text in record.getMessage() for record in caplog.records)
+    assert job.checkpoints.wait() and checkpoint.problem_with(folder) is None
+
+
+def test_tied_weights_stay_one_in_the_copy():
+    tied = torch.ones(3)
+    first = {"a": [tied, {"b": tied}], "c": torch.ones(3), "d": ("kept", 1)}
+    kept = []
+    writing = checkpoint_write.Writing(lambda state, path: kept.append(state), beside=True)
+    writing.save(first, "/nowhere")
+    tied += 1
+    writing.wait()
+    (copied,) = kept
+    assert copied["a"][0] is copied["a"][1]["b"] and copied["a"][0] is not copied["c"]
+    assert copied["a"][0].tolist() == [1, 1, 1] and copied["d"] == ("kept", 1)
+    assert len(writing.errors) == 1 and "/nowhere" in writing.errors[0]  # its checksum
+
+
+def test_every_so_many_steps_one_is_kept(make_job):
+    job = make_job(**{"run.keep_last": 1, "run.save_every": 1, "run.keep_every": 2})
+    for _ in range(5):
+        steps(job, 1)
+        job.checkpoints.save(job.engine, job.state)
+    kept = sorted(path.name for path in job.checkpoints.folder.iterdir())
+    assert kept == ["step-00000002", "step-00000004", "step-00000005"]
+    with pytest.raises(ValueError, match="run.keep_every is 3, and run.save_every 2 does not divide it"):
+        make_job(**{"run.save_every": 2, "run.keep_every": 3})

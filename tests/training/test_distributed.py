@@ -180,6 +180,34 @@ def test_all_ranks_fall_back_from_one_ranks_damaged_shard(tmp_path):
     assert counts == [2 * 1, 2 * 2, 2 * 3]  # once at each look, by rank 0 alone
 
 
+def test_killed_while_a_checkpoint_is_being_written_resumes_from_the_one_before_bit_for_bit(tmp_path):
+    """Rank 1 of 2 is still writing step 10 when all are killed, some steps later."""
+    settings = {"optim.max_steps": 18, "run.save_every": 5, "deepspeed.config": "zero2", "run.test_limit": 2}
+    settings |= {"run.report_to": []}
+    whole, broken = (as_arguments(tiny(tmp_path / name, **settings)) for name in ("whole", "broken"))
+    log, reached = tmp_path / "log", tmp_path / "reached"
+    assert launch([FORKED, "2", *whole], log=log) == 0, log.read_text()[-4000:]
+
+    slow = [str(WORKERS / "slow_disk.py"), "2", *broken]
+    process = start(slow, log=log, env={"SLOW_DISK_REACHED": str(reached)})
+    wait_for_step(log, 13)
+    deadline = time.monotonic() + 60
+    while not reached.exists():
+        assert time.monotonic() < deadline, log.read_text()[-4000:]
+        time.sleep(0.01)
+    kill_session(process)
+    checkpoints = tmp_path / "broken/checkpoints"
+    assert {path.parent.name for path in checkpoints.glob("*/complete.json")} == {"step-00000005"}
+    assert list((checkpoints / "step-00000010").iterdir())  # rank 0 has written its files
+
+    assert launch([FORKED, "2", *broken], log=log) == 0, log.read_text()[-4000:]
+    said = log.read_text()
+    assert "step-00000010 is not used: it has no complete.json" in said
+    assert re.search("resumed from .*/step-00000005$", said, re.MULTILINE)
+    files = [tmp_path / name / "student/model.safetensors" for name in ("whole", "broken")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def kill_within_the_first_refresh(command: list[str], folder: Path) -> None:
     """kill -9 of all where rank 1 is between its two answers and rank 0 may be waiting for it."""
     reached, log = folder / "reached", folder / "within.log"

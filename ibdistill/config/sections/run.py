@@ -39,6 +39,8 @@ class RunConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep_last: AtLeastOne = 2
     """Checkpoints kept besides the best one."""
+    keep_every: NotNegativeInt = 0
+    """Keep the checkpoints of every so many steps too, a multiple of `save_every`; 0: no others."""
     test_limit: NotNegativeInt = 0
     """Test on at most this many records of each task; 0: all of them."""
     final: Literal["last", "best"] = "last"
