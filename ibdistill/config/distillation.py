@@ -7,10 +7,36 @@ from typing import TYPE_CHECKING
 from ibdistill.config.methods import METHODS, SAMPLED
 
 if TYPE_CHECKING:
-    from ibdistill.config.sections import Config
+    from ibdistill.config.sections import Config, ObjectiveConfig
 
 
 def check_distillation(config: Config) -> None:
+    """Raise ValueError where settings of the distillation term contradict each other or the rest."""
+    _check_weights(config.objective)
+    _check_sampled(config)
+
+
+def _check_weights(objective: ObjectiveConfig) -> None:
+    """Raise ValueError where weights of tokens stand without what they weigh."""
+    weights = {
+        "objective.kd_first": (objective.kd_first, 0),
+        "objective.kd_later": (objective.kd_later, 0),
+        "objective.kd_entropy": (objective.kd_entropy, "none"),
+    }
+    given = [f"{name} is {value}" for name, (value, default) in weights.items() if value != default]
+    if given and not METHODS[objective.method].kd:
+        raise ValueError(
+            f"{' and '.join(given)}, which weighs the tokens of the distillation term, and objective.method "
+            f"{objective.method} has none; take kd, ib+kd, cot+kd or cot+ib+kd, or leave it out"
+        )
+    if objective.kd_entropy_share < 1 and objective.kd_entropy == "none":
+        raise ValueError(
+            f"objective.kd_entropy_share is {objective.kd_entropy_share}, and objective.kd_entropy is none: "
+            "whose entropy chooses the tokens? Take student or teacher"
+        )
+
+
+def _check_sampled(config: Config) -> None:
     """Raise ValueError where a divergence from the student's own tokens contradicts other settings."""
     objective, own, teacher = config.objective, config.on_policy, config.teacher
     if objective.divergence not in SAMPLED:

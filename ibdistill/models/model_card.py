@@ -44,6 +44,16 @@ _ESTIMATORS = {
     "vib": "the bottleneck between question and decoder: Alemi et al., "
     '"Deep Variational Information Bottleneck", ICLR 2017, arXiv 1612.00410',
 }
+_TOKEN_WEIGHTS = {
+    "kd_first": 'of the first tokens only: Zhang et al., "Fast and Effective On-policy Distillation from '
+    'Reasoning Prefixes", 2026, arXiv 2602.15260',
+    "kd_later": 'weighing later tokens more: Liu et al., "When Are Teacher Tokens Reliable? '
+    'Position-Weighted On-Policy Self-Distillation for Reasoning", 2026, arXiv 2605.21606',
+}
+_ENTROPY = (
+    'weighing tokens by entropy: Tavor et al., "Rethinking Selective Knowledge Distillation", 2026, arXiv '
+    "2602.01395"
+)
 
 
 def papers(objective: ObjectiveConfig) -> list[str]:
@@ -59,6 +69,8 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     if method.kd and objective.gamma != 0:
         divergence = {**DIVERGENCES, **SAMPLED}[objective.divergence].paper or objective.divergence
         found.append(f"distilling the teacher's distributions: {divergence}")
+        found += [paper for setting, paper in _TOKEN_WEIGHTS.items() if getattr(objective, setting)]
+        found += [_ENTROPY] if objective.kd_entropy != "none" else []
     return found
 
 

@@ -62,6 +62,17 @@ class ObjectiveConfig:
     probability of the head (none: 0.5). The others have none."""
     kd_temperature: Positive = 1.0
     """Temperature of both distributions; the term is multiplied with its square."""
+    kd_first: ShareOrSteps = 0
+    """Only the first tokens of each rationale and own text are distilled: so many, or below 1 that share of
+    them; 0: all. The papers of this and the next three are in `objectives/token_weights.py`."""
+    kd_later: NotNegative = 0.0
+    """Later tokens weigh more in the distillation term: a token's weight is its place in the text, between 0
+    and 1, to this power; 0: all weigh the same."""
+    kd_entropy: Literal["none", "student", "teacher"] = "none"
+    """Whose entropy at a token is the token's weight in the distillation term; none: nobody's."""
+    kd_entropy_share: Share = 1.0
+    """Below 1: instead, only that share of each text's tokens is distilled, those with the largest
+    `kd_entropy`."""
 
 
 @dataclass(kw_only=True)
