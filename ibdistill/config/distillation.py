@@ -14,6 +14,7 @@ def check_distillation(config: Config) -> None:
     """Raise ValueError where settings of the distillation term contradict each other or the rest."""
     _check_weights(config.objective)
     _check_sampled(config)
+    _check_sampled_cache(config)
 
 
 def _check_weights(objective: ObjectiveConfig) -> None:
@@ -73,3 +74,22 @@ def _check_sampled(config: Config) -> None:
             f"{given} and objective.mi_pair is 'teacher': the data's text, whose distributions that pairs, "
             "is then not compared with the teacher; take mi_pair student, or reverse"
         )
+
+
+def _check_sampled_cache(config: Config) -> None:
+    """Raise ValueError where tokens drawn from the teacher's distributions do not say enough."""
+    teacher, objective = config.teacher, config.objective
+    if not teacher.cache or teacher.cache_form != "sampled":
+        return
+    given = {
+        "objective.divergence": (objective.divergence, "forward", METHODS[objective.method].kd),
+        "objective.mi_pair": (objective.mi_pair, "student", True),
+        "objective.kd_entropy": ("teacher", "student", objective.kd_entropy == "teacher"),
+    }
+    for name, (value, way_out, is_used) in given.items():
+        if is_used and value != way_out:
+            raise ValueError(
+                f"teacher.cache_form is 'sampled' and {name} is {value!r}: from a few tokens drawn from the "
+                "teacher's distribution only the gradient of the forward KL can be estimated without a bias; "
+                f"take {name} {way_out}, or teacher.cache_form topk or states"
+            )

@@ -103,6 +103,7 @@ def prepare(config: Config, world: World) -> Job:
         world,
         teacher,
         expects_more=bool(unlabelled) or config.on_policy.share > 0,
+        seed=config.run.seed,
     )
     return assemble(
         config,
@@ -197,16 +198,17 @@ def build_teacher(
     teacher: Teacher | None,
     *,
     expects_more: bool,
+    seed: int,
 ) -> TeacherAnswers | None:
     """What answers for the teacher while the student learns; None if the objective wants no answers.
 
-    `teacher`: one that is loaded already. `expects_more`: others will join `features`.
+    `teacher`: one that is loaded already. `expects_more`: others will join `features`. `seed`: of the run.
     """
     wanted = weights.wanted(objective)
     if not wanted:
         return None
     return TeacherAnswers(
-        config, wanted, tokenizer, features, student, world, teacher, expects_more=expects_more
+        config, wanted, tokenizer, features, student, world, teacher, expects_more=expects_more, seed=seed
     )
 
 
