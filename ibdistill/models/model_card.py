@@ -54,6 +54,10 @@ _ENTROPY = (
     'weighing tokens by entropy: Tavor et al., "Rethinking Selective Knowledge Distillation", 2026, arXiv '
     "2602.01395"
 )
+_DRAWN = (
+    "the teacher's distributions as tokens drawn from them: Anshumann et al., \"Sparse Logit Sampling: "
+    'Accelerating Knowledge Distillation in LLMs", ACL 2025, arXiv 2503.16870'
+)
 
 
 def papers(objective: ObjectiveConfig) -> list[str]:
@@ -84,6 +88,8 @@ def card(config: Config, prompt: Prompt, scores: Any, *, why_no_template: str = 
     asks = [f"for {what} with `{name}=True`" for name, what in asks.items() if name in prompt.prefixes]
     asks = asks if "predict" in prompt.prefixes else []
     parts = [f"- {part}." for part in papers(config.objective)] or ["- fine-tuning on labels alone."]
+    if config.teacher.cache and config.teacher.cache_form == "sampled":
+        parts.append(f"- {_DRAWN}.")
     asked = f" ({', '.join(asks)})" if asks else ""
     if why_no_template:
         chat = (

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 import torch
-from harness import same, steps, tiny, weights
+from harness import FORKED, as_arguments, launch, same, steps, tiny, weights
+from safetensors.torch import load_file
 from test_teacher_answers import ONLINE
 
 from ibdistill.config.load import load_settings
@@ -141,3 +143,31 @@ def test_asking_and_reading_give_the_same_step(make_job, tmp_path, world):
 def test_what_cannot_go_with_draws_is_refused(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
         load_settings(None, tiny(tmp_path, **SAMPLED, **{"teacher.cache": "x"}) | more)
+
+
+def test_through_train_py_with_models_from_a_folder(tmp_path):
+    """A run's student becomes student and teacher of the next, at its defaults, on 2 ranks and on 1."""
+    short = {"optim.max_steps": 4, "data.subsample": 24, "run.test_limit": 4, "run.report_to": []}
+
+    def run(name, ranks, **more):
+        log = tmp_path / f"{name}.log"
+        arguments = as_arguments(tiny(tmp_path / name, **short | more))
+        assert launch([FORKED, str(ranks), *arguments], log=log) == 0, log.read_text()[-4000:]
+        return json.loads((tmp_path / name / "result.json").read_text())
+
+    run("first", 1)
+    folder = str(tmp_path / "first/student")
+    taught = {
+        "student.dropout": 0.0,
+        "student.model": folder,
+        "teacher.model": folder,
+        "teacher.placement": "replica",
+    }
+    taught |= {"objective.method": "kd", "objective.kd_later": 1.0, "objective.kd_entropy": "student"}
+    taught |= {"teacher.cache_form": "sampled", "teacher.cache": str(tmp_path / "cache")}
+    run("two", 2, **taught)
+    run("one", 1, **taught | {"teacher.placement": "cache"})
+    pairs = [load_file(tmp_path / name / "student/model.safetensors") for name in ("two", "one")]
+    assert all(torch.allclose(x, pairs[1][name], atol=1e-4) for name, x in pairs[0].items())
+    assert any(path.suffix == ".safetensors" for path in (tmp_path / "cache").iterdir())
+    assert "2503.16870" in (tmp_path / "one/student/README.md").read_text()
