@@ -7,10 +7,37 @@ from typing import TYPE_CHECKING
 from ibdistill.config.methods import METHODS, SAMPLED
 
 if TYPE_CHECKING:
-    from ibdistill.config.sections import Config
+    from ibdistill.config.sections import Config, ObjectiveConfig
 
 
 def check_distillation(config: Config) -> None:
+    """Raise ValueError where settings of the distillation term contradict each other or the rest."""
+    _check_weights(config.objective)
+    _check_sampled(config)
+    _check_sampled_cache(config)
+
+
+def _check_weights(objective: ObjectiveConfig) -> None:
+    """Raise ValueError where weights of tokens stand without what they weigh."""
+    weights = {
+        "objective.kd_first": (objective.kd_first, 0),
+        "objective.kd_later": (objective.kd_later, 0),
+        "objective.kd_entropy": (objective.kd_entropy, "none"),
+    }
+    given = [f"{name} is {value}" for name, (value, default) in weights.items() if value != default]
+    if given and not METHODS[objective.method].kd:
+        raise ValueError(
+            f"{' and '.join(given)}, which weighs the tokens of the distillation term, and objective.method "
+            f"{objective.method} has none; take kd, ib+kd, cot+kd or cot+ib+kd, or leave it out"
+        )
+    if objective.kd_entropy_share < 1 and objective.kd_entropy == "none":
+        raise ValueError(
+            f"objective.kd_entropy_share is {objective.kd_entropy_share}, and objective.kd_entropy is none: "
+            "whose entropy chooses the tokens? Take student or teacher"
+        )
+
+
+def _check_sampled(config: Config) -> None:
     """Raise ValueError where a divergence from the student's own tokens contradicts other settings."""
     objective, own, teacher = config.objective, config.on_policy, config.teacher
     if objective.divergence not in SAMPLED:
@@ -49,17 +76,41 @@ def check_distillation(config: Config) -> None:
         )
 
 
+def _check_sampled_cache(config: Config) -> None:
+    """Raise ValueError where tokens drawn from the teacher's distributions do not say enough."""
+    teacher, objective = config.teacher, config.objective
+    if not teacher.cache or teacher.cache_form != "sampled":
+        return
+    given = {
+        "objective.divergence": (objective.divergence, "forward", METHODS[objective.method].kd),
+        "objective.mi_pair": (objective.mi_pair, "student", True),
+        "objective.kd_entropy": ("teacher", "student", objective.kd_entropy == "teacher"),
+    }
+    for name, (value, way_out, is_used) in given.items():
+        if is_used and value != way_out:
+            raise ValueError(
+                f"teacher.cache_form is 'sampled' and {name} is {value!r}: from a few tokens drawn from the "
+                "teacher's distribution only the gradient of the forward KL can be estimated without a bias; "
+                f"take {name} {way_out}, or teacher.cache_form topk or states"
+            )
+
+
 def check_alignment(config: Config) -> None:
     """Raise ValueError where a teacher of another vocabulary cannot do what other settings ask of it."""
     teacher, objective = config.teacher, config.objective
     contradicting = {
         "teacher.placement is 'none', so no teacher answers; choose one": teacher.placement == "none",
-        "teacher.cache_form is 'topk', of the student's tokens; take states": bool(teacher.cache)
-        and teacher.cache_form == "topk",
+        f"teacher.cache_form is {teacher.cache_form!r}, of the student's tokens; take states": bool(
+            teacher.cache
+        )
+        and teacher.cache_form in ("topk", "sampled"),
         "objective.mi_pair is 'teacher', which pools its distribution over the student's vocabulary; take "
         "student": objective.mi_pair == "teacher",
         f"objective.divergence is {objective.divergence!r}, of a token that the teacher may not have; take "
         "reverse": objective.divergence in SAMPLED,
+        "a setting weighs tokens of the student's (objective.kd_first, kd_later, kd_entropy), which its spans "
+        "do not have; leave it out": bool(objective.kd_first or objective.kd_later)
+        or objective.kd_entropy != "none",
     }
     for reason, holds in contradicting.items():
         if objective.alignment == "text" and holds:

@@ -59,6 +59,7 @@ Seed = Annotated[int, Rule(lambda v: 0 <= v < 2**31, "in 0 .. 2**31 - 1")]
 AtLeastOne = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
 AtLeastTwo = Annotated[int, Rule(lambda v: v >= 2, "at least 2")]
 AtLeast32 = Annotated[int, Rule(lambda v: v >= 32, "at least 32")]
+Byte = Annotated[int, Rule(lambda v: 1 <= v <= 255, "in 1 .. 255")]
 NotNegativeInt = Annotated[int, Rule(lambda v: v >= 0, "0 or more")]
 
 

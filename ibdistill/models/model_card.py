@@ -45,6 +45,20 @@ _ESTIMATORS = {
     "vib": "the bottleneck between question and decoder: Alemi et al., "
     '"Deep Variational Information Bottleneck", ICLR 2017, arXiv 1612.00410',
 }
+_TOKEN_WEIGHTS = {
+    "kd_first": 'of the first tokens only: Zhang et al., "Fast and Effective On-policy Distillation from '
+    'Reasoning Prefixes", 2026, arXiv 2602.15260',
+    "kd_later": 'weighing later tokens more: Liu et al., "When Are Teacher Tokens Reliable? '
+    'Position-Weighted On-Policy Self-Distillation for Reasoning", 2026, arXiv 2605.21606',
+}
+_ENTROPY = (
+    'weighing tokens by entropy: Tavor et al., "Rethinking Selective Knowledge Distillation", 2026, arXiv '
+    "2602.01395"
+)
+_DRAWN = (
+    "the teacher's distributions as tokens drawn from them: Anshumann et al., \"Sparse Logit Sampling: "
+    'Accelerating Knowledge Distillation in LLMs", ACL 2025, arXiv 2503.16870'
+)
 
 
 def papers(objective: ObjectiveConfig) -> list[str]:
@@ -60,6 +74,8 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     if method.kd and objective.gamma != 0:
         divergence = {**DIVERGENCES, **SAMPLED}[objective.divergence].paper or objective.divergence
         found.append(f"distilling the teacher's distributions: {divergence}")
+        found += [paper for setting, paper in _TOKEN_WEIGHTS.items() if getattr(objective, setting)]
+        found += [_ENTROPY] if objective.kd_entropy != "none" else []
     return found
 
 
@@ -80,6 +96,8 @@ def card(
     asks = [f"for {what} with `{name}=True`" for name, what in asks.items() if name in prompt.prefixes]
     asks = asks if "predict" in prompt.prefixes else []
     parts = [f"- {part}." for part in papers(config.objective)] or ["- fine-tuning on labels alone."]
+    if config.teacher.cache and config.teacher.cache_form == "sampled":
+        parts.append(f"- {_DRAWN}.")
     asked = f" ({', '.join(asks)})" if asks else ""
     if why_no_template:
         chat = (

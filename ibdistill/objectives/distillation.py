@@ -31,6 +31,7 @@ from ibdistill.models.architectures import ENCODER_DECODER, family, softcap
 from ibdistill.models.families import base_of
 from ibdistill.objectives.question_terms import Bottleneck, VidMap
 from ibdistill.objectives.teacher_answers import TeacherAnswer
+from ibdistill.objectives.token_weights import weighed
 from ibdistill.objectives.weights import GRADIENT, mi_settings, pairs_of, text_of, uses_vib, uses_vid
 from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.aligned import AlignedStream, AlignedTeacher, head_loss
@@ -102,8 +103,9 @@ class _LossHead(nn.Module):
     happen inside a module that owns the head. The parameter is the model's own, not a copy.
     """
 
-    def __init__(self, head: nn.Linear, softcap: float | None) -> None:
+    def __init__(self, head: nn.Linear, softcap: float | None, objective: ObjectiveConfig) -> None:
         super().__init__()
+        self.objective = objective
         self.weight = head.weight
         self.bias = head.bias
         self.softcap = softcap
@@ -115,8 +117,11 @@ class _LossHead(nn.Module):
         total, terms = 0.0, {}
         for pair in pairs:
             arguments = pair.label, pair.rationale, self.weight, self.bias
-            own_mi = mi if pair.rationale is not None else None
-            settings = {"mi": own_mi, "teacher": pair.teacher, "softcap": self.softcap}
+            own_mi, teacher = mi if pair.rationale is not None else None, pair.teacher
+            if teacher is not None:
+                head = self.weight, self.bias, self.softcap
+                teacher = weighed(self.objective, teacher, pair.names, (pair.label, pair.rationale), head)
+            settings = {"mi": own_mi, "teacher": teacher, "softcap": self.softcap}
             loss, own = head_loss(*arguments, weights=pair.weights, **settings)
             if self.measures:
                 own |= term_gradients(*arguments, pair.weights, **settings)
@@ -200,7 +205,7 @@ class Distillation(nn.Module):
         """`teacher_width`: size of the teacher's question states, for vid; `seed`: for vid's map."""
         super().__init__()
         self.model = model
-        self.head = _LossHead(model.get_output_embeddings(), softcap(base_of(model).config))
+        self.head = _LossHead(model.get_output_embeddings(), softcap(base_of(model).config), objective)
         self.objective = objective
         self.mi = mi_settings(objective)
         width = model.get_input_embeddings().embedding_dim

@@ -4,18 +4,19 @@
     SEGMENT                  last hidden states at the segment's tokens [n, D_teacher]  `cache_form` states
     SEGMENT.ids              [n, k] int32, the k most probable tokens at each place     `cache_form` topk
     SEGMENT.probabilities    [n, k] float16, their probabilities                        `cache_form` topk
+    SEGMENT.ids, .counts, .distinct    tokens drawn at each place, see `sampled_form`   `cache_form` sampled
 
 Beside the entries a cache holds one more file: the teacher's head, which turns states into logits again,
 and the teacher's width, so that a run whose records are all in the cache need not load the teacher.
 
-The bytes and the loss of accuracy of the two forms are in teacher/README.md. `objective.mi_pair` teacher
+The bytes and the loss of accuracy of the forms are in teacher/README.md. `objective.mi_pair` teacher
 pools the teacher's distribution over the whole vocabulary, and therefore keeps states.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.ops.head_loss.softcap import capped
 from ibdistill.runtime import files
+from ibdistill.teacher import sampled_form
 from ibdistill.teacher.cache_shard import Entry, checksum
 
 logger = logging.getLogger("ibdistill")
@@ -48,26 +50,51 @@ NO_HEAD: Head = (None, None, None)
 _HEAD = "head.tensors"  # safetensors, under a name that the cache does not take for a shard
 
 
-def pack(answer: TeacherAnswer, config: TeacherConfig, temperature: float) -> dict[str, Tensor]:
-    """The tensors that are kept of an answer. `temperature` is that of the top k's probabilities."""
+def pack(
+    answer: TeacherAnswer,
+    config: TeacherConfig,
+    temperature: float,
+    uniforms: Callable[[str], Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors that are kept of an answer.
+
+    `temperature` is that of the probabilities in forms topk and sampled. `uniforms`: a segment's
+    `sampled_form.uniforms`.
+    """
     packed = {} if answer.questions is None else {"questions": answer.questions}
     for segment, target in answer.targets.items():
+        head = answer.weight, answer.bias, answer.softcap
         if config.cache_form == "states":
             packed[segment] = target.hidden
+        elif config.cache_form == "sampled":
+            drawn = sampled_form.draw(target.hidden, head, temperature, uniforms(segment))
+            packed |= {f"{segment}.{name}": x for name, x in sampled_form.pack(drawn).items()}
         else:
-            head = answer.weight, answer.bias, answer.softcap
             ids, probabilities = top_k(target.hidden, head, config.cache_top_k, temperature)
             packed |= {f"{segment}.ids": ids.int(), f"{segment}.probabilities": probabilities.half()}
     return packed
 
 
-def unpack(packed: dict[str, Tensor], head: Head) -> TeacherAnswer:
-    """The answer that `pack` has packed. `head` is read only where the kept form is states."""
+def unpack(packed: dict[str, Tensor], head: Head, vocabulary: int) -> TeacherAnswer:
+    """The answer that `pack` has packed. `head` is read only where the kept form is states.
+
+    `vocabulary`: rows of the student's head.
+    """
     questions = packed.get("questions")
     segments = [segment for segment in segments_of(SEGMENTS) if segment in packed]
     if segments:
         return TeacherAnswer(questions, {s: TeacherStream(hidden=packed[s]) for s in segments}, *head)
+    drawn = [segment for segment in segments_of(SEGMENTS) if f"{segment}.distinct" in packed]
+    if drawn:  # a pair of segments has one k
+        k = max(int(n.max()) if len(n := packed[f"{segment}.distinct"]) else 1 for segment in drawn)
     targets = {
+        segment: sampled_form.unpack(
+            *(packed[f"{segment}.{name}"] for name in ("ids", "counts", "distinct")),
+            k=k,
+            vocabulary=vocabulary,
+        )
+        for segment in drawn
+    } or {
         segment: TeacherStream(
             ids=packed[f"{segment}.ids"].long(), probabilities=packed[f"{segment}.probabilities"].float()
         )
@@ -85,7 +112,8 @@ def lengths(features: Features, indices: Sequence[int]) -> dict[str, np.ndarray]
 
 def pieces(packed: dict[str, Tensor], lengths: dict[str, np.ndarray]) -> list[Entry]:
     """Each record's part of packed tensors, where these are. `lengths`: [records] rows, by content."""
-    parts = {name: tensor.split(lengths[name.split(".")[0]].tolist()) for name, tensor in packed.items()}
+    rows = {name: lengths[name.split(".")[0]] for name in packed} | sampled_form.lengths_of(packed, lengths)
+    parts = {name: tensor.split(rows[name].tolist()) for name, tensor in packed.items()}
     return [dict(zip(parts, record, strict=True)) for record in zip(*parts.values(), strict=True)]
 
 
@@ -105,9 +133,12 @@ def fingerprint(
     wanted: Wanted,
     tokenizer: PreTrainedTokenizerBase,
     theirs: PreTrainedTokenizerBase | None = None,
+    *,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Everything that a record's entry depends on besides its tokens. `theirs`: the tokenizer of a teacher of
-    another vocabulary than that of the student's `tokenizer`; None: it reads the student's tokens."""
+    another vocabulary than that of the student's `tokenizer`; None: it reads the student's tokens. `seed`: of
+    the form sampled."""
     holds = ["question states"] * wanted.questions + ["target states"] * wanted.targets
     found = {
         "teacher": families.identity(config.model),
@@ -123,6 +154,8 @@ def fingerprint(
         found["teacher_tokenizer"] = _digest(theirs)
     if wanted.targets and config.cache_form == "topk":
         found |= {"top_k": config.cache_top_k, "temperature": wanted.temperature}
+    if wanted.targets and config.cache_form == "sampled":
+        found |= {"samples": config.cache_samples, "temperature": wanted.temperature, "seed": seed}
     return found
 
 

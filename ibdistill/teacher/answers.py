@@ -41,7 +41,7 @@ from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
-from ibdistill.teacher import answer_tensors
+from ibdistill.teacher import answer_tensors, sampled_form
 from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
@@ -77,6 +77,7 @@ class TeacherAnswers:
         *,
         expects_more: bool = False,
         alignment: TextAlignment | None = None,
+        seed: int = 0,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
 
@@ -87,6 +88,7 @@ class TeacherAnswers:
             features: the token tables of the training records.
             student: the model whose head and family the answers must fit.
             teacher: a loaded teacher that answers `wanted`; None: one is loaded if it is needed.
+            seed: of the tokens that a cache of form sampled draws.
             expects_more: whether `set_features` will bring more records, for which a teacher is needed.
             alignment: for a teacher of another vocabulary; None: it has the student's.
 
@@ -98,11 +100,12 @@ class TeacherAnswers:
         self.alignment, theirs = alignment, alignment and alignment.tokenizer
         self._student_rows = student.get_output_embeddings().weight.shape[0]
         self._head_rows = None if alignment else self._student_rows
+        self._seed = seed
         self._layout = families.layout(student, tokenizer)
         self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
         self._cache = self._writer = None
         if config.cache:
-            fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer, theirs)
+            fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer, theirs, seed=seed)
             self._cache = AnswerCache(Path(config.cache), fingerprint, rank=world.rank)
             self._writer = CacheWriter(self._cache)
         self._reads = True
@@ -244,7 +247,8 @@ class TeacherAnswers:
             answer = self.teacher(self._for_teacher(*asked, batch))
             if self._cache is None:
                 return answer
-            packed = answer_tensors.pack(answer, self._config, self._wanted.temperature)
+            uniforms = partial(self.uniforms_of, indices, self._config.cache_samples, self._seed)
+            packed = answer_tensors.pack(answer, self._config, self._wanted.temperature, uniforms)
         if self._reads:
             # the host goes on while the answer is on its way to it, and puts it into the cache later
             keys = [None if old else self._keys[i] for i, old in zip(indices, known, strict=True)]
@@ -286,7 +290,12 @@ class TeacherAnswers:
         if head is None:
             needed = self._wanted.targets and self._config.cache_form == "states"
             head = self.teacher.head() if needed else NO_HEAD
-        return answer_tensors.unpack(packed, head)
+        return answer_tensors.unpack(packed, head, self._head_rows)
+
+    def uniforms_of(self, indices: Sequence[int], n: int, seed: int, segment: str) -> Tensor:
+        """What n draws per position of a segment are made of, for the records with these indices."""
+        keys, lengths = [self._key(i) for i in indices], self._features.targets[segment].lengths[indices]
+        return sampled_form.uniforms(keys, segment, lengths, n, seed)
 
     def _read_head(self) -> tuple[int, Head] | None:
         """The teacher's width, and its head with the rows of `Teacher.head`; None if it cannot be read."""

@@ -113,6 +113,7 @@ def prepare(config: Config, world: World) -> Job:
         teacher,
         expects_more=bool(unlabelled) or config.on_policy.share > 0,
         alignment=alignment,
+        seed=config.run.seed,
     )
     return assemble(
         config,
@@ -208,16 +209,17 @@ def build_teacher(
     *,
     expects_more: bool,
     alignment: TextAlignment | None = None,
+    seed: int,
 ) -> TeacherAnswers | None:
     """What answers for the teacher while the student learns; None if the objective wants no answers.
 
     `teacher`: one that is loaded already. `expects_more`: others will join `features`. `alignment`: for a
-    teacher of another vocabulary.
+    teacher of another vocabulary. `seed`: of the run.
     """
     wanted = weights.wanted(objective)
     if not wanted:
         return None
-    more = {"expects_more": expects_more, "alignment": alignment}
+    more = {"expects_more": expects_more, "alignment": alignment, "seed": seed}
     return TeacherAnswers(config, wanted, tokenizer, features, student, world, teacher, **more)
 
 

@@ -1,6 +1,7 @@
 """The Triton implementation, in Triton's interpreter on a CPU, against the reference in float64."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,6 +108,16 @@ def test_estimates_from_the_labels(generator, divergence, mi, sides):
     teacher = white_box(case, generator, SIDES[sides], divergence, 0.3, 1.0, 0.8)
     for chunk_rows in (8, 1000):
         check(case, weights=ALL, mi=mi, teacher=teacher, softcap=1.5, chunk_bytes=chunk_rows * 48 * 4)
+
+
+@pytest.mark.parametrize("teacher", [white_box, top_k])
+def test_weights_of_positions(generator, teacher):
+    case = make(generator, FEWER)
+    teacher = teacher(case, generator, (1, 1), "forward", 0.3, 1.7)
+    weights = torch.rand(len(case[1].labels), generator=generator)
+    teacher = replace(teacher, explain=teacher.explain._replace(weights=weights))
+    for chunk_rows in (8, 1000):
+        check(case, weights=ALL, teacher=teacher, chunk_bytes=chunk_rows * 48 * 4)
 
 
 @pytest.mark.parametrize("k", [1, V])

@@ -1,6 +1,8 @@
 """Estimates of the divergence from one token per position: their means over a whole vocabulary, and the torch
 implementation against the reference."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from head_loss_cases import PAIRED, assert_same, evaluate, make_head, name_of
@@ -84,6 +86,28 @@ def test_equals_the_reference(case, generator, name, chunk_rows):
         arguments = {"weights": ALL, "mi": mi, "teacher": teacher, "upstream": -1.7, "softcap": 4.0}
         got = evaluate(fused, *case, **arguments, chunk_bytes=chunk_rows * len(case[2]) * 8)
         assert_same(got, evaluate(head_loss_reference, *case, **arguments))
+
+
+@pytest.mark.parametrize("name", ["forward", "k1"])
+def test_weights_of_positions(case, generator, name):
+    """Equal to the reference, and the reference to a sum over calls with one position each."""
+    teacher = teacher_of(case, generator, divergence=name)
+    weights = torch.rand(len(case[1].labels), generator=generator, dtype=torch.float64)
+    heavy = replace(teacher, explain=teacher.explain._replace(weights=weights))
+    for rows in (10, 1000):
+        got = evaluate(fused, *case, weights=ALL, teacher=heavy, chunk_bytes=rows * len(case[2]) * 8)
+        assert_same(got, evaluate(head_loss_reference, *case, weights=ALL, teacher=heavy))
+    total = 0.0
+    for i in (case[1].labels >= 0).nonzero()[:, 0].tolist():
+        one = Stream(case[1].hidden[i : i + 1], case[1].labels[i : i + 1], torch.tensor([0, 1]))
+        target = TeacherStream(teacher.explain.hidden[i : i + 1])
+        alone = TeacherDistributions(target, None, teacher.weight, teacher.bias, name)
+        _, terms = head_loss_reference(one, None, *case[2:], weights=ALL, teacher=alone)
+        total = total + weights[i] * terms["kd_predict"]
+    torch.testing.assert_close(got[1]["kd_explain"], total)
+    few = replace(heavy, explain=heavy.explain._replace(weights=weights[1:]))
+    with pytest.raises(ValueError, match="teacher.explain.weights must be"):
+        fused(*case, weights=ALL, teacher=few)
 
 
 @pytest.mark.parametrize("mi", PAIRED[:2], ids=name_of)

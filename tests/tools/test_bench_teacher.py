@@ -37,5 +37,9 @@ def test_more_of_the_teacher_is_kept_with_more_bytes(tmp_path):
         ("states bf16", 2 * 96),
         *((f"top {k}", 6 * k) for k in (8, 16, 32, 64, 128)),
     ]
+    drawn = re.findall(r"^sampled (12|50) +(\d+) +- +(\S+) +\(the mean's: (\S+)\)$", printed, re.M)
+    (few, few_bytes, few_moved, few_mean), (many, many_bytes, many_moved, many_mean) = drawn
+    assert (few, many) == ("12", "50") and 6 < int(few_bytes) <= 1 + 5 * 12 < int(many_bytes) <= 1 + 5 * 50
+    assert float(many_moved) < float(few_moved) and float(many_mean) < float(few_mean) < float(few_moved) / 2
     moved = [float(gradient) for _, _, _, gradient in rows]
     assert moved[0] < 0.02 and moved[1:] == sorted(moved[1:], reverse=True) and moved[1] > 3 * moved[-1]

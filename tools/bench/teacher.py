@@ -42,6 +42,7 @@ import torch
 
 from ibdistill import train
 from ibdistill.config.load import load_settings
+from ibdistill.config.sections import TeacherConfig
 from ibdistill.models import presets
 from ibdistill.models.forward import states
 from ibdistill.objectives import weights as objectives_weights
@@ -49,9 +50,12 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
-from ibdistill.teacher.answer_tensors import top_k
+from ibdistill.teacher.answer_tensors import NO_HEAD, pack, top_k, unpack
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
+
+SEEDS = 16
+"""Sets of draws of the cache's form sampled."""
 
 VARIANTS = ("none", "replica", "zero3", "cache")
 
@@ -193,14 +197,14 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
         rows, batch = job.micro_batches()[0]
         answer, module = job.teacher_answers.of(rows, batch), job.engine.module.eval()
         weights = objectives_weights.step_weights(job.config.objective, job.sampler.counts(0))
+        weights = {name: factor if name.startswith("kd_") else 0.0 for name, factor in weights.items()}
 
         def kd(answer: TeacherAnswer) -> tuple[float, torch.Tensor]:
             """The distillation term and its gradient, in one vector."""
-            total, terms = module(batch, weights, answer)
-            plain = total - sum(weights[f"kd_{s}"] * terms[f"kd_{s}"] for s in job.streams)
+            total, _ = module(batch, weights, answer)
             parameters = [p for p in module.parameters() if p.requires_grad]
             gradient = torch.autograd.grad(total, parameters)
-            return float((total - plain).detach()), torch.cat([g.flatten() for g in gradient])
+            return float(total.detach()), torch.cat([g.flatten() for g in gradient])
 
         loss, gradient = kd(answer)
         width = answer.targets["predict"].hidden.shape[1]
@@ -218,6 +222,22 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
             moved_loss, moved = kd(form)
             relative = float((moved - gradient).norm() / gradient.norm())
             print(f"{name:14}{size:11}{abs(moved_loss - loss) / loss:12.1e}{relative:16.1e}")
+        print(f"\nmean of {SEEDS} sets of draws; the error of their mean gradient")
+        for n in (12, 50):
+            moves, mean, kept_tokens = [], 0.0, 0.0
+            for seed in range(SEEDS):
+                answers = TeacherConfig(cache_form="sampled", cache_samples=n)
+                packed = pack(answer, answers, 1.0, partial(job.teacher_answers.uniforms_of, rows, n, seed))
+                positions = sum(len(packed[f"{s}.distinct"]) for s in answer.targets)
+                kept_tokens += sum(len(packed[f"{s}.ids"]) for s in answer.targets) / positions / SEEDS
+                moved = kd(unpack(packed, NO_HEAD, len(answer.weight)))[1]
+                moves.append(float((moved - gradient).norm() / gradient.norm()))
+                mean = mean + moved / SEEDS
+            relative = float((mean - gradient).norm() / gradient.norm())
+            print(
+                f"sampled {n:<6}{1 + 5 * kept_tokens:11.0f}{'-':>12}{np.mean(moves):16.1e}"
+                f"  (the mean's: {relative:.1e})"
+            )
 
 
 if __name__ == "__main__":

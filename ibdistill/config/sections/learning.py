@@ -66,6 +66,17 @@ class ObjectiveConfig:
     """none: student and teacher must have one vocabulary. text: the teacher may have another tokenizer and
     reads the same text in its own tokens; `kd` compares both where their tokens end at the same byte
     (`ops/head_loss/aligned.py`), and `vid` takes the mean of the teacher's states there."""
+    kd_first: ShareOrSteps = 0
+    """Only the first tokens of each rationale and own text are distilled: so many, or below 1 that share of
+    them; 0: all. The papers of this and the next three are in `objectives/token_weights.py`."""
+    kd_later: NotNegative = 0.0
+    """Later tokens weigh more in the distillation term: a token's weight is its place in the text, between 0
+    and 1, to this power; 0: all weigh the same."""
+    kd_entropy: Literal["none", "student", "teacher"] = "none"
+    """Whose entropy at a token is the token's weight in the distillation term; none: nobody's."""
+    kd_entropy_share: Share = 1.0
+    """Below 1: instead, only that share of each text's tokens is distilled, those with the largest
+    `kd_entropy`."""
 
 
 @dataclass(kw_only=True)

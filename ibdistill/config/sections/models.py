@@ -8,6 +8,7 @@ from typing import Literal
 from ibdistill.config.fields import (
     AtLeast32,
     AtLeastOne,
+    Byte,
     ClosedShare,
     Decay,
     NotNegative,
@@ -68,12 +69,16 @@ class TeacherConfig:
     """Weights in 8 bits through bitsandbytes; a GPU and placement replica only."""
     cache: str = ""
     """Folder where the teacher's answers are kept, so that it scores every question once; empty: nowhere."""
-    cache_form: Literal["auto", "states", "topk"] = "auto"
-    """What is kept per target position: the last hidden state, or the most probable tokens. auto: topk, but
-    states for `objective.mi_pair` teacher, which pools over every token. `teacher/README.md` has the bytes
-    that each form takes."""
+    cache_form: Literal["auto", "states", "topk", "sampled"] = "auto"
+    """What is kept per target position: the last hidden state, the most probable tokens, or tokens drawn from
+    the distribution (for divergence forward). auto: topk, but states for `objective.mi_pair` teacher, which
+    pools over every token, and for divergence k1, k2 and k3. `teacher/README.md` has the bytes that each form
+    takes."""
     cache_top_k: AtLeastOne = 64
     """Tokens per position that `cache_form` topk keeps; the probability of all others is one number."""
+    cache_samples: Byte = 12
+    """Draws per position of `cache_form` sampled, with `run.seed`; a token that is drawn again is kept once,
+    with a count of one byte."""
     rationales: Literal["none", "missing", "all"] = "none"
     """Training records that the teacher explains and answers; missing: those without a rationale or label."""
     keep: Literal["all", "agree"] = "all"

@@ -248,7 +248,7 @@ def _flat(
     teacher: TeacherDistributions | None,
 ) -> tuple[list[Tensor | None], str, float, float, float | None]:
     if teacher is None:
-        return [None] * 8, "forward", 0.5, 1.0, None
+        return [None] * (2 * len(TeacherStream._fields) + 2), "forward", 0.5, 1.0, None
     tensors = [*(teacher.predict or TeacherStream()), *(teacher.explain or TeacherStream())]
     tensors = [None if x is None else x.detach() for x in (*tensors, teacher.weight, teacher.bias)]
     return tensors, teacher.divergence, teacher.beta, teacher.temperature, teacher.softcap
@@ -264,9 +264,10 @@ def _teacher(
     """What `_flat` has flattened."""
     if all(x is None for x in tensors):
         return None
-    streams = [TeacherStream(*tensors[i : i + 3]) for i in (0, 3)]
+    n = len(TeacherStream._fields)
+    streams = [TeacherStream(*tensors[i : i + n]) for i in (0, n)]
     streams = [None if all(x is None for x in stream) else stream for stream in streams]
-    return TeacherDistributions(*streams, *tensors[6:], divergence, beta, temperature, softcap)
+    return TeacherDistributions(*streams, *tensors[2 * n :], divergence, beta, temperature, softcap)
 
 
 def _term_names(has_explain: bool, mi: MISettings | None, teacher: TeacherDistributions | None) -> list[str]:

@@ -49,7 +49,7 @@ def check_arguments(
         _check_pair(teacher)
     if teacher is not None:
         targets = [s for s in (teacher.predict, teacher.explain) if s is not None]
-        shapes = {tuple(None if x is None else x.shape[1:] for x in s) for s in targets}
+        shapes = {tuple(None if x is None else x.shape[1:] for x in s[:3]) for s in targets}
         if len(shapes) != 1:
             raise ValueError("teacher: give one or both streams, both hidden states or both the same top k")
         for name, stream in (("predict", predict), ("explain", explain)):
@@ -83,6 +83,8 @@ def _check_teacher(
     if stream is None:
         raise ValueError(f"teacher.{name} is given, but there is no {name} stream")
     n, vocabulary = stream.hidden.shape[0], weight.shape[0]
+    if target.weights is not None and target.weights.shape != (n,):
+        raise ValueError(f"teacher.{name}.weights must be [N] = [{n}], not {list(target.weights.shape)}")
     if target.hidden is not None and target.ids is None and target.probabilities is None:
         head, hidden = teacher.weight, target.hidden
         if head is None or head.ndim != 2 or head.shape[0] != vocabulary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -111,6 +112,8 @@ class TeacherStream(NamedTuple):
     probabilities: Tensor | None = None
     """[N, k]: their probabilities at `TeacherDistributions.temperature`. The rest of the probability is the
     tail, one bucket."""
+    weights: Tensor | None = None
+    """[N]: what each position's divergence is multiplied with; None: 1."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,6 +169,22 @@ class TeacherDistributions:
     def is_top_k(self) -> bool:
         """Whether the teacher is given by its top k instead of its hidden states."""
         return any(s is not None and s.ids is not None for s in (self.predict, self.explain))
+
+
+def field_of_streams(teacher: TeacherDistributions, field: str, counts: Sequence[int]) -> list[Tensor] | None:
+    """One field of the teacher's streams, [rows, ...] for each of `counts` streams; None where none has it.
+
+    A stream without it gets ones as `weights` and else zeros, since it then has nothing to say.
+    """
+    given = [None if s is None else getattr(s, field) for s in (teacher.predict, teacher.explain)]
+    example = next((x for x in given if x is not None), None)
+    if example is None:
+        return None
+    fill = int(field == "weights")
+    return [
+        example.new_full((count, *example.shape[1:]), fill) if x is None else x.detach()
+        for count, x in zip(counts, given, strict=False)
+    ]
 
 
 class Call(NamedTuple):

@@ -86,6 +86,8 @@ def head_loss_reference(
             else:
                 student = torch.log_softmax(logits / teacher.temperature, -1)
                 kd = _distil(student, teacher, target, dtype)[keep]
+            if target.weights is not None:
+                kd = kd * target.weights[keep].to(dtype)
             terms[f"kd_{name}"] = kd.sum()
         values, pool = (hidden, pool_states) if space == "state" else (log_p, pool_logs)
         if name == "explain" and mi is not None and mi.pair == "teacher":

@@ -5,7 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ibdistill.ops.head_loss.arguments import BLOCK_ROWS, SMALLEST_PROBABILITY, Call
+from ibdistill.ops.head_loss.arguments import (
+    BLOCK_ROWS,
+    SMALLEST_PROBABILITY,
+    Call,
+    TeacherStream,
+    field_of_streams,
+)
 from ibdistill.ops.head_loss.divergences import loss_and_gradient
 from ibdistill.ops.head_loss.packing import Rows
 from ibdistill.ops.head_loss.sampled_token import value_and_factor
@@ -26,22 +32,19 @@ class TorchDistiller:
         self.taught = torch.where(self.is_explain, on[1], on[0])
         self.factor = torch.full_like(self.losses, call.weights.kd_predict)
         self.factor.masked_fill_(self.is_explain, call.weights.kd_explain).mul_(call.teacher.temperature)
-        self.hidden, self.ids, self.probabilities = (self._pack(call, rows, i) for i in range(3))
+        self.hidden, self.ids, self.probabilities, self.weights = (
+            self._pack(call, rows, field) for field in TeacherStream._fields
+        )
+        if self.weights is not None:
+            self.factor.mul_(self.weights)
         if self.hidden is not None:
             self.head = ChunkedLinear(self.hidden, call.teacher.weight.detach(), call.teacher.bias)
 
-    def _pack(self, call: Call, rows: Rows, field: int) -> Tensor | None:
-        """One field of the teacher's streams in the order of the rows; zeros where it has nothing to say."""
-        fields = [(call.teacher.predict, call.predict), (call.teacher.explain, call.explain)]
-        example = next((target[field] for target, _ in fields if target is not None), None)
-        if example is None:
-            return None
-        parts = [
-            example.new_zeros(stream.hidden.shape[0], example.shape[1]) if target is None else target[field]
-            for target, stream in fields
-            if stream is not None
-        ]
-        return torch.cat(parts).detach()[rows.order]
+    def _pack(self, call: Call, rows: Rows, field: str) -> Tensor | None:
+        """One field of the teacher's streams in the order of the rows; see `field_of_streams`."""
+        counts = [len(stream.labels) for stream in (call.predict, call.explain) if stream is not None]
+        parts = field_of_streams(call.teacher, field, counts)
+        return None if parts is None else torch.cat(parts)[rows.order]
 
     def log_probabilities(self, a: int, b: int) -> Tensor:
         """The teacher's log probabilities at temperature 1 for the rows a to b, [b - a, V].
@@ -114,4 +117,5 @@ class TorchDistiller:
     def terms(self) -> dict[str, Tensor]:
         """Sums over the rows of each stream that the teacher has."""
         mine = {"predict": ~self.is_explain, "explain": self.is_explain}
-        return {f"kd_{name}": self.losses[mine[name]].sum() for name, has in self.has.items() if has}
+        losses = self.losses if self.weights is None else self.losses * self.weights
+        return {f"kd_{name}": losses[mine[name]].sum() for name, has in self.has.items() if has}

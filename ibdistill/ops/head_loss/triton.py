@@ -38,7 +38,7 @@ import triton
 from torch import Tensor
 
 from ibdistill.ops.copies import to_device
-from ibdistill.ops.head_loss.arguments import STREAMS, Call, Stream, TeacherDistributions, TeacherStream
+from ibdistill.ops.head_loss.arguments import STREAMS, Call, Stream, TeacherStream, field_of_streams
 from ibdistill.ops.head_loss.estimators import ESTIMATORS, barber_agakov
 from ibdistill.ops.head_loss.kernels import NORMALIZED
 from ibdistill.ops.head_loss.triton_group import GroupState
@@ -95,24 +95,10 @@ class _Work:
             rows = max(1, min(self.size, sum(self.counts)))
             self.logits = GroupBuffer(weight, sum(self.counts), self.size, padded, needs_weight=needs[2])
             self.teacher_buffer = example.new_empty(rows, padded) if buffers == 2 else None
-        self.teacher_fields = None if call.teacher is None else self._teacher_fields(call.teacher)
-
-    def _teacher_fields(self, teacher: TeacherDistributions) -> list[list[Tensor] | None]:
-        """The fields of `TeacherStream`, each for every stream; zeros where the teacher says nothing."""
-        given = [teacher.predict, teacher.explain]
-        fields: list[list[Tensor] | None] = []
-        for i in range(len(TeacherStream._fields)):
-            example = next(target[i] for target in given if target is not None)
-            if example is None:
-                fields.append(None)
-                continue
-            fields.append(
-                [
-                    example.new_zeros(count, example.shape[1]) if target is None else target[i].detach()
-                    for count, target in zip(self.counts, given, strict=False)
-                ]
-            )
-        return fields
+        self.teacher_fields: list[list[Tensor] | None] | None = None
+        if call.teacher is not None:
+            fields = TeacherStream._fields
+            self.teacher_fields = [field_of_streams(call.teacher, field, self.counts) for field in fields]
 
     def _cut(self, group: Group, tensors: list[Tensor]) -> Tensor:
         """The group's rows of a tensor of each stream."""

@@ -63,6 +63,8 @@ class GroupState:
             0.0 if teacher.explain is None else weights.kd_explain,
         )
         taught = self._by_stream(on) * teacher.temperature
+        if targets.weights is not None:
+            taught = taught * targets.weights.float()
         self.distiller = TritonDistiller(self.plan, targets, buffer, self.labels, taught)
 
     def distil(self, z: Tensor, a: int, b: int) -> None:
@@ -108,6 +110,8 @@ class GroupState:
             sums.add(f"correct_{name}", self.correct[mine].sum())
             if self.distiller is not None and getattr(teacher, name) is not None:
                 losses = torch.where(self.kept[mine], self.distiller.losses[mine], 0.0)
+                if self.distiller.targets.weights is not None:
+                    losses = losses * self.distiller.targets.weights[mine]
                 sums.add(f"kd_{name}", losses.sum() * teacher.temperature**2)
             offset += count
         if self.plan.is_pooled:
