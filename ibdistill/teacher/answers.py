@@ -44,7 +44,7 @@ from ibdistill.runtime.distributed import World
 from ibdistill.teacher import answer_tensors
 from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
-from ibdistill.teacher.cache_shard import Entry, key_of
+from ibdistill.teacher.cache_shard import Entry, record_key
 from ibdistill.teacher.cache_writer import CacheWriter
 from ibdistill.teacher.teacher import SHARDED, Teacher
 from ibdistill.teacher.vocabulary import fit_rows
@@ -88,13 +88,13 @@ class TeacherAnswers:
             expects_more: whether `set_features` will bring more records, for which a teacher is needed.
 
         Raises:
-            ValueError: as `Teacher` and `AnswerCache` raise it, and where placement is cache and records are
-                missing.
+            ValueError: as `Teacher` and `AnswerCache` raise it, and where placement is cache, or server,
+                whose answers are there already, and records are missing.
         """
         self._config, self._wanted, self._features, self._world = config, wanted, features, world
         self._head_rows = student.get_output_embeddings().weight.shape[0]
         self._layout = families.layout(student, tokenizer)
-        self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
+        self._keys = [record_key(features, i) for i in range(len(features))] if config.cache else []
         self._cache = self._writer = None
         if config.cache:
             fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer)
@@ -106,7 +106,7 @@ class TeacherAnswers:
         kept = None if missing or expects_more else self._read_head()
         self.teacher = None
         if kept is None:
-            if config.placement == "cache":
+            if config.placement in ("cache", "server"):
                 records = f"{missing} of the {len(features)} training records"
                 what = records if missing else "the teacher's head"
                 raise ValueError(
@@ -146,7 +146,7 @@ class TeacherAnswers:
         self._features, self._reads = features, keeps or len(features) == unchanged
         if self._keys and keeps:
             del self._keys[unchanged:]
-            self._keys += [self._key(i) for i in range(unchanged, len(features))]
+            self._keys += [record_key(features, i) for i in range(unchanged, len(features))]
         self._wait()  # and forget what was begun: its indices are those of the old features
 
     @property
@@ -203,11 +203,6 @@ class TeacherAnswers:
         """Write out the entries that are not on disk yet. This has to be called before a checkpoint."""
         if self._writer is not None:
             self._writer.flush()
-
-    def _key(self, index: int) -> bytes:
-        features = self._features
-        tables = *features.questions.values(), *features.targets.values()
-        return key_of(*(table[index] for table in tables))
 
     def _missing(self) -> int:
         """The number of training records that are not in the cache, the same on every rank. Collective."""

@@ -33,10 +33,10 @@ from ibdistill.objectives import distillation, weights
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed, random_state
 from ibdistill.runtime.distributed import StopRequest, World
-from ibdistill.teacher import writing
+from ibdistill.teacher import server_scoring, writing
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import device, on_policy, pseudo_labels, run_folder
+from ibdistill.training import device, early_checks, on_policy, pseudo_labels, run_folder
 from ibdistill.training.build_student import build_student
 from ibdistill.training.checkpoint import Checkpoints, TrainState
 from ibdistill.training.engine import build_engine
@@ -78,7 +78,7 @@ def prepare(config: Config, world: World) -> Job:
         records,
         folder,
         config.run.seed,
-        teacher="" if config.teacher.placement in ("none", "cache") else config.teacher.model,
+        teacher=config.teacher.model if early_checks.needs_teacher_files(config) else "",
     )
     if writes and not trains_tokenizer:
         vocabulary = student.get_output_embeddings().weight.shape[0]
@@ -102,6 +102,7 @@ def prepare(config: Config, world: World) -> Job:
         student,
         world,
         teacher,
+        stop,
         expects_more=bool(unlabelled) or config.on_policy.share > 0,
     )
     return assemble(
@@ -130,6 +131,7 @@ def open_run(config: Config, world: World) -> Path:
     settle_ds_config(config, world.size)
     device.settle_precision(config, world)
     folder = Path(config.run.dir)
+    distributed.run_on_rank_0(lambda: server_scoring.check(config))
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     memory_check.check(config, world)
     if world.device.type == "cuda":
@@ -195,16 +197,22 @@ def build_teacher(
     student: nn.Module,
     world: World,
     teacher: Teacher | None,
+    stop: StopRequest,
     *,
     expects_more: bool,
 ) -> TeacherAnswers | None:
     """What answers for the teacher while the student learns; None if the objective wants no answers.
 
-    `teacher`: one that is loaded already. `expects_more`: others will join `features`.
+    A teacher behind a server gives all its answers here. `teacher`: one that is loaded already.
+    `expects_more`: others will join `features`.
     """
     wanted = weights.wanted(objective)
     if not wanted:
         return None
+    if config.placement == "server":
+        head_rows = student.get_output_embeddings().weight.shape[0]
+        streams = weights.teacher_streams(objective)
+        server_scoring.fill(config, wanted, tokenizer, features, streams, head_rows, stop)
     return TeacherAnswers(
         config, wanted, tokenizer, features, student, world, teacher, expects_more=expects_more
     )
