@@ -67,7 +67,8 @@ class ServerWriter:
         """The texts about some records, each kept at once, and the tokens that they took."""
         found: dict[str, Texts] = {}
         try:
-            for (record, key, _), text in self._endpoints.each(self._ask, part, stop):
+            for (record, key, _), (text, used) in self._endpoints.each(self._ask, part, stop):
+                self._used.update(used)
                 found[key] = {"answer": text}
                 if failure := keep(self._path, [(record, key, found[key])]):
                     raise ValueError(failure)
@@ -78,8 +79,8 @@ class ServerWriter:
                 logger.info("teacher's text cost %s", counts)
         return found
 
-    def _ask(self, item: tuple[Record, str, Texts]) -> str:
-        """What the server writes about one (record, key, prompts)."""
+    def _ask(self, item: tuple[Record, str, Texts]) -> tuple[str, dict[str, int]]:
+        """What the server writes about one (record, key, prompts), and what it counts."""
         _, key, prompts = item
         config, data = self._config, self._config.data
         body = {
@@ -92,7 +93,7 @@ class ServerWriter:
         }
         return self._endpoints.post(ROUTE, body, self._read)
 
-    def _read(self, answer: Any) -> str:
+    def _read(self, answer: Any) -> tuple[str, dict[str, int]]:
         try:
             text = answer["choices"][0]["message"]["content"]
             usage = {name: int((answer.get("usage") or {}).get(name, 0)) for name in _USAGE}
@@ -100,9 +101,9 @@ class ServerWriter:
             raise ValueError(
                 f"its answer has not the form of {ROUTE} ({type(error).__name__} {str(error)[:100]})"
             ) from error
-        self._used.update(usage | {"requests": 1})
         # a model that was cut off while it still thought has written nothing
-        return text.encode(errors="replace").decode() if isinstance(text, str) else ""
+        text = text.encode(errors="replace").decode() if isinstance(text, str) else ""
+        return text, usage | {"requests": 1}
 
 
 def fingerprint(config: Config, template: str) -> dict[str, Any]:

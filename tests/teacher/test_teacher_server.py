@@ -142,6 +142,18 @@ def fill(world, settings, stop=None, **more):
     server_scoring.fill(config.teacher, wanted, tokenizer, features, streams, rows, stop or StopRequest())
 
 
+def test_segments_of_one_row_get_their_own_places(make_job, tmp_path, settings, server):
+    """Rationale and answer of the stream `reason`, which the server sees as one text."""
+    found = {}
+    for name, more in {"local": {"teacher.placement": "replica"}, "server": at(server)}.items():
+        mine = settings | {"objective.method": "cot+kd", "teacher.cache": str(tmp_path / f"cache-{name}")}
+        found[name] = answer_and_loss(make_job(tmp_path / name, **mine | more))
+    assert found["server"][1] == pytest.approx(found["local"][1], rel=1e-5)
+    assert found["server"][1].keys() == {"kd_rationale", "kd_answer"}
+    ids = {name: {s: t.ids for s, t in answer.targets.items()} for name, (answer, _) in found.items()}
+    assert all(torch.equal(ids["server"][segment], of) for segment, of in ids["local"].items())
+
+
 def test_faults_that_pass_cost_nothing_but_time(world, settings, server, tmp_path):
     """Every third request fails, in each of the ways; two addresses, of which one is dead in the meantime."""
     faults = ["429", "500", "cut", "slow", "503"]
