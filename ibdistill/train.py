@@ -4,8 +4,8 @@
 
 The same command continues an interrupted run. `deepspeed --quiet` leaves the launcher's own lines out.
 Exit codes: 0 done, 2 bad input or a run folder that another job works on, 3 diverged, 5 trained but
-not all could be written (start it again once there is space), 85 saved after SIGUSR1 (start it
-again), 143 saved after SIGTERM.
+not all could be written (start it again once there is space), 6 the teacher's server is down (start
+both again), 85 saved after SIGUSR1 (start it again), 143 saved after SIGTERM.
 """
 
 # ruff: noqa: E402

@@ -7,8 +7,8 @@ Settings are those of the run (`train.py --help`); `teacher.rationales` is missi
 texts go to `teacher.rationale_cache`, or else `RUN/rationales`, where the run itself finds
 them; with `teacher.placement cache` it then needs no teacher. The same command goes on where
 it stopped. `--part i/n` does the i-th (from 0) of n shares, of which n independent processes or
-jobs may write to one folder. Exit codes: 0 done, 2 bad input, 85 and 143 stopped by SIGUSR1
-and SIGTERM.
+jobs may write to one folder. Exit codes: 0 done, 2 bad input, 6 the teacher's server is down (start
+it again), 85 and 143 stopped by SIGUSR1 and SIGTERM.
 """
 
 # ruff: noqa: E402
@@ -31,7 +31,7 @@ from ibdistill.data import loading
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest
-from ibdistill.teacher import writing
+from ibdistill.teacher import server_scoring, writing
 from ibdistill.training import early_checks, pseudo_labels
 
 
@@ -44,6 +44,7 @@ def main() -> None:
         config = load_settings(given.first, given.settings)
         config.rationale_folder()  # before the data is read
         distributed.run_on_rank_0(lambda: early_checks.check(config))
+        distributed.run_on_rank_0(lambda: server_scoring.check(config, scores=False))
         memory_check.check_models(config, world, with_student=False, with_teacher=True)
         records = loading.load(config.data, needs_rationale=False).train
         records += pseudo_labels.questions(config.data, "taught")

@@ -16,6 +16,7 @@
 #     3  diverged
 #     4  restarted MAX_RESTARTS times without a new checkpoint
 #     5  trained, but something could not be written; the same command finishes it
+#     6  the teacher's server gave no answer for too long; the same command goes on
 #    85  saved after SIGUSR1; seen only where Slurm refused to requeue
 #   143  saved after SIGTERM (scancel); never requeued
 #   137  a rank was killed; srun's line in the log names it

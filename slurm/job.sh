@@ -68,6 +68,7 @@ launch() { # FOLDER PROGRAM [ARGUMENT ...]: run it, one task a GPU, and end with
       scontrol requeue "$job" || say "Slurm did not requeue it: submit the same command again"
       ;;
     5) say "trained, but not everything could be written: see the lines with 'error' above; the same command finishes it" ;;
+    6) say "the teacher's server gave no answer for too long; the same command goes on once it does" ;;
     2) say "bad input: see the line with 'error' above" ;;
     *)
       say "failed with exit code $code; srun's first 'error: HOST: task N' line names the rank. The same command" \

@@ -21,6 +21,7 @@
 #     0  done: all of the job's, or the element's, share is written
 #     2  bad input, or no virtual environment; the log says what
 #     4  restarted MAX_RESTARTS times without a new text
+#     6  the teacher's server gave no answer for too long; the same command goes on
 #    85  stopped by SIGUSR1; seen only where Slurm refused to requeue
 #   143  stopped by SIGTERM (scancel); never requeued
 #   137  a rank was killed; srun's line in the log names it

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ibdistill.config import teacher_consistency
 from ibdistill.config.distillation import check_alignment, check_distillation
 from ibdistill.config.methods import METHODS, SAMPLED
 from ibdistill.config.zero_file import zero_stage
 
 if TYPE_CHECKING:
-    from ibdistill.config.sections import Config, ObjectiveConfig, RunConfig
+    from ibdistill.config.sections import Config, RunConfig
 
 
 def settle(config: Config) -> None:
@@ -21,7 +22,7 @@ def settle(config: Config) -> None:
     share_or_steps = optim.warmup_steps
     optim.warmup_steps = round(share_or_steps * optim.max_steps if share_or_steps < 1 else share_or_steps)
     if objective.estimator == "auto":
-        white_box = teacher.placement != "none" and objective.mi_pair == "student"
+        white_box = teacher.placement not in ("none", "server") and objective.mi_pair == "student"
         objective.estimator = "vid" if white_box else "paper"
     if objective.beta is None:
         objective.beta = {"vid": 1.0, "vib": 1e-3}.get(objective.estimator, 0.1)
@@ -57,7 +58,7 @@ def check(config: Config) -> None:
     _check_chat(config)
     check_distillation(config)
     check_alignment(config)
-    _check_teacher(config)
+    teacher_consistency.check(config)
     _check_unlabelled(config)
     _check_on_policy(config)
 
@@ -182,60 +183,6 @@ def _check_4bit(config: Config) -> None:
         )
 
 
-def _needs_teacher(objective: ObjectiveConfig) -> list[str]:
-    """The settings that need an online teacher, as a message names them; empty if none does."""
-    method = METHODS[objective.method]
-    asking = {
-        f"objective.method {objective.method}": method.kd,
-        "objective.estimator vid": method.mi and objective.estimator == "vid",
-        "objective.mi_pair teacher": method.mi and objective.mi_pair == "teacher",
-    }
-    return [setting for setting, asks in asking.items() if asks]
-
-
-def _check_teacher(config: Config) -> None:
-    """Raise ValueError where the settings of a teacher contradict what needs one."""
-    teacher, objective = config.teacher, config.objective
-    online = teacher.placement != "none"
-    wanted = _needs_teacher(objective)
-    writes = teacher.rationales != "none"
-    asks = wanted + [f"teacher.rationales {teacher.rationales}"] * writes
-    if asks and not online:
-        raise ValueError(
-            f"{' and '.join(asks)} needs an online teacher; set teacher.placement and teacher.model"
-        )
-    if config.data.label_source == "teacher" and not writes:
-        raise ValueError("data.label_source is 'teacher'; set teacher.rationales to missing or all")
-    if config.data.taught is not None and not (writes and config.data.label_source == "teacher"):
-        raise ValueError(
-            f"data.taught is {config.data.taught!r}: questions whose labels the teacher has to write; "
-            "set teacher.rationales missing and data.label_source teacher"
-        )
-    if online and not asks:
-        raise ValueError(
-            f"teacher.placement is {teacher.placement!r}, but objective.method {objective.method} with "
-            f"estimator {objective.estimator} does not use a teacher; choose kd, ib or ib+kd, "
-            "let it write (teacher.rationales), or placement none"
-        )
-    if online and not teacher.model:
-        raise ValueError(
-            f"teacher.placement is {teacher.placement!r} and teacher.model is empty: which model?"
-        )
-    if teacher.placement == "cache":
-        for needed, name in ((wanted, "cache"), (writes, "rationale_cache")):
-            if needed and not getattr(teacher, name):
-                raise ValueError(f"teacher.placement is 'cache'; name its folder in teacher.{name}")
-    if teacher.load_in_8bit and teacher.placement != "replica":
-        raise ValueError(
-            f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "
-            "8-bit weights are not sharded"
-        )
-    if objective.mi_pair == "teacher" and objective.estimator in ("infonce", "vid", "vib"):
-        raise ValueError(
-            f"objective.mi_pair teacher goes with estimator paper or normalized, not {objective.estimator}"
-        )
-
-
 def _check_unlabelled(config: Config) -> None:
     """Raise ValueError where the settings of `data.unlabelled` contradict others."""
     data, batch_size = config.data, config.optim.batch_size
@@ -256,10 +203,10 @@ def _check_unlabelled(config: Config) -> None:
             f"{config.objective.method} does not train both; "
             "choose another method, or leave data.unlabelled out"
         )
-    if config.teacher.placement == "cache":
+    if (placement := config.teacher.placement) in ("cache", "server"):
         raise ValueError(
-            "data.unlabelled makes new text, for which a cache has no teacher's answers; choose another "
-            "teacher.placement"
+            f"data.unlabelled makes new text, for which teacher.placement {placement}, whose answers are "
+            "there before training, has none; choose another teacher.placement"
         )
 
 
@@ -282,10 +229,10 @@ def _check_on_policy(config: Config) -> None:
             f"most {limit} tokens (data.max_rationale_tokens, and data.max_label_tokens in a reason stream), "
             "for which positions and memory are checked; raise these, or lower it"
         )
-    if config.teacher.placement == "cache":
+    if (placement := config.teacher.placement) in ("cache", "server"):
         raise ValueError(
-            f"{setting}: the student's own text is new, and a cache has no teacher's answers for it; choose "
-            "another teacher.placement"
+            f"{setting}: the student's own text is new, and teacher.placement {placement}, whose answers are "
+            "there before training, has none for it; choose another teacher.placement"
         )
     if config.data.unlabelled is not None:
         raise ValueError(

@@ -100,6 +100,8 @@ def check_alignment(config: Config) -> None:
     teacher, objective = config.teacher, config.objective
     contradicting = {
         "teacher.placement is 'none', so no teacher answers; choose one": teacher.placement == "none",
+        "teacher.placement is 'server', which scores the student's tokens; choose another": teacher.placement
+        == "server",
         f"teacher.cache_form is {teacher.cache_form!r}, of the student's tokens; take states": bool(
             teacher.cache
         )
@@ -108,9 +110,9 @@ def check_alignment(config: Config) -> None:
         "student": objective.mi_pair == "teacher",
         f"objective.divergence is {objective.divergence!r}, of a token that the teacher may not have; take "
         "reverse": objective.divergence in SAMPLED,
-        "a setting weighs tokens of the student's (objective.kd_first, kd_later, kd_entropy), which its spans "
-        "do not have; leave it out": bool(objective.kd_first or objective.kd_later)
-        or objective.kd_entropy != "none",
+        "objective.kd_first, kd_later or kd_entropy weighs tokens of the student's, and its spans have no such "
+        "weights; leave it out": (objective.kd_first, objective.kd_later, objective.kd_entropy)
+        != (0, 0, "none"),
     }
     for reason, holds in contradicting.items():
         if objective.alignment == "text" and holds:

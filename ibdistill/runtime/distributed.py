@@ -35,6 +35,8 @@ EXIT_DIVERGED = 3
 """Too many steps in a row with a non-finite loss or gradient; the last checkpoint stands."""
 EXIT_UNWRITTEN = 5
 """Trained and tested, but something of the end could not be written: the same command writes it."""
+EXIT_UNREACHABLE = 6
+"""The teacher's server gave no answer for too long; what it said is kept, and the same command goes on."""
 EXIT_REQUEUE = 85
 """Saved after SIGUSR1: start the same command again."""
 EXIT_TERMINATED = 143
@@ -44,6 +46,10 @@ _STOP_SIGNALS = {signal.SIGUSR1: EXIT_REQUEUE, signal.SIGTERM: EXIT_TERMINATED}
 
 PATIENCE = timedelta(hours=12)
 """How long ranks wait for what rank 0 does alone. If its process ends, the launcher ends theirs."""
+
+
+class Unreachable(ValueError):
+    """A server that the run needs, and that answered before, gives no answer any more."""
 
 
 class _Done:
@@ -199,22 +205,23 @@ def run_on_rank_0(action: Callable[[], T]) -> T:
 def user_errors() -> Iterator[None]:
     """Around the preparation of a run: a ValueError on any rank ends all ranks with exit code 2. Collective.
 
-    Rank 0 prints the message, without a traceback: it is written for the user. No rank ends
-    before that, since a launcher that sees one end kills the others.
+    The exit code is 6 where it is Unreachable. Rank 0 prints the message, without a traceback: it is written
+    for the user. No rank ends before that, since a launcher that sees one end kills the others.
     """
     error: ValueError | None = None
     try:
         yield
     except ValueError as caught:
         error = caught
-    errors = gather_objects(None if error is None else str(error))
-    if any(message is not None for message in errors):
+    code = EXIT_UNREACHABLE if isinstance(error, Unreachable) else EXIT_BAD_INPUT
+    errors = gather_objects(None if error is None else (str(error), code))
+    if any(errors):
+        rank, (message, code) = next(pair for pair in enumerate(errors) if pair[1])
         if dist.get_rank() == 0:
-            rank, message = next((rank, text) for rank, text in enumerate(errors) if text is not None)
             where = "" if rank == 0 else f" (rank {rank})"
             sys.stderr.write(startup.for_terminal(f"error{where}: {message}\n"))
         dist.barrier()
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(code)
 
 
 class StopRequest:
@@ -233,6 +240,11 @@ class StopRequest:
 
     def _remember(self, number: int, frame: Any) -> None:
         self._code = max(self._code, _STOP_SIGNALS[signal.Signals(number)])
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank has got a signal; for what rank 0 does alone until all look at `exit_code`."""
+        return self._code != 0
 
     def exit_code(self) -> int:
         """The exit code that the run must end with after saving, the same on every rank, or 0 to go on.

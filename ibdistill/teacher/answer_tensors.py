@@ -146,6 +146,8 @@ def fingerprint(
         "precision": "8bit" if config.load_in_8bit else config.precision,
         "holds": holds,
     }
+    if config.placement == "server":  # in whichever precision it works
+        found |= {"precision": "server", "served": config.served_model}
     # What a tokenizer puts in front of a question is in the teacher's rows, and not in an entry's key. Most
     # put nothing there, and their caches need no word of it.
     if (bos := bos_of(theirs or tokenizer)) is not None:

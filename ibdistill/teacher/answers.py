@@ -45,7 +45,7 @@ from ibdistill.teacher import answer_tensors, sampled_form
 from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
-from ibdistill.teacher.cache_shard import Entry, key_of
+from ibdistill.teacher.cache_shard import Entry, record_key
 from ibdistill.teacher.cache_writer import CacheWriter
 from ibdistill.teacher.teacher import SHARDED, Teacher
 from ibdistill.teacher.vocabulary import fit_rows
@@ -93,8 +93,8 @@ class TeacherAnswers:
             alignment: for a teacher of another vocabulary; None: it has the student's.
 
         Raises:
-            ValueError: as `Teacher` and `AnswerCache` raise it, and where placement is cache and records are
-                missing.
+            ValueError: as `Teacher` and `AnswerCache` raise it, and where placement is cache, or server,
+                whose answers are there already, and records are missing.
         """
         self._config, self._wanted, self._features, self._world = config, wanted, features, world
         self.alignment, theirs = alignment, alignment and alignment.tokenizer
@@ -102,7 +102,7 @@ class TeacherAnswers:
         self._head_rows = None if alignment else self._student_rows
         self._seed = seed
         self._layout = families.layout(student, tokenizer)
-        self._keys = [self._key(i) for i in range(len(features))] if config.cache else []
+        self._keys = [record_key(features, i) for i in range(len(features))] if config.cache else []
         self._cache = self._writer = None
         if config.cache:
             fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer, theirs, seed=seed)
@@ -114,7 +114,7 @@ class TeacherAnswers:
         kept = None if missing or expects_more else self._read_head()
         self.teacher = None
         if kept is None:
-            if config.placement == "cache":
+            if config.placement in ("cache", "server"):
                 records = f"{missing} of the {len(features)} training records"
                 what = records if missing else "the teacher's head"
                 raise ValueError(
@@ -155,7 +155,7 @@ class TeacherAnswers:
         self._features, self._reads = features, keeps or len(features) == unchanged
         if self._keys and keeps:
             del self._keys[unchanged:]
-            self._keys += [self._key(i) for i in range(unchanged, len(features))]
+            self._keys += [record_key(features, i) for i in range(unchanged, len(features))]
         self._wait()  # and forget what was begun: its indices are those of the old features
 
     @property
@@ -214,12 +214,6 @@ class TeacherAnswers:
         if self._writer is not None:
             self._writer.flush()
 
-    def _key(self, index: int) -> bytes:
-        features = self._features
-        tables = *features.questions.values(), *features.targets.values()
-        tables += tuple(features.teacher_questions.values())
-        return key_of(*(table[index] for table in tables))
-
     def _missing(self) -> int:
         """The number of training records that are not in the cache, the same on every rank. Collective."""
         missing = self._cache.missing(self._keys) if self._cache else len(self._features)
@@ -247,7 +241,8 @@ class TeacherAnswers:
             answer = self.teacher(self._for_teacher(*asked, batch))
             if self._cache is None:
                 return answer
-            uniforms = partial(self.uniforms_of, indices, self._config.cache_samples, self._seed)
+            samples = self._config.cache_samples
+            uniforms = partial(sampled_form.uniforms_of, self._features, indices, samples, self._seed)
             packed = answer_tensors.pack(answer, self._config, self._wanted.temperature, uniforms)
         if self._reads:
             # the host goes on while the answer is on its way to it, and puts it into the cache later
@@ -291,11 +286,6 @@ class TeacherAnswers:
             needed = self._wanted.targets and self._config.cache_form == "states"
             head = self.teacher.head() if needed else NO_HEAD
         return answer_tensors.unpack(packed, head, self._head_rows)
-
-    def uniforms_of(self, indices: Sequence[int], n: int, seed: int, segment: str) -> Tensor:
-        """What n draws per position of a segment are made of, for the records with these indices."""
-        keys, lengths = [self._key(i) for i in indices], self._features.targets[segment].lengths[indices]
-        return sampled_form.uniforms(keys, segment, lengths, n, seed)
 
     def _read_head(self) -> tuple[int, Head] | None:
         """The teacher's width, and its head with the rows of `Teacher.head`; None if it cannot be read."""

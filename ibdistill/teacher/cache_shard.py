@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ibdistill.data.features import Features
 from ibdistill.runtime.files import digest, write_atomically
 
 KEY_BYTES = 16
@@ -45,6 +46,12 @@ def key_of(*arrays: np.ndarray) -> bytes:
         assert array.ndim == 1
         parts += [len(array).to_bytes(8, "little"), array.astype("<i8", casting="same_kind").tobytes()]
     return digest(b"".join(parts), KEY_BYTES)
+
+
+def record_key(features: Features, index: int) -> bytes:
+    """The key of a record's answers, made of its token ids."""
+    tables = *features.questions.values(), *features.targets.values(), *features.teacher_questions.values()
+    return key_of(*(table[index] for table in tables))
 
 
 def write_shard(path: Path, entries: dict[bytes, Entry], metadata: dict[str, str]) -> None:

@@ -83,7 +83,7 @@ class Writer:
             if batch or self._sharded:
                 texts = self._ask(batch or todo[:1])
                 answered = [(*item[:2], text) for item, text in zip(batch, texts, strict=False)]
-                error = self._keep(answered)
+                error = keep(self._path, answered)
             for theirs, failure in distributed.gather_objects((answered, error)):
                 if failure:
                     raise ValueError(failure)
@@ -139,17 +139,18 @@ class Writer:
         draws = decoding.draws([f"{seed} {key}" for key in keys], limit)
         return Sampling(self._config.teacher.temperature, draws)
 
-    def _keep(self, answered: list[tuple[Record, str, Texts]]) -> str:
-        """Append the texts to this rank's file; the result says what went wrong, and is empty if nothing
-        did."""
-        try:
-            append(self._path, answered)
-        except OSError as error:
-            return (
-                f"teacher.rationale_cache {self._path.parent} takes no more texts: {error.strerror}; "
-                "free some space. What was written before is good, and the same command goes on from there"
-            )
-        return ""
+
+def keep(path: Path, answered: Sequence[tuple[Record, str, Texts]]) -> str:
+    """Append (record, key, texts) to a process's own file; the result says what went wrong, and is empty if
+    nothing did."""
+    try:
+        append(path, answered)
+    except OSError as error:
+        return (
+            f"teacher.rationale_cache {path.parent} takes no more texts: {error.strerror}; "
+            "free some space. What was written before is good, and the same command goes on from there"
+        )
+    return ""
 
 
 def check_unparsed(config: Config, asked: int, unparsed: Sequence[tuple[Record, Texts]]) -> None:

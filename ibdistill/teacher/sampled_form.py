@@ -25,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ibdistill.data.features import Features
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.ops.head_loss.softcap import capped
 from ibdistill.runtime import files
+from ibdistill.teacher.cache_shard import record_key
 
 Head = tuple[Tensor | None, Tensor | None, float | None]
 
@@ -39,6 +41,12 @@ def uniforms(keys: Sequence[bytes], segment: str, lengths: Sequence[int], n: int
         digest = files.digest(f"{seed} {segment} {key.hex()}".encode(), 16)
         rows.append(np.random.default_rng(int.from_bytes(digest, "little")).random((length, n)))
     return torch.from_numpy(np.concatenate(rows))
+
+
+def uniforms_of(features: Features, indices: Sequence[int], n: int, seed: int, segment: str) -> Tensor:
+    """The same for one segment of the records with these indices."""
+    keys = [record_key(features, i) for i in indices]
+    return uniforms(keys, segment, features.targets[segment].lengths[indices], n, seed)
 
 
 def draw(hidden: Tensor, head: Head, temperature: float, u: Tensor, chunk: int = 256) -> Tensor:

@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill.data import tokenizers
 from ibdistill.models import presets
 
+PROBE = "Ann's 1,250 apples,  \tm² é\n(A) 3.5 + -2 = ?"
+"""A text by whose ids tokenizers of one vocabulary differ that normalise or split differently."""
 _PADDING_BIAS = -1e4
 
 

@@ -26,6 +26,7 @@ from ibdistill.models import families, presets
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import StopRequest, World
+from ibdistill.teacher import server_writing
 from ibdistill.teacher.generation import Writer, check_unparsed
 from ibdistill.teacher.teacher import Teacher
 from ibdistill.teacher.texts import (
@@ -38,12 +39,9 @@ from ibdistill.teacher.texts import (
     read_template,
     read_texts,
 )
-from ibdistill.teacher.vocabulary import own_tokenizer
+from ibdistill.teacher.vocabulary import PROBE, own_tokenizer
 
 logger = logging.getLogger("ibdistill")
-
-_PROBE = "Ann's 1,250 apples,  \tm² é\n(A) 3.5 + -2 = ?"
-"""A text by whose ids tokenizers of one vocabulary differ that normalise or split differently."""
 
 
 class Written(NamedTuple):
@@ -96,20 +94,24 @@ def write(
                 f"teacher.rationale_cache {folder} lacks {len(missing)} of {len(prompts)} records; "
                 "let the teacher write in another placement, or with ibdistill/write_rationales.py"
             )
-        tokenizer = own_tokenizer(settings.model)
-        asks = replace(wanted, text=True) if wanted else Wanted(questions=False, targets=False, text=True)
-        loaded = Teacher(settings, asks, tokenizer, None, world)
-        if wanted and student:
-            loaded.pair(*student)
         by_key = {key_of(prompts_of(r, template)): r for r in asked}
         longest_first = sorted(missing, key=lambda key: (-len(by_key[key].question), key))
-        with loaded.text_model(tokenizer) as model:
-            writer = Writer(config, model, tokenizer, template, folder, world)
-            texts |= writer.write_all([(by_key[key], key, prompts[key]) for key in longest_first], stop)
-        if not wanted:
-            del model, writer
-            loaded.close()
-            loaded = None
+        todo = [(by_key[key], key, prompts[key]) for key in longest_first]
+        if settings.placement == "server":
+            texts |= server_writing.ServerWriter(config, folder).write_all(todo, stop)
+        else:
+            tokenizer = own_tokenizer(settings.model)
+            asks = replace(wanted, text=True) if wanted else Wanted(questions=False, targets=False, text=True)
+            loaded = Teacher(settings, asks, tokenizer, None, world)
+            if wanted and student:
+                loaded.pair(*student)
+            with loaded.text_model(tokenizer) as model:
+                writer = Writer(config, model, tokenizer, template, folder, world)
+                texts |= writer.write_all(todo, stop)
+            if not wanted:
+                del model, writer
+                loaded.close()
+                loaded = None
     kept, counts = read(config, records, texts, template, partial=part[1] > 1)
     if world.rank == 0 and part[1] == 1:
         files.write_json(folder / "summary.json", {"teacher.model": settings.model, "counts": counts})
@@ -174,6 +176,8 @@ def fingerprint(config: Config, template: str) -> dict[str, Any]:
     The tokenizer's chat template is none of it, because prompts are not made with it.
     """
     settings = config.teacher
+    if settings.placement == "server":
+        return server_writing.fingerprint(config, template)
     if settings.model not in presets.PRESETS:
         families.load_config(settings.model, "teacher.model")
     tokenizer = own_tokenizer(settings.model)
@@ -181,7 +185,7 @@ def fingerprint(config: Config, template: str) -> dict[str, Any]:
     found = {
         "format": FORMAT,
         "teacher": families.identity(settings.model),
-        "tokenizer": files.digest(repr([cuts, tokenizer(_PROBE).input_ids]).encode()).hex(),
+        "tokenizer": files.digest(repr([cuts, tokenizer(PROBE).input_ids]).encode()).hex(),
         "precision": "8bit" if settings.load_in_8bit else settings.precision,
         "template": template or "prefixes",
         "temperature": settings.temperature,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ibdistill.config import zero_file
 from ibdistill.config.sections import Config, DataConfig
+from ibdistill.config.teacher_consistency import needs_answers
 from ibdistill.data.json_rows import check_form
 from ibdistill.data.tasks import jsonl
 from ibdistill.data.tasks.registry import TASKS
@@ -37,7 +38,7 @@ def check(config: Config) -> None:
     if config.deepspeed.config != "auto":
         zero_file.read_ds_config(config.deepspeed.config)
     models = {"student.model": config.student.model, "student.tokenizer": config.student.tokenizer}
-    if config.teacher.placement not in ("none", "cache"):
+    if needs_teacher_files(config):
         models["teacher.model"] = config.teacher.model
     for setting, name in models.items():
         if name.startswith(("/", "./", "../", "~")) and not Path(name).is_dir():
@@ -46,6 +47,13 @@ def check(config: Config) -> None:
             )
         if setting != "student.tokenizer":
             _check_decoder(setting, name)
+
+
+def needs_teacher_files(config: Config) -> bool:
+    """Whether `teacher.model` is loaded, or its tokenizer is; one on a server that only writes has a name."""
+    if config.teacher.placement == "server":
+        return bool(needs_answers(config.objective))
+    return config.teacher.placement not in ("none", "cache")
 
 
 def _check_data(data: DataConfig) -> None:

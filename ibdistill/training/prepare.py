@@ -33,11 +33,11 @@ from ibdistill.objectives import distillation, weights
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed, random_state
 from ibdistill.runtime.distributed import StopRequest, World
-from ibdistill.teacher import writing
+from ibdistill.teacher import server_scoring, writing
 from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import device, on_policy, pseudo_labels, run_folder
+from ibdistill.training import device, early_checks, on_policy, pseudo_labels, run_folder
 from ibdistill.training.build_student import build_student
 from ibdistill.training.checkpoint import Checkpoints
 from ibdistill.training.engine import build_engine
@@ -81,7 +81,7 @@ def prepare(config: Config, world: World) -> Job:
         records,
         folder,
         config.run.seed,
-        teacher="" if aligned or config.teacher.placement in ("none", "cache") else config.teacher.model,
+        teacher=config.teacher.model if early_checks.needs_teacher_files(config) and not aligned else "",
     )
     if writes and not trains_tokenizer:
         vocabulary = student.get_output_embeddings().weight.shape[0]
@@ -111,6 +111,7 @@ def prepare(config: Config, world: World) -> Job:
         student,
         world,
         teacher,
+        stop,
         expects_more=bool(unlabelled) or config.on_policy.share > 0,
         alignment=alignment,
         seed=config.run.seed,
@@ -141,6 +142,7 @@ def open_run(config: Config, world: World) -> Path:
     settle_ds_config(config, world.size)
     device.settle_precision(config, world)
     folder = Path(config.run.dir)
+    distributed.run_on_rank_0(lambda: server_scoring.check(config))
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     memory_check.check(config, world)
     if world.device.type == "cuda":
@@ -206,6 +208,7 @@ def build_teacher(
     student: nn.Module,
     world: World,
     teacher: Teacher | None,
+    stop: StopRequest,
     *,
     expects_more: bool,
     alignment: TextAlignment | None = None,
@@ -213,12 +216,17 @@ def build_teacher(
 ) -> TeacherAnswers | None:
     """What answers for the teacher while the student learns; None if the objective wants no answers.
 
-    `teacher`: one that is loaded already. `expects_more`: others will join `features`. `alignment`: for a
-    teacher of another vocabulary. `seed`: of the run.
+    A teacher behind a server gives all its answers here. `teacher`: one that is loaded already.
+    `expects_more`: others will join `features`. `alignment`: for a teacher of another vocabulary. `seed`: of
+    the run.
     """
     wanted = weights.wanted(objective)
     if not wanted:
         return None
+    if config.placement == "server":
+        head_rows = student.get_output_embeddings().weight.shape[0]
+        streams = weights.teacher_streams(objective)
+        server_scoring.fill(config, wanted, tokenizer, features, streams, head_rows, stop)
     more = {"expects_more": expects_more, "alignment": alignment, "seed": seed}
     return TeacherAnswers(config, wanted, tokenizer, features, student, world, teacher, **more)
 

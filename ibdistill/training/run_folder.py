@@ -40,6 +40,7 @@ _CONFIG, _INPUTS = "config.yaml", "inputs.json"
 _SPLIT = {"deepspeed.config", "optim.micro_batch_size", "optim.tokens_per_forward"}
 """Settings of how a step is shared out, which change no gradient but for its rounding."""
 _MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"} | _SPLIT
+_MAY_CHANGE |= {f"teacher.server_{name}" for name in ("urls", "requests", "timeout", "wait")}
 """Settings that an interrupted run may change without becoming another run."""
 _WAY_OUT = "Choose another --run.dir, or continue it all the same with --run.allow_config_change"
 
@@ -124,7 +125,9 @@ def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Modu
     found = {"tokenizer": _digest(words), "student": _digest(shapes)}
     if config.student.model not in presets.PRESETS and Path(config.student.model).is_dir():
         found["folder of the student"] = families.identity(config.student.model)
-    if weights.wanted(config.objective) or config.teacher.rationales != "none":
+    if config.teacher.placement == "server" and not weights.wanted(config.objective):
+        found["teacher"] = f"{config.teacher.served_model} on a server"
+    elif weights.wanted(config.objective) or config.teacher.rationales != "none":
         if config.teacher.model not in presets.PRESETS:
             families.load_config(config.teacher.model, "teacher.model")  # says it if there is no such model
         found["teacher"] = families.identity(config.teacher.model)

@@ -51,6 +51,7 @@ from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 from ibdistill.teacher.answer_tensors import NO_HEAD, pack, top_k, unpack
+from ibdistill.teacher.sampled_form import uniforms_of
 from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
 
@@ -227,7 +228,7 @@ def fidelity(student: str, teacher: str, batch_size: int = 64) -> None:
             moves, mean, kept_tokens = [], 0.0, 0.0
             for seed in range(SEEDS):
                 answers = TeacherConfig(cache_form="sampled", cache_samples=n)
-                packed = pack(answer, answers, 1.0, partial(job.teacher_answers.uniforms_of, rows, n, seed))
+                packed = pack(answer, answers, 1.0, partial(uniforms_of, job.features, rows, n, seed))
                 positions = sum(len(packed[f"{s}.distinct"]) for s in answer.targets)
                 kept_tokens += sum(len(packed[f"{s}.ids"]) for s in answer.targets) / positions / SEEDS
                 moved = kd(unpack(packed, NO_HEAD, len(answer.weight)))[1]

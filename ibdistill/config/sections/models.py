@@ -58,7 +58,7 @@ class StudentConfig:
 class TeacherConfig:
     """The online teacher: a frozen model that writes rationales and scores the student's targets."""
 
-    placement: Literal["none", "replica", "zero3", "zero3_node", "cpu_offload", "cache"] = "none"
+    placement: Literal["none", "replica", "zero3", "zero3_node", "cpu_offload", "cache", "server"] = "none"
     """Where the teacher's weights live: see `teacher/teacher.py`. none: no teacher; rationales come with the
     data."""
     model: str = ""
@@ -96,3 +96,22 @@ class TeacherConfig:
     """Records that one rank asks the teacher about together."""
     rationale_cache: str = ""
     """Folder of the texts that the teacher wrote; empty: `RUN/rationales`."""
+    server_urls: list[str] = field(default_factory=list)
+    """Addresses of the servers of placement server, such as `http://node7:8000`, all with the same model. The
+    key, if they want one, is in the environment variable IBDISTILL_TEACHER_API_KEY."""
+    server_schema: Literal["vllm", "sglang"] = "vllm"
+    """How the server is asked for log-probabilities: see `teacher/server_schemas.py`."""
+    server_model: str = ""
+    """The model's name on the server; empty: `teacher.model`."""
+    server_requests: AtLeastOne = 16
+    """Requests under way at the same time."""
+    server_timeout: Positive = 300.0
+    """Seconds without a byte of its answer after which a request is given up and made again."""
+    server_wait: Positive = 900.0
+    """Seconds for which a request is made again and again, with pauses, before the run ends with exit code
+    6."""
+
+    @property
+    def served_model(self) -> str:
+        """The model's name on the server."""
+        return self.server_model or self.model
