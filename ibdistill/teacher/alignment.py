@@ -28,7 +28,7 @@ from ibdistill.data import alignment, chat, token_ids
 from ibdistill.data.alignment import END
 from ibdistill.data.features import Features
 from ibdistill.data.ragged import Ragged
-from ibdistill.data.records import Record, segments_of
+from ibdistill.data.records import SEGMENTS, Record, segments_of
 from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.aligned import OWN, AlignedStream, Side
@@ -40,7 +40,7 @@ LEAST_SHARED = 0.05
 """The least share of the smaller vocabulary that both must have."""
 LEAST_SINGLE = 0.1
 """The least share of spans of the training text that are one token on both sides."""
-_LOOKED_AT = 500
+_LOOKED_AT, _SHOWN = 500, 2000
 
 
 class TextAlignment:
@@ -86,7 +86,8 @@ class TextAlignment:
         return replace(features, teacher_questions=rows)
 
     def check(self, features: Features) -> None:
-        """Log how well the training text aligns. Raises ValueError if it hardly does."""
+        """Log how well the training text aligns, and how the teacher reads the first record. Raises
+        ValueError if it hardly aligns."""
         some = range(min(len(features), _LOOKED_AT))
         theirs = self.rendered(features, some)
         single = spans = covered = tokens = 0
@@ -110,6 +111,10 @@ class TextAlignment:
                 "the student's"
             )
         logger.info("alignment: %s", message)
+        for stream, prompts in theirs.questions.items():
+            target = [i for segment in SEGMENTS[stream] for i in theirs.targets[segment][0].tolist()]
+            shown = [ascii(self.tokenizer.decode(ids))[:_SHOWN] for ids in (prompts[0], target)]
+            logger.info("alignment: teacher, %s: question %s, target %s", stream, *shown)
 
     def rendered(self, features: Features, indices: Sequence[int]) -> Features:
         """The records with these indices as the teacher reads them."""

@@ -268,7 +268,9 @@ def test_tokenizers_that_share_next_to_nothing_are_refused_with_figures(
 def test_how_well_the_text_aligns_is_said_at_the_start(make_job, teachers, caplog):
     with caplog.at_level("INFO", logger="ibdistill"):
         make_job(**ALIGNED | {"teacher.model": teachers["fallback"]})
-    [line] = [r.getMessage() for r in caplog.records if r.getMessage().startswith("alignment:")]
+    said = [r.getMessage() for r in caplog.records if r.getMessage().startswith("alignment:")]
+    line, predict, _ = said
+    assert predict.startswith("alignment: teacher, predict: question 'predict: ") and "</s>'" in predict
     assert "they share 252;" in line and "100.0% of the student's target tokens are in a span" in line
 
 
