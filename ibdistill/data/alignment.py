@@ -64,8 +64,9 @@ class Pieces(NamedTuple):
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
-    """What a tokenizer's tokens stand for. Raises ValueError, which names `setting`, for a kind that is not
-    known: known are byte-level BPE, and sentencepiece with or without tokens for bytes."""
+    """What a tokenizer's tokens stand for. Raises ValueError, which names `setting`, without an end token and
+    for a kind that is not known: known are byte-level BPE, and sentencepiece with or without tokens for
+    bytes."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     found = json.loads(core.to_str()) if core is not None else {}
     kinds = {json.dumps(found.get(part)) for part in ("decoder", "pre_tokenizer", "normalizer")}
@@ -75,6 +76,8 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
             f"objective.alignment is 'text', and it is not known which bytes a token of {setting} stands for "
             f"({type(tokenizer).__name__}); byte-level BPE and sentencepiece tokenizers can be aligned"
         )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"objective.alignment is 'text', and the tokenizer of {setting} has no end token")
     letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     texts = [b""] * (max(tokenizer.get_vocab().values()) + 1)
     unknown = tokenizer.unk_token_id

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 
 import aligned_tokenizers
 import numpy as np
@@ -196,6 +197,19 @@ def test_text_of_the_student_s_own_is_aligned_too(make_job, teachers, method):
             )
             assert said.split() == job.tokenizer.decode(ids, skip_special_tokens=True).split()
             assert (target.labels[a:b][-1:] == 2).all() == (ids[-1] == job.tokenizer.eos_token_id)
+
+
+def test_records_that_join_later_are_read_by_the_teacher_too(make_job, teachers):
+    more = {"teacher.model": teachers["bytes"], "data.unlabelled": 40, "data.agree_at": "[0.5]"}
+    job = make_job(**ALIGNED | more | {"data.agree_share": 0.5})
+    pseudo = [replace(record, id=f"{record.id}/pseudo") for record in job.records.train[:6]]
+    job.mix(pseudo)
+    steps(job, 1)
+    assert len(job.features.teacher_questions["predict"]) == len(job.gold) + 6
+    [(rows, batch)] = job.micro_batches()
+    assert (rows >= len(job.gold)).sum() == 4
+    answer = job.teacher_answers.of(rows, batch)
+    assert len(answer.questions) == len(batch.question_positions)
 
 
 def test_in_format_chat_each_reads_its_own_template(tmp_path, world, make_job):
