@@ -51,6 +51,11 @@ class Pieces(NamedTuple):
     roles: dict[str, int]
     """Role or spelling -> special token."""
 
+    @property
+    def unknown(self) -> int | None:
+        """The token of what the tokenizer has no token for."""
+        return self.roles.get("unk_token")
+
     def of(self, ids: Sequence[int], *, special: bool = False) -> list[bytes]:
         """The bytes of each token; of special ones but the end token nothing, unless asked for."""
 

@@ -38,8 +38,8 @@ logger = logging.getLogger("ibdistill")
 
 LEAST_SHARED = 0.05
 """The least share of the smaller vocabulary that both must have."""
-LEAST_SINGLE = 0.1
-"""The least share of spans of the training text that are one token on both sides."""
+LEAST_ALIGNED = 0.1
+"""The least number of aligned spans per target token of the student's, in the training text."""
 _LOOKED_AT, _SHOWN = 500, 2000
 
 
@@ -98,17 +98,16 @@ class TextAlignment:
                 single += sum(b - a == d - c == 1 for a, b, c, d, *_ in found)
                 covered += sum(b - a for a, b, *_ in found)
                 tokens += len(features.targets[segment][i])
-        part = single / max(1, spans)
         message = (
-            f"{self.figures}; of {spans} aligned spans in the targets of {len(some)} training records "
-            f"{part:.1%} are one token on both sides, and {covered / max(1, tokens):.1%} of the student's "
-            "target tokens are in a span"
+            f"{self.figures}; of the {tokens} target tokens of {len(some)} training records "
+            f"{covered / max(1, tokens):.1%} lie in {spans} aligned spans, and {single / max(1, spans):.1%} "
+            "of these are one token on both sides"
         )
-        if tokens and part < LEAST_SINGLE:
+        if spans < LEAST_ALIGNED * tokens:
             raise ValueError(
-                f"objective.alignment is 'text', and {message}: less than {LEAST_SINGLE:.0%}, so the teacher "
-                "has little to say about the student's tokens; take a teacher whose tokenizer is closer to "
-                "the student's"
+                f"objective.alignment is 'text', and {message}: fewer than {LEAST_ALIGNED} spans per token, "
+                "so the teacher has little to say about the student's tokens; take a teacher whose tokenizer "
+                "is closer to the student's"
             )
         logger.info("alignment: %s", message)
         for stream, prompts in theirs.questions.items():
@@ -194,10 +193,13 @@ class TextAlignment:
         return self._sides[rows]
 
     def _spans(self, mine: Sequence[int], yours: Sequence[int]) -> list[tuple[int, ...]]:
-        """The rows of `AlignedStream.spans` of one target, counted from its own beginning."""
+        """The rows of `AlignedStream.spans` of one target, counted from its own beginning. A span with a
+        character that one of the tokenizers does not know is left out."""
         sides = self._student.of(mine), self._teacher.of(yours)
         lead, found = alignment.begins(*sides), []
         for a, b, c, d in alignment.spans(*sides):
+            if self._student.unknown in mine[a:b] or self._teacher.unknown in yours[c:d]:
+                continue
             kind = lead if a == 0 else 0
             text, other = b"".join(sides[0][a:b]), b"".join(sides[1][c:d])
             text, other = text[kind == 1 :], other[kind == 2 :]
