@@ -89,7 +89,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
     special = {*token_ids.special_tokens(tokenizer), tokenizer.eos_token_id}
     special |= set() if unknown is None else {unknown}
     added = tokenizer.added_tokens_decoder
-    late: list[int] = []  # tokens for bytes, which text is not made of where there is a piece for it
+    late: set[int] = set()  # tokens for bytes, which text is not made of where there is a piece for it
     for piece, index in tokenizer.get_vocab().items():
         if index in added or index in special:
             texts[index] = piece.encode()
@@ -97,7 +97,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
             texts[index] = bytes(letters[letter] for letter in piece if letter in letters)
         elif byte := _BYTE.fullmatch(piece):
             texts[index] = bytes.fromhex(byte[1])
-            late.append(index)
+            late.add(index)
         else:
             texts[index] = piece.replace(_SPACE, " ").encode()
         texts[index] = b"" if texts[index] == END else texts[index]
@@ -105,7 +105,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
         texts[unknown] = b""
     texts[tokenizer.eos_token_id] = END
     own: dict[bytes, int] = {}
-    for index in [*(i for i in range(len(texts)) if i not in late), *late]:
+    for index in sorted(range(len(texts)), key=late.__contains__):
         if index not in special and texts[index]:
             own.setdefault(texts[index], index)
     words = (text[1:].decode() for text in own if re.fullmatch(rb" [!-~]+", text))

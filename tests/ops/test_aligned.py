@@ -150,6 +150,19 @@ def test_parts_of_a_stream_add_up_to_the_whole():
     assert [len(part.cu) for part in parts] == [4, 2]
 
 
+@pytest.mark.parametrize("bound", [1, 200, 400, 10_000])
+def test_chunks_keep_to_the_bound_and_to_one_vocabulary(bound):
+    spans = torch.tensor(sorted(SPANS, key=lambda span: span[5]))
+    costs = [STUDENT * 8, TEACHER * 8]
+    parts = list(aligned._chunks(spans, costs, bound))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(SPANS)))
+    for part in parts:
+        size = sum((b - a) * costs[0] + (d - c) * costs[1] for a, b, c, d, *_ in spans[part].tolist())
+        assert size <= bound or part.stop - part.start == 1
+        assert len(spans[part, 5].unique()) == 1
+    assert bound < 10_000 or len(parts) == 2
+
+
 def test_a_stream_without_spans_costs_nothing():
     stream, weight, bias, teacher = case()
     none = teacher.predict._replace(spans=teacher.predict.spans[:0])
