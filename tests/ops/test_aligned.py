@@ -172,7 +172,9 @@ def test_a_stream_without_spans_costs_nothing():
         assert not gradient.any()
 
 
-def test_bf16_is_close_to_fp64():
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+@pytest.mark.parametrize("chunk_bytes", [1, 300, None])
+def test_bf16_is_close_to_fp64(chunk_bytes):
     stream, weight, bias, teacher = case()
     expected = aligned.aligned_loss(stream, weight, bias, teacher.predict, teacher)
 
@@ -182,9 +184,14 @@ def test_bf16_is_close_to_fp64():
     low = stream._replace(hidden=narrow(stream.hidden))
     target = teacher.predict._replace(hidden=teacher.predict.hidden.bfloat16())
     halved = replace(teacher, weight=teacher.weight.bfloat16(), bias=teacher.bias.bfloat16())
-    found = aligned.aligned_loss(low, narrow(weight), narrow(bias), target, halved)
+    found = aligned.aligned_loss(low, narrow(weight), narrow(bias), target, halved, chunk_bytes=chunk_bytes)
     assert found.dtype == torch.float32 and float(found.detach()) == pytest.approx(
         float(expected.detach()), rel=0.03
     )
+    # a student in fp32 beside it, as on a CPU
+    high = [x.detach().float() for x in (stream.hidden, weight, bias)]
+    other = stream._replace(hidden=high[0])
+    mixed = aligned.aligned_loss(other, *high[1:], target, halved, chunk_bytes=chunk_bytes)
+    assert float(mixed) == pytest.approx(float(expected.detach()), rel=0.03)
     found.backward()
     assert low.hidden.grad.dtype == torch.bfloat16
