@@ -110,7 +110,7 @@ def check_alignment(config: Config) -> None:
         "student": objective.mi_pair == "teacher",
         f"objective.divergence is {objective.divergence!r}, of a token that the teacher may not have; take "
         "reverse": objective.divergence in SAMPLED,
-        "objective.kd_first, kd_later or kd_entropy weighs tokens of the student's, and its spans have no such "
+        "objective.kd_first, kd_later or kd_entropy weighs single tokens of the student's, and spans have no "
         "weights; leave it out": (objective.kd_first, objective.kd_later, objective.kd_entropy)
         != (0, 0, "none"),
     }

@@ -51,6 +51,11 @@ class Pieces(NamedTuple):
     roles: dict[str, int]
     """Role or spelling -> special token."""
 
+    @property
+    def unknown(self) -> int | None:
+        """The token of what the tokenizer has no token for."""
+        return self.roles.get("unk_token")
+
     def of(self, ids: Sequence[int], *, special: bool = False) -> list[bytes]:
         """The bytes of each token; of special ones but the end token nothing, unless asked for."""
 
@@ -64,8 +69,9 @@ class Pieces(NamedTuple):
 
 
 def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
-    """What a tokenizer's tokens stand for. Raises ValueError, which names `setting`, for a kind that is not
-    known: known are byte-level BPE, and sentencepiece with or without tokens for bytes."""
+    """What a tokenizer's tokens stand for. Raises ValueError, which names `setting`, without an end token and
+    for a kind that is not known: known are byte-level BPE, and sentencepiece with or without tokens for
+    bytes."""
     core = getattr(tokenizer, "backend_tokenizer", None)
     found = json.loads(core.to_str()) if core is not None else {}
     kinds = {json.dumps(found.get(part)) for part in ("decoder", "pre_tokenizer", "normalizer")}
@@ -75,13 +81,15 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
             f"objective.alignment is 'text', and it is not known which bytes a token of {setting} stands for "
             f"({type(tokenizer).__name__}); byte-level BPE and sentencepiece tokenizers can be aligned"
         )
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"objective.alignment is 'text', and the tokenizer of {setting} has no end token")
     letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     texts = [b""] * (max(tokenizer.get_vocab().values()) + 1)
     unknown = tokenizer.unk_token_id
     special = {*token_ids.special_tokens(tokenizer), tokenizer.eos_token_id}
     special |= set() if unknown is None else {unknown}
     added = tokenizer.added_tokens_decoder
-    late: list[int] = []  # tokens for bytes, which text is not made of where there is a piece for it
+    late: set[int] = set()  # tokens for bytes, which text is not made of where there is a piece for it
     for piece, index in tokenizer.get_vocab().items():
         if index in added or index in special:
             texts[index] = piece.encode()
@@ -89,7 +97,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
             texts[index] = bytes(letters[letter] for letter in piece if letter in letters)
         elif byte := _BYTE.fullmatch(piece):
             texts[index] = bytes.fromhex(byte[1])
-            late.append(index)
+            late.add(index)
         else:
             texts[index] = piece.replace(_SPACE, " ").encode()
         texts[index] = b"" if texts[index] == END else texts[index]
@@ -97,7 +105,7 @@ def pieces_of(tokenizer: PreTrainedTokenizerBase, setting: str) -> Pieces:
         texts[unknown] = b""
     texts[tokenizer.eos_token_id] = END
     own: dict[bytes, int] = {}
-    for index in [*(i for i in range(len(texts)) if i not in late), *late]:
+    for index in sorted(range(len(texts)), key=late.__contains__):
         if index not in special and texts[index]:
             own.setdefault(texts[index], index)
     words = (text[1:].decode() for text in own if re.fullmatch(rb" [!-~]+", text))

@@ -28,7 +28,7 @@ from ibdistill.data import alignment, chat, token_ids
 from ibdistill.data.alignment import END
 from ibdistill.data.features import Features
 from ibdistill.data.ragged import Ragged
-from ibdistill.data.records import Record, segments_of
+from ibdistill.data.records import SEGMENTS, Record, segments_of
 from ibdistill.objectives.teacher_answers import TeacherAnswer
 from ibdistill.ops.copies import to_device
 from ibdistill.ops.head_loss.aligned import OWN, AlignedStream, Side
@@ -38,9 +38,9 @@ logger = logging.getLogger("ibdistill")
 
 LEAST_SHARED = 0.05
 """The least share of the smaller vocabulary that both must have."""
-LEAST_SINGLE = 0.1
-"""The least share of spans of the training text that are one token on both sides."""
-_LOOKED_AT = 500
+LEAST_ALIGNED = 0.1
+"""The least number of aligned spans per target token of the student's, in the training text."""
+_LOOKED_AT, _SHOWN = 500, 2000
 
 
 class TextAlignment:
@@ -86,7 +86,8 @@ class TextAlignment:
         return replace(features, teacher_questions=rows)
 
     def check(self, features: Features) -> None:
-        """Log how well the training text aligns. Raises ValueError if it hardly does."""
+        """Log how well the training text aligns, and how the teacher reads the first record. Raises
+        ValueError if it hardly aligns."""
         some = range(min(len(features), _LOOKED_AT))
         theirs = self.rendered(features, some)
         single = spans = covered = tokens = 0
@@ -97,19 +98,22 @@ class TextAlignment:
                 single += sum(b - a == d - c == 1 for a, b, c, d, *_ in found)
                 covered += sum(b - a for a, b, *_ in found)
                 tokens += len(features.targets[segment][i])
-        part = single / max(1, spans)
         message = (
-            f"{self.figures}; of {spans} aligned spans in the targets of {len(some)} training records "
-            f"{part:.1%} are one token on both sides, and {covered / max(1, tokens):.1%} of the student's "
-            "target tokens are in a span"
+            f"{self.figures}; of the {tokens} target tokens of {len(some)} training records "
+            f"{covered / max(1, tokens):.1%} lie in {spans} aligned spans, and {single / max(1, spans):.1%} "
+            "of these are one token on both sides"
         )
-        if tokens and part < LEAST_SINGLE:
+        if spans < LEAST_ALIGNED * tokens:
             raise ValueError(
-                f"objective.alignment is 'text', and {message}: less than {LEAST_SINGLE:.0%}, so the teacher "
-                "has little to say about the student's tokens; take a teacher whose tokenizer is closer to "
-                "the student's"
+                f"objective.alignment is 'text', and {message}: fewer than {LEAST_ALIGNED} spans per token, "
+                "so the teacher has little to say about the student's tokens; take a teacher whose tokenizer "
+                "is closer to the student's"
             )
         logger.info("alignment: %s", message)
+        for stream, prompts in theirs.questions.items():
+            target = [i for segment in SEGMENTS[stream] for i in theirs.targets[segment][0].tolist()]
+            shown = [ascii(self.tokenizer.decode(ids))[:_SHOWN] for ids in (prompts[0], target)]
+            logger.info("alignment: teacher, %s: question %s, target %s", stream, *shown)
 
     def rendered(self, features: Features, indices: Sequence[int]) -> Features:
         """The records with these indices as the teacher reads them."""
@@ -189,10 +193,13 @@ class TextAlignment:
         return self._sides[rows]
 
     def _spans(self, mine: Sequence[int], yours: Sequence[int]) -> list[tuple[int, ...]]:
-        """The rows of `AlignedStream.spans` of one target, counted from its own beginning."""
+        """The rows of `AlignedStream.spans` of one target, counted from its own beginning. A span with a
+        character that one of the tokenizers does not know is left out."""
         sides = self._student.of(mine), self._teacher.of(yours)
         lead, found = alignment.begins(*sides), []
         for a, b, c, d in alignment.spans(*sides):
+            if self._student.unknown in mine[a:b] or self._teacher.unknown in yours[c:d]:
+                continue
             kind = lead if a == 0 else 0
             text, other = b"".join(sides[0][a:b]), b"".join(sides[1][c:d])
             text, other = text[kind == 1 :], other[kind == 2 :]

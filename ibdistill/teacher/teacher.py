@@ -20,7 +20,7 @@ outside the engine's hooks a partitioned head would be an empty tensor.
 
 The teacher reads the student's own token sequences, prefixes included. So both must share a vocabulary, and
 their states pair up position by position. A teacher that only writes text (`teacher.rationales`) may have a
-tokenizer of its own.
+tokenizer of its own, and so may one that answers with `objective.alignment` text (see `alignment`).
 """
 
 from __future__ import annotations

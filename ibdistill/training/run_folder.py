@@ -137,9 +137,13 @@ def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Modu
 def _token_ids(features: Features) -> str:
     """All that the batches are made of, tasks and token ids, as digests."""
     parts = [features.groups.astype("<i8").tobytes()]
-    for stream in features.streams:
-        for ragged in (features.questions[stream], *(features.targets[s] for s in SEGMENTS[stream])):
-            parts += [ragged.offsets.astype("<i8").tobytes(), ragged.flat.astype("<i4").tobytes()]
+    tables = [
+        ragged
+        for stream in features.streams
+        for ragged in (features.questions[stream], *(features.targets[s] for s in SEGMENTS[stream]))
+    ]
+    for ragged in [*tables, *features.teacher_questions.values()]:
+        parts += [ragged.offsets.astype("<i8").tobytes(), ragged.flat.astype("<i4").tobytes()]
     return " ".join(files.digest(part).hex() for part in parts)
 
 

@@ -174,6 +174,12 @@ def test_the_unknown_token_stands_for_nothing():
     assert tokenizer.unk_token_id in ids and b"".join(pieces.of(ids)) == b" found"
 
 
+def test_a_tokenizer_without_an_end_token_is_refused():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=TOKENIZERS["bytes"].backend_tokenizer)
+    with pytest.raises(ValueError, match=r"the tokenizer of teacher\.model has no end token"):
+        pieces_of(tokenizer, "teacher.model")
+
+
 def test_a_tokenizer_whose_bytes_are_not_known_is_refused():
     core = Tokenizer(cores.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "</s>": 3}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()

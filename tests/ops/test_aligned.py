@@ -150,6 +150,19 @@ def test_parts_of_a_stream_add_up_to_the_whole():
     assert [len(part.cu) for part in parts] == [4, 2]
 
 
+@pytest.mark.parametrize("bound", [1, 200, 400, 10_000])
+def test_chunks_keep_to_the_bound_and_to_one_vocabulary(bound):
+    spans = torch.tensor(sorted(SPANS, key=lambda span: span[5]))
+    costs = [STUDENT * 8, TEACHER * 8]
+    parts = list(aligned._chunks(spans, costs, bound))
+    assert [i for part in parts for i in range(part.start, part.stop)] == list(range(len(SPANS)))
+    for part in parts:
+        size = sum((b - a) * costs[0] + (d - c) * costs[1] for a, b, c, d, *_ in spans[part].tolist())
+        assert size <= bound or part.stop - part.start == 1
+        assert len(spans[part, 5].unique()) == 1
+    assert bound < 10_000 or len(parts) == 2
+
+
 def test_a_stream_without_spans_costs_nothing():
     stream, weight, bias, teacher = case()
     none = teacher.predict._replace(spans=teacher.predict.spans[:0])
@@ -159,7 +172,9 @@ def test_a_stream_without_spans_costs_nothing():
         assert not gradient.any()
 
 
-def test_bf16_is_close_to_fp64():
+@pytest.mark.filterwarnings("error:An output with one or more elements was resized")
+@pytest.mark.parametrize("chunk_bytes", [1, 300, None])
+def test_bf16_is_close_to_fp64(chunk_bytes):
     stream, weight, bias, teacher = case()
     expected = aligned.aligned_loss(stream, weight, bias, teacher.predict, teacher)
 
@@ -169,9 +184,14 @@ def test_bf16_is_close_to_fp64():
     low = stream._replace(hidden=narrow(stream.hidden))
     target = teacher.predict._replace(hidden=teacher.predict.hidden.bfloat16())
     halved = replace(teacher, weight=teacher.weight.bfloat16(), bias=teacher.bias.bfloat16())
-    found = aligned.aligned_loss(low, narrow(weight), narrow(bias), target, halved)
+    found = aligned.aligned_loss(low, narrow(weight), narrow(bias), target, halved, chunk_bytes=chunk_bytes)
     assert found.dtype == torch.float32 and float(found.detach()) == pytest.approx(
         float(expected.detach()), rel=0.03
     )
+    # a student in fp32 beside it, as on a CPU
+    high = [x.detach().float() for x in (stream.hidden, weight, bias)]
+    other = stream._replace(hidden=high[0])
+    mixed = aligned.aligned_loss(other, *high[1:], target, halved, chunk_bytes=chunk_bytes)
+    assert float(mixed) == pytest.approx(float(expected.detach()), rel=0.03)
     found.backward()
     assert low.hidden.grad.dtype == torch.bfloat16

@@ -198,15 +198,19 @@ def _compute(hidden, weight, bias, labels, target, teacher, softcap, chunk_bytes
     total = torch.zeros((), dtype=dtype, device=weight.device)
     divergence, scale = DIVERGENCES[teacher.divergence].function, teacher.temperature**2
     costs = [len(weight) * dtype.itemsize, len(teacher.weight) * theirs.accumulator.itemsize]
-    for part in _chunks(spans, costs, chunk_bytes):
+    parts = list(_chunks(spans, costs, chunk_bytes))
+    mine_buffer, your_buffer = _buffer(head, spans, parts, 0), _buffer(theirs, spans, parts, 2)
+    for part in parts:
         mine, yours = teacher.vocabularies[int(spans[part.start, 5])]
         bucket = to_device(spans[part, 4], weight.device)
         with torch.no_grad():
-            logits, place = _logits(theirs, spans, part, 2)
+            place = _place(spans, part, 2)
+            logits = theirs.forward(place.start, place.stop, your_buffer)
             log_q = _events(
                 logits, teacher.softcap, target.labels[own[place]], spans[part, 2:4], yours, bucket, teacher
             ).to(dtype)
-            logits, place = _logits(head, spans, part, 0)
+            place = _place(spans, part, 0)
+            logits = head.forward(place.start, place.stop, mine_buffer).detach()
         with torch.enable_grad():
             logits.requires_grad_(any(needs))
             log_p = _events(logits, softcap, labels[order[place]], spans[part, :2], mine, bucket, teacher)
@@ -245,13 +249,18 @@ def _chunks(spans: Tensor, costs: list[int], bound: int) -> Iterator[slice]:
         yield slice(first, len(spans))
 
 
-def _logits(head: ChunkedLinear, spans: Tensor, part: slice, column: int) -> tuple[Tensor, slice]:
-    """The logits of all positions of these spans, and where they stand in the order of `_positions`."""
+def _place(spans: Tensor, part: slice, column: int) -> slice:
+    """Where the positions of these spans stand in the order of `_positions`."""
     lengths = spans[:, column + 1] - spans[:, column]
     start = int(lengths[: part.start].sum())
-    place = slice(start, start + int(lengths[part].sum()))
-    out = head.hidden.new_empty(place.stop - place.start, len(head.weight), dtype=head.accumulator)
-    return head.forward(place.start, place.stop, out), place
+    return slice(start, start + int(lengths[part].sum()))
+
+
+def _buffer(head: ChunkedLinear, spans: Tensor, parts: list[slice], column: int) -> Tensor:
+    """Room for the logits of the largest chunk."""
+    places = [_place(spans, part, column) for part in parts]
+    rows = max((place.stop - place.start for place in places), default=0)
+    return head.hidden.new_empty(rows, len(head.weight), dtype=head.accumulator)
 
 
 def _events(
