@@ -166,6 +166,7 @@ def train_step(job: Job) -> None:
 def refresh(job: Job) -> None:
     """Answer the unlabelled questions, and learn from the answers in use from this step on. Collective."""
     config, start = job.config, time.perf_counter()
+    job.checkpoints.wait()  # a run that is killed within this goes on from there
     with job.whole() as model:
         predictions = answers(job, model, job.unlabelled)
     pseudo = pseudo_labels.agreed(predictions)
@@ -189,6 +190,8 @@ def refresh(job: Job) -> None:
 def sample_own_text(job: Job) -> None:
     """Let the student write the text that it learns from in the coming steps. Collective."""
     start = time.perf_counter()
+    if job.config.on_policy.every >= 1:
+        job.checkpoints.wait()  # a run that is killed within this goes on from there
     try:
         scalars = on_policy.refresh(job)
     except on_policy.Stopped as stop:

@@ -312,7 +312,10 @@ def test_text_that_cannot_be_written_leaves_the_data_s(make_job, caplog):
     [
         ({"objective.method": "dss", "teacher.placement": "none"}, r"take kd, ib\+kd, cot\+kd"),
         ({"objective.gamma": 0.0, "objective.method": "ib+kd"}, "with objective.gamma 0.0 has none"),
-        ({"teacher.placement": "cache", "teacher.cache": "x"}, "a cache has no teacher's answers for it"),
+        (
+            {"teacher.placement": "cache", "teacher.cache": "x"},
+            "teacher.placement cache, whose answers are there before training, has none",
+        ),
         ({"data.unlabelled": 40}, "data.unlabelled is set"),
         ({"optim.tokens_per_batch": 500, "optim.batch_size": 64}, "set optim.batch_size instead"),
         ({"on_policy.max_tokens": 49}, "on_policy.max_tokens is 49, .* at most 48 tokens"),

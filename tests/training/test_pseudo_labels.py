@@ -358,7 +358,7 @@ def test_what_does_not_fit_the_task_is_refused(settings, message):
                 "teacher.model": "t5-mini",
                 "objective.method": "kd",
             },
-            r"data.unlabelled makes new text, for which a cache has no teacher's answers",
+            r"data.unlabelled makes new text, for which teacher.placement cache, whose answers are there",
         ),
     ],
 )

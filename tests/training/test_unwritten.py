@@ -72,7 +72,7 @@ def test_a_full_disk_leaves_the_earlier_export_as_it_was(make_job, caplog):
 
 def test_a_last_checkpoint_that_could_not_be_saved_is_named(make_job, monkeypatch, caplog):
     job = make_job(**SETTINGS)
-    monkeypatch.setattr(Checkpoints, "save", lambda *_: False)
+    monkeypatch.setattr(Checkpoints, "wait", lambda _: False)
     train.train(job)
     with pytest.raises(SystemExit) as ended:
         train.close(job)
