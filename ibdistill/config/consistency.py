@@ -5,6 +5,7 @@ Everything here looks at a whole `sections.Config` whose single values have pass
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ibdistill.config import teacher_consistency
@@ -214,6 +215,15 @@ def _check_on_policy(config: Config) -> None:
     """Raise ValueError where text of the student's own contradicts other settings."""
     objective, share = config.objective, config.on_policy.share
     if not share:
+        defaults = type(config.on_policy)()
+        given = [
+            f.name for f in fields(defaults) if getattr(config.on_policy, f.name) != getattr(defaults, f.name)
+        ]
+        if given:
+            raise ValueError(
+                f"on_policy.{' and on_policy.'.join(given)} says how the student's own text is sampled, and "
+                "on_policy.share is 0, so none is; set on_policy.share, or leave it out"
+            )
         return
     setting = f"on_policy.share is {share}"
     if not METHODS[objective.method].kd or not objective.gamma:
@@ -221,6 +231,11 @@ def _check_on_policy(config: Config) -> None:
             f"{setting}: the student's own text is learned by the distillation term alone, and "
             f"objective.method {objective.method} with objective.gamma {objective.gamma} has none; take "
             "kd, ib+kd, cot+kd or cot+ib+kd"
+        )
+    if round(config.on_policy.start * config.optim.max_steps) >= config.optim.max_steps:
+        raise ValueError(
+            f"{setting}, and on_policy.start is {config.on_policy.start}: none of the "
+            f"{config.optim.max_steps} steps (optim.max_steps) comes after that; lower it"
         )
     limit = config.data.answer_limits()[METHODS[objective.method].streams[-1]]
     if config.on_policy.max_tokens > limit:

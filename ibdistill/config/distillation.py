@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ibdistill.config.methods import METHODS, SAMPLED
+from ibdistill.config.methods import METHODS, SAMPLED, WITHOUT_BETA
+from ibdistill.config.teacher_consistency import needs_answers
 
 if TYPE_CHECKING:
     from ibdistill.config.sections import Config, ObjectiveConfig
@@ -25,10 +26,16 @@ def _check_weights(objective: ObjectiveConfig) -> None:
         "objective.kd_entropy": (objective.kd_entropy, "none"),
     }
     given = [f"{name} is {value}" for name, (value, default) in weights.items() if value != default]
-    if given and not METHODS[objective.method].kd:
+    if given and not (METHODS[objective.method].kd and objective.gamma):
         raise ValueError(
             f"{' and '.join(given)}, which weighs the tokens of the distillation term, and objective.method "
-            f"{objective.method} has none; take kd, ib+kd, cot+kd or cot+ib+kd, or leave it out"
+            f"{objective.method} with objective.gamma {objective.gamma} has none; take kd, ib+kd, cot+kd or "
+            "cot+ib+kd, or leave it out"
+        )
+    if objective.divergence_beta is not None and objective.divergence in WITHOUT_BETA:
+        raise ValueError(
+            f"objective.divergence_beta is {objective.divergence_beta}, and objective.divergence "
+            f"{objective.divergence} has no parameter; leave it out"
         )
     if objective.kd_entropy_share < 1 and objective.kd_entropy == "none":
         raise ValueError(
@@ -79,8 +86,13 @@ def _check_sampled(config: Config) -> None:
 def _check_sampled_cache(config: Config) -> None:
     """Raise ValueError where tokens drawn from the teacher's distributions do not say enough."""
     teacher, objective = config.teacher, config.objective
-    if not teacher.cache or teacher.cache_form != "sampled":
+    if teacher.cache_form != "sampled":
         return
+    if not teacher.cache:
+        raise ValueError(
+            "teacher.cache_form is 'sampled', and there is no teacher.cache that would keep what is sampled; "
+            "give teacher.cache a folder, or leave teacher.cache_form out"
+        )
     given = {
         "objective.divergence": (objective.divergence, "forward", METHODS[objective.method].kd),
         "objective.mi_pair": (objective.mi_pair, "student", True),
@@ -100,6 +112,7 @@ def check_alignment(config: Config) -> None:
     teacher, objective = config.teacher, config.objective
     contradicting = {
         "teacher.placement is 'none', so no teacher answers; choose one": teacher.placement == "none",
+        "nothing is compared with a teacher; leave it out": not needs_answers(objective),
         "teacher.placement is 'server', which scores the student's tokens; choose another": teacher.placement
         == "server",
         f"teacher.cache_form is {teacher.cache_form!r}, of the student's tokens; take states": bool(

@@ -53,7 +53,7 @@ ShareOrCount = Annotated[
     float, Rule(lambda v: 0 < v <= 1 or v == int(v) > 1, "a share in (0, 1] or a whole number above 1")
 ]
 ShareOrSteps = Annotated[
-    float, Rule(lambda v: 0 <= v < 1 or v == int(v) >= 1, "a share in [0, 1) or a whole number of steps")
+    float, Rule(lambda v: 0 <= v < 1 or v == int(v) >= 1, "a share in [0, 1) or a whole number")
 ]
 Seed = Annotated[int, Rule(lambda v: 0 <= v < 2**31, "in 0 .. 2**31 - 1")]
 AtLeastOne = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]

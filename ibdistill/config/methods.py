@@ -23,6 +23,8 @@ DIVERGENCES = tuple("forward reverse jsd skew_forward skew_reverse adaptive tota
 
 SAMPLED = ("k1", "k2", "k3")
 """The names in `ops.head_loss.sampled_token.SAMPLED`: estimates from tokens that the student has drawn."""
+WITHOUT_BETA = ("forward", "reverse", "total_variation", "top1", *SAMPLED)
+"""Those divergences that have no parameter `beta`."""
 
 
 class Method(NamedTuple):

@@ -117,6 +117,7 @@ def _check_url(setting: str, url: str) -> None:
     """Raise ValueError unless this is the address of a server and nothing more."""
     try:
         parts = urlsplit(url)
+        _ = parts.port  # which raises for what is no port
     except ValueError as error:  # as of brackets that are no IPv6 address
         raise ValueError(f"{setting} is no address: {str(error)[:100]}") from error
     if "@" in parts.netloc or parts.query or parts.fragment:

@@ -81,19 +81,22 @@ def token_weights(objective: ObjectiveConfig, stream: Stream, entropy: Tensor | 
     owner = to_device(torch.repeat_interleave(torch.arange(len(lengths)), lengths), device)
     cu, lengths = to_device(cu, device), to_device(lengths, device)
     place, length = torch.arange(len(owner), device=device) - cu[owner], lengths[owner]
-    value = torch.ones(len(owner), dtype=torch.float64, device=device)
+    # logarithms, of which each text's largest becomes 0: no power is too large for it
+    value = torch.zeros(len(owner), dtype=torch.float64, device=device)
     if objective.kd_first:
         limit = objective.kd_first if objective.kd_first >= 1 else (objective.kd_first * length).ceil()
-        value *= place < limit
+        value.masked_fill_(place >= limit, -torch.inf)
     if objective.kd_later:
-        value *= ((place + 0.5) / length) ** objective.kd_later
+        value += objective.kd_later * ((place.double() + 0.5) / length).log()
     if entropy is not None and objective.kd_entropy_share < 1:
         order = entropy.argsort(descending=True, stable=True)
         order = order[owner[order].argsort(stable=True)]  # by text, in each by entropy
         rank = torch.empty_like(place).scatter_(0, order, place)
-        value *= rank < (objective.kd_entropy_share * length).ceil()
+        value.masked_fill_(rank >= (objective.kd_entropy_share * length).ceil(), -torch.inf)
     elif entropy is not None:
-        value *= entropy
+        value += entropy.double().log()
+    largest = value.new_full((len(lengths),), -torch.inf).scatter_reduce(0, owner, value, "amax")
+    value = (value - largest.nan_to_num(neginf=0.0)[owner]).exp()
     # differences of a running sum, because adding by owner has no fixed order on a GPU
     sums = torch.nn.functional.pad(value.cumsum(0), (1, 0))
     total = (sums[cu[1:]] - sums[cu[:-1]])[owner]

@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from ibdistill.runtime import deepspeed_fixes, hardware, launcher, rank_logging, rendezvous, startup
 
@@ -99,7 +100,8 @@ def init(timeout_minutes: int = 30) -> World:
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
     global _done_by_rank_0
-    _done_by_rank_0 = _Done(store, rank)
+    # torchrun serves a store of its own
+    _done_by_rank_0 = _Done(store or distributed_c10d._get_default_store(), rank)
     sum_over_ranks(torch.zeros(1))  # all ranks are here
     rendezvous.clear_up(rank)
     deepspeed_fixes.leave_shared_memory_operator_out()

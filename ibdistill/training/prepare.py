@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -88,21 +88,20 @@ def prepare(config: Config, world: World) -> Job:
         pair = None if aligned else (tokenizer, vocabulary)
         records, teacher = add_teacher_text(config, records, world, stop, pair)
     prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
-    streams = weights.tokenized_streams(config.objective)
+    streams, alignment = weights.tokenized_streams(config.objective), None
     features = tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
-    alignment = None
     if aligned:
         alignment = TextAlignment(config.teacher.model, tokenizer, config.data, streams)
         features = alignment.with_questions(features, records.train, prefixes)
         alignment.check(features)
     train, features = drop_untaught(records.train, features)
-    records = dataclasses.replace(records, train=train)
+    records = replace(records, train=train)
     if too_long := features.cut.get("reasonings"):
         records.report["train/long_reasoning"] = too_long
     records.report.update(check_texts(records, features, tokenizer, config.data))
     sampler = build_sampler(config, features, world.size)
     made = (records, unlabelled, features, tokenizer, student)
-    distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
+    inputs = distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
     teacher_answers = build_teacher(
         config.teacher,
         config.objective,
@@ -116,7 +115,7 @@ def prepare(config: Config, world: World) -> Job:
         alignment=alignment,
         seed=config.run.seed,
     )
-    return assemble(
+    job = assemble(
         config,
         world,
         stop,
@@ -129,6 +128,8 @@ def prepare(config: Config, world: World) -> Job:
         sampler=sampler,
         teacher_answers=teacher_answers,
     )
+    distributed.run_on_rank_0(lambda: run_folder.keep(folder, config, inputs))
+    return job
 
 
 def open_run(config: Config, world: World) -> Path:
@@ -161,7 +162,7 @@ def load_records(
     taught = pseudo_labels.questions(data, "taught")
     explains, writes = METHODS[objective.method].explains, teacher.rationales != "none"
     records = loading.load(data, needs_rationale=explains and not writes)
-    return dataclasses.replace(records, train=records.train + taught), unlabelled
+    return replace(records, train=records.train + taught), unlabelled
 
 
 def add_teacher_text(
@@ -185,7 +186,7 @@ def add_teacher_text(
     wanted = weights.wanted(config.objective)
     written = writing.write(config, records.train, world, stop, wanted=wanted, student=student)
     report = records.report | written.counts
-    return dataclasses.replace(records, train=written.records, report=report), written.teacher
+    return replace(records, train=written.records, report=report), written.teacher
 
 
 def build_sampler(config: Config, features: Features, world_size: int) -> Sampler:

@@ -51,16 +51,30 @@ def has_begun(folder: Path) -> bool:
 
 
 def open_folder(folder: Path, config: Config) -> None:
-    """Make the run folder, or check that it belongs to this configuration; write `config.yaml`.
+    """Make the run folder with `config.yaml`, or check that it belongs to this configuration.
 
     Raises ValueError if it cannot be written, or holds a run of another configuration.
     """
     path = folder / _CONFIG
+    if path.is_file():
+        _check_settings(path, config)
+    else:
+        keep(folder, config)
+
+
+def keep(folder: Path, config: Config, inputs: dict[str, str] | None = None) -> None:
+    """Write `config.yaml`, and `inputs.json` if `inputs` is what `check_inputs` gave. Raises ValueError if
+    they cannot be written.
+
+    The state of an interrupted run is to be restored before: where that does not fit new settings or another
+    model, the run stays one of the old ones.
+    """
+    path = folder / _CONFIG
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            _check_settings(path, config)
         files.write_atomically(path, _header(path) + to_yaml(config))
+        if inputs is not None:
+            files.write_json(folder / _INPUTS, inputs)
     except OSError as error:
         raise ValueError(f"run.dir is {str(folder)!r}, which cannot be written: {error}") from error
 
@@ -73,11 +87,11 @@ def check_inputs(
     features: Features,
     tokenizer: PreTrainedTokenizerBase,
     student: nn.Module,
-) -> None:
-    """Check that the folder's run learns from the same data and models as it did before; write `inputs.json`.
+) -> dict[str, str]:
+    """Check that the folder's run learns from the same data and models as it did before; what these are.
 
     `features`: the tokenized training records. `student`: the whole model. Raises ValueError if something
-    differs and `run.allow_config_change` is off, or if the file cannot be written.
+    differs and `run.allow_config_change` is off, or if what they were cannot be read.
     """
     path, now = folder / _INPUTS, _data(records, unlabelled, features) | _models(config, tokenizer, student)
     try:
@@ -91,9 +105,9 @@ def check_inputs(
             raise ValueError(
                 f"{folder} holds a run of other data or models: {'; '.join(changed)}. {_WAY_OUT}"
             )
-        files.write_json(path, now)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read or written: {error}") from error
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    return now
 
 
 def result(folder: Path) -> dict[str, Any]:

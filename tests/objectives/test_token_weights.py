@@ -139,9 +139,31 @@ def test_a_step_is_autograd_of_the_plain_formula(make_job, method):
 
 
 @pytest.mark.parametrize(
+    "settings", [{"kd_first": 3, "kd_later": 8}, {"kd_first": 1, "kd_later": 5}, {"kd_later": 1e300}], ids=str
+)
+def test_a_texts_weights_have_mean_1_whatever_the_power(settings):
+    lengths = [200, 3, 1, 200, 150]
+    found = token_weights(ObjectiveConfig(**settings), stream(lengths), None)
+    sums = [part.double().sum().item() for part in found.split(lengths)]
+    assert sums == pytest.approx(lengths, rel=1e-6)
+
+
+@pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"objective.method": "dss", "objective.kd_first": 8}, "kd_first is 8.*method dss has none"),
+        (
+            {"objective.method": "dss", "objective.kd_first": 8},
+            "kd_first is 8.*method dss with objective.gamma 1.0 has none",
+        ),
+        ({"objective.gamma": 0.0, "objective.kd_later": 1}, "objective.gamma 0.0 has none"),
+        (
+            {"objective.divergence_beta": 0.3},
+            "divergence_beta is 0.3, and objective.divergence forward has no",
+        ),
+        (
+            {"objective.divergence": "top1", "objective.divergence_beta": 0.3},
+            "divergence top1 has no parameter",
+        ),
         ({"objective.kd_entropy_share": 0.2}, "whose entropy chooses the tokens"),
         (
             {"objective.kd_first": 1.5},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import sys
 from datetime import timedelta
 
@@ -63,3 +64,17 @@ def test_a_taken_port_is_named(monkeypatch):
 def test_torchrun_serves_the_store_itself(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert rendezvous.meet(0, 2, SOON) is None
+
+
+def test_under_torchrun_ranks_learn_from_its_own_store_that_rank_0_is_done(tmp_path):
+    script = tmp_path / "meets.py"
+    script.write_text(
+        "from ibdistill.runtime import distributed\n"
+        "world = distributed.init()\n"
+        "answer = distributed.run_on_rank_0(lambda: f'of {world.size}')\n"
+        f"open(f'{tmp_path}/{{world.rank}}', 'w').write(answer)\n"
+        "distributed.exit_at_once(0)\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    subprocess.run(command, check=True, timeout=300)
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["of 2", "of 2"]

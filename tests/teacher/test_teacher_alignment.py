@@ -254,6 +254,13 @@ def test_in_format_chat_each_reads_its_own_template(tmp_path, world, make_job):
             {"teacher.cache": "x", "teacher.cache_form": "topk"},
             "'topk', of the student's tokens; take states",
         ),
+        (
+            {"teacher.cache": "x", "teacher.cache_form": "sampled"},
+            "'sampled', of the student's tokens; take states",
+        ),
+        ({"objective.method": "dss", "teacher.rationales": "all"}, "nothing is compared with a teacher"),
+        ({"objective.kd_later": 1}, "kd_later or kd_entropy weighs single tokens"),
+        ({"on_policy.share": 0.5, "objective.divergence": "k1"}, "divergence is 'k1'.*take reverse"),
         ({"objective.mi_pair": "teacher", "objective.estimator": "paper"}, "mi_pair is 'teacher'"),
     ],
 )

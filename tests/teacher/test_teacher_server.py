@@ -303,6 +303,7 @@ def test_two_ranks_wait_for_a_server_that_dies_and_go_on_from_what_it_said(
     ("more", "message"),
     [
         ({"teacher.server_urls": []}, "name its addresses in teacher.server_urls"),
+        ({"teacher.server_urls": "http://h:99999"}, r"server_urls\[0\] is no address: Port out of range"),
         ({"teacher.server_urls": "ftp://h"}, r"server_urls\[0\] is 'ftp://h'; give http"),
         (
             {"teacher.server_urls": f"http://h,http://u:{SECRET}@h"},

@@ -196,5 +196,15 @@ def test_an_unwritable_run_folder_is_refused(make_job, tmp_path):
     with pytest.raises(ValueError, match=r"run.dir is '.*file/run', which cannot be written"):
         make_job(tmp_path / "file" / "run")
     (tmp_path / "run" / "inputs.json").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"run/inputs.json cannot be read or written"):
+    with pytest.raises(ValueError, match=r"cannot be written: .*run/inputs.json"):
         make_job()
+
+
+def test_a_run_that_cannot_be_continued_keeps_its_settings(begun):
+    job = begun()
+    path = job.folder / "config.yaml"
+    settings = path.read_text()
+    with pytest.raises(ValueError, match="another model|cannot be"):
+        begun(**{"student.model": "demo-student-decoder", "run.allow_config_change": True})
+    assert path.read_text() == settings
+    assert begun().state.step == 1
