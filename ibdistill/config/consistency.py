@@ -5,7 +5,6 @@ Everything here looks at a whole `sections.Config` whose single values have pass
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from ibdistill.config import teacher_consistency
@@ -214,16 +213,7 @@ def _check_unlabelled(config: Config) -> None:
 def _check_on_policy(config: Config) -> None:
     """Raise ValueError where text of the student's own contradicts other settings."""
     objective, share = config.objective, config.on_policy.share
-    if not share:
-        defaults = type(config.on_policy)()
-        given = [
-            f.name for f in fields(defaults) if getattr(config.on_policy, f.name) != getattr(defaults, f.name)
-        ]
-        if given:
-            raise ValueError(
-                f"on_policy.{' and on_policy.'.join(given)} says how the student's own text is sampled, and "
-                "on_policy.share is 0, so none is; set on_policy.share, or leave it out"
-            )
+    if not share:  # the baseline of a sweep over shares, whose other settings may stay
         return
     setting = f"on_policy.share is {share}"
     if not METHODS[objective.method].kd or not objective.gamma:
