@@ -12,6 +12,7 @@ import logging
 import sys
 import uuid
 from collections import Counter
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,8 @@ class ServerWriter:
                     raise ValueError(failure)
         finally:
             if found:
-                files.write_json(self._path.with_suffix(".usage.json"), dict(self._used))
+                with suppress(OSError):  # a report, which ends no run
+                    files.write_json(self._path.with_suffix(".usage.json"), dict(self._used))
                 counts = ", ".join(f"{self._used[name]} {name}" for name in ("requests", *_USAGE))
                 logger.info("teacher's text cost %s", counts)
         return found

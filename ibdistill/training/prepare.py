@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill.config.load import to_yaml
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import (
     Config,
@@ -17,33 +15,26 @@ from ibdistill.config.sections import (
     ObjectiveConfig,
     TeacherConfig,
 )
-from ibdistill.config.zero_file import settle_ds_config, split_batch, zero_stage
+from ibdistill.config.zero_file import settle_ds_config, split_batch
 from ibdistill.data import loading
 from ibdistill.data.features import Features
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import OnPolicySampler, Sampler
-from ibdistill.data.text_checks import check_texts, truncated_shares
+from ibdistill.data.text_checks import check_texts
 from ibdistill.data.token_sampler import TokenSampler
 from ibdistill.data.tokenizing import drop_untaught, tokenize
-from ibdistill.models.whole_model import WholeModel
-from ibdistill.monitor.alarms import Alarms
-from ibdistill.monitor.board import Board
-from ibdistill.monitor.meter import Meter
-from ibdistill.objectives import distillation, weights
+from ibdistill.objectives import weights
 from ibdistill.planning import memory_check
-from ibdistill.runtime import distributed, random_state
+from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher import server_scoring, writing
 from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import device, early_checks, on_policy, pseudo_labels, run_folder
+from ibdistill.training import device, early_checks, pseudo_labels, run_folder
+from ibdistill.training.assemble import assemble
 from ibdistill.training.build_student import build_student
-from ibdistill.training.checkpoint import Checkpoints
-from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
-from ibdistill.training.prefetch import Prefetch
-from ibdistill.training.train_state import TrainState
 
 
 def prepare(config: Config, world: World) -> Job:
@@ -87,18 +78,7 @@ def prepare(config: Config, world: World) -> Job:
         vocabulary = student.get_output_embeddings().weight.shape[0]
         pair = None if aligned else (tokenizer, vocabulary)
         records, teacher = add_teacher_text(config, records, world, stop, pair)
-    prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
-    streams, alignment = weights.tokenized_streams(config.objective), None
-    features = tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
-    if aligned:
-        alignment = TextAlignment(config.teacher.model, tokenizer, config.data, streams)
-        features = alignment.with_questions(features, records.train, prefixes)
-        alignment.check(features)
-    train, features = drop_untaught(records.train, features)
-    records = replace(records, train=train)
-    if too_long := features.cut.get("reasonings"):
-        records.report["train/long_reasoning"] = too_long
-    records.report.update(check_texts(records, features, tokenizer, config.data))
+    records, features, alignment = tokenize_training(config, records, tokenizer)
     sampler = build_sampler(config, features, world.size)
     made = (records, unlabelled, features, tokenizer, student)
     inputs = distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
@@ -189,6 +169,27 @@ def add_teacher_text(
     return replace(records, train=written.records, report=report), written.teacher
 
 
+def tokenize_training(
+    config: Config, records: loading.Loaded, tokenizer: PreTrainedTokenizerBase
+) -> tuple[loading.Loaded, Features, TextAlignment | None]:
+    """The training records that can be learned from, with a report of what was cut; their token tables; and
+    the alignment with a teacher of another vocabulary. Raises ValueError for text that cannot be trained on.
+    """
+    prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
+    streams, alignment = weights.tokenized_streams(config.objective), None
+    features = tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
+    if config.objective.alignment == "text":
+        alignment = TextAlignment(config.teacher.model, tokenizer, config.data, streams)
+        features = alignment.with_questions(features, records.train, prefixes)
+        alignment.check(features)
+    train, features = drop_untaught(records.train, features)
+    records = replace(records, train=train)
+    if too_long := features.cut.get("reasonings"):
+        records.report["train/long_reasoning"] = too_long
+    records.report.update(check_texts(records, features, tokenizer, config.data))
+    return records, features, alignment
+
+
 def build_sampler(config: Config, features: Features, world_size: int) -> Sampler:
     """The sampler by questions, or by tokens with `optim.tokens_per_batch`; raises ValueError as these do."""
     if not config.optim.tokens_per_batch:
@@ -230,71 +231,3 @@ def build_teacher(
         server_scoring.fill(config, wanted, tokenizer, features, streams, head_rows, stop)
     more = {"expects_more": expects_more, "alignment": alignment, "seed": seed}
     return TeacherAnswers(config, wanted, tokenizer, features, student, world, teacher, **more)
-
-
-def assemble(
-    config: Config,
-    world: World,
-    stop: StopRequest,
-    *,
-    folder: Path,
-    records: loading.Loaded,
-    unlabelled: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    student: nn.Module,
-    features: Features,
-    sampler: Sampler,
-    teacher_answers: TeacherAnswers | None,
-) -> Job:
-    """The job: the engine around the student, the state of an interrupted run, and what shows the run.
-
-    It takes the whole configuration because the job keeps it. Collective.
-    """
-    # dropout differs between ranks; a checkpoint replaces this state
-    random_state.seed_everything(config.run.seed + world.rank)
-    whole = WholeModel(student, sharded=zero_stage(config) == 3)  # before the engine partitions the student
-    module = distillation.Distillation(
-        student,
-        config.objective,
-        teacher_width=teacher_answers.width if teacher_answers else 0,
-        seed=config.run.seed,
-    )
-    engine = build_engine(module, config.student.precision, config.optim, config.deepspeed, world)
-    kept = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
-    checkpoints = Checkpoints(folder, world, **kept, seed=config.run.seed)
-    state = checkpoints.restore(engine) or TrainState()
-    board = Board(folder, world, state.step, config.optim.max_steps, report_to=config.run.report_to)
-    board.text("config", to_yaml(config), state.step)
-    board.scalars(truncated_shares(records, features, config.data), state.step)
-    alarms = Alarms(records.train)
-    if world.rank == 0:
-        alarms.check_labels(records.train)
-        alarms.check_written(records.report, records.train)
-    job = Job(
-        config=config,
-        world=world,
-        folder=folder,
-        stop=stop,
-        streams=weights.streams_of(config.objective),
-        records=records,
-        tokenizer=tokenizer,
-        gold=features,
-        features=features,
-        sampler=sampler,
-        teacher_answers=teacher_answers,
-        engine=engine,
-        whole=whole,
-        checkpoints=checkpoints,
-        state=state,
-        board=board,
-        meter=Meter(),
-        alarms=alarms,
-        prefetch=Prefetch(pins=True) if world.device.type == "cuda" else None,
-        unlabelled=unlabelled,
-    )
-    state.pseudo = state.pseudo if unlabelled else ""
-    if state.pseudo:
-        job.mix(pseudo_labels.read(folder, state.pseudo))
-    if config.on_policy.share:
-        on_policy.restore(job)
-    return job
