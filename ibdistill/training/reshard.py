@@ -203,4 +203,5 @@ def _fill(flat: _Flat, pieces: Mapping[str, list[tuple[_Span, _Flat]]], step: fl
 
 
 def _load(path: Path) -> dict[str, Any]:
+    # the run's own file, which holds DeepSpeed's objects and which DeepSpeed itself would load in this way
     return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
