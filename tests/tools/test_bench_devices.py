@@ -58,7 +58,7 @@ def test_without_a_gpu_the_process_is_measured(calls, monkeypatch):
                 pages[start] = 1
         return devices.peak_bytes(device) - before
 
-    # several times and with room, since a machine short of memory may take other pages of the process meanwhile
+    # several times and with room: a machine short of memory may take other pages of the process meanwhile
     seen = [above() for _ in range(3)]
     assert any(0.5 * size < bytes_ < 1.5 * size for bytes_ in seen), seen
     assert devices.timed(lambda: None, device) >= 0 and not calls
