@@ -13,7 +13,19 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import FORKED, ROOT, TRAIN, WORKERS, as_arguments, kill_session, launch, start, tiny
+from harness import (
+    FORKED,
+    ROOT,
+    TRAIN,
+    WHOLE_DEMO,
+    WORKERS,
+    Forked,
+    as_arguments,
+    kill_session,
+    launch,
+    start,
+    tiny,
+)
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +59,13 @@ def ranks_of(launcher: subprocess.Popen) -> list[psutil.Process]:
     return [c for c in children if any(part.startswith("--local_rank") for part in c.cmdline())]
 
 
-def wait_for_step(log: Path, step: int, timeout: float = 300) -> None:
+def wait_for_step(process: subprocess.Popen | Forked, log: Path, step: int, timeout: float = 300) -> None:
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:
         steps = re.findall(r"step (\d+)/", log.read_text())
         if steps and int(steps[-1]) >= step:
             return
+        assert process.poll() is None, log.read_text()[-4000:]
         time.sleep(0.005)
     raise AssertionError(f"step {step} was not reached:\n{log.read_text()[-4000:]}")
 
@@ -106,7 +119,7 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
         kill_at = random.randrange(15, 21)
     caches = {run: {"teacher.cache": f"{run}_cache"} if stage == 3 else {} for run in (whole, broken)}
     log = tmp_path / "whole.log"
-    code = launch([*forked, *as_arguments(tiny(whole, **settings, **caches[whole]))], log=log)
+    code = launch([*forked, *as_arguments(tiny(whole, **settings, **caches[whole]))], log=log, env=WHOLE_DEMO)
     assert code == 0, log.read_text()[-4000:]
 
     arguments = as_arguments(tiny(broken, **settings, **caches[broken]))
@@ -115,20 +128,20 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
         assert not (broken / "agree").exists() and max(scalar_steps(broken, "loss/total")) == 14
     print(f"kill -9 after step {kill_at}")
     log = tmp_path / "killed.log"
-    process = start([*forked, *arguments], log=log)
-    wait_for_step(log, kill_at)
+    process = start([*forked, *arguments], log=log, env=WHOLE_DEMO)
+    wait_for_step(process, log, kill_at)
     kill_session(process)
     assert not (broken / "result.json").exists()
 
     log = tmp_path / "signalled.log"
     process = start([*launched, *arguments], ranks=2, log=log)
-    wait_for_step(log, 25)
+    wait_for_step(process, log, 25)
     ranks_of(process)[1].send_signal(signal_number)
     assert process.wait(120) == exit_code, log.read_text()[-4000:]
     assert "resumed from" in log.read_text()
 
     log = tmp_path / "resumed.log"
-    assert launch([*forked, *arguments], log=log) == 0, log.read_text()[-4000:]
+    assert launch([*forked, *arguments], log=log, env=WHOLE_DEMO) == 0, log.read_text()[-4000:]
     assert "resumed from" in log.read_text()
 
     name = "student/model.safetensors"
@@ -190,7 +203,7 @@ def test_killed_while_a_checkpoint_is_being_written_resumes_from_the_one_before_
 
     slow = [str(WORKERS / "slow_disk.py"), "2", *broken]
     process = start(slow, log=log, env={"SLOW_DISK_REACHED": str(reached)})
-    wait_for_step(log, 13)
+    wait_for_step(process, log, 13)
     deadline = time.monotonic() + 60
     while not reached.exists():
         assert time.monotonic() < deadline, log.read_text()[-4000:]
@@ -211,7 +224,7 @@ def test_killed_while_a_checkpoint_is_being_written_resumes_from_the_one_before_
 def kill_within_the_first_refresh(command: list[str], folder: Path) -> None:
     """kill -9 of all where rank 1 is between its two answers and rank 0 may be waiting for it."""
     reached, log = folder / "reached", folder / "within.log"
-    process = start(command, log=log, env={"AGREEING_STOPS_AT": str(reached)})
+    process = start(command, log=log, env={"AGREEING_STOPS_AT": str(reached)} | WHOLE_DEMO)
     deadline = time.monotonic() + 300
     while not reached.exists():
         assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
