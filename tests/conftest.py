@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
-from harness import ROOT, tiny
+from harness import ROOT, short_demo, tiny
 
 sys.path.append(str(ROOT / "tools"))  # the planner's modules, and the scripts beside them
 
@@ -79,6 +79,15 @@ def world() -> Iterator:
 
     yield distributed.init()
     dist.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def demo_in_short(request, monkeypatch) -> None:
+    """`harness.short_demo` for every test but those of the corpus itself."""
+    if request.path.parent.name != "data":
+        from ibdistill.data.tasks import demo
+
+        monkeypatch.setattr(demo, "load_demo", short_demo(demo.load_demo))
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import multiprocessing
 import os
@@ -12,9 +13,11 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import forkserver
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "ibdistill" / "train.py")
@@ -22,12 +25,12 @@ WORKERS = ROOT / "tests" / "workers"
 FORKED = str(WORKERS / "runs.py")
 """A script like TRAIN that forks its ranks itself; its first argument is their number."""
 
+WHOLE_DEMO = {"IBDISTILL_WHOLE_DEMO": "1"}
+"""See `short_demo`."""
+
 _SERVER = multiprocessing.get_context("forkserver")
-"""Starts processes as forks of one that has imported what scripts import, which takes a script 4 s of CPU."""
-_SERVER.set_forkserver_preload(
-    ["ibdistill.train", "ibdistill.evaluate_student", "peft", "matplotlib.figure", "torch.utils.tensorboard"]
-    + [f"transformers.models.{name}.modeling_{name}" for name in ("t5", "llama")]
-)
+"""Starts processes as forks of one that has done what `warm.py` does, which takes a script 5 s of CPU."""
+_SERVER.set_forkserver_preload(["warm"])
 
 
 class Forked:
@@ -35,6 +38,8 @@ class Forked:
 
     def __init__(self, arguments: Sequence[str], log: Path | str, env: dict[str, str]) -> None:
         given = [str(argument) for argument in arguments], str(log), env
+        with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}:{Path(__file__).parent}"):
+            forkserver.ensure_running()  # it does not hear of this process's `sys.path`
         self._process = _SERVER.Process(target=_run_script, args=given)
         self._process.start()
         self.pid = self._process.pid
@@ -65,6 +70,10 @@ def _run_script(arguments: list[str], log: str, env: dict[str, str]) -> None:
     os.chdir(ROOT)
     sys.path[:0] = [str(Path(arguments[0]).parent), *env.get("PYTHONPATH", "").split(":")]
     sys.argv[:] = arguments
+    if WHOLE_DEMO.items() <= env.items():
+        from ibdistill.data.tasks import demo
+
+        demo.load_demo = demo.load_demo.__wrapped__
     runpy.run_path(arguments[0], run_name="__main__")
 
 
@@ -141,6 +150,22 @@ def tiny(folder: Path, **overrides) -> dict[str, object]:
         "run.log_every": 1,
         "run.test_limit": 16,
     } | overrides
+
+
+def short_demo(load_demo: Callable) -> Callable:
+    """`demo.load_demo` with 64 of 1,000 validation problems and of 2,000 test problems, all of which each run
+    tokenizes and checks before it starts.
+
+    Ranks of DeepSpeed's launcher have the whole demo. A fork that shares a run's folder with them has it with
+    `env=WHOLE_DEMO`.
+    """
+
+    @functools.wraps(load_demo)
+    def load(task: str, *test_seed: int) -> dict[str, list]:
+        splits = load_demo(task, *test_seed)
+        return {name: records if name == "train" else records[:64] for name, records in splits.items()}
+
+    return load
 
 
 def as_arguments(settings: dict[str, object]) -> list[str]:

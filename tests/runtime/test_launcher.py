@@ -37,6 +37,9 @@ time.sleep(float(sys.argv[-1]))
 """
 
 
+VICTIMS = ("deepspeed", "deepspeed.launcher.launch")
+
+
 @pytest.fixture
 def launched(tmp_path):
     """Starts RANK on two ranks of a launcher, which is killed at the end with all its ranks."""
@@ -75,12 +78,8 @@ def wait_for(log: Path, text: str, count: int = 2, seconds: float = 300) -> str:
     return log.read_text()
 
 
-@pytest.mark.parametrize("when", ["importing", "600"])
-@pytest.mark.parametrize("victim", ["deepspeed", "deepspeed.launcher.launch"])
-def test_ranks_end_with_their_launcher(launched, victim, when):
-    """kill -9 of the command itself, or of the process that it starts: while the ranks import, or train."""
-    process, log = launched("a", when)
-    wait_for(log, "started" if when == "importing" else "met at")
+def kill_and_see_its_ranks_end(process: subprocess.Popen, victim: str) -> None:
+    """kill -9 of the command itself (deepspeed), or of the process that it starts."""
     (launch,) = psutil.Process(process.pid).children()
     ranks = launch.children()
     assert len(ranks) == 2
@@ -90,18 +89,27 @@ def test_ranks_end_with_their_launcher(launched, victim, when):
     assert not [p for p in alive if processes.start_time(p.pid)]  # one that nobody waits for has ended too
 
 
-def test_two_jobs_of_one_machine_meet_at_ports_of_their_own(launched):
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_ranks_end_with_their_launcher_while_they_import(launched, victim):
+    process, log = launched("a", "importing")
+    wait_for(log, "started")
+    kill_and_see_its_ranks_end(process, victim)
+
+
+def test_two_jobs_of_one_machine_meet_at_ports_of_their_own_and_end_with_their_launchers(launched):
     """Nobody has chosen a port; another program listens on the launcher's default one."""
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         with suppress(OSError):  # where another program of this machine listens there already
             taken.bind(("127.0.0.1", int(launcher.DEFAULT_PORT)))
             taken.listen()
-        (_, first), (_, second) = launched("a", "600"), launched("b", "600")
-        met = [re.findall(r"met at (\d+) (.*)", wait_for(log, "met at")) for log in (first, second)]
+        jobs = launched("a", "600"), launched("b", "600")
+        met = [re.findall(r"met at (\d+) (.*)", wait_for(log, "met at")) for _, log in jobs]
     for name, found in zip("ab", met, strict=True):
         assert len(set(found)) == 1 and found[0][1] == str([name, name])
     assert len({found[0][0] for found in met} | {launcher.DEFAULT_PORT}) == 3
+    for (process, _), victim in zip(jobs, VICTIMS, strict=True):
+        kill_and_see_its_ranks_end(process, victim)
 
 
 def test_a_chosen_port_that_another_job_has_is_one_clear_line(launched):

@@ -7,9 +7,10 @@ import re
 import signal
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
-from harness import FORKED, ROOT, TRAIN, WORKERS, as_arguments, launch, start, steps, tiny
+from harness import FORKED, ROOT, TRAIN, WHOLE_DEMO, WORKERS, as_arguments, launch, start, steps, tiny
 from test_distributed import ranks_of, wait_for_step
 from workers.elastic import CASES, KINDS, STARTS
 
@@ -20,7 +21,8 @@ def curve(folder: Path) -> dict[int, float]:
 
 
 def test_the_curve_goes_on_from_2_ranks_to_1_to_3_and_from_zero2_to_zero3_to_zero1(tmp_path):
-    """Through the launcher, as that is what users do. The 8 questions of a step do not divide by 3 ranks.
+    """First through the launcher, as that is what users do, then on forked ranks. The 8 questions of a step
+    do not divide by 3 ranks.
 
     The losses are those of an uninterrupted run up to rounding, 20 and more steps after the changes.
     """
@@ -40,11 +42,20 @@ def test_the_curve_goes_on_from_2_ranks_to_1_to_3_and_from_zero2_to_zero3_to_zer
     for ranks, zero, until in ((2, "zero2", 4), (1, "zero3", 10), (3, "zero1", 0)):
         log = tmp_path / f"{ranks}.log"
         more = settings | {"deepspeed.config": zero}
-        process = start([TRAIN, *as_arguments(tiny(tmp_path / "moved", **more))], ranks=ranks, log=log)
+        arguments = as_arguments(tiny(tmp_path / "moved", **more))
+        if not stops:
+            process = start([TRAIN, *arguments], ranks=ranks, log=log)
+        else:
+            process = start([FORKED, str(ranks), *arguments], log=log, env=WHOLE_DEMO)
         if until:
-            wait_for_step(log, until)
-            ranks_of(process)[-1].send_signal(signal.SIGTERM)
-        assert process.wait(120) == (143 if until else 0), log.read_text()[-4000:]
+            wait_for_step(process, log, until)
+            last = psutil.Process(process.pid).children()[-1] if stops else ranks_of(process)[-1]
+            last.send_signal(signal.SIGTERM)
+        code = process.wait(120)
+        if until and stops:  # what the process says that forked the ranks
+            assert code == 1 and "terminated with exit code 143" in log.read_text(), log.read_text()[-4000:]
+        else:
+            assert code == (143 if until else 0), log.read_text()[-4000:]
         stops += map(int, re.findall(r"stopped by a signal after step (\d+)", log.read_text()))
     said = log.read_text()
     assert stops[-1] <= 20

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
 import torch
 from harness import TRAIN, alone, as_arguments, launch, same, steps, tiny, weights
 
@@ -212,9 +213,10 @@ def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw)
     )
-    losses = []
+    model, losses = tiny_models.save(tmp_path / "t5", "t5", num_decoder_layers=1), []
     for compiled in (False, True):
-        job = make_job(tmp_path / str(compiled), **{"student.compile": compiled, "student.dropout": 0.0})
+        given = {"student.model": model, "student.compile": compiled, "student.dropout": 0.0}
+        job = make_job(tmp_path / str(compiled), **given, **{"data.max_question_tokens": 128})
         steps(job, 2)
         losses.append(job.meter.close_interval().terms["ce_explain"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)

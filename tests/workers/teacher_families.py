@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import ranks
 import torch
 from feature_tables import random_features
+from workers import ranks
 
 from ibdistill.config.load import load_settings
 from ibdistill.config.sections import TeacherConfig
@@ -28,7 +28,13 @@ from ibdistill.teacher.teacher import SHARDED, Teacher
 from ibdistill.training.prepare import prepare
 
 STUDENTS = ("gemma", "llama", "qwen2", "t5")
+IN_ALL_PLACEMENTS = ("llama", "gemma3_text", "mixtral", "t5", "bart")
+"""What a placement does (whose ranks share, where a share lies) is no type's own; all types are in ZeRO-3."""
 ROWS = 420
+
+
+def placements(kind: str) -> tuple[str, ...]:
+    return SHARDED if kind in IN_ALL_PLACEMENTS else ("zero3",)
 
 
 def answer_of(placement: str, folder: Path, world: World) -> tuple[TeacherAnswer, dict[str, Any]]:
@@ -45,10 +51,10 @@ def answer_of(placement: str, folder: Path, world: World) -> tuple[TeacherAnswer
 
 
 def compare_teachers(folder: Path, world: World) -> dict[str, Any]:
-    """Each sharded placement against the replica. Collective."""
+    """Its sharded placements against the replica. Collective."""
     replica, buffers = answer_of("replica", folder, world)
     facts = {}
-    for placement in SHARDED:
+    for placement in placements(folder.name):
         answer, shared = answer_of(placement, folder, world)
         pairs = list(zip(answer.tensors(), replica.tensors(), strict=True))
         facts[placement] = {

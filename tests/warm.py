@@ -1,0 +1,28 @@
+"""What scripts of the tests do first, done once in the process that they are forks of (harness.py).
+
+Imports, the demo's corpus, the tables of transformers. What `conftest.py` leaves out in its own process is
+left out here too: most of the demo's validation and test problems, and figures.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+
+from harness import short_demo
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+from ibdistill import evaluate_student, train  # noqa: F401
+from ibdistill.data.tasks import demo
+from ibdistill.evaluation import report
+
+for name in ("t5", "llama"):
+    importlib.import_module(f"transformers.models.{name}.modeling_{name}")
+for name in ("peft", "matplotlib.figure", "sacrebleu", "torch.utils.tensorboard"):
+    importlib.import_module(name)
+get_checkpoint_conversion_mapping("t5")
+demo.unlabelled(0)  # makes everything
+demo.load_demo = short_demo(demo.load_demo)
+report.figures = lambda *_: {}
+gc.collect()
+gc.freeze()  # no collection in a fork looks at all this again
