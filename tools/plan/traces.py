@@ -56,7 +56,7 @@ class Traces:
             pooled=weights.mi_settings(self._config.objective) is not None,
             distils=self.teacher is not None and self.wanted.targets,
         )
-        teacher = self._teacher_passes[0].kernels if self.teacher else 0
+        teacher = self._teacher_passes[0].kernels * self.readings if self.teacher else 0
         return self._student_steps[checkpointing][0].kernels + head_loss + teacher
 
     def living(self, checkpointing: bool, micro: int) -> int:
@@ -91,7 +91,7 @@ class Traces:
     @cached_property
     def teacher_gathers(self) -> footprint.Gathers:
         """What a sharded teacher gathers."""
-        return footprint.teacher_gathers(self.teacher, self._lengths(1), self._scored)
+        return footprint.teacher_gathers(self.teacher, self._read(1), self._scored)
 
     def _checkpointing(self, on: bool) -> Config:
         student = dataclasses.replace(self._config.student, gradient_checkpointing=on)
@@ -120,4 +120,14 @@ class Traces:
 
     @cached_property
     def _teacher_passes(self) -> list[dryrun.Living]:
-        return [dryrun.teacher_forward(self.teacher, self._lengths(n), self._scored, "cuda") for n in (1, 2)]
+        return [dryrun.teacher_forward(self.teacher, self._read(n), self._scored, "cuda") for n in (1, 2)]
+
+    @property
+    def readings(self) -> int:
+        """How often the teacher reads a micro-batch."""
+        return len(costs.readings(self._lengths(1), self._config.objective))
+
+    def _read(self, questions: int) -> Lengths:
+        """The longest of what the teacher reads."""
+        read = costs.readings(self._lengths(questions), self._config.objective)
+        return max(read, key=lambda own: own.question)
