@@ -45,22 +45,15 @@ _ESTIMATORS = {
     '"Deep Variational Information Bottleneck", ICLR 2017, arXiv 1612.00410',
 }
 _DISTILLATION = {
-    (
-        "kd_first",
-        0,
-    ): 'of the first tokens only: Zhang et al., "Fast and Effective On-policy Distillation from '
+    "kd_first": 'of the first tokens only: Zhang et al., "Fast and Effective On-policy Distillation from '
     'Reasoning Prefixes", 2026, arXiv 2602.15260',
-    ("kd_later", 0): 'weighing later tokens more: Liu et al., "When Are Teacher Tokens Reliable? '
+    "kd_later": 'weighing later tokens more: Liu et al., "When Are Teacher Tokens Reliable? '
     'Position-Weighted On-Policy Self-Distillation for Reasoning", 2026, arXiv 2605.21606',
-    ("kd_entropy", "none"): 'weighing tokens by entropy: Tavor et al., "Rethinking Selective Knowledge '
-    'Distillation", 2026, arXiv 2602.01395',
-    (
-        "kd_target",
-        "teacher",
-    ): "without what the teacher copies from the reference, after the idea of: Shen et "
-    'al., "Purified OPSD: On-Policy Self-Distillation Without Losing How to Think", 2026, arXiv 2607.02234',
+    "kd_entropy": 'weighing tokens by entropy: Tavor et al., "Rethinking Selective Knowledge Distillation", '
+    "2026, arXiv 2602.01395",
+    "kd_target": "without what the teacher copies from the reference, after: Shen et al., "
+    '"Purified OPSD: On-Policy Self-Distillation Without Losing How to Think", 2026, arXiv 2607.02234',
 }
-"""(Setting, its value where the paper has no part) -> the paper."""
 _DRAWN = (
     "the teacher's distributions as tokens drawn from them: Anshumann et al., \"Sparse Logit Sampling: "
     'Accelerating Knowledge Distillation in LLMs", ACL 2025, arXiv 2503.16870'
@@ -80,9 +73,9 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     if method.kd and objective.gamma != 0:
         divergence = {**DIVERGENCES, **SAMPLED}[objective.divergence].paper or objective.divergence
         found.append(f"distilling the teacher's distributions: {divergence}")
-        found += [
-            paper for (name, plain), paper in _DISTILLATION.items() if getattr(objective, name) != plain
-        ]
+        plain = type(objective)()
+        chosen = (name for name in _DISTILLATION if getattr(objective, name) != getattr(plain, name))
+        found += [_DISTILLATION[name] for name in chosen]
     return found
 
 
