@@ -104,6 +104,12 @@ def _check_sampled_cache(config: Config) -> None:
     """Raise ValueError where tokens drawn from the teacher's distributions do not say enough."""
     teacher, objective = config.teacher, config.objective
     if teacher.cache_form != "sampled":
+        if teacher.cache_samples != type(teacher)().cache_samples:
+            raise ValueError(
+                f"teacher.cache_samples is {teacher.cache_samples}, which counts the draws of "
+                f"teacher.cache_form sampled, and that is {teacher.cache_form!r}; take sampled, or leave "
+                "teacher.cache_samples out"
+            )
         return
     if not teacher.cache:
         raise ValueError(
