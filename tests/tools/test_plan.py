@@ -466,3 +466,11 @@ def test_a_teacher_that_reads_the_reference_too_reads_three_times():
     assert (plain.readings, more.readings) == (1, 3)
     assert 2 < more.operations(False, 1).teacher / plain.operations(False, 1).teacher < 4
     assert more.teacher_living(2) > plain.teacher_living(2)
+
+
+def test_a_loss_across_vocabularies_is_planned_with_its_own_memory():
+    one, other = (
+        Planner(tiny(**{"objective.alignment": name}), H100, 1, 8, 20, 3, 9).traces
+        for name in ("none", "text")
+    )
+    assert other.living(False, 8) > one.living(False, 8)

@@ -12,7 +12,7 @@ from ibdistill.planning import kernels as kernels_of
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.evaluation_memory import Decoding, sampling
 from ibdistill.planning.footprint import WIDTH, Zero
-from ibdistill.planning.head_loss_memory import head_loss_bytes
+from ibdistill.planning.head_loss_memory import aligned_bytes, head_loss_bytes
 from plan import costs
 
 
@@ -62,13 +62,21 @@ class Traces:
     def living(self, checkpointing: bool, micro: int) -> int:
         """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
         one, two = self._student_steps[checkpointing]
+        precision, objective = self._config.student.precision, self._config.objective
+        theirs = self.teacher.head if self.teacher and self.wanted.targets else None
+        is_aligned = theirs is not None and objective.alignment == "text"
         inside = head_loss_bytes(
             *(self._lengths(micro).targets(self._streams), micro, self.student.head),
-            self._config.student.precision,
-            mi=weights.mi_settings(self._config.objective) is not None,
-            teacher=self.teacher.head if self.teacher and self.wanted.targets else None,
+            precision,
+            mi=weights.mi_settings(objective) is not None,
+            teacher=None if is_aligned else theirs,
             device="cuda",
         )
+        if is_aligned:  # stream after stream, beside what the head loss and the first stream leave
+            rows, (vocabulary, width) = micro * max(self._tokens[1:]), self.student.head
+            left = 2 * WIDTH[precision] * width * (vocabulary + rows)
+            more = {"device": "cuda", "divergence": objective.divergence}
+            inside = max(inside, left + aligned_bytes(rows, self.student.head, theirs, precision, **more))
         peak = one.peak + (micro - 1) * (two.peak - one.peak)
         return max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
 
