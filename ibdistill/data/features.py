@@ -109,6 +109,24 @@ class Features:
             targets["answer"] = Ragged([[]] * len(indices))
         return replace(taken, targets=targets, own=np.ones(len(indices), dtype=bool))
 
+    def own_alone(self, indices: Sequence[int], *, questions: bool) -> tuple[Features, list[int]]:
+        """The records with these indices without any target but the student's own text, and their indices.
+
+        `questions`: whether all their questions are wanted; else those with own text, or the first one where
+        none has, in the stream of the text alone.
+        """
+        has = np.zeros(len(indices), dtype=bool) if self.own is None else self.own[list(indices)]
+        chosen = list(indices)
+        if not questions:
+            chosen = [i for i, own in zip(indices, has, strict=True) if own] or chosen[:1]
+        taken = self.take(chosen)
+        targets = {segment: Ragged([[]] * len(chosen)) for segment in self.targets}
+        if has.any():
+            rows = zip(taken.targets[self.text], taken.own, strict=True)
+            targets[self.text] = Ragged(ids if own else [] for ids, own in rows)
+        kept = taken.questions if questions else {self.streams[-1]: taken.questions[self.streams[-1]]}
+        return replace(taken, targets=targets, questions=kept), chosen
+
     def _own_with(self, other: Features) -> np.ndarray | None:
         if self.own is None and other.own is None:
             return None

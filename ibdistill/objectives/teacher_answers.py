@@ -49,5 +49,7 @@ class Wanted:
     """Temperature of the distributions, for a teacher's top k."""
     pmi: bool = False
     """The states are those of the target `pmi` (`teacher.references`)."""
+    own: bool = False
+    """Of the student's own text alone: other targets have no rows."""
     text: bool = False
     """Text that it writes."""

@@ -145,7 +145,8 @@ def wanted(objective: ObjectiveConfig) -> Wanted | None:
     """What the objective asks of a teacher; None: nothing."""
     pairs = uses_mi(objective) and objective.mi_pair == "teacher"
     targets = distils(objective) or pairs
-    result = Wanted(uses_vid(objective), targets, objective.kd_temperature, purifies(objective))
+    own = distils(objective) and not distils_data(objective)
+    result = Wanted(uses_vid(objective), targets, objective.kd_temperature, purifies(objective), own)
     return result if result.questions or result.targets else None
 
 

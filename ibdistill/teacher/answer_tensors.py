@@ -155,6 +155,8 @@ def fingerprint(
         found["bos"] = bos
     if wanted.pmi:
         found["target"] = "pmi"
+    if wanted.own:
+        found["text"] = "the student's own"
     if theirs is not None:
         found["teacher_tokenizer"] = _digest(theirs)
     if wanted.targets and config.cache_form == "topk":

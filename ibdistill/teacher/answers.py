@@ -237,11 +237,16 @@ class TeacherAnswers:
         if self._complete(known):
             return self._unpack(answer_tensors.join(known, self._world.device), self._head)
         assert self.teacher is not None
-        asked = (self._features, indices) if theirs is None else (theirs, range(len(theirs)))
+        asked, read = (self._features, indices) if theirs is None else (theirs, range(len(theirs))), indices
+        told = asked
+        if self._wanted.own:
+            told = (self._features.own_alone(indices, questions=True)[0], range(len(indices)))
+            theirs, read = self._features.own_alone(indices, questions=self._wanted.questions)
+            asked = theirs, range(len(theirs))
         with self._clock.measure("teacher"):
             answer = self.teacher(self._for_teacher(*asked, batch))
             if self._wanted.pmi:
-                read = references.readings(self._features, indices, theirs)
+                read = references.readings(self._features, read, theirs)
                 more = [
                     self.teacher.states(self._for_teacher(own, range(len(own)), batch))[0] for own in read
                 ]
@@ -254,7 +259,7 @@ class TeacherAnswers:
         if self._reads:
             # the host goes on while the answer is on its way to it, and puts it into the cache later
             keys = [None if old else self._keys[i] for i, old in zip(indices, known, strict=True)]
-            lengths = answer_tensors.lengths(*asked)
+            lengths = answer_tensors.lengths(*told)
             self._writer.put(packed, keys, partial(answer_tensors.pieces, lengths=lengths))
             if any(known):
                 # a record keeps its first answer, because another batch's padding would change the last bits
