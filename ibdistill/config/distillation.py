@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def check_distillation(config: Config) -> None:
     """Raise ValueError where settings of the distillation term contradict each other or the rest."""
     _check_weights(config.objective)
+    _check_pmi(config)
     _check_sampled(config)
     _check_sampled_cache(config)
 
@@ -42,6 +43,22 @@ def _check_weights(objective: ObjectiveConfig) -> None:
             f"objective.kd_entropy_share is {objective.kd_entropy_share}, and objective.kd_entropy is none: "
             "whose entropy chooses the tokens? Take student or teacher"
         )
+
+
+def _check_pmi(config: Config) -> None:
+    """Raise ValueError where the target `pmi` contradicts other settings."""
+    objective = config.objective
+    contradicting = {
+        f"objective.method {objective.method} with objective.gamma {objective.gamma} has no distillation term"
+        "; take kd, ib+kd, cot+kd or cot+ib+kd": not (METHODS[objective.method].kd and objective.gamma),
+        "teacher.placement server gives the most probable tokens alone, and their states are needed; choose "
+        "another": config.teacher.placement == "server",
+        "objective.mi_pair teacher pools the teacher's own distributions; take student": objective.mi_pair
+        == "teacher",
+    }
+    for reason, holds in contradicting.items():
+        if objective.kd_target == "pmi" and holds:
+            raise ValueError(f"objective.kd_target is 'pmi', and {reason}")
 
 
 def _check_sampled(config: Config) -> None:
@@ -87,6 +104,12 @@ def _check_sampled_cache(config: Config) -> None:
     """Raise ValueError where tokens drawn from the teacher's distributions do not say enough."""
     teacher, objective = config.teacher, config.objective
     if teacher.cache_form != "sampled":
+        if teacher.cache_samples != type(teacher)().cache_samples:
+            raise ValueError(
+                f"teacher.cache_samples is {teacher.cache_samples}, which counts the draws of "
+                f"teacher.cache_form sampled, and that is {teacher.cache_form!r}; take sampled, or leave "
+                "teacher.cache_samples out"
+            )
         return
     if not teacher.cache:
         raise ValueError(

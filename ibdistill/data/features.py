@@ -32,6 +32,11 @@ class Features:
     """[records] bool: whether the target that holds the rationale is the student's own text; None: none."""
     teacher_questions: dict[str, Ragged] = field(default_factory=dict)
     """`questions` in the tokens of a teacher of another vocabulary; empty without one."""
+    with_reference: dict[str, Ragged] = field(default_factory=dict)
+    """In the teacher's tokens, the question, and the record's rationale and label behind it; empty where no
+    teacher reads these (`teacher.references`)."""
+    reference_alone: dict[str, Ragged] = field(default_factory=dict)
+    """The same without the question."""
     cut: dict[str, int] = field(default_factory=dict)
     """How many of the `predict questions`, `explain questions`, `labels`, `rationales` and so on were too
     long."""
@@ -75,6 +80,8 @@ class Features:
             questions=_taken(self.questions, indices),
             targets=_taken(self.targets, indices),
             teacher_questions=_taken(self.teacher_questions, indices),
+            with_reference=_taken(self.with_reference, indices),
+            reference_alone=_taken(self.reference_alone, indices),
         )
 
     def __add__(self, other: Features) -> Features:
@@ -85,6 +92,8 @@ class Features:
             questions=_joined(self.questions, other.questions),
             targets=_joined(self.targets, other.targets),
             teacher_questions=_joined(self.teacher_questions, other.teacher_questions),
+            with_reference=_joined(self.with_reference, other.with_reference),
+            reference_alone=_joined(self.reference_alone, other.reference_alone),
             whole_prompts=self.whole_prompts,
             samples=self._samples_with(other),
             own=self._own_with(other),
@@ -99,6 +108,24 @@ class Features:
         if "answer" in targets:
             targets["answer"] = Ragged([[]] * len(indices))
         return replace(taken, targets=targets, own=np.ones(len(indices), dtype=bool))
+
+    def own_alone(self, indices: Sequence[int], *, questions: bool) -> tuple[Features, list[int]]:
+        """The records with these indices without any target but the student's own text, and their indices.
+
+        `questions`: whether all their questions are wanted; else those with own text, or the first one where
+        none has, in the stream of the text alone.
+        """
+        has = np.zeros(len(indices), dtype=bool) if self.own is None else self.own[list(indices)]
+        chosen = list(indices)
+        if not questions:
+            chosen = [i for i, own in zip(indices, has, strict=True) if own] or chosen[:1]
+        taken = self.take(chosen)
+        targets = {segment: Ragged([[]] * len(chosen)) for segment in self.targets}
+        if has.any():
+            rows = zip(taken.targets[self.text], taken.own, strict=True)
+            targets[self.text] = Ragged(ids if own else [] for ids, own in rows)
+        kept = taken.questions if questions else {self.streams[-1]: taken.questions[self.streams[-1]]}
+        return replace(taken, targets=targets, questions=kept), chosen
 
     def _own_with(self, other: Features) -> np.ndarray | None:
         if self.own is None and other.own is None:

@@ -26,8 +26,7 @@ _RATIONALES = (
 )
 _REASONING = (
     'learning the rationale and then the answer as one text: Ho et al., "Large Language Models Are '
-    "Reasoning "
-    'Teachers", ACL 2023, arXiv 2212.10071'
+    'Reasoning Teachers", ACL 2023, arXiv 2212.10071'
 )
 _MUTUAL_INFORMATION = (
     'Chen et al., "Learning to Maximize Mutual Information for Chain-of-Thought Distillation", Findings of '
@@ -45,16 +44,16 @@ _ESTIMATORS = {
     "vib": "the bottleneck between question and decoder: Alemi et al., "
     '"Deep Variational Information Bottleneck", ICLR 2017, arXiv 1612.00410',
 }
-_TOKEN_WEIGHTS = {
+_DISTILLATION = {
     "kd_first": 'of the first tokens only: Zhang et al., "Fast and Effective On-policy Distillation from '
     'Reasoning Prefixes", 2026, arXiv 2602.15260',
     "kd_later": 'weighing later tokens more: Liu et al., "When Are Teacher Tokens Reliable? '
     'Position-Weighted On-Policy Self-Distillation for Reasoning", 2026, arXiv 2605.21606',
+    "kd_entropy": 'weighing tokens by entropy: Tavor et al., "Rethinking Selective Knowledge Distillation", '
+    "2026, arXiv 2602.01395",
+    "kd_target": "without what the teacher copies from the reference, after: Shen et al., "
+    '"Purified OPSD: On-Policy Self-Distillation Without Losing How to Think", 2026, arXiv 2607.02234',
 }
-_ENTROPY = (
-    'weighing tokens by entropy: Tavor et al., "Rethinking Selective Knowledge Distillation", 2026, arXiv '
-    "2602.01395"
-)
 _DRAWN = (
     "the teacher's distributions as tokens drawn from them: Anshumann et al., \"Sparse Logit Sampling: "
     'Accelerating Knowledge Distillation in LLMs", ACL 2025, arXiv 2503.16870'
@@ -74,8 +73,9 @@ def papers(objective: ObjectiveConfig) -> list[str]:
     if method.kd and objective.gamma != 0:
         divergence = {**DIVERGENCES, **SAMPLED}[objective.divergence].paper or objective.divergence
         found.append(f"distilling the teacher's distributions: {divergence}")
-        found += [paper for setting, paper in _TOKEN_WEIGHTS.items() if getattr(objective, setting)]
-        found += [_ENTROPY] if objective.kd_entropy != "none" else []
+        plain = type(objective)()
+        chosen = (name for name in _DISTILLATION if getattr(objective, name) != getattr(plain, name))
+        found += [_DISTILLATION[name] for name in chosen]
     return found
 
 

@@ -107,23 +107,17 @@ class Alarms:
         )
 
     def _check_unfinished(self, share: float, step: int) -> None:
-        ways_out = (
-            "Raise on_policy.max_tokens, lower on_policy.temperature or on_policy.top_p, or start later "
-            "(on_policy.start), when the student has learned to end"
-        )
-        if share == 1:
-            self._warn(
-                "none finished",
-                f"step {step}: none of the student's own texts has an end and words. With "
-                "on_policy.unfinished keep the teacher scores them as they are; with replace the data's text "
-                f"is learned until the next sampling, as if on_policy.share were 0. {ways_out}",
-            )
+        if share == 1:  # there is nothing to wait for
+            self._in_row["unfinished"] = PATIENCE
         self._count(
             "unfinished",
             share > LARGEST_UNFINISHED,
             step,
             f"{share:.0%} of the student's own texts have no end or no words (bound "
-            f"{LARGEST_UNFINISHED:.0%}), in {PATIENCE} samplings in a row. {ways_out}",
+            f"{LARGEST_UNFINISHED:.0%}). With on_policy.unfinished keep the teacher scores them as they are; "
+            "with replace the data's text is learned in their place. Raise on_policy.max_tokens, lower "
+            "on_policy.temperature or on_policy.top_p, or start later (on_policy.start), when the student "
+            "has learned to end",
         )
 
     def _count(self, name: str, is_beyond: bool, step: int, message: str) -> None:

@@ -235,6 +235,7 @@ class Distillation(nn.Module):
             segments[text], sampled = split_text(segments[text], batch.own)
             if answer is not None and answer.targets:
                 rows, first = len(segments[text].labels), len(batch.question_ids) - batch.own
+                rows = 0 if self.objective.divergence in SAMPLED else rows
                 parts = split_teacher(answer.targets[text], rows, first)
                 answer = replace(answer, targets=answer.targets | {text: parts[0], "sampled": parts[1]})
             segments["sampled"], own = sampled, [("sampled", None)]
@@ -259,7 +260,8 @@ class Distillation(nn.Module):
             total, terms["vib"] = total + factor * kl, kl.detach()
             if self.head.measures:  # in the question's states, as for vid
                 terms[f"{GRADIENT}vib"] = factor**2 * squares.detach()
-        if self.head.measures and answer is not None and answer.targets:
+        asked = answer is not None and answer.targets and self.objective.divergence not in SAMPLED
+        if self.head.measures and asked:
             terms |= teacher_accuracy(answer, batch)
         return total, terms
 

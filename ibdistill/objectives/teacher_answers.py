@@ -47,5 +47,9 @@ class Wanted:
     """States at the target positions, and the head."""
     temperature: float = 1.0
     """Temperature of the distributions, for a teacher's top k."""
+    pmi: bool = False
+    """The states are those of the target `pmi` (`teacher.references`)."""
+    own: bool = False
+    """Of the student's own text alone: other targets have no rows."""
     text: bool = False
     """Text that it writes."""

@@ -136,10 +136,17 @@ def distils_data(objective: ObjectiveConfig) -> bool:
     return distils(objective) and objective.divergence not in SAMPLED
 
 
+def purifies(objective: ObjectiveConfig) -> bool:
+    """Whether the teacher reads the references too, for the target `pmi`."""
+    return distils(objective) and objective.kd_target == "pmi"
+
+
 def wanted(objective: ObjectiveConfig) -> Wanted | None:
     """What the objective asks of a teacher; None: nothing."""
     pairs = uses_mi(objective) and objective.mi_pair == "teacher"
-    result = Wanted(uses_vid(objective), distils(objective) or pairs, objective.kd_temperature)
+    targets = distils(objective) or pairs
+    own = distils(objective) and not distils_data(objective)
+    result = Wanted(uses_vid(objective), targets, objective.kd_temperature, purifies(objective), own)
     return result if result.questions or result.targets else None
 
 

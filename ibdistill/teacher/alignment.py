@@ -209,17 +209,18 @@ class TextAlignment:
 
     def _pooled(self, states: Tensor, features: Features, indices: Sequence[int], theirs: Features) -> Tensor:
         """The teacher's question states [N_teacher, D], as one for each of the student's question tokens."""
-        owners: tuple[list[int], list[int]] = ([], [])
-        number = 0
+        owners: list[int] = []
+        counts: list[int] = []
         for row, i in enumerate(indices):
             mine = self._student.of(features.first_questions[i], special=True)
             yours = self._teacher.of(theirs.first_questions[row], special=True)
             for a, b, c, d in alignment.spans(mine, yours, cover=True):
-                owners[0].extend([number] * (b - a))
-                owners[1].extend([number] * (d - c))
-                number += 1
-        mine, yours = (to_device(torch.tensor(own, dtype=torch.int64), states.device) for own in owners)
-        dtype = torch.promote_types(states.dtype, torch.float32)
-        sums = states.new_zeros(number, states.shape[1], dtype=dtype).index_add_(0, yours, states.to(dtype))
-        counts = torch.bincount(torch.tensor(owners[1], dtype=torch.int64), minlength=number)
-        return (sums / to_device(counts, states.device)[:, None])[mine].to(states.dtype)
+                owners.extend([len(counts)] * (b - a))
+                counts.append(d - c)
+        mine, lengths = (
+            to_device(torch.tensor(n, dtype=torch.int64), states.device) for n in (owners, counts)
+        )
+        wide = states.to(torch.promote_types(states.dtype, torch.float32))
+        # a sum in the order of the tokens, on a GPU too, where `index_add` has none
+        pooled = torch.segment_reduce(wide, "mean", lengths=lengths, unsafe=True)
+        return pooled[mine].to(states.dtype)

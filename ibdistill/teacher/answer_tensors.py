@@ -39,6 +39,7 @@ from ibdistill.ops.head_loss.softcap import capped
 from ibdistill.runtime import files
 from ibdistill.teacher import sampled_form
 from ibdistill.teacher.cache_shard import Entry, checksum
+from ibdistill.teacher.vocabulary import fit_rows
 
 logger = logging.getLogger("ibdistill")
 
@@ -152,6 +153,10 @@ def fingerprint(
     # put nothing there, and their caches need no word of it.
     if (bos := bos_of(theirs or tokenizer)) is not None:
         found["bos"] = bos
+    if wanted.pmi:
+        found["target"] = "pmi"
+    if wanted.own:
+        found["text"] = "the student's own"
     if theirs is not None:
         found["teacher_tokenizer"] = _digest(theirs)
     if wanted.targets and config.cache_form == "topk":
@@ -178,8 +183,8 @@ def write_head(folder: Path, width: int, head: Head) -> None:
     files.write_atomically(folder / _HEAD, save(tensors, metadata=metadata))
 
 
-def read_head(folder: Path, device: torch.device) -> tuple[int, Head] | None:
-    """What `write_head` wrote: the teacher's width, and its head on `device`.
+def read_head(folder: Path, device: torch.device, rows: int | None = None) -> tuple[int, Head] | None:
+    """What `write_head` wrote: the teacher's width, and its head on `device`, fitted to `rows`.
 
     None if it is not there or damaged, which is warned of: a loaded teacher writes it again.
     """
@@ -198,6 +203,8 @@ def read_head(folder: Path, device: torch.device) -> tuple[int, Head] | None:
         logger.warning("%s is damaged and is not used: %s", path, error)
         return None
     weight, bias = (tensors[name].to(device) if name in tensors else None for name in ("weight", "bias"))
+    if weight is not None and rows is not None:
+        weight, bias = fit_rows(weight, bias, rows)
     return width, (weight, bias, softcap)
 
 

@@ -41,14 +41,13 @@ from ibdistill.models import families
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
-from ibdistill.teacher import answer_tensors, sampled_form
+from ibdistill.teacher import answer_tensors, references, sampled_form
 from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answer_tensors import NO_HEAD, Head
 from ibdistill.teacher.cache import AnswerCache
 from ibdistill.teacher.cache_shard import Entry, record_key
 from ibdistill.teacher.cache_writer import CacheWriter
 from ibdistill.teacher.teacher import SHARDED, Teacher
-from ibdistill.teacher.vocabulary import fit_rows
 
 logger = logging.getLogger("ibdistill")
 
@@ -108,10 +107,11 @@ class TeacherAnswers:
             fingerprint = answer_tensors.fingerprint(config, wanted, tokenizer, theirs, seed=seed)
             self._cache = AnswerCache(Path(config.cache), fingerprint, rank=world.rank)
             self._writer = CacheWriter(self._cache)
-        self._reads = True
-        self._was_summarised = False
+        self._reads, self._was_summarised = True, False
         missing = self._missing()
-        kept = None if missing or expects_more else self._read_head()
+        kept = None
+        if not missing and not expects_more:
+            kept = answer_tensors.read_head(Path(config.cache), world.device, self._head_rows)
         self.teacher = None
         if kept is None:
             if config.placement in ("cache", "server"):
@@ -125,6 +125,7 @@ class TeacherAnswers:
             self.teacher = teacher or Teacher(config, wanted, *pair, world)
             if teacher is not None or alignment is not None:
                 self.teacher.pair(*pair)
+            references.check_positions(features, self.teacher)
             self.width, self._head = self.teacher.width, None
             if self._cache is not None:  # a run without a loaded teacher needs its head too
                 head = self.teacher.head() if wanted.targets else NO_HEAD
@@ -236,9 +237,20 @@ class TeacherAnswers:
         if self._complete(known):
             return self._unpack(answer_tensors.join(known, self._world.device), self._head)
         assert self.teacher is not None
-        asked = (self._features, indices) if theirs is None else (theirs, range(len(theirs)))
+        asked, read = (self._features, indices) if theirs is None else (theirs, range(len(theirs))), indices
+        told = asked
+        if self._wanted.own:
+            told = (self._features.own_alone(indices, questions=True)[0], range(len(indices)))
+            theirs, read = self._features.own_alone(indices, questions=self._wanted.questions)
+            asked = theirs, range(len(theirs))
         with self._clock.measure("teacher"):
             answer = self.teacher(self._for_teacher(*asked, batch))
+            if self._wanted.pmi:
+                read = references.readings(self._features, read, theirs)
+                more = [
+                    self.teacher.states(self._for_teacher(own, range(len(own)), batch))[0] for own in read
+                ]
+                answer = references.purified(answer, *more)
             if self._cache is None:
                 return answer
             samples = self._config.cache_samples
@@ -247,7 +259,7 @@ class TeacherAnswers:
         if self._reads:
             # the host goes on while the answer is on its way to it, and puts it into the cache later
             keys = [None if old else self._keys[i] for i, old in zip(indices, known, strict=True)]
-            lengths = answer_tensors.lengths(*asked)
+            lengths = answer_tensors.lengths(*told)
             self._writer.put(packed, keys, partial(answer_tensors.pieces, lengths=lengths))
             if any(known):
                 # a record keeps its first answer, because another batch's padding would change the last bits
@@ -277,8 +289,7 @@ class TeacherAnswers:
         if is_same and (batch.row_lengths is None or self.teacher.packs):
             return batch
         layout = self.teacher.layout | {"packed": batch.row_lengths is not None and self.teacher.packs}
-        theirs = batches.collate(features, indices, features.streams, **layout)
-        return theirs.to(self._world.device)
+        return batches.collate(features, indices, features.streams, **layout).to(self._world.device)
 
     def _unpack(self, packed: dict[str, Tensor], head: Head | None) -> TeacherAnswer:
         """The answer in packed tensors. Collective if its head is needed, not given, and sharded."""
@@ -286,14 +297,3 @@ class TeacherAnswers:
             needed = self._wanted.targets and self._config.cache_form == "states"
             head = self.teacher.head() if needed else NO_HEAD
         return answer_tensors.unpack(packed, head, self._head_rows)
-
-    def _read_head(self) -> tuple[int, Head] | None:
-        """The teacher's width, and its head with the rows of `Teacher.head`; None if it cannot be read."""
-        found = answer_tensors.read_head(Path(self._config.cache), self._world.device)
-        if found is None:
-            return None
-        width, (weight, bias, softcap) = found
-        return width, NO_HEAD if weight is None else (
-            *fit_rows(weight, bias, self._head_rows or len(weight)),
-            softcap,
-        )

@@ -50,8 +50,8 @@ def key_of(*arrays: np.ndarray) -> bytes:
 
 def record_key(features: Features, index: int) -> bytes:
     """The key of a record's answers, made of its token ids."""
-    tables = *features.questions.values(), *features.targets.values(), *features.teacher_questions.values()
-    return key_of(*(table[index] for table in tables))
+    tables = features.questions, features.targets, features.teacher_questions, features.with_reference
+    return key_of(*(table[index] for own in tables for table in own.values()))
 
 
 def write_shard(path: Path, entries: dict[bytes, Entry], metadata: dict[str, str]) -> None:

@@ -40,7 +40,7 @@ from ibdistill.config.sections import TeacherConfig
 from ibdistill.data.batches import Batch
 from ibdistill.models import families, fused, presets
 from ibdistill.models import forward as models_forward
-from ibdistill.models.architectures import softcap
+from ibdistill.models.architectures import positions, softcap
 from ibdistill.models.student import check_bitsandbytes
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
@@ -86,6 +86,13 @@ class Teacher:
         self.width = skeleton.get_input_embeddings().embedding_dim
         self._model_config = skeleton.config
         self.packs = fused.packs(skeleton)
+        self.positions = positions(skeleton.config)
+        if wanted.pmi and softcap(skeleton.config) is not None:
+            raise ValueError(
+                f"objective.kd_target is 'pmi', and teacher.model {config.model!r} caps its logits, so that "
+                "its head does not make their sum from a sum of states; take another teacher, or kd_target "
+                "teacher"
+            )
         self._own_rows = skeleton.get_output_embeddings().weight.shape[0]
         if head_rows is not None:
             self.pair(tokenizer, head_rows)
@@ -119,9 +126,13 @@ class Teacher:
         self.layout = families.layout(self._model_config, own)  # its own BOS, as where it writes
 
     @torch.no_grad()
+    def states(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """As `Scorer` gives them. Collective for sharded placements."""
+        return self._scorer(batch)
+
     def __call__(self, batch: Batch) -> TeacherAnswer:
         """The answer of a micro-batch, on its device. Collective for sharded placements."""
-        targets, questions = self._scorer(batch)
+        targets, questions = self.states(batch)
         if not self._wanted.targets:
             return TeacherAnswer(questions)
         streams = {stream: TeacherStream(hidden=hidden) for stream, hidden in targets.items()}

@@ -25,6 +25,7 @@ from ibdistill.monitor.board import Board
 from ibdistill.monitor.meter import Meter
 from ibdistill.runtime import hardware
 from ibdistill.runtime.distributed import StopRequest, World
+from ibdistill.teacher import references
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.training.checkpoint import Checkpoints
 from ibdistill.training.prefetch import Prefetch
@@ -114,8 +115,12 @@ class Job:
         config = self.config
         prefixes = {name: loading.TASKS[name].prefixes for name in self.records.test}
         added = tokenize(pseudo, prefixes, self.tokenizer, config.data, streams=self.gold.streams)
-        if self.teacher_answers and self.teacher_answers.alignment:
-            added = self.teacher_answers.alignment.with_questions(added, pseudo, prefixes)
+        alignment = self.teacher_answers and self.teacher_answers.alignment
+        if alignment:
+            added = alignment.with_questions(added, pseudo, prefixes)
+        if self.gold.with_reference:
+            reader = alignment.tokenizer if alignment else self.tokenizer
+            added = references.with_references(added, pseudo, prefixes, reader, config.data)
         batches = {"batch_size": config.optim.batch_size, "seed": config.run.seed}
         if pseudo:
             self.sampler = MixedSampler(self.gold, added, config.data, **batches)

@@ -27,7 +27,7 @@ from ibdistill.objectives import weights
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest, World
-from ibdistill.teacher import server_scoring, writing
+from ibdistill.teacher import references, server_scoring, writing
 from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
@@ -182,6 +182,9 @@ def tokenize_training(
         alignment = TextAlignment(config.teacher.model, tokenizer, config.data, streams)
         features = alignment.with_questions(features, records.train, prefixes)
         alignment.check(features)
+    if weights.purifies(config.objective):
+        reader = alignment.tokenizer if alignment else tokenizer
+        features = references.with_references(features, records.train, prefixes, reader, config.data)
     train, features = drop_untaught(records.train, features)
     records = replace(records, train=train)
     if too_long := features.cut.get("reasonings"):

@@ -42,6 +42,8 @@ _SPLIT = {"deepspeed.config", "optim.micro_batch_size", "optim.tokens_per_forwar
 _MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"} | _SPLIT
 _MAY_CHANGE |= {f"teacher.server_{name}" for name in ("urls", "requests", "timeout", "wait")}
 """Settings that an interrupted run may change without becoming another run."""
+_SHAPES = ("student.layers", "student.lora_rank")
+"""Settings that no checkpoint of another value can be continued with."""
 _WAY_OUT = "Choose another --run.dir, or continue it all the same with --run.allow_config_change"
 
 
@@ -208,6 +210,11 @@ def _check_settings(path: Path, config: Config) -> None:
     }
     if split := [text for name, text in differing.items() if name in _SPLIT]:
         logger.info("the run continues though %s", "; ".join(split))
+    if shapes := [text for name, text in differing.items() if name in _SHAPES]:
+        raise ValueError(
+            f"{path.parent} holds a run whose weights have other shapes: {'; '.join(shapes)}. Choose another "
+            "--run.dir"
+        )
     changed = [text for name, text in differing.items() if name not in _MAY_CHANGE]
     if changed and not config.run.allow_config_change:
         raise ValueError(

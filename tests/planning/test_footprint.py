@@ -24,11 +24,13 @@ from ibdistill.models import forward as models_forward
 from ibdistill.models import student as models_student
 from ibdistill.objectives import distillation
 from ibdistill.objectives import weights as objectives_weights
+from ibdistill.ops import linear
+from ibdistill.ops.head_loss.aligned import AlignedStream, AlignedTeacher, Side, aligned_loss
 from ibdistill.ops.head_loss.api import Stream
 from ibdistill.ops.head_loss.reference import head_loss_reference
 from ibdistill.planning import dryrun, footprint, memory_check
 from ibdistill.planning.footprint import Zero
-from ibdistill.planning.head_loss_memory import head_loss_bytes
+from ibdistill.planning.head_loss_memory import aligned_bytes, head_loss_bytes
 from ibdistill.runtime import deepspeed_fixes, hardware
 from ibdistill.training.prepare import prepare
 
@@ -189,6 +191,42 @@ def test_the_activations_peak(name, method, checkpointing):
 
     learn()  # libraries warm up
     assert allocated_peak(learn) == pytest.approx(predicted, rel=0.25)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "theirs", "shared", "divergence"),
+    [
+        (200, 8000, 6000, 6000, "forward"),
+        (700, 8000, 6000, 5000, "jsd"),
+        (37, 9000, 6000, 1000, "reverse"),
+        (60, 4000, 15000, 2000, "forward"),
+    ],
+)
+def test_the_peak_of_the_loss_across_vocabularies(
+    monkeypatch, rows, vocabulary, theirs, shared, divergence, precision
+):
+    """Within 5 % of torch's own allocations, which huge pages are not among."""
+    monkeypatch.setattr(
+        linear, "empty_in_huge_pages", lambda shape, x, dtype: x.new_empty(shape, dtype=dtype)
+    )
+    width, wide, dtype = 64, 48, hardware.DTYPES[precision]
+    hidden, weight = (torch.randn(n, width, dtype=dtype).requires_grad_() for n in (rows, vocabulary))
+    labels, place = torch.randint(shared, (rows,)), torch.arange(rows)
+    spans = torch.stack([place, place + 1, place, place + 1, labels, torch.zeros_like(place)], 1)
+    cu = torch.tensor([0, rows], dtype=torch.int32)
+    target = AlignedStream(torch.randn(rows, wide, dtype=dtype), labels, cu, spans)
+    sides = tuple(Side.of(torch.arange(shared), n) for n in (vocabulary, theirs))
+    head = torch.randn(theirs, wide, dtype=dtype)
+    teacher = AlignedTeacher(target, None, (sides,), head, divergence=divergence)
+
+    def learn():
+        aligned_loss(Stream(hidden, labels, cu), weight, None, target, teacher)
+
+    learn()
+    shapes = rows, (vocabulary, width), (theirs, wide)
+    predicted = aligned_bytes(*shapes, precision, device="cpu", divergence=divergence, shared=shared)
+    assert allocated_peak(learn) == pytest.approx(predicted, rel=0.05)
 
 
 @pytest.mark.parametrize("elements", [10_000, 4_000_000])

@@ -138,6 +138,10 @@ def test_asking_and_reading_give_the_same_step(make_job, tmp_path, world):
             "objective.mi_pair is 'teacher'",
         ),
         ({"teacher.cache": ""}, "there is no teacher.cache that would keep what is sampled"),
+        (
+            {"teacher.cache_form": "topk", "teacher.cache_samples": 9},
+            "cache_samples is 9, .*that is 'topk'; take",
+        ),
         ({"teacher.cache_samples": 256}, r"teacher.cache_samples is 256; it must be in 1 .. 255"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import aligned_tokenizers
 import pytest
 import torch
 from harness import ROOT, launch, tiny
@@ -10,9 +11,10 @@ from ibdistill.config.load import load_settings
 from ibdistill.teacher import sharding, vocabulary
 from ibdistill.training.prepare import prepare
 
+ALIGNED = ["zero3_node+text:2", "cpu_offload+text:2"]
 CASES = {
-    1: ["replica:0"],
-    2: ["replica:2", "zero3:2", "zero3:3", "cpu_offload:2", "zero3:2:220"],
+    1: ["replica:0", "replica+text:0"],
+    2: ["replica:2", "zero3:2", "zero3:3", "cpu_offload:2", "zero3:2:220", *ALIGNED],
     4: ["zero3_node:2"],
 }
 
@@ -21,6 +23,7 @@ CASES = {
 def facts(tmp_path_factory) -> dict[str, list[dict]]:
     """`PLACEMENT:STAGE`, for one of them with steps -> what each rank found (see workers/teachers.py)."""
     folder = tmp_path_factory.mktemp("teachers")
+    aligned_tokenizers.save_teacher(folder / "other", aligned_tokenizers.fallback(bos=True))
     cases = [f"{ranks}/{case}" for ranks, some in CASES.items() for case in some]
     worker, log = [str(ROOT / "tests/workers/teachers.py"), str(folder), *cases], folder / "log"
     assert launch(worker, log=log, timeout=500) == 0, log.read_text()[-4000:]
@@ -32,7 +35,8 @@ SHARDED = [case for cases in CASES.values() for case in cases if not case.starts
 
 @pytest.mark.parametrize("case", [*SHARDED, "replica:2"])
 def test_gradients_equal_those_of_one_process_with_both_models_whole(facts, case):
-    reference, ours = facts["replica:0"][0]["gradients"], facts[case][0]["gradients"]
+    alone = "replica+text:0" if case in ALIGNED else "replica:0"
+    reference, ours = facts[alone][0]["gradients"], facts[case][0]["gradients"]
     assert reference.keys() == ours.keys() and {"vid.weight", "vid.bias", "vid.log_variance"} <= ours.keys()
     for name, gradient in reference.items():
         error = (ours[name] - gradient).norm() / gradient.norm().clamp_min(1e-8)
@@ -52,9 +56,9 @@ def test_the_prefetch_trace_completes(facts, case):
 @pytest.mark.parametrize("case", SHARDED)
 def test_a_rank_holds_its_share_of_the_teacher(facts, case):
     """The share is 1 / 2, with two ranks or with two nodes of two ranks each."""
-    whole = facts["replica:0"][0]["bytes"]
+    whole = facts["replica+text:0" if case in ALIGNED else "replica:0"][0]["bytes"]
     assert all(rank["bytes"] <= (0.5 + 0.05) * whole for rank in facts[case])
-    assert facts["replica:2"][0]["bytes"] == whole
+    assert facts["replica:2"][0]["bytes"] == facts["replica:0"][0]["bytes"]
 
 
 def test_the_teachers_config_does_not_reach_the_student(facts):

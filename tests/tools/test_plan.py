@@ -452,3 +452,25 @@ def test_operations_of_an_encoder_decoder_model_are_those_that_torch_counts(mode
     with FlopCounterMode(display=False) as counter:
         forward.states(model, of_batch.batch(model, streams))
     assert costs.forward_operations(model, of_batch, streams) == counter.get_total_flops()
+
+
+def test_a_teacher_that_reads_the_reference_too_reads_three_times():
+    read = Lengths(2, 20, 3, 9)
+    asked = tiny(**{"objective.kd_target": "pmi"}).objective
+    assert [own.question for own in costs.readings(read, asked)] == [20, 32, 12]
+    given = {"teacher.placement": "zero3", "teacher.model": "demo-teacher", "objective.method": "kd"}
+    plain, more = (
+        Planner(tiny(**given | {"objective.kd_target": target}), H100, 2, 8, 20, 3, 9).traces
+        for target in ("teacher", "pmi")
+    )
+    assert (plain.readings, more.readings) == (1, 3)
+    assert 2 < more.operations(False, 1).teacher / plain.operations(False, 1).teacher < 4
+    assert more.teacher_living(2) > plain.teacher_living(2)
+
+
+def test_a_loss_across_vocabularies_is_planned_with_its_own_memory():
+    one, other = (
+        Planner(tiny(**{"objective.alignment": name}), H100, 1, 8, 20, 3, 9).traces
+        for name in ("none", "text")
+    )
+    assert other.living(False, 8) > one.living(False, 8)

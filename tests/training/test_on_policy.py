@@ -167,7 +167,7 @@ def test_a_round_without_a_finished_text_is_the_data_s_alone_with_replace(
     assert job.state.sampled == job.state.unfinished == 96 and job.sampler.counts(0)["sampled"] == 0
     for name, ours in weights(plain).items():
         torch.testing.assert_close(weights(job)[name], ours, rtol=1e-4, atol=1e-6)
-    assert "none of the student's own texts has an end" in caplog.text
+    assert "100% of the student's own texts have no end" in caplog.text
     job.config.on_policy.unfinished = "keep"
     texts = [on_policy.Text(**row) for row in step_files.read(job.folder / "on_policy" / job.state.own_text)]
     on_policy.use(job, texts, job.state.step)

@@ -10,6 +10,7 @@ from test_on_policy import TAUGHT
 from ibdistill import train
 from ibdistill.config.load import load_settings
 from ibdistill.models import forward, model_card
+from ibdistill.teacher.teacher import Teacher
 from ibdistill.training import on_policy
 
 
@@ -33,13 +34,16 @@ def test_a_step_is_autograd_of_the_plain_formula(make_job, method, divergence):
         for segment in (label, text):
             labels = batch.labels[segment][:, None]
             log_p = torch.log_softmax(states[segment] @ model.lm_head.weight.T, -1).gather(1, labels)[:, 0]
-            log_q = torch.log_softmax(theirs.targets[segment].hidden @ theirs.weight.T, -1)
-            r = log_q.gather(1, labels)[:, 0] - log_p.detach()
             own = torch.repeat_interleave(torch.from_numpy(micro >= n), batch.cu[segment].diff().long())
             if segment == "predict":
                 own = torch.zeros_like(own)  # labels stay the data's
             share = 0.5 if segment == "predict" else 0.25
             expected = expected - share / counts[segment] * log_p[~own].sum()
+            if segment not in theirs.targets:  # the data's text is not scored
+                continue
+            log_q = torch.log_softmax(theirs.targets[segment].hidden @ theirs.weight.T, -1)
+            r = torch.zeros_like(log_p)
+            r[own] = log_q.gather(1, labels[own])[:, 0] - log_p[own].detach()
             factor, estimate = (-r, -r) if divergence == "k1" else (1 - r.exp(), r.exp() - 1 - r)
             expected = expected + mixed * (factor * log_p)[own].sum()
             value = value + mixed * (estimate - factor * log_p)[own].sum().detach()
@@ -57,6 +61,45 @@ def test_a_step_is_autograd_of_the_plain_formula(make_job, method, divergence):
     job.state.step = 1
     scalars = train.monitor_log.losses(job.meter.close_interval(), job.config)
     assert scalars["loss/total"] == pytest.approx(float(total.detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("method", ["kd", "ib+kd", "cot+kd"])
+def test_the_teacher_reads_the_student_s_own_text_alone(make_job, tmp_path, monkeypatch, method):
+    """Its answers are those that it gives where it reads all; with `vid` it reads all questions, and no
+    target of the data's. A micro-batch without own text takes one row, so that sharded teachers are called
+    equally often."""
+    mine = TAUGHT | {"objective.method": method, "optim.micro_batch_size": 2, "on_policy.share": 0.25}
+    mine |= {"objective.divergence": "k1", "student.model": "demo-student-decoder"}
+    job = make_job(tmp_path / "k1", **mine, **{"teacher.cache": str(tmp_path / "answers")})
+    seen, honest = [], Teacher.states
+    monkeypatch.setattr(Teacher, "states", lambda self, batch: seen.append(batch) or honest(self, batch))
+    on_policy.refresh(job)
+    whole = make_job(tmp_path / "reverse", **mine | {"objective.divergence": "reverse"})
+    on_policy.refresh(whole)
+    text, n, some = job.gold.text, len(job.gold), 0
+    for rows, batch in job.micro_batches():
+        seen.clear()
+        answer, full = job.teacher_answers.of(rows, batch), whole.teacher_answers.of(rows, batch)
+        own = int((rows >= n).sum())
+        mine, everything = seen
+        tokens = int(batch.cu[text][-1] - batch.cu[text][len(rows) - own])
+        assert sum(len(labels) for labels in mine.labels.values()) == tokens
+        if method == "ib+kd":
+            assert len(mine.question_ids) == len(rows) and len(answer.questions) == len(full.questions)
+            torch.testing.assert_close(answer.questions, full.questions, rtol=1e-4, atol=1e-5)
+        else:
+            assert len(mine.question_ids) == max(1, own) and mine.streams == everything.streams[-1:]
+        start = len(batch.labels[text]) - tokens
+        assert len(answer.targets[text].hidden) == tokens
+        torch.testing.assert_close(
+            answer.targets[text].hidden, full.targets[text].hidden[start:], rtol=1e-4, atol=1e-5
+        )
+        seen.clear()
+        again = job.teacher_answers.of(rows, batch)  # from the cache, where own text lasts for an epoch
+        assert torch.equal(again.targets[text].hidden, answer.targets[text].hidden)
+        some += own
+    assert some == 2
+    train.train_step(job)
 
 
 @pytest.mark.parametrize(

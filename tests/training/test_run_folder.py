@@ -156,6 +156,10 @@ def test_a_run_folder_of_another_configuration_is_refused(make_job, evidence, ca
     text = "the run continues though optim.micro_batch_size was 0 and is 4; deepspeed.config was 'zero0' and"
     assert any(text in record.getMessage() for record in caplog.records)
     assert make_job(**{"optim.lr": 0.1, "run.allow_config_change": True}).config.optim.lr == 0.1
+    with pytest.raises(
+        ValueError, match="weights have other shapes: student.lora_rank was 0 and is 4. Choose"
+    ):
+        make_job(**{"student.lora_rank": 4, "run.allow_config_change": True})
 
 
 def test_other_code_may_continue_a_run_and_config_yaml_names_each(make_job, monkeypatch):

@@ -2,7 +2,8 @@
 
 For each case RANKS/PLACEMENT:STAGE, the stage being the student's: the gradients of one global batch and
 what there is to know about the teacher, to FOLDER/PLACEMENT:STAGE.pt. With a further :STEPS the memory over
-so many steps too; these have one micro-batch each.
+so many steps too; these have one micro-batch each. With PLACEMENT+text the teacher is that in FOLDER/other,
+which has another vocabulary, and the target is pmi.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ SETTINGS = {
     "optim.micro_batch_size": 2,
     "optim.clip_norm": 0.0,
 }
+ALIGNED = {
+    "objective.alignment": "text",
+    "objective.kd_target": "pmi",
+    "objective.kd_first": 0,
+    "objective.kd_later": 0.0,
+    "objective.kd_entropy": "none",
+}
 
 
 def checksum(teacher) -> list[str]:
@@ -64,6 +72,7 @@ def main(folder: Path, cases: list[str]) -> None:
     for case in [case.partition("/")[2] for case in cases if case.startswith(f"{world.size}/")]:
         linear = torch.nn.functional.linear
         placement, stage, *many = case.split(":")
+        placement, _, aligned = placement.partition("+")
         if placement == "zero3_node":  # two nodes of two ranks each
             socket.gethostname = lambda: f"node{world.rank // 2}"
         settings = SETTINGS | {
@@ -71,6 +80,8 @@ def main(folder: Path, cases: list[str]) -> None:
             "deepspeed.config": f"zero{stage}",
             "run.dir": str(folder / f"run-{case}"),
         }
+        if aligned:
+            settings |= ALIGNED | {"teacher.model": str(folder / "other")}
         if many:
             settings["optim.micro_batch_size"] = settings["optim.batch_size"] // world.size
         job = prepare(load_settings(None, settings), world)

@@ -14,7 +14,7 @@ over many nodes look cheaper here than they are; data loading, evaluations and c
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -93,6 +93,18 @@ def forward_operations(model: nn.Module, lengths: Lengths, streams: Sequence[str
     return linear + _attention(model, lengths, streams)
 
 
+def readings(lengths: Lengths, objective: ObjectiveConfig) -> list[Lengths]:
+    """What a teacher reads: the questions; for the target `pmi` with the references too, and these alone."""
+    if not weights.purifies(objective):
+        return [lengths]
+    reference = lengths.label + lengths.rationale
+    return [
+        lengths,
+        replace(lengths, question=lengths.question + reference),
+        replace(lengths, question=reference),
+    ]
+
+
 def operations(
     student: Skeleton,
     lengths: Lengths,
@@ -113,7 +125,9 @@ def operations(
     vocabulary, width = student.head
     head, of_teacher = 6 * rows * vocabulary * width, 0
     if teacher is not None:
-        of_teacher = forward_operations(teacher.model, lengths, weights.teacher_streams(objective))
+        scored = weights.teacher_streams(objective)
+        read = readings(lengths, objective)
+        of_teacher = sum(forward_operations(teacher.model, own, scored) for own in read)
         theirs, wide = teacher.head
         if weights.uses_vid(objective):
             head += 6 * lengths.questions * lengths.question * width * wide
@@ -142,11 +156,20 @@ def student_traffic(
 
 
 def teacher_traffic(
-    head: tuple[int, int], precision: str, micro_batches: int, gathered: Gathers, *, targets: bool
+    head: tuple[int, int],
+    precision: str,
+    micro_batches: int,
+    gathered: Gathers,
+    *,
+    targets: bool,
+    readings: int = 1,
 ) -> int:
-    """Bytes per step that a sharded teacher's ranks gather, with its head where targets are scored."""
+    """Bytes per step that a sharded teacher's ranks gather, with its head where targets are scored.
+
+    `readings`: how often the teacher reads a micro-batch.
+    """
     width = WIDTH[precision]
-    return micro_batches * width * (gathered.moved + (head[0] * head[1] if targets else 0))
+    return micro_batches * width * (readings * gathered.moved + (head[0] * head[1] if targets else 0))
 
 
 def sent(traffic: dict[str, int], ranks: int) -> float:

@@ -207,6 +207,7 @@ class Planner:
                 theirs = costs.teacher_traffic(
                     *(teacher.head, asked.precision, micro_batches, self.traces.teacher_gathers),
                     targets=self.traces.wanted.targets,
+                    readings=self.traces.readings,
                 )
         trained = sum(n for n, t in self.sizes if t)
         reductions = {name: size for name, size in traffic.items() if name != "all_gather"}

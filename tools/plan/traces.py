@@ -12,7 +12,7 @@ from ibdistill.planning import kernels as kernels_of
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.planning.evaluation_memory import Decoding, sampling
 from ibdistill.planning.footprint import WIDTH, Zero
-from ibdistill.planning.head_loss_memory import head_loss_bytes
+from ibdistill.planning.head_loss_memory import aligned_bytes, head_loss_bytes
 from plan import costs
 
 
@@ -56,19 +56,27 @@ class Traces:
             pooled=weights.mi_settings(self._config.objective) is not None,
             distils=self.teacher is not None and self.wanted.targets,
         )
-        teacher = self._teacher_passes[0].kernels if self.teacher else 0
+        teacher = self._teacher_passes[0].kernels * self.readings if self.teacher else 0
         return self._student_steps[checkpointing][0].kernels + head_loss + teacher
 
     def living(self, checkpointing: bool, micro: int) -> int:
         """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
         one, two = self._student_steps[checkpointing]
+        precision, objective = self._config.student.precision, self._config.objective
+        theirs = self.teacher.head if self.teacher and self.wanted.targets else None
+        is_aligned = theirs is not None and objective.alignment == "text"
         inside = head_loss_bytes(
             *(self._lengths(micro).targets(self._streams), micro, self.student.head),
-            self._config.student.precision,
-            mi=weights.mi_settings(self._config.objective) is not None,
-            teacher=self.teacher.head if self.teacher and self.wanted.targets else None,
+            precision,
+            mi=weights.mi_settings(objective) is not None,
+            teacher=None if is_aligned else theirs,
             device="cuda",
         )
+        if is_aligned:  # stream after stream, beside what the head loss and the first stream leave
+            rows, (vocabulary, width) = micro * max(self._tokens[1:]), self.student.head
+            left = 2 * WIDTH[precision] * width * (vocabulary + rows)
+            more = {"device": "cuda", "divergence": objective.divergence}
+            inside = max(inside, left + aligned_bytes(rows, self.student.head, theirs, precision, **more))
         peak = one.peak + (micro - 1) * (two.peak - one.peak)
         return max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
 
@@ -91,7 +99,7 @@ class Traces:
     @cached_property
     def teacher_gathers(self) -> footprint.Gathers:
         """What a sharded teacher gathers."""
-        return footprint.teacher_gathers(self.teacher, self._lengths(1), self._scored)
+        return footprint.teacher_gathers(self.teacher, self._read(1), self._scored)
 
     def _checkpointing(self, on: bool) -> Config:
         student = dataclasses.replace(self._config.student, gradient_checkpointing=on)
@@ -120,4 +128,14 @@ class Traces:
 
     @cached_property
     def _teacher_passes(self) -> list[dryrun.Living]:
-        return [dryrun.teacher_forward(self.teacher, self._lengths(n), self._scored, "cuda") for n in (1, 2)]
+        return [dryrun.teacher_forward(self.teacher, self._read(n), self._scored, "cuda") for n in (1, 2)]
+
+    @property
+    def readings(self) -> int:
+        """How often the teacher reads a micro-batch."""
+        return len(costs.readings(self._lengths(1), self._config.objective))
+
+    def _read(self, questions: int) -> Lengths:
+        """The longest of what the teacher reads."""
+        read = costs.readings(self._lengths(questions), self._config.objective)
+        return max(read, key=lambda own: own.question)

@@ -62,6 +62,9 @@ class ObjectiveConfig:
     probability of the head (none: 0.5). The others have none."""
     kd_temperature: Positive = 1.0
     """Temperature of both distributions; the term is multiplied with its square."""
+    kd_target: Literal["teacher", "pmi"] = "teacher"
+    """teacher: the teacher's distributions. pmi: these times what the question adds to the record's own
+    rationale and label, which the teacher reads too; for the student's own text (`teacher/references.py`)."""
     alignment: Literal["none", "text"] = "none"
     """none: student and teacher must have one vocabulary. text: the teacher may have another tokenizer and
     reads the same text in its own tokens; `kd` compares both where their tokens end at the same byte

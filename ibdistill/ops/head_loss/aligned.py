@@ -278,11 +278,11 @@ def _events(
     """
     log_p = torch.log_softmax(capped(logits, softcap) / teacher.temperature, -1)
     lengths = bounds[:, 1] - bounds[:, 0]
-    owner = to_device(torch.arange(len(bounds)).repeat_interleave(lengths), logits.device)
-    first = to_device(lengths.cumsum(0) - lengths, logits.device)
+    first, on_device = (to_device(n, logits.device) for n in (lengths.cumsum(0) - lengths, lengths))
     said, tokens = log_p.gather(1, labels[:, None])[:, 0], labels[first]
     start, shared = said[first], len(side.shared)
-    later = said.new_zeros(len(bounds)).index_add(0, owner, said) - start
+    # not `index_add`, whose sums have no fixed order on a GPU; unsafe: lengths are not checked by the host
+    later = torch.segment_reduce(said, "sum", lengths=on_device, unsafe=True) - start
     # what is left of the first token once the span is taken out: nothing of a single one
     left = start + (-torch.expm1(later)).clamp_min(torch.finfo(said.dtype).tiny).log()
     rows = log_p[first].scatter(1, tokens[:, None], left[:, None])
