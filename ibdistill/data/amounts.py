@@ -12,7 +12,7 @@ import re
 import unicodedata
 from fractions import Fraction
 
-from ibdistill.data.arithmetic import MAX_LENGTH, SPELLINGS, evaluate
+from ibdistill.data.arithmetic import HEXADECIMAL, MAX_LENGTH, SPELLINGS, evaluate
 from ibdistill.data.arithmetic_steps import balanced
 
 _SCALES = {
@@ -131,7 +131,9 @@ def numbers(text: str) -> list[Fraction]:
 def _parts(text: str) -> tuple[str, int] | None:
     """The arithmetic of a text without its units, and what its value is multiplied with (`million`); None
     where the text is no single amount."""
-    if len(text) > MAX_LENGTH or _INEXACT.search(text) or re.search("[0-9]\\s*\u2013\\s*[0-9]", text):
+    if len(text) > MAX_LENGTH or re.search("[0-9]\\s*\u2013\\s*[0-9]", text):
+        return None
+    if _INEXACT.search(text) or HEXADECIMAL.search(text):
         return None
     text = _BOLD.sub(r" \1 ", text.translate(SPELLINGS))
     text = _TIMES.sub(" * ", _CURRENCY.sub(r" \1\2", text).strip())

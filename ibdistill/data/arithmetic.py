@@ -15,7 +15,7 @@ Spellings read as well: the multiplication sign, the middle dot, the asterisk op
 letter x for `*`, the division sign for `/`, the en dash and the minus sign for `-`, thousands
 commas, and `$` in front of a number or of its sign. An equation, `8 - 3 = 5`, has the value of its sides
 if they agree, and none if they do not. `%` is refused: `20 %` is 20 in one data set and
-1/5 in another.
+1/5 in another. So is `0x10`, which is 16 to some readers and 0 to others.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ _TOKEN = re.compile(
     r"|(?P<sign>[-+*/()=])"
     r")"
 )
+HEXADECIMAL = re.compile(r"(?<![\w.,])0[xX][0-9a-fA-F]")
 _DOLLAR_SIGN = re.compile(r"(?:^|(?<=[-+*/(=]))(\s*)\$(?=[-+][0-9.])")
 _NO_NAMES: Mapping[str, Fraction] = MappingProxyType({})
 
@@ -54,7 +55,7 @@ def evaluate(text: str, names: Mapping[str, Fraction] = _NO_NAMES) -> Fraction |
     division by zero, sides of an equation that differ, more than `MAX_LENGTH` characters
     or `MAX_DEPTH` nested parentheses. Never raises.
     """
-    if len(text) > MAX_LENGTH:
+    if len(text) > MAX_LENGTH or HEXADECIMAL.search(text):
         return None
     try:
         parser = _Parser(_tokens(_DOLLAR_SIGN.sub(r"\1", text.translate(SPELLINGS))), names)

@@ -116,7 +116,8 @@ class FolderLock:
     def _holder(self) -> dict[str, Any]:
         """What the lock says; empty if it is damaged, or not written to its end yet."""
         try:
-            content = json.loads(self._path.read_bytes())
+            with self._path.open("rb") as file:
+                content = json.loads(file.read(4096))  # ours is shorter, and messages show what is in it
             whole = isinstance(content, dict) and content.keys() >= self._content.keys()
             return content if whole and isinstance(content["pid"], int) else {}
         except (OSError, ValueError):
@@ -129,7 +130,8 @@ class FolderLock:
         try:
             probe.touch()
             with self._path.open("rb") as file:  # opened, because NFS may give an old time for a closed file
-                return probe.stat().st_mtime - os.fstat(file.fileno()).st_mtime
+                # a time to come is one before the clock was set back, and nobody has touched the lock since
+                return abs(probe.stat().st_mtime - os.fstat(file.fileno()).st_mtime)
         except FileNotFoundError:
             return float("inf")  # released meanwhile
         finally:

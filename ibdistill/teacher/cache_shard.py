@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from ibdistill.config.fields import shown
 from ibdistill.data.features import Features
 from ibdistill.runtime.files import digest, write_atomically
 
@@ -74,7 +75,7 @@ def read_shard(path: Path, metadata: dict[str, str]) -> tuple[list[bytes], Rows]
         found = file.metadata() or {}
         expected = found.pop(_CHECKSUM, None)
         if found != metadata:
-            raise ValueError(f"its metadata is {found} instead of {metadata}")
+            raise ValueError(f"its metadata is {shown(found)} instead of {metadata}")
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
     if expected != checksum(tensors):
         raise ValueError("its content does not match its checksum; its records are asked for again")

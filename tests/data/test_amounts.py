@@ -58,7 +58,7 @@ def test_the_amount_of_a_whole_answer(text, label):
         "About 7", "MORE THAN 3", "more than **3**", "more than (3)", "less than -5", "not 5", "other than 5",
         "5 or more", "5 apples or less", "5 or so", "5 and up", "5 at most", "5ish",
         "5-ish", "5 or thereabouts", "5, give or take", "more than 1.5 million", "at least 5 + 3 = 8",
-        "minus 3", "negative 5", "-5 squared", "square root of 9", "5 lakh",
+        "minus 3", "negative 5", "-5 squared", "square root of 9", "5 lakh", "0x10", "It is 0X1f.", "$0x5",
     ],
 )  # fmt: skip
 def test_what_states_no_single_amount(text):

@@ -92,12 +92,19 @@ def test_a_dead_process_of_this_machine_loses_its_lock_at_once(tmp_path, dead):
 
 
 @pytest.mark.parametrize(
-    ("age", "taken"), [(0, False), (STALE_SECONDS - 20, False), (STALE_SECONDS + 20, True)]
+    ("age", "taken"),
+    [
+        (0, False),
+        (STALE_SECONDS - 20, False),
+        (STALE_SECONDS + 20, True),
+        (20 - STALE_SECONDS, False),  # the clock was set back a little
+        (-10 * STALE_SECONDS, True),  # and further than a job that is alive stays silent
+    ],
 )
-@pytest.mark.parametrize("content", ["whole", "binary", "a list", "empty"])
+@pytest.mark.parametrize("content", ["whole", "binary", "a list", "empty", "endless"])
 def test_a_lock_of_another_machine_counts_until_it_is_silent(tmp_path, age, taken, content):
     put_lock(tmp_path, age)
-    damaged = {"binary": b"\xff\x00", "a list": b"[]", "empty": b""}
+    damaged = {"binary": b"\xff\x00", "a list": b"[]", "empty": b"", "endless": b'{"host": "' + b"a" * 10**5}
     if content in damaged:
         (tmp_path / NAME).write_bytes(damaged[content])
         os.utime(tmp_path / NAME, (time.time() - age,) * 2)

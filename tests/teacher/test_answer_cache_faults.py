@@ -166,6 +166,11 @@ DAMAGES = {
     "headless": (lambda path: os.truncate(path, 20), "header"),
     "empty": (lambda path: os.truncate(path, 0), "header too small"),
     "foreign": (lambda path: save_file({"w": torch.ones(3)}, path), "its metadata is {} instead of"),
+    "of much metadata": (
+        lambda path: save_file({"w": torch.ones(3)}, path, {"fingerprint": "a" * 10**5}),
+        r"its metadata is .{80} instead of",
+    ),
+    "a folder": (lambda path: (path.unlink(), path.mkdir()), "is ignored"),
     "of another cache": (shard_of_another_cache, "its metadata is {'fingerprint': "),
     "of other tensors": (shard_of_other_tensors, "its tensors .* are .*float32.* and .* has .*bfloat16"),
 }
