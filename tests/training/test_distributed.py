@@ -137,7 +137,7 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     process = start([*launched, *arguments], ranks=2, log=log)
     wait_for_step(process, log, 18)
     ranks_of(process)[1].send_signal(signal_number)
-    assert process.wait(120) == exit_code, log.read_text()[-4000:]
+    assert process.wait(300) == exit_code, log.read_text()[-4000:]
     assert "resumed from" in log.read_text()
 
     log = tmp_path / "resumed.log"

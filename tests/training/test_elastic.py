@@ -51,7 +51,7 @@ def test_the_curve_goes_on_from_2_ranks_to_1_to_3_and_from_zero2_to_zero3_to_zer
             wait_for_step(process, log, until)
             last = psutil.Process(process.pid).children()[-1] if stops else ranks_of(process)[-1]
             last.send_signal(signal.SIGTERM)
-        code = process.wait(120)
+        code = process.wait(300)
         if until and stops:  # what the process says that forked the ranks
             assert code == 1 and "terminated with exit code 143" in log.read_text(), log.read_text()[-4000:]
         else:
