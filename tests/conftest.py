@@ -16,12 +16,12 @@ from harness import ROOT, short_demo, tiny
 sys.path.append(str(ROOT / "tools"))  # the planner's modules, and the scripts beside them
 
 LONGEST = (
-    "slurm test_distributed test_interpreted test_study test_rationale_writing test_teacher test_train "
-    "test_footprint test_bench_teacher test_teacher_families test_kernel_report test_decoder_only_runs "
-    "test_evaluate_student test_zero test_meter test_pseudo_labels test_teacher_answers test_browser "
-    "test_accept test_reasoning_runs test_chat_runs test_packed_runs test_on_policy "
-    "test_new_family_runs test_families test_elastic test_teacher_alignment test_depth "
-    "test_sampled_form test_teacher_server test_references test_kills"
+    "slurm test_distributed test_kernel_report test_interpreted test_study test_footprint "
+    "test_rationale_writing test_train test_teacher test_teacher_families test_launcher test_elastic "
+    "test_evaluate_student test_bench_teacher test_on_policy test_teacher_alignment test_lora_runs test_plan "
+    "test_reasoning_runs test_teacher_server test_teacher_answers test_decoder_only_runs test_chat_runs "
+    "test_packed_runs test_sampled_form test_families test_depth test_pseudo_labels test_checkpoint "
+    "test_zero test_accept test_browser test_new_family_runs test_meter test_references test_kills"
 ).split()
 """Folders and files that take longest. Where several workers share the tests these come first, so that no
 worker is left alone with one at the end. `pytest_configure` checks that each of them exists."""
@@ -81,13 +81,15 @@ def world() -> Iterator:
     dist.destroy_process_group()
 
 
-@pytest.fixture(autouse=True)
-def demo_in_short(request, monkeypatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def demo_in_short(request) -> Iterator[None]:
     """`harness.short_demo` for every test but those of the corpus itself."""
-    if request.path.parent.name != "data":
-        from ibdistill.data.tasks import demo
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name != "data":
+            from ibdistill.data.tasks import demo
 
-        monkeypatch.setattr(demo, "load_demo", short_demo(demo.load_demo))
+            patch.setattr(demo, "load_demo", short_demo(demo.load_demo))
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import functools
 import json
 import multiprocessing
 import os
@@ -25,8 +24,8 @@ WORKERS = ROOT / "tests" / "workers"
 FORKED = str(WORKERS / "runs.py")
 """A script like TRAIN that forks its ranks itself; its first argument is their number."""
 
-WHOLE_DEMO = {"IBDISTILL_WHOLE_DEMO": "1"}
-"""See `short_demo`."""
+IN_FULL = {"IBDISTILL_TESTS_IN_FULL": "1"}
+"""The environment of a fork that has the whole demo and draws figures, as ranks of a launcher do."""
 
 _SERVER = multiprocessing.get_context("forkserver")
 """Starts processes as forks of one that has done what `warm.py` does, which takes a script 5 s of CPU."""
@@ -70,10 +69,10 @@ def _run_script(arguments: list[str], log: str, env: dict[str, str]) -> None:
     os.chdir(ROOT)
     sys.path[:0] = [str(Path(arguments[0]).parent), *env.get("PYTHONPATH", "").split(":")]
     sys.argv[:] = arguments
-    if WHOLE_DEMO.items() <= env.items():
-        from ibdistill.data.tasks import demo
+    if IN_FULL.items() <= env.items():
+        import warm
 
-        demo.load_demo = demo.load_demo.__wrapped__
+        warm.leave_nothing_out()
     runpy.run_path(arguments[0], run_name="__main__")
 
 
@@ -156,11 +155,9 @@ def short_demo(load_demo: Callable) -> Callable:
     """`demo.load_demo` with 64 of 1,000 validation problems and of 2,000 test problems, all of which each run
     tokenizes and checks before it starts.
 
-    Ranks of DeepSpeed's launcher have the whole demo. A fork that shares a run's folder with them has it with
-    `env=WHOLE_DEMO`.
+    Ranks of a launcher have the whole demo; a fork that shares a run's folder with them needs IN_FULL.
     """
 
-    @functools.wraps(load_demo)
     def load(task: str, *test_seed: int) -> dict[str, list]:
         splits = load_demo(task, *test_seed)
         return {name: records if name == "train" else records[:64] for name, records in splits.items()}

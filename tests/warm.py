@@ -1,7 +1,7 @@
 """What scripts of the tests do first, done once in the process that they are forks of (harness.py).
 
 Imports, the demo's corpus, the tables of transformers. What `conftest.py` leaves out in its own process is
-left out here too: most of the demo's validation and test problems, and figures.
+left out here too: most of the demo's validation and test problems, and figures (see `harness.IN_FULL`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ for name in ("peft", "matplotlib.figure", "sacrebleu", "torch.utils.tensorboard"
     importlib.import_module(name)
 get_checkpoint_conversion_mapping("t5")
 demo.unlabelled(0)  # makes everything
-demo.load_demo = short_demo(demo.load_demo)
-report.figures = lambda *_: {}
+_IN_FULL = demo.load_demo, report.figures
+demo.load_demo, report.figures = short_demo(demo.load_demo), lambda *_: {}
 gc.collect()
 gc.freeze()  # no collection in a fork looks at all this again
+
+
+def leave_nothing_out() -> None:
+    """What a fork with `harness.IN_FULL` does first."""
+    demo.load_demo, report.figures = _IN_FULL

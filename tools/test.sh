@@ -5,6 +5,7 @@
 set -euo pipefail
 source "$(dirname "$0")/setup.sh" dev
 export OMP_NUM_THREADS=1
+unset PYTHONDONTWRITEBYTECODE # else each of the many processes compiles the package again
 
 ruff format --check ibdistill slurm tests tools
 ruff check ibdistill slurm tests tools

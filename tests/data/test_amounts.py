@@ -67,7 +67,7 @@ def test_what_states_no_single_amount(text):
 
 def test_hostile_text_costs_nothing():
     rng = random.Random(0)
-    start = time.perf_counter()
+    start = time.process_time()
     texts = [
         "(" * 10**6,
         "5" * 10**6,
@@ -86,7 +86,7 @@ def test_hostile_text_costs_nothing():
         )
         value = amount(text)
         assert value is None or amount(amount_text(text)) == value, text
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_values_as_text():

@@ -182,14 +182,14 @@ def test_the_user_s_own_check_of_answers():
     ids=["import", "power", "digits", "parentheses", "nul", "emoji", "empty", "lines"],
 )
 def test_hostile_text_is_only_wrong(task, text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert not TASKS[task].is_correct(text, record("5"))
     assert not TASKS[task].is_correct("5", record(text))
     if TASKS[task].parse_llm:
         assert TASKS[task].parse_llm(text) is None
     for rule in (TASKS[task].is_strict, TASKS[task].is_lenient):
         assert rule is None or not (rule(text, record("5")) or rule("5", record(text)))
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_a_text_names_answers_word_for_word():

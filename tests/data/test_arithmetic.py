@@ -84,9 +84,9 @@ def test_refused(text):
     ],
 )
 def test_hostile_text_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     assert evaluate(text) is None
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_bounds():

@@ -86,10 +86,10 @@ def test_every_text_of_a_figure_is_drawn_as_it_is_and_cut(text):
         plots.lines(curves, text, text),
         plots.intervals({text: {text: (0.5, 0.1)}}, text),
     ]
-    start = time.perf_counter()
+    start = time.process_time()
     for figure in figures:
         assert drawn(figure).startswith(b"\x89PNG")
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     shown = figures[2].axes[0].get_yticklabels()
     label = next(label for label in shown if label.get_text() != "b")
     expected = text if len(text) <= 40 else text[:39] + "…"

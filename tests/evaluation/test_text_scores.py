@@ -51,13 +51,13 @@ def test_rouge_l_equals_the_table_of_lengths():
 def test_rouge_l_of_very_long_texts_is_bounded():
     """The first `MAX_WORDS` words count, in bounded time and memory."""
     limit = text_scores.MAX_WORDS
-    start = time.perf_counter()
+    start = time.process_time()
     many = " ".join(str(i) for i in range(limit))
     assert text_scores.rouge_l(many + " 0" * 10**6, many + " x" * 10**6) == 1.0
     assert text_scores.rouge_l("a " * 10**6, "b " * 10**6) == 0.0
     assert text_scores.rouge_l("a" * 10**6, "a" * 10**6) == 1.0
     assert text_scores.rouge_l("a " * 10**6, "a") == pytest.approx(2 / (limit + 1))
-    assert time.perf_counter() - start < 5  # a table would take an hour
+    assert time.process_time() - start < 5  # a table would take an hour
 
 
 def test_embedding_cosine_is_the_mean_over_pairs(monkeypatch, tmp_path):

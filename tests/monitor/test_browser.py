@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import TRAIN, as_arguments, launch, tiny
+from harness import IN_FULL, TRAIN, as_arguments, launch, tiny
 
 from ibdistill.runtime.distributed import free_port
 
@@ -80,7 +80,8 @@ def address(tmp_path_factory) -> Iterator[str]:
     logdir = tmp_path_factory.mktemp("runs")
     settings = {"run.eval_every": 6, "run.eval_limit": 20, "run.test_limit": 20, "objective.method": "ib"}
     log = tmp_path_factory.mktemp("log") / "log"
-    assert launch([TRAIN, *as_arguments(tiny(logdir / "ours", **settings))], log=log) == 0, log.read_text()
+    arguments = as_arguments(tiny(logdir / "ours", **settings))
+    assert launch([TRAIN, *arguments], log=log, env=IN_FULL) == 0, log.read_text()
     port = str(free_port())
     server = [sys.executable, "-m", "tensorboard.main", "--logdir", str(logdir), "--host", "127.0.0.1"]
     with subprocess.Popen(

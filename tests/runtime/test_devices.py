@@ -65,8 +65,9 @@ def test_what_ranks_agree_on_and_barriers_stay_on_gloo_and_rank_0_may_take_its_t
         assert facts["objects"] == [{"rank": 0}, {"rank": 1}]
         assert facts["sum"] == [3.0] and facts["max"] == 5 and facts["from rank 0"] == "rank 0"
         assert facts["loaded"] == "a model"
-        assert facts["loading"] > device_group.LOADING_S - 1 > device_group.TIMEOUT_S
-    assert found[0]["barrier waits"] > 1.5 > 1.0 > found[1]["barrier waits"]
+        assert facts["loading"] > device_group.TIMEOUT_S
+    (came, left), (came_late, _) = (facts["barrier"] for facts in found)
+    assert came < came_late <= left
 
 
 @pytest.mark.parametrize(

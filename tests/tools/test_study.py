@@ -6,14 +6,16 @@ import json
 import math
 import random
 import re
+import resource
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import compare_runs
 import pytest
 import yaml
-from harness import ROOT, launch, output_of
+from harness import ROOT, Forked, launch, output_of
 from miniatures import said, svamp
 from study import arms as study_arms
 from study import command, paper, report
@@ -346,7 +348,23 @@ def test_what_an_interrupted_run_took_is_counted(tmp_path):
     }
 
 
-def test_the_papers_tables_dry(tmp_path, capsys):
+@pytest.fixture
+def forked_runs(monkeypatch) -> None:
+    """A study's runs are forks of a process that has imported all (harness.py)."""
+    forks = {}
+
+    def popen(command, *, stdout, env, **_):
+        fork = Forked(command[1:], stdout.name, env)
+        return forks.setdefault(fork.pid, fork)
+
+    def wait4(pid, options):
+        return pid, forks[pid].wait() << 8, resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    monkeypatch.setattr(command, "subprocess", SimpleNamespace(Popen=popen, STDOUT=subprocess.STDOUT))
+    monkeypatch.setattr(command.os, "wait4", wait4)
+
+
+def test_the_papers_tables_dry(tmp_path, capsys, forked_runs):
     """All three methods through the real entry point, on the DSS release's layout, from random weights."""
     svamp(tmp_path / "data", [said(i) for i in range(2, 30)], [said(i) for i in range(2)])
     options = ["--dataset", "svamp", "--student", "t5-mini", "--data", str(tmp_path / "data"), "--dry-run"]

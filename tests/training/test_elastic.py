@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import FORKED, ROOT, TRAIN, WHOLE_DEMO, WORKERS, as_arguments, launch, start, steps, tiny
+from harness import FORKED, IN_FULL, ROOT, TRAIN, WORKERS, as_arguments, launch, start, steps, tiny
 from test_distributed import ranks_of, wait_for_step
 from workers.elastic import CASES, KINDS, STARTS
 
@@ -46,12 +46,12 @@ def test_the_curve_goes_on_from_2_ranks_to_1_to_3_and_from_zero2_to_zero3_to_zer
         if not stops:
             process = start([TRAIN, *arguments], ranks=ranks, log=log)
         else:
-            process = start([FORKED, str(ranks), *arguments], log=log, env=WHOLE_DEMO)
+            process = start([FORKED, str(ranks), *arguments], log=log, env=IN_FULL)
         if until:
             wait_for_step(process, log, until)
             last = psutil.Process(process.pid).children()[-1] if stops else ranks_of(process)[-1]
             last.send_signal(signal.SIGTERM)
-        code = process.wait(120)
+        code = process.wait(300)
         if until and stops:  # what the process says that forked the ranks
             assert code == 1 and "terminated with exit code 143" in log.read_text(), log.read_text()[-4000:]
         else:

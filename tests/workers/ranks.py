@@ -3,6 +3,7 @@ what most workers do."""
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ def run(main: Callable[..., None], *arguments: Any, ranks: Sequence[int]) -> Non
     if "RANK" in os.environ:
         main(*arguments)
         return
+    gc.freeze()  # no collection of a rank looks at the imports again
     for number in ranks:
         start_processes(
             _rank, (main, arguments, number, distributed.free_port()), number, start_method="fork"
