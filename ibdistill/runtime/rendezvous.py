@@ -10,6 +10,7 @@ A run's identity is in the store. A rank that reaches the store of another run i
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import tempfile
@@ -36,12 +37,14 @@ def meet(rank: int, size: int, timeout: timedelta) -> dist.Store | None:
 
     None under torchrun, which serves the store itself and gives each run a port of its own.
 
-    Raises ValueError if the port is taken, or if another run's ranks meet there.
+    Raises ValueError if the port is none or is taken, or if another run's ranks meet there.
     """
     if "TORCHELASTIC_USE_AGENT_STORE" in os.environ:
         return None
     address, path = os.environ["MASTER_ADDR"], _port_file()
-    port = int(os.environ.get("MASTER_PORT", launcher.DEFAULT_PORT))
+    given = os.environ.get("MASTER_PORT", launcher.DEFAULT_PORT)
+    if not re.fullmatch("[0-9]{1,5}", given) or (port := int(given)) >= 2**16:
+        raise ValueError(f"MASTER_PORT is {given[:80]!r}; it must be a port, a number from 0 to 65535")
     if rank == 0:
         listener = _listen(address, 0 if path else port)
         port = listener.getsockname()[1]

@@ -61,6 +61,16 @@ def test_a_taken_port_is_named(monkeypatch):
             rendezvous.meet(0, 2, SOON)
 
 
+@pytest.mark.parametrize("port", ["99999", "65536", "-1", "", "29500 ", "http", "\u0663"])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_is_no_port_is_refused(monkeypatch, rank, port):
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(
+        ValueError, match=f"MASTER_PORT is '{port}'; it must be a port, a number from 0 to 6553"
+    ):
+        rendezvous.meet(rank, 2, SOON)
+
+
 def test_torchrun_serves_the_store_itself(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     assert rendezvous.meet(0, 2, SOON) is None
