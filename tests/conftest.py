@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+if "HF_HOME" not in os.environ:  # where tables of data go; workers of pytest-xdist share it
+    os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="ibdistill-tests-")
+    atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
 from harness import ROOT, short_demo, tiny

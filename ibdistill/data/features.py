@@ -15,7 +15,7 @@ from ibdistill.data.records import Record
 class Features:
     """The token ids of some records. Targets end with the end-of-sequence token."""
 
-    ids: list[str]
+    ids: Sequence[str]
     """The records' names, for messages."""
     groups: np.ndarray
     """[records] int: the task of the mixture that each belongs to, counted in the order of `data.task`."""
@@ -43,6 +43,21 @@ class Features:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Features], cut: dict[str, int], *, sampled: bool) -> Features:
+        """The records of these blocks (`tokenizing.tokenized_blocks`); `sampled`: some questions have several
+        samples."""
+        first = parts[0]
+        return replace(
+            first,
+            ids=[name for part in parts for name in part.ids],
+            groups=np.concatenate([part.groups for part in parts]),
+            samples=np.concatenate([part.samples for part in parts]) if sampled else None,
+            questions={s: Ragged.joined([part.questions[s] for part in parts]) for s in first.questions},
+            targets={s: Ragged.joined([part.targets[s] for part in parts]) for s in first.targets},
+            cut=cut,
+        )
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -87,7 +102,7 @@ class Features:
     def __add__(self, other: Features) -> Features:
         """These records and then the other ones, of the same tasks."""
         return Features(
-            ids=self.ids + other.ids,
+            ids=Chained(self.ids, other.ids),
             groups=np.concatenate([self.groups, other.groups]),
             questions=_joined(self.questions, other.questions),
             targets=_joined(self.targets, other.targets),
@@ -142,6 +157,20 @@ class Features:
         return np.concatenate([first, second + first.max(initial=-1) + 1])
 
 
+class Chained(Sequence[str]):
+    """Some names and then others, of which none is copied."""
+
+    def __init__(self, names: Sequence[str], others: Sequence[str]) -> None:
+        self._names, self._others = names, others
+
+    def __getitem__(self, index: int) -> str:
+        count = len(self._names)
+        return self._names[index] if index < count else self._others[index - count]
+
+    def __len__(self) -> int:
+        return len(self._names) + len(self._others)
+
+
 def _taken(tables: dict[str, Ragged], indices: Sequence[int]) -> dict[str, Ragged]:
     return {name: Ragged(own[i] for i in indices) for name, own in tables.items()}
 
@@ -150,14 +179,21 @@ def _joined(tables: dict[str, Ragged], others: dict[str, Ragged]) -> dict[str, R
     return {name: own + others[name] for name, own in tables.items()}
 
 
-def samples_of(records: Sequence[Record]) -> np.ndarray | None:
-    """`Features.samples` of these records."""
-    if not any(record.sample_of for record in records):
-        return None
-    return numbered(record.sample_of or record.id for record in records)
+class Numbers:
+    """Numbers of the tasks and questions of records in blocks, in the order in which they first come."""
+
+    def __init__(self) -> None:
+        self._tasks: dict[str, int] = {}
+        self._questions: dict[str, int] = {}
+
+    def groups(self, records: Sequence[Record]) -> np.ndarray:
+        """`Features.groups`."""
+        return _numbered((record.task for record in records), self._tasks)
+
+    def samples(self, records: Sequence[Record]) -> np.ndarray:
+        """`Features.samples`, for records that may all be questions of their own."""
+        return _numbered((record.sample_of or record.id for record in records), self._questions)
 
 
-def numbered(names: Iterable[str]) -> np.ndarray:
-    """[names] int: each name's number, counted in the order in which they first come."""
-    numbers: dict[str, int] = {}
-    return np.array([numbers.setdefault(name, len(numbers)) for name in names])
+def _numbered(names: Iterable[str], numbers: dict[str, int]) -> np.ndarray:
+    return np.array([numbers.setdefault(name, len(numbers)) for name in names], dtype=np.int64)

@@ -31,16 +31,18 @@ logger = logging.getLogger("ibdistill")
 class Loaded:
     """The records of a run."""
 
-    train: list[Record]
+    train: Sequence[Record]
     """The training records of all tasks, one task after the other."""
-    valid: dict[str, list[Record]]
-    test: dict[str, list[Record]]
+    valid: dict[str, Sequence[Record]]
+    test: dict[str, Sequence[Record]]
     report: dict[str, int]
     """`TASK/SPLIT/WHAT` -> how many. WHAT is records, questions (if training records are several turns or
     rationales of one), unparsable (LLM outputs), dropped, no_rationale
     (left out, or with `data.missing_rationales` predict_only trained on their labels alone),
     llm_correct (LLM labels that equal the ground truth) or unscorable (ground truths that no answer can
     equal, as they have no value)."""
+    content: str = ""
+    """Of records in a table (`stored_records`): a name for their content."""
 
 
 def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:

@@ -7,14 +7,17 @@ limit cuts. Such a label is a wrong answer even if the model gives its target wo
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat, token_ids
-from ibdistill.data.features import Features, Ragged
+from ibdistill.data.arrow_tables import BLOCK
+from ibdistill.data.features import Features
 from ibdistill.data.loading import Loaded
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tasks.registry import TASKS
@@ -46,11 +49,10 @@ def check_texts(
     counts: dict[str, int] = {}
     # the question of the reason stream is that of predict, but for its prefix
     streams = ["predict", *(s for s in train.streams if s == "explain")]
-    for task in records.test:
-        mine = [i for i, record in enumerate(records.train) if record.task == task]
-        targets = Ragged(train.labels[i] for i in mine)
-        part, name = [records.train[i] for i in mine], f"{task}/train"
-        counts[f"{name}/unsayable"] = _unsayable(name, part, targets, tokenizer, config, MAX_UNSAYABLE)
+    for group, task in enumerate(records.test):
+        mine, name = np.flatnonzero(train.groups == group), f"{task}/train"
+        labels = ((records.train[i], train.labels[i]) for i in mine)
+        counts[f"{name}/unsayable"] = _unsayable(name, labels, len(mine), tokenizer, config, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
             _check_scorable(f"{task}/{split}", part, config)
             counts |= check_split(f"{task}/{split}", part, tokenizer, config, MAX_UNSAYABLE, streams)
@@ -72,7 +74,8 @@ def check_split(
     said = [_as_said(record, config) for record in records]
     prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
     features = tokenize(said, prefixes, tokenizer, config, split=name, streams=streams)
-    wrong = _unsayable(name, said, features.labels, tokenizer, config, max_unsayable)
+    labels = zip(said, map(features.labels.__getitem__, range(len(said))), strict=True)
+    wrong = _unsayable(name, labels, len(said), tokenizer, config, max_unsayable)
     return {
         f"{name}/cut_questions": features.cut["predict questions"],
         f"{name}/cut_labels": features.cut["labels"],
@@ -128,36 +131,38 @@ def _check_scorable(split: str, records: Sequence[Record], config: DataConfig) -
 
 def _unsayable(
     split: str,
-    records: Sequence[Record],
-    targets: Ragged,
+    labels: Iterable[tuple[Record, np.ndarray]],
+    total: int,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     max_share: float,
 ) -> int:
-    """How many labels are right as text, but wrong once they are read back from their target.
+    """How many labels are right as text, but wrong once they are read back from their target, which stands
+    beside the record.
 
     Raises ValueError where they are more than `max_share` of all.
     """
-    unique = {ids.tobytes(): ids.tolist() for ids in (targets[i] for i in range(len(targets)))}
-    texts = token_ids.read_back(list(unique.values()), tokenizer)
-    if config.format == "chat":
-        texts = [chat.visible(text, config) for text in texts]
-    by_ids = dict(zip(unique, texts, strict=True))
-    wrong = []
-    for i, record in enumerate(records):
-        text, is_correct = by_ids[targets[i].tobytes()], TASKS[record.task].is_correct
-        if text != record.label and is_correct(record.label, record) and not is_correct(text, record):
-            wrong.append((record, text))
+    wrong, first, labels = 0, None, iter(labels)
+    while part := list(islice(labels, BLOCK)):
+        unique = {ids.tobytes(): ids.tolist() for _, ids in part}
+        texts = token_ids.read_back(list(unique.values()), tokenizer)
+        if config.format == "chat":
+            texts = [chat.visible(text, config) for text in texts]
+        by_ids = dict(zip(unique, texts, strict=True))
+        for record, ids in part:
+            text, is_correct = by_ids[ids.tobytes()], TASKS[record.task].is_correct
+            if text != record.label and is_correct(record.label, record) and not is_correct(text, record):
+                wrong, first = wrong + 1, first or (record, text)
     if wrong:
-        record, text = wrong[0]
+        record, text = first
         message = (
-            f"{split}: {len(wrong)} of {len(records)} labels ({len(wrong) / len(records):.1%}) can never be "
+            f"{split}: {wrong} of {total} labels ({wrong / total:.1%}) can never be "
             "right, as the tokenizer reads their own target back as something else. The first is "
             f"{record.label[:200]!r} ({record.id[:100]}), which becomes {text[:200]!r}. Take a tokenizer "
             "that has the characters (student.tokenizer train makes one), write the labels in others, or "
             "raise data.max_label_tokens if they are cut"
         )
-        if len(wrong) > max_share * len(records):
+        if wrong > max_share * total:
             raise ValueError(message)
         logger.warning(message)
-    return len(wrong)
+    return wrong

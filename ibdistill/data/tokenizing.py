@@ -1,27 +1,27 @@
-"""From records to token ids: each text is encoded once, at the start, and stays in memory."""
+"""From records to token ids: each text is encoded once, at the start, a block of records at a time."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat_features, reasoning, token_ids
-from ibdistill.data.features import Features, numbered, samples_of
+from ibdistill.data.arrow_tables import blocks
+from ibdistill.data.features import Features, Numbers
 from ibdistill.data.ragged import Ragged
 from ibdistill.data.records import SEGMENTS, STREAMS, Record
-
-logger = logging.getLogger("ibdistill")
+from ibdistill.data.tokenizing_notes import Notes
 
 Encode = Callable[[Sequence[str], PreTrainedTokenizerBase], list[list[int]]]
+Prefixes = dict[str, dict[str, str]]
 
 
 def tokenize(
     records: Sequence[Record],
-    prefixes: dict[str, dict[str, str]],
+    prefixes: Prefixes,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
     split: str = "train",
@@ -34,19 +34,55 @@ def tokenize(
     is reported under the name `split`. A record whose reasoning is missing or dropped has no tokens in that
     stream.
 
-    Raises ValueError as `reasonings` does.
+    Raises ValueError as `_reasonings` does, and with `data.long_reasoning` refuse for a rationale beyond the
+    limit.
     """
-    if config.format == "chat":
-        return _in_chat(records, prefixes, tokenizer, config, split, streams)
-    cut: dict[str, int] = {}
+    notes = Notes(split, config, tokenizer)
+    parts = list(tokenized_blocks(records, prefixes, tokenizer, config, notes, streams))
+    notes.report(len(records))
+    return Features.joined(parts, notes.cut, sampled=notes.sampled)
+
+
+def tokenized_blocks(
+    records: Sequence[Record],
+    prefixes: Prefixes,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    notes: Notes,
+    streams: Sequence[str],
+) -> Iterator[Features]:
+    """`tokenize` block by block of the records; what there is to report is counted in `notes`."""
+    numbers, encode = Numbers(), _in_chat if config.format == "chat" else _plain
+    for block in blocks(records):
+        notes.sampled |= any(record.sample_of for record in block)
+        questions, targets = encode(block, prefixes, tokenizer, config, notes, streams)
+        yield Features(
+            ids=[record.id for record in block],
+            groups=numbers.groups(block),  # in the order of data.task
+            questions=questions,
+            targets=targets,
+            whole_prompts=config.format == "chat",
+            samples=numbers.samples(block),
+        )
+
+
+Tables = tuple[dict[str, Ragged], dict[str, Ragged]]
+
+
+def _plain(
+    records: Sequence[Record],
+    prefixes: Prefixes,
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataConfig,
+    notes: Notes,
+    streams: Sequence[str],
+) -> Tables:
+    """Questions and targets of a block for `data.format` plain."""
 
     def table(texts: list[str], encode: Encode, limit: int, what: str) -> Ragged:
         encoded = encode(texts, tokenizer)
-        cut[what] = sum(len(ids) > limit for ids in encoded)
-        if cut[what]:
-            message = "%s: %d of %d %s are longer than %d tokens and were cut"
-            logger.warning(message, split, cut[what], len(texts), what, limit)
-        _report_unknown(texts, encoded, tokenizer, f"{split}: %d of %d {what}")
+        notes.count_cut(what, sum(len(ids) > limit for ids in encoded))
+        notes.count_unknown(what, texts, encoded)
         return Ragged(token_ids.cut(ids, limit) for ids in encoded)
 
     def questions(stream: str) -> Ragged:
@@ -63,67 +99,42 @@ def tokenize(
     if "explain" in streams:
         found["explain"] = targets("rationale", config.max_rationale_tokens)
     if "reason" in streams:
-        found |= reasonings(records, tokenizer, config, split, cut)
-    return Features(
-        ids=[record.id for record in records],
-        groups=numbered(record.task for record in records),  # in the order of data.task
-        questions=of_stream,
-        targets=found,
-        samples=samples_of(records),
-        cut=cut,
-    )
+        found |= _reasonings(records, tokenizer, config, notes)
+    return of_stream, found
 
 
 def _in_chat(
     records: Sequence[Record],
-    prefixes: dict[str, dict[str, str]],
+    prefixes: Prefixes,
     tokenizer: PreTrainedTokenizerBase,
     config: DataConfig,
-    split: str,
+    notes: Notes,
     streams: Sequence[str],
-) -> Features:
-    """`tokenize` for `data.format` chat."""
+) -> Tables:
+    """The same for `data.format` chat."""
     tables = chat_features.tables(records, prefixes, tokenizer, config, streams)
-    limits = {"labels": config.max_label_tokens, "rationales": config.max_rationale_tokens}
     for what, number in tables.cut.items():
-        if number:
-            message = "%s: %d of %d %s are longer than %d tokens and were cut"
-            limit = limits.get(what, config.max_question_tokens)
-            logger.warning(message, split, number, len(records), what, limit)
+        notes.count_cut(what, number)
     for stream in tables.prompts:
         texts = [record.question for record in records]
         said = token_ids.text_ids(texts, tokenizer)  # a template may hold the unknown token as its BOS
-        _report_unknown(texts, said, tokenizer, f"{split}: %d of %d {stream} questions")
+        notes.count_unknown(f"{stream} questions", texts, said)
     for segment, targets in tables.targets.items():
         texts = [r.label if segment in ("predict", "answer") else r.rationale for r in records]
-        _report_unknown(texts, targets, tokenizer, f"{split}: %d of %d targets of {segment}")
-    cut = tables.cut
+        notes.count_unknown(f"targets of {segment}", texts, targets)
     if "reason" in streams:
-        cut = cut | {"reasonings": len(tables.long)}
-        _report_long(tables.long, records, config, split)
-    return Features(
-        ids=[record.id for record in records],
-        groups=numbered(record.task for record in records),
-        questions={stream: Ragged(own) for stream, own in tables.prompts.items()},
-        targets={segment: Ragged(own) for segment, own in tables.targets.items()},
-        whole_prompts=True,
-        samples=samples_of(records),
-        cut=cut,
-    )
+        notes.count_long(tables.long, records)
+    found = {segment: Ragged(own) for segment, own in tables.targets.items()}
+    return {stream: Ragged(own) for stream, own in tables.prompts.items()}, found
 
 
-def reasonings(
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    config: DataConfig,
-    split: str,
-    cut: dict[str, int],
+def _reasonings(
+    records: Sequence[Record], tokenizer: PreTrainedTokenizerBase, config: DataConfig, notes: Notes
 ) -> dict[str, Ragged]:
-    """The segments of the reason stream; too long ones are counted in `cut` and, unless they are refused,
-    warned of. Both segments of a record without a rationale, or with one that is dropped, are empty.
+    """The segments of the reason stream. Both of a record without a rationale, or with one that is dropped,
+    are empty.
 
-    Raises ValueError for a marker that the tokenizer cannot say or that fills the limit, and with
-    `data.long_reasoning` refuse for a rationale beyond the limit.
+    Raises ValueError for a marker that the tokenizer cannot say or that fills the limit.
     """
     limit, what = config.max_rationale_tokens, config.long_reasoning
     rows: list[tuple[list[int], list[int]]] = [([], [])] * len(records)
@@ -140,9 +151,9 @@ def reasonings(
                 "takes "
                 f"{len(between)} of them; raise it, or shorten data.answer_marker"
             )
-        _report_unknown(texts, rationales, tokenizer, f"{split}: %d of %d rationales")
-        _report_unknown(labels, answers, tokenizer, f"{split}: %d of %d labels")
-        cut["answers"] = cut.get("answers", 0) + sum(len(ids) > config.max_label_tokens for ids in answers)
+        notes.count_unknown("rationales", texts, rationales)
+        notes.count_unknown("labels", labels, answers)
+        notes.count_cut("answers", sum(len(ids) > config.max_label_tokens for ids in answers))
         for i, ids, answer in zip(mine, rationales, answers, strict=True):
             if len(ids) + len(between) > limit:
                 long.append((i, len(ids) + len(between)))
@@ -150,62 +161,11 @@ def reasonings(
                     continue
             kept = ids[: limit - len(between)] + between
             rows[i] = kept, token_ids.cut(answer, config.max_label_tokens)
-    cut["reasonings"] = len(long)
-    if cut.get("answers"):
-        message = "%s: %d of %d answers of the reason stream are longer than %d tokens and were cut"
-        logger.warning(message, split, cut["answers"], len(records), config.max_label_tokens)
-    _report_long(long, records, config, split)
+    notes.count_long(long, records)
     return {name: Ragged(row[part] for row in rows) for part, name in enumerate(SEGMENTS["reason"])}
 
 
-def _report_long(
-    long: list[tuple[int, int]], records: Sequence[Record], config: DataConfig, split: str
-) -> None:
-    """Warn of the rationales of a reason stream that are too long, as (record, tokens), or raise
-    ValueError with `data.long_reasoning` refuse."""
-    limit, what = config.max_rationale_tokens, config.long_reasoning
-    if long:
-        index, tokens = long[0]
-        message = (
-            f"{split}: {len(long)} of {len(records)} rationales of the reason stream are longer than {limit} "
-            f"tokens (data.max_rationale_tokens, with the marker before the answer); the first has {tokens} "
-            f"({records[index].id[:100]})"
-        )
-        if what == "refuse":
-            raise ValueError(f"{message}. Raise the limit, or take data.long_reasoning drop or cut")
-        done = {"drop": "these records do not train it", "cut": "they lost their end"}[what]
-        logger.warning("%s: %s (data.long_reasoning %s)", message, done, what)
-
-
-def drop_untaught(records: list[Record], features: Features) -> tuple[list[Record], Features]:
-    """The records that have something to learn from, and their tokens: all but those whose only stream is
-    empty. Raises ValueError if none is left."""
-    taught = np.flatnonzero(sum(table.lengths for table in features.targets.values()))
-    if len(taught) == len(records):
-        return records, features
-    if not len(taught):
-        raise ValueError(
-            "no training record is left: the rationale of each is longer than data.max_rationale_tokens. "
-            "Raise "
-            "that limit, or take data.long_reasoning cut"
-        )
-    return [records[i] for i in taught], features.take(taught.tolist())
-
-
-def _report_unknown(
-    texts: list[str], encoded: list[list[int]], tokenizer: PreTrainedTokenizerBase, these: str
-) -> None:
-    """Warn of texts with characters that have no token. `these` takes their number and that of all texts."""
-    unknown = tokenizer.unk_token_id
-    if unknown in (None, tokenizer.eos_token_id):  # GPT-2's tokens spell any text
-        return
-    found = [text for text, ids in zip(texts, encoded, strict=True) if unknown in ids]
-    if found:
-        logger.warning(
-            f"{these} have characters that the tokenizer does not know; the model sees %s in their place "
-            "and cannot write them. The first is %.200r",
-            len(found),
-            len(texts),
-            tokenizer.unk_token,
-            found[0],
-        )
+def taught(features: Features) -> np.ndarray:
+    """The indices of the records that have something to learn from: all but those whose only stream is
+    empty."""
+    return np.flatnonzero(sum(table.lengths for table in features.targets.values()))

@@ -52,6 +52,21 @@ def digest(content: bytes, size: int = 8) -> bytes:
     return hashlib.blake2b(content, digest_size=size).digest()
 
 
+class Digest:
+    """`digest` of bytes that come in pieces."""
+
+    def __init__(self, size: int = 8) -> None:
+        self._hash = hashlib.blake2b(digest_size=size)
+
+    def add(self, piece: Any) -> None:
+        """The next bytes, or anything that holds bytes."""
+        self._hash.update(piece)
+
+    def hex(self) -> str:
+        """The name of what was added so far."""
+        return self._hash.hexdigest()
+
+
 def checksum(path: Path) -> int:
     """The CRC-32 of a file's content. Raises OSError."""
     value = 0

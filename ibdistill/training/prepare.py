@@ -20,18 +20,16 @@ from ibdistill.data import loading
 from ibdistill.data.features import Features
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import OnPolicySampler, Sampler
-from ibdistill.data.text_checks import check_texts
 from ibdistill.data.token_sampler import TokenSampler
-from ibdistill.data.tokenizing import drop_untaught, tokenize
 from ibdistill.objectives import weights
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest, World
-from ibdistill.teacher import references, server_scoring, writing
+from ibdistill.teacher import server_scoring, writing
 from ibdistill.teacher.alignment import TextAlignment
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.teacher.teacher import Teacher
-from ibdistill.training import device, early_checks, pseudo_labels, run_folder
+from ibdistill.training import device, early_checks, pseudo_labels, run_folder, tables
 from ibdistill.training.assemble import assemble
 from ibdistill.training.build_student import build_student
 from ibdistill.training.job import Job
@@ -59,7 +57,7 @@ def prepare(config: Config, world: World) -> Job:
     """
     stop = StopRequest()
     folder = open_run(config, world)
-    records, unlabelled = load_records(config.data, config.teacher, config.objective)
+    records, unlabelled = load_records(config.data, config.teacher, config.objective, world)
     writes, trains_tokenizer = config.teacher.rationales != "none", config.student.tokenizer == "train"
     teacher = None
     if writes and trains_tokenizer:
@@ -78,9 +76,9 @@ def prepare(config: Config, world: World) -> Job:
         vocabulary = student.get_output_embeddings().weight.shape[0]
         pair = None if aligned else (tokenizer, vocabulary)
         records, teacher = add_teacher_text(config, records, world, stop, pair)
-    records, features, alignment = tokenize_training(config, records, tokenizer)
+    records, features, alignment, described = tables.tokenize(config, records, tokenizer, world)
     sampler = build_sampler(config, features, world.size)
-    made = (records, unlabelled, features, tokenizer, student)
+    made = (records, unlabelled, described, tokenizer, student)
     inputs = distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
     teacher_answers = build_teacher(
         config.teacher,
@@ -132,17 +130,17 @@ def open_run(config: Config, world: World) -> Path:
 
 
 def load_records(
-    data: DataConfig, teacher: TeacherConfig, objective: ObjectiveConfig
+    data: DataConfig, teacher: TeacherConfig, objective: ObjectiveConfig, world: World
 ) -> tuple[loading.Loaded, list[Record]]:
-    """The records of all splits, and the questions of `data.unlabelled`.
+    """The records of all splits, and the questions of `data.unlabelled`. Collective.
 
     The questions of `data.taught` are among the training records; the teacher is still to answer them.
     """
     unlabelled = pseudo_labels.questions(data)
     taught = pseudo_labels.questions(data, "taught")
     explains, writes = METHODS[objective.method].explains, teacher.rationales != "none"
-    records = loading.load(data, needs_rationale=explains and not writes)
-    return replace(records, train=records.train + taught), unlabelled
+    records = tables.load(data, world, needs_rationale=explains and not writes)
+    return replace(records, train=[*records.train, *taught]) if taught else records, unlabelled
 
 
 def add_teacher_text(
@@ -166,31 +164,8 @@ def add_teacher_text(
     wanted = weights.wanted(config.objective)
     written = writing.write(config, records.train, world, stop, wanted=wanted, student=student)
     report = records.report | written.counts
-    return replace(records, train=written.records, report=report), written.teacher
-
-
-def tokenize_training(
-    config: Config, records: loading.Loaded, tokenizer: PreTrainedTokenizerBase
-) -> tuple[loading.Loaded, Features, TextAlignment | None]:
-    """The training records that can be learned from, with a report of what was cut; their token tables; and
-    the alignment with a teacher of another vocabulary. Raises ValueError for text that cannot be trained on.
-    """
-    prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
-    streams, alignment = weights.tokenized_streams(config.objective), None
-    features = tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
-    if config.objective.alignment == "text":
-        alignment = TextAlignment(config.teacher.model, tokenizer, config.data, streams)
-        features = alignment.with_questions(features, records.train, prefixes)
-        alignment.check(features)
-    if weights.purifies(config.objective):
-        reader = alignment.tokenizer if alignment else tokenizer
-        features = references.with_references(features, records.train, prefixes, reader, config.data)
-    train, features = drop_untaught(records.train, features)
-    records = replace(records, train=train)
-    if too_long := features.cut.get("reasonings"):
-        records.report["train/long_reasoning"] = too_long
-    records.report.update(check_texts(records, features, tokenizer, config.data))
-    return records, features, alignment
+    records = replace(records, train=written.records, report=report)
+    return tables.keep(records, config.data, world), written.teacher
 
 
 def build_sampler(config: Config, features: Features, world_size: int) -> Sampler:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ RESULT = "result.json"
 _CONFIG, _INPUTS = "config.yaml", "inputs.json"
 _SPLIT = {"deepspeed.config", "optim.micro_batch_size", "optim.tokens_per_forward"}
 """Settings of how a step is shared out, which change no gradient but for its rounding."""
-_MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"} | _SPLIT
+_MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"} | _SPLIT | {"data.cache_dir"}
 _MAY_CHANGE |= {f"teacher.server_{name}" for name in ("urls", "requests", "timeout", "wait")}
 """Settings that an interrupted run may change without becoming another run."""
 _SHAPES = ("student.layers", "student.lora_rank")
@@ -86,16 +87,16 @@ def check_inputs(
     config: Config,
     records: Loaded,
     unlabelled: Sequence[Record],
-    features: Features,
+    training: str,
     tokenizer: PreTrainedTokenizerBase,
     student: nn.Module,
 ) -> dict[str, str]:
     """Check that the folder's run learns from the same data and models as it did before; what these are.
 
-    `features`: the tokenized training records. `student`: the whole model. Raises ValueError if something
-    differs and `run.allow_config_change` is off, or if what they were cannot be read.
+    `training`: the training records, as `described` gives them. `student`: the whole model. Raises ValueError
+    if something differs and `run.allow_config_change` is off, or if what they were cannot be read.
     """
-    path, now = folder / _INPUTS, _data(records, unlabelled, features) | _models(config, tokenizer, student)
+    path, now = folder / _INPUTS, _data(records, unlabelled, training) | _models(config, tokenizer, student)
     try:
         before = _read_json(path) if has_begun(folder) and path.is_file() else now
         changed = [
@@ -120,14 +121,14 @@ def result(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _data(records: Loaded, unlabelled: Sequence[Record], features: Features) -> dict[str, str]:
+def _data(records: Loaded, unlabelled: Sequence[Record], training: str) -> dict[str, str]:
     """What a run learns from and is measured on, by name, as texts that change with the content."""
-    found = {"training records": _described(records.train, token_ids=_token_ids(features))}
+    found = {"training records": training}
     for split in ("valid", "test"):
         found |= {
-            f"{split} records of {task}": _described(part) for task, part in getattr(records, split).items()
+            f"{split} records of {task}": described(part) for task, part in getattr(records, split).items()
         }
-    return found | ({"unlabelled questions": _described(unlabelled)} if unlabelled else {})
+    return found | ({"unlabelled questions": described(unlabelled)} if unlabelled else {})
 
 
 def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Module) -> dict[str, str]:
@@ -150,23 +151,34 @@ def _models(config: Config, tokenizer: PreTrainedTokenizerBase, student: nn.Modu
     return found
 
 
-def _token_ids(features: Features) -> str:
+def described(records: Iterable[Record], features: Features | None = None) -> str:
+    """The number of records, and a digest of their names and texts (and of what they were tokenized to)."""
+    digest, count = files.Digest(), 0
+    for count, r in enumerate(records, start=1):
+        row = json.dumps([r.id, r.question, r.label, r.gold, r.rationale, *r.history])
+        digest.add((", " if count > 1 else "[").encode() + row.encode())
+    digest.add(("" if count else "[").encode() + b"]" + _token_ids(features).encode())
+    return f"{count} records, digest {digest.hex()}"
+
+
+def _token_ids(features: Features | None) -> str:
     """All that the batches are made of, tasks and token ids, as digests."""
-    parts = [features.groups.astype("<i8").tobytes()]
+    if features is None:
+        return ""
+    digests = [files.Digest()]
+    digests[0].add(features.groups.astype("<i8"))
     tables = [
         ragged
         for stream in features.streams
         for ragged in (features.questions[stream], *(features.targets[s] for s in SEGMENTS[stream]))
     ]
     for ragged in [*tables, *features.teacher_questions.values()]:
-        parts += [ragged.offsets.astype("<i8").tobytes(), ragged.flat.astype("<i4").tobytes()]
-    return " ".join(files.digest(part).hex() for part in parts)
-
-
-def _described(records: Sequence[Record], token_ids: str = "") -> str:
-    """The number of records, and a digest of their names and texts (and of what they were tokenized to)."""
-    rows = [[r.id, r.question, r.label, r.gold, r.rationale, *r.history] for r in records]
-    return f"{len(rows)} records, {_digest(json.dumps(rows) + token_ids)}"
+        offsets, flat = files.Digest(), files.Digest()
+        offsets.add(np.concatenate([[0], ragged.lengths.cumsum()]).astype("<i8"))
+        for part, _ in ragged.parts:
+            flat.add(np.ascontiguousarray(part, dtype="<i4"))
+        digests += [offsets, flat]
+    return " ".join(digest.hex() for digest in digests)
 
 
 def _digest(text: str) -> str:

@@ -16,7 +16,7 @@ from ibdistill.data import batches, reasoning, token_ids, tokenizers
 from ibdistill.data.records import SEGMENTS, Record
 from ibdistill.data.sampler import Sampler
 from ibdistill.data.tasks.registry import TASKS
-from ibdistill.data.tokenizing import drop_untaught, tokenize
+from ibdistill.data.tokenizing import taught, tokenize
 
 MARKER = "The answer is:"
 
@@ -89,9 +89,9 @@ def test_the_segments_of_the_reason_stream():
         ["start n0 . found means + n1 . predict:", "( n0 + n1 ) </s>"],
         ["", ""],
     ]
-    kept, taught = drop_untaught(RECORDS, features)
-    assert [r.id for r in kept] == taught.ids == ["a", "b"]
-    assert words(taught.targets["answer"][1]) == "( n0 + n1 ) </s>" and taught.groups.tolist() == [0, 0]
+    kept = features.take(taught(features))
+    assert kept.ids == ["a", "b"]
+    assert words(kept.targets["answer"][1]) == "( n0 + n1 ) </s>" and kept.groups.tolist() == [0, 0]
     counts = Sampler(features, DataConfig(), batch_size=3, seed=0).counts(0)
     assert counts == {
         **{"rationale": 4 + 9, "answer": 2 + 6},
@@ -101,8 +101,7 @@ def test_the_segments_of_the_reason_stream():
 
 def test_all_three_streams_keep_a_record_without_a_rationale():
     features = tokens(streams=("predict", "explain", "reason"))
-    kept, same = drop_untaught(RECORDS, features)
-    assert kept is RECORDS and same is features
+    assert taught(features).tolist() == [0, 1, 2]
     assert [words(features.targets[s][2]) for s in features.targets] == ["n2 </s>", "", "", ""]
 
 
@@ -124,8 +123,7 @@ def test_too_long_reasoning_is_dropped_cut_or_refused(caplog):
     assert words(short.targets["answer"][1]) == "( n0 + </s>" and short.cut["answers"] == 1
     assert "1 of 3 answers of the reason stream are longer than 4 tokens and were cut" in caplog.text
     assert "reasonings" in tokens(max_rationale_tokens=9, long_reasoning="refuse").cut
-    with pytest.raises(ValueError, match="no training record is left: the rationale of each is longer than"):
-        drop_untaught(RECORDS, tokens(max_rationale_tokens=3))
+    assert len(taught(tokens(max_rationale_tokens=3))) == 0
     with pytest.raises(ValueError, match=re.escape("marker 'one two three' before the answer takes")):
         tokenize(
             RECORDS, PREFIXES, byte_tokenizer(), streams=("reason",),

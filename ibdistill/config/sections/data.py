@@ -16,6 +16,10 @@ class DataConfig:
     """Name of a task in `ibdistill/data/tasks`, or several for a mixture."""
     path: str | None = None
     """Folder or file that holds the data; none: the demo's generator, or the hub by the task's name."""
+    cache_dir: str = ""
+    """Folder of the tables that records and token ids are read from: made once on a node, mapped into memory
+    by its ranks, and used by later runs on the same data. Empty: `ibdistill` in Hugging Face's cache
+    (`HF_HOME`). See `data/README.md`."""
     label_source: Literal["gt", "llm", "teacher"] = "gt"
     """Training labels from the ground truth, from the LLM's output, or, where the teacher writes
     (`teacher.rationales`), from the teacher; `jsonl` training records may then lack one. Scores always

@@ -88,24 +88,32 @@ class Published:
             )
         return lambda row: (*self.fields(row)[:2], self.derive(row))
 
+    def hub_state(self, task: str) -> list[str]:
+        """What changes with the content of the copy from the hub. Raises ValueError as `read` does."""
+        loaded = self._from_hub(task)
+        return [loaded[theirs]._fingerprint for theirs in self.hub_splits.values()]
+
     def _hub_rows(self, task: str) -> dict[str, list[Row]]:
+        loaded = self._from_hub(task)
+        return {
+            split: [(f"{self.hub[0]} {theirs}[{i}]", row) for i, row in enumerate(loaded[theirs])]
+            for split, theirs in self.hub_splits.items()
+        }
+
+    def _from_hub(self, task: str) -> Mapping[str, Any]:
         import datasets
 
         datasets.disable_progress_bars()  # of preparing; those of downloads are the hub's, and stay
 
         path, name, revision = self.hub
         try:
-            loaded = datasets.load_dataset(path, name, revision=revision)
+            return datasets.load_dataset(path, name, revision=revision)
         except Exception as error:  # the hub's client raises many unrelated types when it is offline
             raise ValueError(
                 f"data.path is not set and {path} cannot be loaded from the hub "
                 f"({type(error).__name__}: {error}); set data.path to a folder that holds the data of task "
                 f"{task!r}"
             ) from error
-        return {
-            split: [(f"{path} {theirs}[{i}]", row) for i, row in enumerate(loaded[theirs])]
-            for split, theirs in self.hub_splits.items()
-        }
 
 
 def _release_rows(root: Path, task: str) -> dict[str, list[Row]] | None:
