@@ -259,7 +259,8 @@ class Distillation(nn.Module):
             total, terms["vib"] = total + factor * kl, kl.detach()
             if self.head.measures:  # in the question's states, as for vid
                 terms[f"{GRADIENT}vib"] = factor**2 * squares.detach()
-        if self.head.measures and answer is not None and answer.targets:
+        # a label whose tokens lie on several ranks is right or wrong on none of them
+        if self.head.measures and answer is not None and answer.targets and batch.ranks == 1:
             terms |= teacher_accuracy(answer, batch)
         return total, terms
 
