@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from ibdistill.data.batches import Batch
+from ibdistill.models.architectures import DECODER_ONLY, FAMILIES
 
 _group: dist.ProcessGroup | None = None
 
@@ -58,8 +59,20 @@ def is_on() -> bool:
     return _group is not None
 
 
-def check_heads(setting: str, name: str, heads: int, kv_heads: int, ranks: int) -> None:
-    """Raise ValueError unless so many ranks can share a model's heads. Several may have the same keys."""
+def check_model(setting: str, name: str, config: Any, ranks: int) -> None:
+    """Raise ValueError unless so many ranks can share a model's sequences and heads.
+
+    Several ranks may have the same head of keys and values. `config`: of transformers, or with its fields.
+    """
+    if ranks == 1:
+        return
+    if FAMILIES[config.model_type].family != DECODER_ONLY:
+        raise ValueError(
+            f"optim.sequence_parallel is {ranks}, and {setting} {name!r:.100} is an encoder-decoder model; "
+            "only decoder-only models' sequences are shared, so leave it out"
+        )
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
     for kind, number, fits in (
         ("attention heads", heads, heads % ranks == 0),
         ("key and value heads", kv_heads, kv_heads % ranks == 0 or ranks % kv_heads == 0),

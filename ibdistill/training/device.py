@@ -9,8 +9,8 @@ import torch.distributed as dist
 
 from ibdistill.config import consistency
 from ibdistill.config.sections import Config
+from ibdistill.config.teacher_consistency import needs_answers
 from ibdistill.models import families, presets, sequence_parallel
-from ibdistill.models.architectures import DECODER_ONLY, FAMILIES
 from ibdistill.ops import implementation
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
@@ -24,22 +24,12 @@ def start_sequence_parallel(config: Config) -> None:
     Reads configurations only. Raises ValueError for a model whose sequences or heads they cannot share.
     """
     ranks, models = config.optim.sequence_parallel, {"student.model": config.student.model}
-    if config.teacher.placement == "replica":
+    if config.teacher.placement == "replica" and needs_answers(config.objective):
         models["teacher.model"] = config.teacher.model
     for setting, name in models.items() if ranks > 1 else ():
-        shape = SimpleNamespace(**presets.PRESETS[name]) if name in presets.PRESETS else None
-        kind = "llama" if shape and presets.is_decoder_only(name) else "t5"
-        if shape is None:
-            shape = families.load_config(name, setting)
-            kind = shape.model_type
-        if FAMILIES[kind].family != DECODER_ONLY:
-            raise ValueError(
-                f"optim.sequence_parallel is {ranks}, and {setting} {name!r:.100} is an encoder-decoder "
-                "model; only decoder-only models' sequences are shared, so leave it out"
-            )
-        heads = shape.num_attention_heads
-        kv_heads = getattr(shape, "num_key_value_heads", None) or heads
-        sequence_parallel.check_heads(setting, name, heads, kv_heads, ranks)
+        preset = presets.PRESETS.get(name)
+        config_of = SimpleNamespace(**{"model_type": "t5"} | preset) if preset else None
+        sequence_parallel.check_model(setting, name, config_of or families.load_config(name, setting), ranks)
     sequence_parallel.start(ranks)
 
 

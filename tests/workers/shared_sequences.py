@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import ranks
 import torch
@@ -13,11 +14,12 @@ from one_step import gradients_of_step
 
 from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
+from ibdistill.training import on_policy
 from ibdistill.training.prepare import prepare
 
 CASES = {
     "cot": {"objective.method": "cot"},
-    "cot+kd": {"objective.method": "cot+kd"},
+    "own": {"objective.method": "cot+kd", "on_policy.share": 0.5, "on_policy.max_tokens": 24},
     "ib+kd": {"objective.method": "ib+kd", "objective.estimator": "vid"},
 }
 
@@ -33,11 +35,17 @@ def main(folder: Path) -> None:
         settings |= {"deepspeed.config": f"zero{stage}", "run.dir": str(folder / name)}
         settings["optim.sequence_parallel"] = shared
         job = prepare(load_settings(None, settings), world)
-        gradients = gradients_of_step(job)
+        if on_policy.is_due(job):
+            on_policy.refresh(job)
+        exchange = torch.distributed.all_to_all_single
+        with mock.patch.object(torch.distributed, "all_to_all_single", side_effect=exchange) as counted:
+            gradients = gradients_of_step(job)
         interval = job.meter.close_interval()
         if world.rank == 0:
             found = {"gradients": gradients, "terms": interval.terms, "gradient norms": interval.gradients}
             found["tokens"] = [interval.tokens, interval.targets]
+            found["exchanged"] = sum(call.args[1].nbytes for call in counted.call_args_list)
+            found["positions"] = interval.positions // world.size
             torch.save(found, folder / f"{name}.pt")
         job.engine.destroy()
     torch.distributed.barrier()
@@ -48,7 +56,7 @@ def plan(size: int) -> list[tuple[int, int, str]]:
     if size == 1:
         return [(1, 0, case) for case in CASES]
     if size == 2:
-        return [(2, 0, "cot"), (2, 1, "cot+kd"), (2, 2, "ib+kd"), (2, 3, "ib+kd")]
+        return [(2, 0, "cot"), (2, 1, "own"), (2, 2, "ib+kd"), (2, 3, "ib+kd")]
     return [(2, 3, "cot"), (4, 2, "ib+kd")]
 
 
