@@ -61,6 +61,7 @@ def check(config: Config) -> None:
     teacher_consistency.check(config)
     _check_unlabelled(config)
     _check_on_policy(config)
+    _check_sequence_parallel(config)
 
 
 def _check_run(run: RunConfig) -> None:
@@ -247,4 +248,42 @@ def _check_on_policy(config: Config) -> None:
         raise ValueError(
             f"{setting}, and optim.tokens_per_batch is {config.optim.tokens_per_batch}: how long the "
             "student's own text will be is not known when batches are planned; set optim.batch_size instead"
+        )
+
+
+def _check_sequence_parallel(config: Config) -> None:
+    """Raise ValueError for what ranks that share a sequence cannot compute."""
+    objective, teacher, ranks = config.objective, config.teacher, config.optim.sequence_parallel
+    if ranks == 1:
+        return
+    setting = f"optim.sequence_parallel is {ranks}"
+    if config.data.packing != "on":
+        raise ValueError(f"{setting}, which cuts packed rows, and data.packing is 'off'; set data.packing on")
+    method = METHODS[objective.method]
+    if method.mi and objective.beta and objective.estimator != "vid":
+        raise ValueError(
+            f"{setting}, and objective.estimator {objective.estimator} needs all tokens of a question on one "
+            "rank; take vid, or a method without ib"
+        )
+    if (
+        method.kd
+        and objective.gamma
+        and (objective.kd_first or objective.kd_later or objective.kd_entropy != "none")
+    ):
+        raise ValueError(
+            f"{setting}, and objective.kd_first, kd_later and kd_entropy weigh a token by all others of its "
+            "text, which lie on several ranks; leave them out"
+        )
+    if not teacher_consistency.needs_answers(objective):
+        return
+    if teacher.placement != "replica" or teacher.cache:
+        cached = f" with teacher.cache {teacher.cache[:100]!r}" if teacher.cache else ""
+        raise ValueError(
+            f"{setting}, and teacher.placement is {teacher.placement!r}{cached}: the teacher has to "
+            "answer for the part of a sequence that a rank holds; take replica without a cache"
+        )
+    if objective.alignment == "text":
+        raise ValueError(
+            f"{setting}, and objective.alignment is 'text', whose two rows of tokens are not cut at the same "
+            "places; take a teacher of the student's vocabulary"
         )

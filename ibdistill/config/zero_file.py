@@ -60,12 +60,25 @@ _OTHER: dict[str, tuple[type | tuple[type, ...], str]] = {
 """Each further first-level key that DeepSpeed reads -> the type of its value, and that type in words."""
 
 
+def readers(optim: OptimConfig, ranks: int) -> int:
+    """How many micro-batches are read at a time: one by each group of `optim.sequence_parallel` ranks.
+
+    Raises ValueError if the ranks do not divide into such groups.
+    """
+    if ranks % optim.sequence_parallel:
+        raise ValueError(
+            f"optim.sequence_parallel is {optim.sequence_parallel}, which does not divide the {ranks} ranks; "
+            "take a divisor, or another number of ranks"
+        )
+    return ranks // optim.sequence_parallel
+
+
 def split_batch(optim: OptimConfig, world_size: int) -> tuple[int, int]:
     """(questions per micro-batch at most, micro-batches per step) of one rank.
 
     Where the global batch does not divide evenly, some micro-batches hold one question less. With
-    `optim.tokens_per_batch` a micro-batch counts as 1, since its questions vary. Raises ValueError if a
-    micro-batch would be empty.
+    `optim.tokens_per_batch` a micro-batch counts as 1, since its questions vary. `world_size`: ranks, or
+    groups of them that read one micro-batch (`readers`). Raises ValueError if a micro-batch would be empty.
     """
     if optim.tokens_per_batch:
         per_forward = world_size * (optim.tokens_per_forward or optim.tokens_per_batch)

@@ -83,6 +83,9 @@ class Batch:
     decoder_lengths: Tensor | None = None
     """[S * B] int32, for an encoder-decoder model if the batch is packed: the lengths of the targets, which
     lie one behind the other in `decoder_input_ids`, one stream after the other."""
+    ranks: int = 1
+    """Over how many ranks the packed row is cut. Above 1 this is one of the parts
+    (`models.sequence_parallel.part_of`), and `row_lengths` are those of the whole row."""
 
     @property
     def num_tokens(self) -> int:

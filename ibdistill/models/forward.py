@@ -52,7 +52,8 @@ def states(
     packed row positions restart with each sequence, and the sequences' lengths stand for the mask.
     """
     base = base_of(model)
-    batch = batch if targets else questions_only(batch)
+    if not targets and batch.ranks == 1:  # other ranks read on where this one's part ends
+        batch = questions_only(batch)
     if family(base) == ENCODER_DECODER:
         return _encoder_decoder(base, batch, bottleneck)
     return _decoder_only(base, batch)
@@ -151,7 +152,8 @@ def no_padding(input_ids: Tensor) -> Tensor:
 
 def _packed_arguments(batch: Batch) -> dict[str, Tensor]:
     """What a decoder reads beside a packed row: positions that restart, and lengths in the mask's place."""
-    return {"position_ids": batch.position_ids, "attention_mask": packed_attention.as_mask(batch.row_lengths)}
+    mask = packed_attention.as_mask(batch.row_lengths, is_part=batch.ranks > 1)
+    return {"position_ids": batch.position_ids, "attention_mask": mask}
 
 
 def _for_head(hidden: Tensor, model: PreTrainedModel) -> Tensor:

@@ -27,6 +27,7 @@ from transformers.models.t5.modeling_t5 import (
     T5LayerNorm,
 )
 
+from ibdistill.models import sequence_parallel
 from ibdistill.models.architectures import DECODER_ONLY, family
 from ibdistill.ops import implementation, layers, packed_attention
 from ibdistill.ops.biased_attention import biased_attention
@@ -190,6 +191,10 @@ def _attend(module: nn.Module, query, key, value, attention_mask, dropout=0.0, s
     """`sdpa_attention_forward`, save for packed rows, dropout on a CPU, where it has no kernel, and T5's bias
     on a GPU."""
     if packed_attention.is_packed(attention_mask):
+        if packed_attention.is_part(attention_mask):
+            settings = kwargs | {"dropout": dropout, "scaling": scaling}
+            lengths = attention_mask[:, :, :2]
+            return sequence_parallel.attend(_attend_packed, module, query, key, value, lengths, **settings)
         return _attend_packed(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     bias = kwargs.get("position_bias")
     if bias is not None and bias.dim() < 4:

@@ -261,7 +261,8 @@ class Distillation(nn.Module):
             if self.head.measures:  # in the question's states, as for vid
                 terms[f"{GRADIENT}vib"] = factor**2 * squares.detach()
         asked = answer is not None and answer.targets and self.objective.divergence not in SAMPLED
-        if self.head.measures and asked:
+        # a label whose tokens lie on several ranks is right or wrong on none of them
+        if self.head.measures and asked and batch.ranks == 1:
             terms |= teacher_accuracy(answer, batch)
         return total, terms
 

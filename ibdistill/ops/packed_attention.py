@@ -39,10 +39,11 @@ Sizes = tuple[tuple[int, ...], tuple[int, ...]]
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 
 
-def as_mask(queries: Tensor, keys: Tensor | None = None) -> Tensor:
+def as_mask(queries: Tensor, keys: Tensor | None = None, *, is_part: bool = False) -> Tensor:
     """[1, 1, 2, S] int32, in the place of an attention mask: the lengths [S] of a packed row's sequences, and
-    those of the sequences that they see, None: themselves."""
-    both = torch.stack([queries, queries if keys is None else keys])
+    those of the sequences that they see, None: themselves. [1, 1, 3, S], with a third line that only says so,
+    where the queries are a part of such a row (`is_part`)."""
+    both = torch.stack([queries, queries if keys is None else keys, *[queries] * is_part])
     assert both.device.type == "cpu"  # the host reads them in each layer
     return both.to(torch.int32)[None, None]
 
@@ -52,9 +53,14 @@ def is_packed(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype == torch.int32
 
 
+def is_part(mask: Tensor) -> bool:
+    """Whether a mask of `as_mask` goes with a part of its row."""
+    return mask.shape[2] == 3
+
+
 def sizes_of(mask: Tensor) -> Sizes:
     """What `as_mask` was given."""
-    queries, keys = mask[0, 0].tolist()
+    queries, keys = mask[0, 0, :2].tolist()
     return tuple(queries), tuple(keys)
 
 

@@ -37,7 +37,7 @@ from ibdistill.config.sections import TeacherConfig
 from ibdistill.data import batches
 from ibdistill.data.batches import Batch
 from ibdistill.data.features import Features
-from ibdistill.models import families
+from ibdistill.models import families, sequence_parallel
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
@@ -126,6 +126,7 @@ class TeacherAnswers:
             if teacher is not None or alignment is not None:
                 self.teacher.pair(*pair)
             references.check_positions(features, self.teacher)
+            sequence_parallel.check_layouts(config.model, self._layout, self.teacher.layout)
             self.width, self._head = self.teacher.width, None
             if self._cache is not None:  # a run without a loaded teacher needs its head too
                 head = self.teacher.head() if wanted.targets else NO_HEAD
@@ -136,8 +137,8 @@ class TeacherAnswers:
                 "all %d training records are in %s: the teacher is not loaded", len(features), config.cache
             )
             self.width, self._head = kept
-        overlaps = world.device.type == "cuda" and config.placement == "replica"
-        self._stream = torch.cuda.Stream() if overlaps else None
+        alone = config.placement == "replica" and not sequence_parallel.is_on()
+        self._stream = torch.cuda.Stream() if world.device.type == "cuda" and alone else None
         if world.device.type == "cuda" and config.placement in SHARDED:
             logger.info(
                 "the sharded teacher does not overlap with the student: two communicators could block"

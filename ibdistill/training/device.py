@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 
 import torch.distributed as dist
 
 from ibdistill.config import consistency
 from ibdistill.config.sections import Config
+from ibdistill.config.teacher_consistency import needs_answers
+from ibdistill.models import families, presets, sequence_parallel
 from ibdistill.ops import implementation
 from ibdistill.runtime import distributed, hardware
 from ibdistill.runtime.distributed import World
 
 logger = logging.getLogger("ibdistill")
+
+
+def start_sequence_parallel(config: Config) -> None:
+    """Form the groups of ranks that share sequences. Collective.
+
+    Reads configurations only. Raises ValueError for a model whose sequences or heads they cannot share.
+    """
+    ranks, models = config.optim.sequence_parallel, {"student.model": config.student.model}
+    if config.teacher.placement == "replica" and needs_answers(config.objective):
+        models["teacher.model"] = config.teacher.model
+    for setting, name in models.items() if ranks > 1 else ():
+        preset = presets.PRESETS.get(name)
+        config_of = SimpleNamespace(**{"model_type": "t5"} | preset) if preset else None
+        sequence_parallel.check_model(setting, name, config_of or families.load_config(name, setting), ranks)
+    sequence_parallel.start(ranks)
 
 
 def settle_precision(config: Config, world: World) -> None:

@@ -7,7 +7,8 @@ sets one of them too is refused (`config.zero_file`).
 The loss that the engine sees is already divided by the global token counts of the step
 (`objectives.weights`), so its gradient has to be *summed* over ranks and micro-batches.
 DeepSpeed averages over ranks; `train.train_step` multiplies by the world size to undo that, and
-asks the engine not to divide by the number of micro-batches.
+asks the engine not to divide by the number of micro-batches. Ranks that share a sequence
+(`models.sequence_parallel`) are to DeepSpeed like any others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import nn
 from transformers import get_scheduler
 
 from ibdistill.config.sections import DeepSpeedConfig, OptimConfig
-from ibdistill.config.zero_file import read_ds_config, split_batch
+from ibdistill.config.zero_file import read_ds_config, readers, split_batch
 from ibdistill.runtime import deepspeed_fixes
 from ibdistill.runtime.distributed import World
 
@@ -33,7 +34,7 @@ def build_engine(
     """
     ds_config = read_ds_config(zero_file.config)
     zero = ds_config.setdefault("zero_optimization", {"stage": 0})
-    micro_batch_size, accumulation = split_batch(optim, world.size)
+    micro_batch_size, accumulation = split_batch(optim, readers(optim, world.size))
     bf16 = precision == "bf16"
     unsharded_fp32 = zero["stage"] == 0 and not bf16
     ds_config |= {

@@ -11,6 +11,7 @@ import deepspeed
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ibdistill.config import zero_file
 from ibdistill.config.sections import Config
 from ibdistill.data import batches as data_batches
 from ibdistill.data import loading
@@ -19,6 +20,7 @@ from ibdistill.data.records import Record
 from ibdistill.data.sampler import MixedSampler, Sampler
 from ibdistill.data.tokenizing import tokenize
 from ibdistill.models import families
+from ibdistill.models.sequence_parallel import part_of
 from ibdistill.models.whole_model import WholeModel
 from ibdistill.monitor.alarms import Alarms
 from ibdistill.monitor.board import Board
@@ -97,8 +99,8 @@ class Job:
     def _shares(self, step: int) -> list[np.ndarray]:
         return self.sampler.micro_batches(
             step,
-            rank=self.world.rank,
-            world_size=self.world.size,
+            rank=self.world.rank // self.config.optim.sequence_parallel,
+            world_size=zero_file.readers(self.config.optim, self.world.size),
             micro_batch_size=self.engine.train_micro_batch_size_per_gpu(),
         )
 
@@ -148,4 +150,4 @@ class Job:
         positions = getattr(model.config, "max_position_embeddings", None)
         layout["multiple"] = hardware.width_multiple(self.world.device, positions)
         layout["packed"] = self.config.data.packing == "on"
-        return lambda indices: data_batches.collate(features, indices, self.streams, **layout)
+        return lambda indices: part_of(data_batches.collate(features, indices, self.streams, **layout))

@@ -15,7 +15,7 @@ from ibdistill.config.sections import (
     ObjectiveConfig,
     TeacherConfig,
 )
-from ibdistill.config.zero_file import settle_ds_config, split_batch
+from ibdistill.config.zero_file import readers, settle_ds_config, split_batch
 from ibdistill.data import loading
 from ibdistill.data.features import Features
 from ibdistill.data.records import Record
@@ -77,7 +77,7 @@ def prepare(config: Config, world: World) -> Job:
         pair = None if aligned else (tokenizer, vocabulary)
         records, teacher = add_teacher_text(config, records, world, stop, pair)
     records, features, alignment, described = tables.tokenize(config, records, tokenizer, world)
-    sampler = build_sampler(config, features, world.size)
+    sampler = build_sampler(config, features, readers(config.optim, world.size))
     made = (records, unlabelled, described, tokenizer, student)
     inputs = distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
     teacher_answers = build_teacher(
@@ -116,13 +116,16 @@ def open_run(config: Config, world: World) -> Path:
     It takes the whole configuration because `config.yaml` in the folder holds it all. It settles
     `deepspeed.config` auto and `student.precision` auto there.
     """
-    _, micro_batches = split_batch(config.optim, world.size)  # raises before anything is read
+    _, micro_batches = split_batch(
+        config.optim, readers(config.optim, world.size)
+    )  # raises before anything is read
     weights.check_split(config.objective, config.optim, micro_batches)
     settle_ds_config(config, world.size)
     device.settle_precision(config, world)
     folder = Path(config.run.dir)
     distributed.run_on_rank_0(lambda: server_scoring.check(config))
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
+    device.start_sequence_parallel(config)
     memory_check.check(config, world)
     if world.device.type == "cuda":
         device.warn_of_slow_losses()

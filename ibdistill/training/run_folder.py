@@ -38,7 +38,10 @@ logger = logging.getLogger("ibdistill")
 
 RESULT = "result.json"
 _CONFIG, _INPUTS = "config.yaml", "inputs.json"
-_SPLIT = {"deepspeed.config", "optim.micro_batch_size", "optim.tokens_per_forward"}
+_SPLIT = {
+    "deepspeed.config",
+    *(f"optim.{n}" for n in ("micro_batch_size", "tokens_per_forward", "sequence_parallel")),
+}
 """Settings of how a step is shared out, which change no gradient but for its rounding."""
 _MAY_CHANGE = {f"run.{f.name}" for f in fields(RunConfig)} - {"run.seed"} | _SPLIT | {"data.cache_dir"}
 _MAY_CHANGE |= {f"teacher.server_{name}" for name in ("urls", "requests", "timeout", "wait")}

@@ -67,7 +67,7 @@ def test_a_recipe_is_planned_and_written(tmp_path):
     assert len(recommendation.splitlines()) <= 10 and "[" not in everything
     for file in FILES:
         assert len(re.findall(rf"^none +{file}(?: +[\d.]+){{5}}$", everything, re.M)) == 1
-        speed = rf"^none +{file}(?:\+c)?(?: +[\d.]+){{4}}  \S+ s per step \(predicted\), bound by "
+        speed = rf"^none +{file}(?:\+c)?(?: +[\d.]+){{5}}  \S+ s per step \(predicted\), bound by "
         assert len(re.findall(speed, everything, re.M)) == 1
     assert everything.count(": fits, margin") == 2 * len(FILES)
     content = json.loads((tmp_path / "to" / "ds_config.json").read_text())
@@ -251,6 +251,28 @@ def test_a_step_of_tokens_is_planned_as_the_questions_that_it_holds():
     assert (split.per_rank, split.micro_batch_sizes()) == (10, [5])
 
 
+def test_ranks_that_share_sequences_share_operations_and_activations():
+    given = {"student.model": "demo-student-decoder", "teacher.model": "demo-teacher-decoder"}
+    given |= {"objective.method": "cot+kd", "data.packing": "on"}
+    alone, shared = (
+        Planner(tiny(**given, **{"optim.sequence_parallel": n}), H100, 1, 8, 1200, 400, 2400) for n in (1, 4)
+    )
+    assert (alone.per_rank, shared.per_rank) == (8, 32)
+    whole, part = (planner.traces.operations(True, 2) for planner in (alone, shared))
+    for name in ("student", "head", "teacher"):
+        assert getattr(whole, name) == pytest.approx(4 * getattr(part, name), rel=2e-3)
+    peaks = [planner.traces._student_steps[True][0].peak for planner in (alone, shared)]
+    assert peaks[0] == pytest.approx(4 * peaks[1], rel=0.05)
+    assert peaks[1] < shared.traces.living(True, 1) < peaks[0]  # with the buffers of an exchange
+    choices = [planner.choice("replica", "zero2", True, 2) for planner in (alone, shared)]
+    assert choices[0].states == choices[1].states
+    assert "all_to_all" not in choices[0].traffic and choices[1].seconds["exchange wait"] > 0
+    assert choices[1].traffic["all_to_all"] == 16 * shared.traces.exchanged(True, 2)[1]
+    assert shared.placements() == ("replica",)
+    with pytest.raises(ValueError, match="'demo-student' is an encoder-decoder"):
+        Planner(tiny(**{"data.packing": "on", "optim.sequence_parallel": 2}), H100, 1, 8, 20, 3, 9)
+
+
 def test_a_loss_that_compares_questions_has_one_micro_batch_per_rank():
     """Smaller ones would be another loss, which `train.py` refuses."""
     infonce = {"objective.method": "ib+kd", "objective.estimator": "infonce"}
@@ -333,6 +355,7 @@ def test_seconds_by_hand():
             "gradients wait": 15.0 - 8.0,
             "parameters wait": 10.0,
             "teacher wait": 6.0 - 4.0,
+            "exchange wait": 0.0,
             "optimizer": 0.14,
         }
     )
@@ -342,6 +365,8 @@ def test_seconds_by_hand():
     assert moving["student"] == pytest.approx(7.0)
     alone = costs.step_seconds(load, dataclasses.replace(rates, overlap=False))
     assert alone["gradients wait"] == 15.0 and alone["teacher wait"] == 6.0
+    sharing = dataclasses.replace(load, exchanged=12.0), dataclasses.replace(rates, exchange_link=4.0)
+    assert costs.step_seconds(*sharing)["exchange wait"] == 3.0
 
 
 def test_launches_cost_what_exceeds_the_rest():

@@ -30,8 +30,9 @@ from ibdistill.planning.evaluation_memory import Decoding
 from ibdistill.planning.footprint import WIDTH, Gathers, Sizes, Zero
 from plan.accelerators import Accelerator
 
-_FACTOR = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}
-"""A ring sends so many times (N - 1) / N of the whole tensor from each rank (Patarasuk and Yuan, 2009)."""
+_FACTOR = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "all_to_all": 1}
+"""A ring sends so many times (N - 1) / N of the whole tensor from each rank (Patarasuk and Yuan, 2009); in an
+exchange each rank keeps a part of its tensor and sends the others."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,16 @@ def operations(
     teacher: Skeleton | None = None,
     *,
     checkpointing: bool = False,
+    shared: int = 1,
 ) -> Operations:
-    """Floating point operations of one micro-batch, whose size and lengths `lengths` gives."""
+    """Floating point operations of one micro-batch, whose size and lengths `lengths` gives, on one rank.
+
+    `shared`: how many ranks share each sequence; `lengths` are then of one rank's part of it.
+    """
     streams = weights.streams_of(objective)
     linear = list(_linears(student.model, lengths, streams))
-    attention = _attention(student.model, lengths, streams)
+    # each rank has a part of the heads, for all queries and all keys
+    attention = shared * _attention(student.model, lengths, streams)
     blocks = sum((3 if layer.weight.requires_grad else 2) * n for layer, n in linear) + 3 * attention
     if checkpointing:
         skipped = _not_repeated(student.model)
@@ -128,6 +134,7 @@ def operations(
         scored = weights.teacher_streams(objective)
         read = readings(lengths, objective)
         of_teacher = sum(forward_operations(teacher.model, own, scored) for own in read)
+        of_teacher += (shared - 1) * sum(_attention(teacher.model, own, scored) for own in read)
         theirs, wide = teacher.head
         if weights.uses_vid(objective):
             head += 6 * lengths.questions * lengths.question * width * wide
@@ -172,6 +179,18 @@ def teacher_traffic(
     return micro_batches * width * (readings * gathered.moved + (head[0] * head[1] if targets else 0))
 
 
+def exchanged(
+    skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], precision: str, shared: int
+) -> int:
+    """Bytes of a rank's tensors that attention exchanges in a forward pass, all layers together, and as many
+    in a backward pass (`models.sequence_parallel`). `lengths` and `shared` as in `operations`."""
+    config = base_of(skeleton.model).config
+    tokens, heads = lengths.batch(skeleton.model, streams).input_ids.numel(), config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    keys = max(getattr(config, "num_key_value_heads", None) or heads, shared)  # ranks may have the same
+    return WIDTH[precision] * config.num_hidden_layers * tokens * width * (2 * heads + 2 * keys)
+
+
 def sent(traffic: dict[str, int], ranks: int) -> float:
     """Bytes that each of so many ranks sends for the collectives of `traffic`, as rings."""
     return sum(_FACTOR[name] * size for name, size in traffic.items()) * (ranks - 1) / ranks
@@ -202,6 +221,8 @@ class Load:
     """Kernels that the host launches per step."""
     moved: float = 0.0
     """Bytes per micro-batch that are moved beside the products, where `utilization` does not cover them."""
+    exchanged: float = 0.0
+    """Bytes per step that are sent within attention, where ranks share sequences."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +239,7 @@ class Rates:
     """Seconds in which the host launches a kernel."""
     overlap: bool = True
     """Whether transfers and products can go on at the same time."""
+    exchange_link: float = 1.0
 
     @classmethod
     def of(
@@ -228,14 +250,18 @@ class Rates:
         placement: str,
         precision: str,
         teacher_precision: str,
+        shared: int = 1,
     ) -> Rates:
-        """The rates of a GPU in a job of so many ranks. A ring over nodes is as fast as the network."""
+        """The rates of a GPU in a job of so many ranks, of which `shared` neighbours share a sequence. A ring
+        over nodes is as fast as the network."""
         link = (gpu.link_gbs if ranks <= on_node else gpu.network_gbs) * 1e9
         teacher_link = gpu.link_gbs * 1e9 if placement == "zero3_node" else link
         if placement == "cpu_offload":  # shares come over the bus before they are gathered
             teacher_link = min(teacher_link, gpu.host_gbs * 1e9)
         products, theirs = gpu.products(precision), gpu.products(teacher_precision)
-        return cls(products, theirs, gpu.bandwidth_gbs * 1e9, link, teacher_link, gpu.launch_us / 1e6)
+        exchange_link = (gpu.network_gbs if on_node % shared else gpu.link_gbs) * 1e9
+        rates = products, theirs, gpu.bandwidth_gbs * 1e9, link, teacher_link, gpu.launch_us / 1e6
+        return cls(*rates, exchange_link=exchange_link)
 
 
 def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
@@ -258,6 +284,7 @@ def step_seconds(load: Load, rates: Rates) -> dict[str, float]:
         beside, gather = beside + gather, 0.0
     parts["gradients wait"] = reduce + max(0.0, beside - student - head)
     parts["parameters wait"] = gather
+    parts["exchange wait"] = load.exchanged / rates.exchange_link  # the next product needs what comes
     parts["teacher wait"] = max(0.0, theirs - teacher) if rates.overlap else theirs
     # reads and writes master and moments, reads the gradient, writes the weight
     parts["optimizer"] = 28 * load.updated / rates.memory

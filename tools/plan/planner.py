@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 from ibdistill.config import consistency, zero_file
 from ibdistill.config.sections import Config
+from ibdistill.models import sequence_parallel
+from ibdistill.models.families import base_of
 from ibdistill.objectives import weights
 from ibdistill.planning import footprint
 from ibdistill.planning import kernels as kernels_of
@@ -48,6 +50,13 @@ class Planner:
         consistency.settle_precision(self.config, multiplies_bf16=True)  # as all of these GPUs do
         self.traces = Traces(self.config, self.question, self.label, self.rationale)
         self.student, self.teacher, self.sizes = self.traces.student, self.traces.teacher, self.traces.sizes
+        for setting, name, read in (
+            ("student.model", self.config.student.model, self.student),
+            ("teacher.model", self.config.teacher.model, self.teacher),
+        ):
+            if read is not None:
+                shape = base_of(read.model).config
+                sequence_parallel.check_model(setting, name, shape, self.config.optim.sequence_parallel)
 
     def _count_questions(self) -> None:
         """Let `optim.batch_size` and `micro_batch_size` say what the recipe's tokens are in questions.
@@ -60,17 +69,17 @@ class Planner:
         streams = weights.streams_of(self.config.objective)
         of_one = Lengths(1, self.question, self.label, self.rationale)
         tokens = len(streams) * self.question + of_one.targets(streams)
-        _, forwards = zero_file.split_batch(optim, self.ranks)
-        size = max(1, optim.tokens_per_batch // (tokens * forwards * self.ranks))
+        _, forwards = zero_file.split_batch(optim, self.readers)
+        size = max(1, optim.tokens_per_batch // (tokens * forwards * self.readers))
         counted = {
-            "batch_size": size * forwards * self.ranks,
+            "batch_size": size * forwards * self.readers,
             "micro_batch_size": size if forwards > 1 else 0,
         }
         counted |= {"tokens_per_batch": 0, "tokens_per_forward": 0}
         self.config = dataclasses.replace(self.config, optim=dataclasses.replace(optim, **counted))
 
     def _check_division(self) -> None:
-        zero_file.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.ranks)
+        zero_file.split_batch(dataclasses.replace(self.config.optim, micro_batch_size=0), self.readers)
 
     def on(self, nodes: int, on_node: int, batch_size: int) -> Planner:
         """The same models on other machines. What was traced is kept, since it does not depend on them."""
@@ -86,14 +95,20 @@ class Planner:
         return self.nodes * self.on_node
 
     @property
+    def readers(self) -> int:
+        """Ranks, or groups of ranks that share sequences: how many micro-batches are read at a time."""
+        return zero_file.readers(self.config.optim, self.ranks)
+
+    @property
     def per_rank(self) -> int:
-        """Questions per rank and step, of the rank with the most."""
-        return -(-self.config.optim.batch_size // self.ranks)
+        """Questions per rank and step, of the rank with the most; those of a group where ranks share them."""
+        return -(-self.config.optim.batch_size // self.readers)
 
     @property
     def sampled_per_step(self) -> float:
         """Texts of the student's own that a rank samples for a step, on average."""
-        return self.config.on_policy.share * self.per_rank / max(1.0, self.config.on_policy.every)
+        texts = -(-self.config.optim.batch_size // self.ranks)  # whole texts, on each rank
+        return self.config.on_policy.share * texts / max(1.0, self.config.on_policy.every)
 
     def _at_once(self, sampled: Decoding) -> Decoding:
         """With the texts that are decoded together: where text is sampled within an epoch, those of a step,
@@ -112,18 +127,20 @@ class Planner:
         """
         optim = self.config.optim
         if optim.micro_batch_size:
-            size, micro_batches = zero_file.split_batch(optim, self.ranks)
+            size, micro_batches = zero_file.split_batch(optim, self.readers)
             weights.check_split(self.config.objective, optim, micro_batches)
             return [size]
         if weights.compares_questions(self.config.objective):
             return [self.per_rank]
-        least = 2 if optim.batch_size % self.ranks else 1
+        least = 2 if optim.batch_size % self.readers else 1
         return [size for size in range(self.per_rank, least - 1, -1) if self.per_rank % size == 0]
 
     def placements(self) -> tuple[str, ...]:
         """Every placement that a run would take of an online teacher; else only the recipe's."""
         if self.teacher and self.config.teacher.load_in_8bit:
             return ("replica",)  # weights of 8 bits are not sharded
+        if self.teacher and self.config.optim.sequence_parallel > 1:
+            return ("replica",)  # which scores the parts of the ranks that share a sequence
         return PLACED if self.teacher else (self.config.teacher.placement,)
 
     def files(self) -> tuple[str, ...]:
@@ -188,6 +205,9 @@ class Planner:
         traffic = costs.student_traffic(self.sizes, precision, zero, micro_batches, gathered)
         if self.ranks == 1:
             traffic = {}
+        shared = config.optim.sequence_parallel
+        if shared > 1:
+            traffic["all_to_all"] = micro_batches * self.traces.exchanged(checkpointing, micro)[1]
         theirs, teacher_bytes, group = 0, 0, self.ranks
         if teacher is not None:
             asked = dataclasses.replace(config.teacher, placement=placement)
@@ -210,7 +230,7 @@ class Planner:
                     readings=self.traces.readings,
                 )
         trained = sum(n for n, t in self.sizes if t)
-        reductions = {name: size for name, size in traffic.items() if name != "all_gather"}
+        reductions = {name: traffic[name] for name in traffic.keys() & {"all_reduce", "reduce_scatter"}}
         load = costs.Load(
             operations=self.traces.operations(checkpointing, micro),
             micro_batches=micro_batches,
@@ -219,13 +239,15 @@ class Planner:
             reduced=costs.sent(reductions, self.ranks),
             gathered=costs.sent({"all_gather": traffic.get("all_gather", 0)}, self.ranks),
             teacher_gathered=theirs if group == 1 else costs.sent({"all_gather": theirs}, group),
+            exchanged=costs.sent({"all_to_all": traffic.get("all_to_all", 0)}, shared),
             updated=trained // self.ranks if zero.stage else trained,
             overlaps_reduction=zero.overlap,
             overlaps_gathers=zero.stage == 3,
             launches=self._launches(checkpointing, micro, micro_batches, zero),
         )
         rates = costs.Rates.of(
-            *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision)
+            *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision),
+            shared=shared,
         )
         seconds = costs.step_seconds(load, rates)
         if zero.offload_optimizer:  # gradients go to the host, which updates, and weights come back

@@ -24,6 +24,7 @@ BOUNDS = {
     "gradients wait": "waiting for gradients of other ranks",
     "parameters wait": "waiting for parameters of other ranks",
     "teacher wait": "waiting for the teacher's parameters",
+    "exchange wait": "exchanging parts of shared sequences",
     "optimizer": "the optimizer's update",
     "sampling": "sampling the student's own text",
     "launch wait": "launching kernels, which the host does one by one",

@@ -9,7 +9,7 @@ from plan.choice import Choice
 from plan.planner import Planner
 from plan.summary import speed
 
-COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "teacher")
+COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "teacher")
 
 
 def print_all(planner: Planner, micro: int) -> None:

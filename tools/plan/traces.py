@@ -21,7 +21,10 @@ class Traces:
 
     def __init__(self, config: Config, question: int, label: int, rationale: int) -> None:
         """`question`, `label`, `rationale`: tokens of every question and of its targets."""
-        self._config, self._tokens = config, (question, label, rationale)
+        self._config, self._shared = config, config.optim.sequence_parallel
+        # a rank's part, where ranks share sequences
+        self._tokens = tuple(-(-tokens // self._shared) for tokens in (question, label, rationale))
+        self._whole_question = question
         self._streams = weights.streams_of(config.objective)
         self._scored = weights.teacher_streams(config.objective)
         self.wanted = weights.wanted(config.objective)
@@ -78,7 +81,24 @@ class Traces:
             more = {"device": "cuda", "divergence": objective.divergence}
             inside = max(inside, left + aligned_bytes(rows, self.student.head, theirs, precision, **more))
         peak = one.peak + (micro - 1) * (two.peak - one.peak)
-        return max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
+        peak = max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
+        if self._shared == 1:
+            return peak
+        # a layer's tensors on their way: what is sent, and what is received
+        return peak + 2 * self.exchanged(False, micro)[0] // self.student.model.config.num_hidden_layers
+
+    def exchanged(self, checkpointing: bool, micro: int) -> tuple[int, int]:
+        """Bytes that attention exchanges per micro-batch, where ranks share sequences: in a forward pass of
+        the student, and in all passes of student and teacher."""
+        if self._shared == 1:
+            return 0, 0
+        lengths, config = self._lengths(micro), self._config
+        once = costs.exchanged(self.student, lengths, self._streams, config.student.precision, self._shared)
+        every = (3 if checkpointing else 2) * once
+        if self.teacher:
+            scored, precision = self._scored or self._streams, config.teacher.precision
+            every += costs.exchanged(self.teacher, lengths, scored, precision, self._shared)
+        return once, every
 
     def teacher_living(self, micro: int) -> int:
         """Bytes of the teacher's activations, on the same line."""
@@ -94,7 +114,7 @@ class Traces:
     @cached_property
     def sampled(self) -> Decoding | None:
         """What a rank needs to sample a batch of the student's own texts; None: it samples none."""
-        return sampling(self.student, self._config, self._tokens[0])
+        return sampling(self.student, self._config, self._whole_question)
 
     @cached_property
     def teacher_gathers(self) -> footprint.Gathers:
@@ -111,7 +131,10 @@ class Traces:
     @cached_property
     def _operations_of_one(self) -> dict[bool, costs.Operations]:
         args = self._lengths(1), self._config.objective, self.teacher
-        return {on: costs.operations(self.student, *args, checkpointing=on) for on in (False, True)}
+        return {
+            on: costs.operations(self.student, *args, checkpointing=on, shared=self._shared)
+            for on in (False, True)
+        }
 
     @cached_property
     def _student_steps(self) -> dict[bool, list[dryrun.Living]]:

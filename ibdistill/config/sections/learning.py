@@ -126,6 +126,10 @@ class OptimConfig:
     tokens_per_forward: NotNegativeInt = 0
     """With `tokens_per_batch`, about the tokens in one forward pass of one rank; 0: `tokens_per_batch` /
     ranks, without accumulation."""
+    sequence_parallel: AtLeastOne = 1
+    """So many neighbouring ranks share each sequence, a part of its tokens each, and count as one rank above
+    (Ulysses, `models/sequence_parallel.py`). For decoder-only students with `data.packing` on; it has to
+    divide the ranks and the attention heads."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay; not applied to norms, biases and embeddings."""
     adam_beta1: Decay = 0.9

@@ -1,0 +1,64 @@
+"""`python shared_sequences.py FOLDER`: the first step of runs whose ranks share sequences, on 1 and 4 forked
+ranks or on those of the launcher, to FOLDER/CASE_zeroS_RANKSxSHARED.pt; run by test_sequence_parallel."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from unittest import mock
+
+import ranks
+import torch
+from one_step import gradients_of_step
+
+from ibdistill.config.load import load_settings
+from ibdistill.runtime import distributed
+from ibdistill.training import on_policy
+from ibdistill.training.prepare import prepare
+
+CASES = {
+    "cot": {"objective.method": "cot"},
+    "own": {"objective.method": "cot+kd", "on_policy.share": 0.5, "on_policy.max_tokens": 24},
+    "ib+kd": {"objective.method": "ib+kd", "objective.estimator": "vid"},
+}
+
+
+def main(folder: Path) -> None:
+    world = distributed.init()
+    for shared, stage, case in plan(world.size):
+        name = f"{case}_zero{stage}_{world.size}x{shared}"
+        settings = json.loads((folder / "settings.json").read_text()) | CASES[case]
+        if case != "cot":
+            settings |= {"teacher.placement": "replica", "teacher.precision": "fp32"}
+            settings["teacher.model"] = str(folder / "teacher")
+        settings |= {"deepspeed.config": f"zero{stage}", "run.dir": str(folder / name)}
+        settings["optim.sequence_parallel"] = shared
+        job = prepare(load_settings(None, settings), world)
+        if on_policy.is_due(job):
+            on_policy.refresh(job)
+        exchange = torch.distributed.all_to_all_single
+        with mock.patch.object(torch.distributed, "all_to_all_single", side_effect=exchange) as counted:
+            gradients = gradients_of_step(job)
+        interval = job.meter.close_interval()
+        if world.rank == 0:
+            found = {"gradients": gradients, "terms": interval.terms, "gradient norms": interval.gradients}
+            found["tokens"] = [interval.tokens, interval.targets]
+            found["exchanged"] = sum(call.args[1].nbytes for call in counted.call_args_list)
+            found["positions"] = interval.positions // world.size
+            torch.save(found, folder / f"{name}.pt")
+        job.engine.destroy()
+    torch.distributed.barrier()
+
+
+def plan(size: int) -> list[tuple[int, int, str]]:
+    """(ranks of a group, ZeRO stage, case) of each run on so many ranks."""
+    if size == 1:
+        return [(1, 0, case) for case in CASES]
+    if size == 2:
+        return [(2, 0, "cot"), (2, 1, "own"), (2, 2, "ib+kd"), (2, 3, "ib+kd")]
+    return [(2, 3, "cot"), (4, 2, "ib+kd")]
+
+
+if __name__ == "__main__":
+    ranks.run(main, Path(sys.argv[-1]), ranks=(1, 4))
