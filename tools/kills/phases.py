@@ -77,7 +77,7 @@ PHASES = {
         [(2, "zero2"), (1, "zero3"), (3, "zero1"), (2, "zero3"), (1, "zero0"), (2, "zero1")],
         lambda start: "anew among" in start.said() or (start.made("checkpoints/*/complete.json")),
         lambda start: "anew among" in start.said() and "resumed from" not in start.said(),
-        0.08,
+        0.03,
     ),
     "sampling": Phase(
         {
