@@ -54,7 +54,7 @@ class Phase(NamedTuple):
     """A part of a run that kills are aimed at."""
 
     settings: Mapping[str, Any]
-    """Besides SETTINGS."""
+    """Besides SETTINGS; `{folder}` in a value stands for a folder of the run's own."""
     starts: Sequence[tuple[int, str]]
     """The ranks and the DeepSpeed file of a run's starts, in turn; the first is that of the unkilled run."""
     begun: Callable[[Start], object]
@@ -63,6 +63,8 @@ class Phase(NamedTuple):
     """Whether it had begun and not ended when the kill came; asked when all processes are gone."""
     seconds: float
     """The kill comes at most so long after the beginning."""
+    records: int = 64
+    """That the run learns from."""
 
 
 def unfinished_checkpoint(start: Start) -> bool:
