@@ -282,6 +282,12 @@ def _check_sequence_parallel(config: Config) -> None:
             f"{setting}, and teacher.placement is {teacher.placement!r}{cached}: the teacher has to "
             "answer for the part of a sequence that a rank holds; take replica without a cache"
         )
+    if objective.kd_target == "pmi" or objective.divergence in SAMPLED:
+        raise ValueError(
+            f"{setting}, and with objective.kd_target {objective.kd_target} and objective.divergence "
+            f"{objective.divergence} the teacher reads other rows than the student; take kd_target teacher and "
+            "another divergence"
+        )
     if objective.alignment == "text":
         raise ValueError(
             f"{setting}, and objective.alignment is 'text', whose two rows of tokens are not cut at the same "

@@ -12,7 +12,7 @@ import json
 import pytest
 import torch
 from harness import ROOT, output_of, steps, tiny
-from plan import costs
+from plan import checkpoints, costs
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from workers import footprints as worker
@@ -90,6 +90,10 @@ def test_model_states_and_traffic_of_the_student(folder, ranks, name, stage):
         assert fact["states"]["parameters"] == pytest.approx(states["parameters"], rel=0.01)
         assert fact["states"]["optimizer"] == pytest.approx(states["optimizer"], rel=0.01)
         assert fact["buckets"] == parts["buckets"]
+    of_rank_0, of_all = checkpoints.sizes_of(sizes, precision, zero, ranks)
+    names = 60_000  # bytes of a rank's files that are no tensors
+    assert 0 < facts[0]["saved"] - of_rank_0 < 0.01 * of_rank_0 + names
+    assert 0 < sum(fact["saved"] for fact in facts) - of_all < 0.01 * of_all + ranks * names
     expected = costs.student_traffic(sizes, precision, zero, 1, gathered)
     if ranks == 1:  # nothing is gathered then, though ZeRO's stages reduce gradients all the same
         expected = {} if stage == "zero0" else expected

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import tiny_models
 from harness import ROOT
-from plan import accelerators, command, costs, lengths, planner, summary
+from plan import accelerators, checkpoints, command, costs, lengths, planner, summary
 from plan.accelerators import ACCELERATORS
 from plan.choice import Choice
 from plan.planner import FILES, Planner
@@ -27,6 +27,7 @@ from ibdistill.config.zero_file import DS_CONFIGS
 from ibdistill.models import forward
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Lengths
+from ibdistill.planning.footprint import Zero
 from ibdistill.runtime.hardware import GIB
 
 H100 = ACCELERATORS["h100-80g"]
@@ -92,9 +93,9 @@ def test_no_recipe_and_folders_with_nothing_but_a_configuration(tmp_path):
         "--tokens.label 3 --tokens.rationale 9 --gpus-per-node 4 --teacher.placement zero3 "
         "--deepspeed.config zero3"
     )
-    assert len(out.splitlines()) <= 11
+    assert len(out.splitlines()) <= 12
     labels = [line.split()[0] for line in out.splitlines()[1:]]
-    expected = "fits speed faster roomier replaced models lengths assumed submit more"
+    expected = "fits speed saving faster roomier replaced models lengths assumed submit more"
     assert labels == expected.split()
     assert re.search(r"^Recommended .*: zero2, teacher replica, micro-batches of 16$", out, re.M)
     assert "replaced  deepspeed.config zero3 by zero2, teacher.placement zero3 by replica. As given: " in out
@@ -379,6 +380,35 @@ def test_launches_cost_what_exceeds_the_rest():
     assert bound["launch wait"] == pytest.approx(0.030 - 0.0056) and costs.bound(bound) == "launch wait"
     few = dataclasses.replace(load, launches=100)
     assert costs.with_launches(parts, few, rates) == parts | {"launch wait": 0.0}
+
+
+def test_a_checkpoint_holds_up_the_steps_for_its_copy_and_until_the_one_before_is_there():
+    """100 trained and 20 frozen parameters in bf16 on 4 ranks, at 100 bytes/s to the host, 50 to the disk."""
+    slow = dataclasses.replace(H100, host_gbs=1e-7, storage_gbs=5e-8)
+    sizes = [(60, True), (20, False), (40, True)]
+
+    def of(stage, precision="bf16", ranks=4, free=10_000):
+        return checkpoints.checkpoint(sizes, precision, Zero(stage), ranks, slow, every=10, free=free)
+
+    two = of(2)
+    assert (two.copied, two.bytes) == (240 + 12 * 25, 240 + 12 * 100)
+    assert (two.copying, two.writing) == (5.4, 28.8)
+    assert two.stall(step=2.88) == pytest.approx(0.54)
+    assert two.stall(step=0.88) == pytest.approx(0.54 + 2.0)  # 10 steps end 20 s before the files
+    assert of(2, free=1079).stall(step=100.0) == pytest.approx(2.88) and of(2, free=1080).beside
+    assert of(0).copied == of(0).bytes == 240 + 1200 and of(0, "fp32").bytes == 480 + 800
+    assert (of(3).copied, of(3).bytes) == (300 + 2 * 5, 1200 + 40)
+
+
+def test_a_plan_has_the_checkpoints_of_its_settings(small):
+    choice = small.choice("replica", "zero2", False, 8)
+    rest = choice.step - choice.seconds["checkpoint"]
+    assert (
+        choice.checkpoint.every == 500 and choice.seconds["checkpoint"] == choice.checkpoint.stall(rest) > 0
+    )
+    assert "every 500 steps, copied to the host in" in summary.saved(choice)
+    often = Planner(tiny(**{"run.save_every": 50, "run.eval_every": 5}), H100, 1, 8, 20, 3, 9)
+    assert often.choice("replica", "zero2", False, 8).checkpoint.every == 5
 
 
 def test_t5_base_with_8_questions_a_gpu_is_bound_by_its_launches():

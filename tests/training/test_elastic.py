@@ -11,8 +11,12 @@ import psutil
 import pytest
 import torch
 from harness import FORKED, IN_FULL, ROOT, TRAIN, WORKERS, as_arguments, launch, start, steps, tiny
+from plan import checkpoints
 from test_distributed import ranks_of, wait_for_step
 from workers.elastic import CASES, KINDS, STARTS
+
+from ibdistill.planning import footprint
+from ibdistill.planning.footprint import Zero
 
 
 def curve(folder: Path) -> dict[int, float]:
@@ -87,6 +91,20 @@ def test_masters_and_moments_move_between_stages_bit_for_bit(moved, case):
                 assert torch.equal(values[kind].cpu(), found[name][kind].cpu()), (number, name, kind)
     assert any(name.startswith("vid.") for name in saved) == ("vid" in case)
     assert all("lora_" in name for name in saved) == ("lora" in case)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_start_that_shares_out_anew_holds_and_writes_what_the_planner_says(moved, case):
+    """With frozen weights below adapters too."""
+    precision = "bf16" if "bf16" in case else "fp32"
+    for number, (ranks, file) in enumerate(STARTS):
+        facts, zero = torch.load(moved / f"{case}-{number}-bytes.pt"), Zero.read(file)
+        parts, host = footprint.student_states(facts["sizes"], precision, zero, ranks)
+        predicted = parts["parameters"] + parts["optimizer"] + host
+        for held in facts["held"] if not zero.offload_optimizer else ():
+            assert held["parameters"] + held["optimizer"] == pytest.approx(predicted, rel=0.05), file
+        written = checkpoints.sizes_of(facts["sizes"], precision, zero, ranks)[1]
+        assert written < facts["written"] < 1.05 * written + ranks * 130_000, file  # 200 bytes a tensor
 
 
 def test_a_checkpoint_of_another_model_is_named(make_job):

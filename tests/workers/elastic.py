@@ -1,7 +1,8 @@
 """`python elastic.py FOLDER`: each run of CASES goes through STARTS, two steps each.
 
 Run by test_elastic. FOLDER/CASE-NUMBER-saved.pt holds all weights and AdamW moments when start NUMBER saved,
-and ...-found.pt what the next start began with, as DeepSpeed's own functions gather them.
+and ...-found.pt what the next start began with, as DeepSpeed's own functions gather them; ...-bytes.pt what
+each rank holds then and what its checkpoint has written.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import tiny_models
 import torch
 from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 from harness import steps, tiny
-from workers import ranks
+from workers import footprints, ranks
 
 from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
@@ -61,6 +62,14 @@ def main(folder: Path, number: int, zero: str) -> None:
         if world.rank == 0:
             torch.save(whole, folder / f"{name}.pt")
 
+    def measure(job, name: str) -> None:
+        held = distributed.gather_objects(footprints.states(job.engine))
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in job.engine.module.parameters()]
+        if world.rank == 0:
+            files = job.checkpoints.folder.glob(f"step-{job.state.step:08d}/*.pt")
+            written = sum(path.stat().st_size for path in files)
+            torch.save({"held": held, "sizes": sizes, "written": written}, folder / f"{name}-bytes.pt")
+
     for case, more in CASES.items():
         model = {"student.model": str(folder / "model")} if "lora" in case else {}
         settings = more | model | {"deepspeed.config": zero, "run.report_to": []}
@@ -71,6 +80,7 @@ def main(folder: Path, number: int, zero: str) -> None:
         steps(job, 2)
         assert job.checkpoints.save(job.engine, job.state)
         keep(job.engine, f"{case}-{number}-saved")
+        measure(job, f"{case}-{number}")
     distributed.gather_objects(None)
 
 

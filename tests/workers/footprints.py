@@ -5,6 +5,7 @@ Ranks are forked (see ranks.py). Facts to FOLDER/RANKS.pt: case -> what each ran
 
 from __future__ import annotations
 
+import io
 import sys
 from collections import Counter
 from pathlib import Path
@@ -109,8 +110,22 @@ def buckets(outer) -> int:
     return size([b for b in found if b is not None])
 
 
-def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
-    """Some steps with a teacher: the states and what the last one sent."""
+def saved(built, folder: Path) -> int:
+    """Bytes of this rank's files of a checkpoint."""
+    written = []
+
+    def write(state_dict, path) -> None:
+        torch.save(state_dict, buffer := io.BytesIO())
+        written.append(buffer.tell())
+
+    built.checkpoint_engine.save = write
+    built._copy_recovery_script = lambda save_path: None
+    built.save_checkpoint(str(folder), tag="checkpoint", save_latest=False)
+    return sum(written)
+
+
+def measure(name: str, stage: str, loaded: teacher.Teacher, world, folder: Path) -> dict:
+    """Some steps with a teacher: the states, what the last step sent, and what a checkpoint writes."""
     settings = load_settings(
         None,
         {
@@ -139,7 +154,7 @@ def measure(name: str, stage: str, loaded: teacher.Teacher, world) -> dict:
         facts["states"] = states(built)
         built.step()
         facts["sent"] = dict(SENT)
-    facts["buckets"] = max(seen)
+    facts["buckets"], facts["saved"] = max(seen), saved(built, folder)
     built.destroy()
     return facts
 
@@ -172,7 +187,7 @@ def main(folder: Path) -> None:
             facts[f"{name} teacher {placement}"] = distributed.gather_objects(measure_teacher(loaded, name))
             for stage in ("zero0", "zero1", "zero2", "zero3", *small) if placement == "replica" else ():
                 case = f"{name} {Path(stage).stem}"
-                facts[case] = distributed.gather_objects(measure(name, stage, loaded, world))
+                facts[case] = distributed.gather_objects(measure(name, stage, loaded, world, folder))
             loaded.close()
     if world.rank == 0:
         torch.save(facts, folder / f"{world.size}.pt")

@@ -32,7 +32,6 @@ class Killer:
 
     def __init__(self, out: Path, seed: int, launcher: bool) -> None:
         self._out, self._random, self._launcher = out, random.Random(seed), launcher
-        self._data = _written(out / "data")
         self.counts: dict[str, Counter[str]] = {}
 
     def aim(self, name: str, kills: int) -> None:
@@ -68,9 +67,12 @@ class Killer:
         ranks, zero = phase.starts[number % len(phase.starts)]
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / f"start-{number}.log"
-        given = SETTINGS | phase.settings | {"deepspeed.config": zero, "run.dir": folder / "run"}
-        given["data.path"] = self._data
-        words = [word for setting, value in given.items() for word in (f"--{setting}", str(value))]
+        given = {name: str(value).format(folder=folder) for name, value in phase.settings.items()}
+        data = _written(self._out / f"data-{phase.records}", phase.records)
+        given |= {"deepspeed.config": zero, "run.dir": folder / "run", "data.path": data}
+        words = [
+            word for setting, value in (SETTINGS | given).items() for word in (f"--{setting}", str(value))
+        ]
         start = Start(folder / "run", log, time.time())
         return start, Processes([str(TRAIN), *words], ranks, log, self._launcher)
 
@@ -111,13 +113,14 @@ class Killer:
         return f"ended with exit code {code}" if code else ""
 
 
-def _written(folder: Path) -> Path:
-    """Write 64 records to learn from and 4 to test with; the folder."""
-    folder.mkdir(parents=True)
-    records = demo_problems.generate(68, 0, demo_words.TARGET, "kills", set())
-    for split, part in (("train", records[4:]), ("test", records[:4])):
-        rows = [{"question": r.question, "label": r.label, "rationale": r.rationale} for r in part]
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+def _written(folder: Path, records: int) -> Path:
+    """Write so many records to learn from and 4 to test with, unless they are there; the folder."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        made = demo_problems.generate(records + 4, 0, demo_words.TARGET, "kills")
+        for split, part in (("train", made[4:]), ("test", made[:4])):
+            rows = [{"question": r.question, "label": r.label, "rationale": r.rationale} for r in part]
+            (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 

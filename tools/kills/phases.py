@@ -54,7 +54,7 @@ class Phase(NamedTuple):
     """A part of a run that kills are aimed at."""
 
     settings: Mapping[str, Any]
-    """Besides SETTINGS."""
+    """Besides SETTINGS; `{folder}` in a value stands for a folder of the run's own."""
     starts: Sequence[tuple[int, str]]
     """The ranks and the DeepSpeed file of a run's starts, in turn; the first is that of the unkilled run."""
     begun: Callable[[Start], object]
@@ -63,6 +63,8 @@ class Phase(NamedTuple):
     """Whether it had begun and not ended when the kill came; asked when all processes are gone."""
     seconds: float
     """The kill comes at most so long after the beginning."""
+    records: int = 64
+    """That the run learns from."""
 
 
 def unfinished_checkpoint(start: Start) -> bool:
@@ -77,7 +79,7 @@ PHASES = {
         [(2, "zero2"), (1, "zero3"), (3, "zero1"), (2, "zero3"), (1, "zero0"), (2, "zero1")],
         lambda start: "anew among" in start.said() or (start.made("checkpoints/*/complete.json")),
         lambda start: "anew among" in start.said() and "resumed from" not in start.said(),
-        0.08,
+        0.03,
     ),
     "sampling": Phase(
         {

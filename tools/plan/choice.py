@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plan.checkpoints import Checkpoint
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -28,6 +30,7 @@ class Choice:
     """Bytes of whole tensors per step, by collective; `teacher` stands for the teacher's all-gathers."""
     seconds: dict[str, float]
     """Predicted seconds per step, by part (`costs.step_seconds`)."""
+    checkpoint: Checkpoint
 
     @property
     def bytes(self) -> int:

@@ -8,7 +8,7 @@ Seconds are predictions: products at `utilization` of the peak or at the speed a
 whichever is slower; transfers as rings, at the slowest link on their way. Overlapped transfers cost what
 exceeds the products beside them. The host launches kernels ahead of the GPU; where launching them all takes
 longer than all else, the rest is waited for. Latencies of transfers are left out, so many small collectives
-over many nodes look cheaper here than they are; data loading, evaluations and checkpoints come on top.
+over many nodes look cheaper here than they are; data loading and evaluations come on top.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from ibdistill.planning.dryrun import Lengths
 from ibdistill.planning.evaluation_memory import Decoding, copied_bytes
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
 from ibdistill.runtime.hardware import GIB
-from plan import costs
+from plan import checkpoints, costs
 from plan.accelerators import Accelerator
 from plan.choice import Choice
 from plan.traces import Traces
@@ -258,17 +258,17 @@ class Planner:
             activations["sampling"] = activations["evaluation"] + sampled.cache
             args = self.student.sizes(), precision, rates, self.question, self.sampled_per_step
             seconds["sampling"] = costs.sampling_seconds(self._at_once(sampled), *args)
-        return Choice(
-            *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room()),
-            int(self.gpu.host_memory_gib * GIB / self.on_node),
-            *(traffic | ({"teacher": theirs} if theirs else {}), seconds),
+        host_room = int(self.gpu.host_memory_gib * GIB / self.on_node)
+        run = config.run
+        every = min(run.save_every, run.eval_every or run.save_every)  # an evaluation saves too
+        saved = checkpoints.checkpoint(
+            *(self.sizes, precision, zero, self.ranks, self.gpu), every=every, free=host_room - host
         )
-
-    def checkpoint(self) -> tuple[int, float]:
-        """(bytes of a checkpoint of all ranks, predicted seconds to write it)."""
-        trained = sum(n for n, t in self.sizes if t)
-        size = WIDTH[self.config.student.precision] * sum(n for n, _ in self.sizes) + 12 * trained
-        return size, size / (self.gpu.storage_gbs * 1e9)
+        seconds["checkpoint"] = saved.stall(sum(seconds.values()))
+        return Choice(
+            *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room(), host_room),
+            *(traffic | ({"teacher": theirs} if theirs else {}), seconds, saved),
+        )
 
     def loading(self, placement: str) -> int:
         """Bytes of a node's memory while models are loaded.

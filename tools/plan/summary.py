@@ -27,6 +27,7 @@ BOUNDS = {
     "exchange wait": "exchanging parts of shared sequences",
     "optimizer": "the optimizer's update",
     "sampling": "sampling the student's own text",
+    "checkpoint": "checkpoints",
     "launch wait": "launching kernels, which the host does one by one",
 }
 """Part of a step (`costs.step_seconds`) -> what it is called here."""
@@ -78,6 +79,19 @@ def sampled(choice: Choice, planner: Planner) -> list[str]:
         f"{seconds:.3g} s per step (predicted) for {texts:.3g} texts of up to {own.tokens} tokens on each "
         f"GPU; {own.cache / GIB:.2f} GiB of keys and values for {own.texts} at once (run.eval_batch_size)"
     ]
+
+
+def saved(choice: Choice) -> str:
+    """A checkpoint's bytes, its predicted seconds, and what it takes of a step, in words."""
+    found = choice.checkpoint
+    written = f"written in {found.writing:.3g} s"
+    if found.beside:
+        written = f"copied to the host in {found.copying:.3g} s, {written} beside the steps"
+    share = choice.seconds["checkpoint"] / choice.step
+    return (
+        f"{found.bytes / GIB:.2f} GiB every {found.every} steps, {written} (predicted): {share:.1%} of the "
+        f"time; up to {found.copied / GIB:.2f} GiB of a rank's part of the host's memory meanwhile"
+    )
 
 
 def relative(choice: Choice, best: Choice) -> str:
@@ -207,6 +221,7 @@ def summary(
         line("fits", f"{memory(best)}; up to {loading:.1f} GiB of a node's memory while loading"),
         line("speed", speed(best, planner)),
         *(line("sampling", text) for text in sampled(best, planner)),
+        line("saving", saved(best)),
         line("faster", faster(options, best)),
         line("roomier", roomier(options, best)),
         *(line("replaced", text) for text in replaced(planner, best, assumed)),

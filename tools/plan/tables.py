@@ -13,7 +13,7 @@ COLLECTIVES = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "teac
 
 
 def print_all(planner: Planner, micro: int) -> None:
-    """Print the operations, memory and speed of every choice, and a checkpoint, at one micro-batch size."""
+    """Print the operations, memory and speed of every choice at one micro-batch size."""
     choices = planner.choices(micro)
     one, work = choices[0].seconds, planner.traces.operations(False, micro)
     steps = -(-planner.per_rank // micro)
@@ -27,9 +27,6 @@ def print_all(planner: Planner, micro: int) -> None:
     print_memory(choices)
     print("\nGiB per step, of whole tensors, and predictions (+c as above)")
     print_speed(choices, planner)
-    size, seconds = planner.checkpoint()
-    every = planner.config.run.save_every
-    print(f"\na checkpoint: {size / GIB:.2f} GiB, predicted {seconds:.1f} s, every {every} steps")
 
 
 def print_memory(choices: Sequence[Choice]) -> None:
