@@ -11,7 +11,7 @@ sys.path.append(str(ROOT / "tools"))
 from study import real_data
 
 
-def test_folders_share_questions_labels_and_test_split(tmp_path):
+def test_folders_share_questions_labels_and_test_split(tmp_path, capsys):
     body = [
         {"Body": f"Q{i}", "Question": "?", "Equation": f"( {i}.0 + 1.0 )", "Type": "Addition"}
         for i in range(20)
@@ -23,13 +23,14 @@ def test_folders_share_questions_labels_and_test_split(tmp_path):
     first, second, third = (row["question"] for row in plain["derived"][:3])
     value = eval_of(plain["derived"][0]["label"])
     lines = [
-        {"question": first, "rationale": "Because.", "label": str(value)},
-        {"question": second, "rationale": "Wrong.", "label": "1000"},
-        {"question": third, "rationale": None, "label": None},
-        {"question": plain["test"][0]["question"], "rationale": "Of the test split.", "label": "1"},
+        {"question": first, "text": f"Because. The answer is {value}."},
+        {"question": second, "text": "Wrong. The answer is 1000."},
+        {"question": third, "text": "I do not know."},
+        {"question": plain["test"][0]["question"], "text": "Of the test split. The answer is 1."},
     ]
     empty.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = real_data.folders(tmp_path, empty)
+    assert capsys.readouterr().out.endswith("3 training questions, 2 answers parsed, 1 of them right\n")
     assert found["derived"] == plain["derived"] and len(found["derived"]) == 16 and len(found["test"]) == 4
     (written,), (same,) = found["written"], found["same"]
     assert (written["rationale"], written["question"], same) == ("Because.", first, plain["derived"][0])

@@ -8,8 +8,7 @@ OUT/same         the same questions as `written`, with derived rationales
 OUT/both         all training questions, with the LLM's rationale as a second one where there is one
 
 All labels are the file's equations, and all folders have the same 200 test questions. The LLM's text is
-tools/study/svamp_qwen.jsonl: one object a line with `question`, `rationale`, `label`; a null stands for an
-answer that could not be parsed.
+tools/study/svamp_qwen.jsonl, as it came: one object a line with `question` and `text`.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any
 
 from ibdistill.data.arithmetic import evaluate
 from ibdistill.data.tasks import svamp
+from ibdistill.data.tasks.jsonl import parse_text
 
 TEXT = Path(__file__).parent / "svamp_qwen.jsonl"
 
@@ -29,12 +29,16 @@ Row = dict[str, Any]
 
 def right_rationales(text: Path, gold: dict[str, str]) -> dict[str, str]:
     """Question -> the LLM's rationale, where its answer has the value of the question's gold equation."""
-    found = {}
+    found, asked, parsed = {}, 0, 0
     for line in text.read_text().splitlines():
         row = json.loads(line)
-        equation = gold.get(row["question"])
-        if equation and row["rationale"] and evaluate(row["label"]) == evaluate(equation):
-            found[row["question"]] = row["rationale"]
+        if row["question"] not in gold:
+            continue
+        parts = parse_text(row["text"])
+        asked, parsed = asked + 1, parsed + (parts is not None)
+        if parts and evaluate(parts[1]) == evaluate(gold[row["question"]]):
+            found[row["question"]] = parts[0]
+    print(f"{text.name}: {asked} training questions, {parsed} answers parsed, {len(found)} of them right")
     return found
 
 
