@@ -17,7 +17,7 @@ import yaml
 from harness import ROOT, launch, output_of
 from miniatures import said, svamp
 from study import arms as study_arms
-from study import command, paper, report
+from study import command, folders, paper, report
 
 from ibdistill.config import command_line
 from ibdistill.config.load import load_settings
@@ -429,7 +429,7 @@ def test_folders_are_arguments_and_quick_is_a_part(tmp_path):
             )
         )
     )
-    name, folder = study_arms.read_folder(f"base={tmp_path}")
+    name, folder = folders.read_folder(f"base={tmp_path}")
     whole = study_arms.load(tmp_path / "a.yaml")
     assert whole.runs[0].settings["student.model"] == "org/model" and len(whole.runs) == 4
     part = study_arms.load(tmp_path / "a.yaml", given={name: folder}, quick=True)
@@ -444,7 +444,7 @@ def test_folders_are_arguments_and_quick_is_a_part(tmp_path):
     with pytest.raises(ValueError, match="--quick needs the key `quick`"):
         study_arms.load(tmp_path / "b.yaml", quick=True)
     with pytest.raises(argparse.ArgumentTypeError, match="no NAME=FOLDER"):
-        study_arms.read_folder("base=/no/such/folder")
+        folders.read_folder("base=/no/such/folder")
 
 
 @pytest.mark.parametrize("given", [["0", "1"], ["0,1"], ["0", "1,0"], ["0, 1"]])

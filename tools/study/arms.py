@@ -17,6 +17,7 @@ import yaml
 from ibdistill.config import command_line, fields
 from ibdistill.config.load import load_settings, read_yaml
 from ibdistill.config.sections import Config
+from study import folders
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -73,10 +74,10 @@ def load(
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
     if isinstance(content, dict):
-        content = _with_folders(content, path, given or {})
+        content = folders.with_folders(content, path, given or {})
         smaller = content.pop("quick", None)
         if quick:
-            content = _quick(content, smaller, path)
+            content = folders.quick(content, smaller, path)
     if further and isinstance(content, dict):
         content["settings"] = (content.get("settings") or {}) | further
     return build(content, path, seeds)
@@ -93,56 +94,6 @@ def _with_text(value: Any, text: Any) -> Any:
         key: own_text if isinstance(key, str) and "." in key else _with_text(own, own_text)
         for (key, own), own_text in zip(value.items(), text.values(), strict=True)
     }
-
-
-def _with_folders(content: dict[str, Any], path: Path, given: dict[str, str]) -> dict[str, Any]:
-    """`content` with `{NAME}` in its texts replaced by the folder of that name: `given`, or `folders`."""
-    folders = content.pop("folders", {})
-    if not isinstance(folders, dict) or not all(isinstance(v, str) for v in folders.values()):
-        raise ValueError(f"{path}: folders is {folders!r}; it must map names to folders")
-    if unknown := sorted(given.keys() - folders.keys()):
-        raise ValueError(
-            f"{path}: --set {', '.join(unknown)}: the study has {', '.join(folders) or 'no folders'}"
-        )
-    folders |= given
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: placed(own) for key, own in value.items()}
-        if isinstance(value, str):
-            return re.sub(r"\{(\w+)\}", lambda found: folders.get(found[1], found[0]), value)
-        return value
-
-    return placed(content)
-
-
-def _quick(content: dict[str, Any], smaller: Any, path: Path) -> dict[str, Any]:
-    """The study with the arms and seeds of its key `quick`, whose settings reach the models too."""
-    if not isinstance(smaller, dict) or smaller.keys() != {"arms", "seeds", "settings"}:
-        raise ValueError(f"{path}: --quick needs the key `quick` with arms, seeds and settings")
-    arms, settings = content["arms"], smaller["settings"]
-    if unknown := [name for name in smaller["arms"] if name not in arms]:
-        raise ValueError(f"{path}: quick names {', '.join(unknown)}; the arms are {', '.join(arms)}")
-    own = {name: arms[name] | {"seeds": smaller["seeds"]} for name in smaller["arms"]}
-    own = {name: {k: v for k, v in arm.items() if k != "labels"} for name, arm in own.items()}
-    models = {name: model | settings for name, model in content.get("models", {}).items()}
-    return content | {
-        "arms": own,
-        "baseline": next(iter(own)),
-        "comparisons": [],
-        "models": models,
-        "settings": content.get("settings", {}) | settings,
-    }
-
-
-def read_folder(text: str) -> tuple[str, str]:
-    """`NAME=FOLDER`, its folder resolved. Raises argparse's error for anything else."""
-    name, mark, folder = text.partition("=")
-    if not (mark and folder and re.fullmatch(r"\w+", name)) or not Path(folder).exists():
-        raise argparse.ArgumentTypeError(
-            f"{text[:200]!r} is no NAME=FOLDER of a name in the study's `folders` and a folder that exists"
-        )
-    return name, str(Path(folder).resolve())
 
 
 def further_settings(rest: Sequence[str]) -> dict[str, Any]:

@@ -53,7 +53,7 @@ from typing import Any
 from ibdistill.config import fields
 from ibdistill.config.load import to_yaml
 from ibdistill.runtime.version import commit
-from study import arms
+from study import arms, folders
 from study.arms import ROOT, Run, Study, resolved, result
 
 
@@ -205,7 +205,7 @@ def main(arguments: list[str]) -> None:
         "--set",
         action="append",
         default=[],
-        type=arms.read_folder,
+        type=folders.read_folder,
         metavar="NAME=FOLDER",
         help="a folder of the study's key `folders`; may be given several times",
     )
