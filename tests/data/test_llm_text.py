@@ -55,6 +55,10 @@ REASON = "He had 8 and gave 3 away."
         ("anli3", "The answer is odd. So the answer is neutral. Premise:", ("The answer is odd.", "neutral")),
         ("anli1", "No year. So the answer is yes.", None),
         ("anli1", "Premise: x So the answer is neutral.", None),
+        ("jsonl", "So. The answer is 2 + 3 = 5. The answer is 5.", ("So. 2 + 3 = 5.", "5")),
+        ("jsonl", "So. The answer is 2 + 3 = 5 apples. The answer is 6.", None),
+        ("jsonl", "So. The answer is a cat. The answer is a cat.", None),  # only amounts are compared
+        ("jsonl", r"We add. The answer is $\boxed{5}$.", ("We add.", "5")),
         ("gsm8k", "24 + 48 = 72. The answer is $1,200.", ("24 + 48 = 72.", "1,200")),
         ("gsm8k", "24 + 48 = 72.\n#### 72", ("24 + 48 = 72.", "72")),
         ("gsm8k", "Cold. So the answer is -3.5 degrees.", ("Cold.", "-3.5")),

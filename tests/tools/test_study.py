@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import random
@@ -18,7 +19,7 @@ import yaml
 from harness import ROOT, Forked, launch, output_of
 from miniatures import said, svamp
 from study import arms as study_arms
-from study import command, paper, report
+from study import command, folders, paper, report
 
 from ibdistill.config import command_line
 from ibdistill.config.load import load_settings
@@ -104,14 +105,14 @@ def test_arms_labels_and_seeds_become_runs():
     found = built(arms=arms, comparisons=[["ib@8", "dss@4"]])
     # seed by seed; what takes all cores at the end
     assert [(r.arm, r.labels, r.seed) for r in found.runs] == [
+        ("dss", 8, 1),  # the study's own number of labels first
         ("dss", 4, 1),
-        ("dss", 8, 1),
-        ("dss", 4, 2),
         ("dss", 8, 2),
+        ("dss", 4, 2),
         ("ib", 8, 2),
     ]
     flat = found.runs[0].settings
-    assert (flat["run.seed"], flat["data.subsample"], flat["data.subsample_seed"]) == (1, 4, 1)
+    assert (flat["run.seed"], flat["data.subsample"], flat["data.subsample_seed"]) == (1, 8, 1)
     assert found.comparisons == [("ib@8", "dss@4")]
 
 
@@ -429,6 +430,39 @@ def test_further_settings_reach_all_arms(tmp_path):
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content()))
     plain, changed = (study_arms.load(tmp_path / "a.yaml", f) for f in (None, {"optim.lr": 0.5}))
     assert [run.settings for run in changed.runs] == [r.settings | {"optim.lr": 0.5} for r in plain.runs]
+
+
+def test_folders_are_arguments_and_quick_is_a_part(tmp_path):
+    (tmp_path / "a.yaml").write_text(
+        yaml.safe_dump(
+            content(
+                folders={"base": "org/model"},
+                models={"teacher": {"recipe": "demo", "student.model": "{base}"}},
+                arms={
+                    "dss": {"student.model": "{base}", "objective.method": "dss"},
+                    "kd": {"teacher.model": "{teacher}", "teacher.cache": "{base}/x", "labels": {8: [1, 2]}},
+                },
+                comparisons=[["kd@8", "dss@8"]],
+                quick={"arms": ["kd"], "seeds": [3], "settings": {"optim.max_steps": 2}},
+            )
+        )
+    )
+    name, folder = folders.read_folder(f"base={tmp_path}")
+    whole = study_arms.load(tmp_path / "a.yaml")
+    assert whole.runs[0].settings["student.model"] == "org/model" and len(whole.runs) == 4
+    part = study_arms.load(tmp_path / "a.yaml", given={name: folder}, quick=True)
+    (model,), (run,) = part.models, part.runs
+    assert (run.arm, run.seed, run.labels, part.baseline, part.comparisons) == ("kd", 3, 8, "kd", [])
+    assert run.settings["optim.max_steps"] == model.settings["optim.max_steps"] == "2"
+    assert run.settings["teacher.model"] == f"runs/{model.name}/student"  # the folder of a model stays one
+    assert (model.settings["student.model"], run.settings["teacher.cache"]) == (folder, f"{folder}/x")
+    with pytest.raises(ValueError, match="--set other: the study has base"):
+        study_arms.load(tmp_path / "a.yaml", given={"other": folder})
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(content()))
+    with pytest.raises(ValueError, match="--quick needs the key `quick`"):
+        study_arms.load(tmp_path / "b.yaml", quick=True)
+    with pytest.raises(argparse.ArgumentTypeError, match="no NAME=FOLDER"):
+        folders.read_folder("base=/no/such/folder")
 
 
 @pytest.mark.parametrize("given", [["0", "1"], ["0,1"], ["0", "1,0"], ["0, 1"]])

@@ -46,6 +46,14 @@ def test_only_common_seeds_of_the_first_table_count(tmp_path):
         paired.difference([1.0], [2.0, 3.0])
 
 
+def test_holms_correction():
+    """Against the example of R's p.adjust: 0.01, 0.02, 0.03 become 0.03, 0.04, 0.04."""
+    assert paired.holm([0.02, 0.01, 0.03]) == pytest.approx([0.04, 0.03, 0.04])
+    assert paired.holm([0.5, 0.9]) == pytest.approx([1.0, 1.0])
+    assert paired.holm([0.01, 0.04], 5) == pytest.approx([0.05, 0.16])  # three of five were not run
+    assert paired.difference([2.0, 3.0], [1.0, 2.0]).p == 1  # no spread, so nothing that p could come from
+
+
 def test_an_unknown_arm_is_named(tmp_path):
     path = tmp_path / "table.md"
     path.write_text(TABLE)

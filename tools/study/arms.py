@@ -17,6 +17,7 @@ import yaml
 from ibdistill.config import command_line, fields
 from ibdistill.config.load import load_settings, read_yaml
 from ibdistill.config.sections import Config
+from study import folders
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,8 +56,15 @@ class Study:
     models: list[Run] = field(default_factory=list)
 
 
-def load(path: Path, further: dict[str, Any] | None = None, seeds: list[int] | None = None) -> Study:
-    """Read a study; `further` settings go to all arms, and `seeds` replace those of the file.
+def load(
+    path: Path,
+    further: dict[str, Any] | None = None,
+    seeds: list[int] | None = None,
+    given: dict[str, str] | None = None,
+    quick: bool = False,
+) -> Study:
+    """Read a study; `further` settings go to all arms, `seeds` replace those of the file, `given` the folders
+    of its key `folders`, and `quick` makes it the smaller study of its key `quick`.
 
     Raises ValueError that names the file, the key or setting, and what is allowed.
     """
@@ -65,6 +73,11 @@ def load(path: Path, further: dict[str, Any] | None = None, seeds: list[int] | N
         content = _with_text(yaml.safe_load(written), read_yaml(written))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
+    if isinstance(content, dict):
+        content = folders.with_folders(content, path, given or {})
+        smaller = content.pop("quick", None)
+        if quick:
+            content = folders.quick(content, smaller, path)
     if further and isinstance(content, dict):
         content["settings"] = (content.get("settings") or {}) | further
     return build(content, path, seeds)
@@ -156,9 +169,10 @@ def build(content: Any, path: Path, seeds: list[int] | None = None) -> Study:
     for pair in comparisons:
         if len(pair) != 2 or not set(pair) <= keys:
             raise ValueError(f"{path}: comparison {list(pair)} must be two of {', '.join(sorted(keys))}")
-    # all arms of a seed before the next seed: what is there of an interrupted study can be compared
-    order = list(dict.fromkeys(run.seed for run in runs))
-    runs.sort(key=lambda run: (run.ranks, order.index(run.seed)))
+    # all arms of a seed before the next seed, and the usual numbers of labels before others: what is there of
+    # an interrupted study can be compared
+    order, usual = list(dict.fromkeys(run.seed for run in runs)), content.get("labels") or []
+    runs.sort(key=lambda run: (run.ranks, order.index(run.seed), bool(usual) and run.labels not in usual))
     return Study(
         path=path,
         baseline=baseline,

@@ -23,12 +23,15 @@ replaces the seeds of all arms. A study is a YAML file:
       dss: {objective.method: dss}
       vid: {seeds: [1, 2], objective.method: ib, ...}
       kd: {labels: {300: [1, 2, 3], 150: [1]}, ranks: 2, note: "...", objective.method: kd, ...}
-    comparisons: [[kd@150, dss@300]]  # further paired differences, arm@labels
+    comparisons: [[kd@150, dss@300]]  # further paired differences, arm@labels, announced before the run
+    folders: {base: org/model}        # {base} stands for it anywhere above; --set base=FOLDER replaces it
+    quick: {arms: [dss], seeds: [1], settings: {...}}  # what --quick runs; its settings reach the models
 
 Each run is one process of one thread. As many run side by side as there are GPUs, or else cores (`--jobs`).
 Runs with `ranks` go through DeepSpeed's launcher, one at a time, at the end. A run's folder is named after a
 digest of its settings and of those of the models that it starts from: a run whose configuration has changed
-is another run, and a run that is finished is not repeated.
+is another run, and a run that is finished is not repeated. `timeout 30m python tools/study.py run ...` runs a
+piece of a study: the run under way saves, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ from typing import Any
 from ibdistill.config import fields
 from ibdistill.config.load import to_yaml
 from ibdistill.runtime.version import commit
-from study import arms
+from study import arms, folders
 from study.arms import ROOT, Run, Study, resolved, result
 
 
@@ -198,11 +201,21 @@ def main(arguments: list[str]) -> None:
         action=arms.Seeds,
         help="seeds in place of the file's, for all arms: `0 1` or `0,1`, after STUDY.yaml and OUT",
     )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        type=folders.read_folder,
+        metavar="NAME=FOLDER",
+        help="a folder of the study's key `folders`; may be given several times",
+    )
+    parser.add_argument("--quick", action="store_true", help="the study's key `quick` only")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     options, rest = parser.parse_known_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the runs
     try:
-        study = arms.load(options.study, arms.further_settings(rest), options.seeds)
+        further = arms.further_settings(rest)
+        study = arms.load(options.study, further, options.seeds, dict(options.set), options.quick)
         sys.exit(perform(options.action, study, options.out.resolve(), options.jobs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

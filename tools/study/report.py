@@ -20,6 +20,7 @@ import compare_runs
 from matplotlib.figure import Figure
 
 from ibdistill.evaluation.plots import plain
+from study import paired as tests
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +42,7 @@ def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) ->
     groups: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for run, result in found:
         groups[key(run)][run.seed] = result
-    text = table(study, groups, results)
+    text = "\n".join([table(study, groups, results), *_unfinished(study, out, results), *_scores(groups)])
     content = {
         "study": study.path.name,
         "baseline": study.baseline,
@@ -111,9 +112,7 @@ def table(study: Study, groups: dict[str, dict[int, dict]], results: dict[str, d
         cells += [_mean(group, "seconds"), _mean(group, "cpu_seconds")]
         lines.append(f"| {' | '.join(cells)} |")
     lines += [""]
-    for a, b in study.comparisons:
-        if a in groups and b in groups:
-            lines.append(f"- {a} against {b}: {difference(accuracies(groups[a]), accuracies(groups[b]))}")
+    lines += _compared(study, groups)
     lines += [f"- {name}: {note}" for name, note in study.notes.items() if note]
     done = [result for result in results.values() if result]
     commits = sorted({result.get("commit", "") for result in done} - {""})
@@ -122,6 +121,63 @@ def table(study: Study, groups: dict[str, dict[int, dict]], results: dict[str, d
         f"{len(study.models)} models included; commit {', '.join(commits) or 'unknown'}"
     )
     return "\n".join(lines)
+
+
+def _compared(study: Study, groups: dict[str, dict[int, dict]]) -> list[str]:
+    """A line for each comparison of the study that has runs, with Holm's p over all that it announces."""
+    scores = {name: accuracies(group) for name, group in groups.items()}
+    pairs = [(a, b) for a, b in study.comparisons if a in groups and b in groups]
+    p: dict[tuple[str, str], float] = {}
+    for a, b in pairs:
+        if len(seeds := sorted(scores[a].keys() & scores[b].keys())) > 1:
+            p[a, b] = tests.difference([scores[a][s] for s in seeds], [scores[b][s] for s in seeds]).p
+    corrected = dict(zip(p, tests.holm(list(p.values()), len(study.comparisons)), strict=True))
+    return [
+        f"- {a} against {b}: {difference(scores[a], scores[b])}"
+        + (f", p {corrected[a, b]:.2g} (Holm, {len(study.comparisons)})" if (a, b) in corrected else "")
+        for a, b in pairs
+    ]
+
+
+def _unfinished(study: Study, out: Path, results: dict[str, dict | None]) -> list[str]:
+    """A line for each run that was started and has no result: it failed, or was interrupted."""
+    from study.command import first_error
+
+    logs = {run.name: out / "logs" / f"{run.name}.log" for run in study.models + study.runs}
+    return [
+        f"- {name} was started and has no result: {first_error(log)}"
+        for name, log in logs.items()
+        if results[name] is None and log.is_file()
+    ]
+
+
+COLUMNS = {
+    "strict %": ("accuracy_strict", 100),
+    "lenient %": ("accuracy_lenient", 100),
+    "ECE %": ("ece", 100),
+    "AURC %": ("aurc", 100),
+    "rationale implies the answer %": ("implies", 100),
+    "right by the rationale %": ("rationale_accuracy", 100),
+    "rationale chrF": ("rationale_chrf", 1),
+    "tokens per answer": ("reason_tokens", 1),
+    "unanswered %": ("reason_unanswered", 100),
+}
+"""Column -> the score of a run's evaluation, and the factor with which it is shown."""
+
+
+def _scores(groups: dict[str, dict[int, dict]]) -> list[str]:
+    """The second table: the other scores of each arm, means over seeds and tasks; empty where it has none."""
+    rows = []
+    for name, group in groups.items():
+        found = [scores for result in group.values() for scores in result["test"].values()]
+        cells = [
+            f"{factor * mean(s[score] for s in found):.1f}" if all(score in s for s in found) else ""
+            for score, factor in COLUMNS.values()
+        ]
+        rows.append(f"| {' | '.join([*name.rsplit('@', 1), *cells])} |")
+    head = ["arm", "labels", *COLUMNS]
+    lines = ["", "From the same runs, means over the seeds:", ""]
+    return [*lines, f"| {' | '.join(head)} |", "|---" * len(head) + "|", *rows]
 
 
 def _mean(group: dict[int, dict[str, Any]], name: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.amounts import lone_number
+from ibdistill.data.amounts import amount, lone_number
 from ibdistill.data.answer_rules import plain, same_amount, same_exact_text, same_text_or_number, same_value
 from ibdistill.data.json_rows import SUFFIXES, field_text, read_rows
 from ibdistill.data.lettered_options import option_of, options, same_choice, same_stated_choice
@@ -96,10 +96,20 @@ def _file_of(folder: Path, split: str) -> Path | None:
 
 
 def parse_text(text: str) -> tuple[str, str] | None:
-    """`It rains. The answer is an umbrella.` -> the reason, `an umbrella`, which is the rest of the line."""
-    parts = split_at_marker(before(text, "Q:"), "So the answer is", "The answer is", FINAL, "Answer:")
+    """`It rains. The answer is an umbrella.` -> the reason, `an umbrella`, which is the rest of the line.
+
+    An answer that is said several times is one if it states one amount each time: LLMs write `The answer is
+    2 + 3 = 5. The answer is 5.`
+    """
+    text = before(text, "Q:")
+    said = text.split("The answer is ")
+    if len(said) > 2:
+        amounts = {amount(part.strip().removesuffix(".")) for part in said[1:]}
+        if len(amounts) == 1 and None not in amounts:
+            text = f"{''.join(said[:-1])}The answer is {said[-1]}"
+    parts = split_at_marker(text, "So the answer is", "The answer is", FINAL, "Answer:")
     label = parts[1].split("\n")[0].partition(FINAL)[0].strip().removesuffix(".").strip() if parts else ""
-    return (parts[0], label) if parts and label else None
+    return (parts[0], stated(label) or label) if parts and label else None
 
 
 def is_correct(prediction: str, record: Record) -> bool:

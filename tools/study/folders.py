@@ -1,0 +1,58 @@
+"""What a study's YAML file leaves to the command line: its folders, and whether all of it is run."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+
+def with_folders(content: dict[str, Any], path: Path, given: dict[str, str]) -> dict[str, Any]:
+    """`content` with `{NAME}` in its texts replaced by the folder of that name: `given`, or `folders`."""
+    folders = content.pop("folders", {})
+    if not isinstance(folders, dict) or not all(isinstance(v, str) for v in folders.values()):
+        raise ValueError(f"{path}: folders is {folders!r}; it must map names to folders")
+    if unknown := sorted(given.keys() - folders.keys()):
+        raise ValueError(
+            f"{path}: --set {', '.join(unknown)}: the study has {', '.join(folders) or 'no folders'}"
+        )
+    folders |= given
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: placed(own) for key, own in value.items()}
+        if isinstance(value, str):
+            return re.sub(r"\{(\w+)\}", lambda found: folders.get(found[1], found[0]), value)
+        return value
+
+    return placed(content)
+
+
+def quick(content: dict[str, Any], smaller: Any, path: Path) -> dict[str, Any]:
+    """The study with the arms and seeds of its key `quick`, whose settings reach the models too."""
+    if not isinstance(smaller, dict) or smaller.keys() != {"arms", "seeds", "settings"}:
+        raise ValueError(f"{path}: --quick needs the key `quick` with arms, seeds and settings")
+    arms, settings = content["arms"], smaller["settings"]
+    if unknown := [name for name in smaller["arms"] if name not in arms]:
+        raise ValueError(f"{path}: quick names {', '.join(unknown)}; the arms are {', '.join(arms)}")
+    own = {name: arms[name] | {"seeds": smaller["seeds"]} for name in smaller["arms"]}
+    own = {name: {k: v for k, v in arm.items() if k != "labels"} for name, arm in own.items()}
+    models = {name: model | settings for name, model in content.get("models", {}).items()}
+    return content | {
+        "arms": own,
+        "baseline": next(iter(own)),
+        "comparisons": [],
+        "models": models,
+        "settings": content.get("settings", {}) | settings,
+    }
+
+
+def read_folder(text: str) -> tuple[str, str]:
+    """`NAME=FOLDER`, its folder resolved. Raises argparse's error for anything else."""
+    name, mark, folder = text.partition("=")
+    if not (mark and folder and re.fullmatch(r"\w+", name)) or not Path(folder).exists():
+        raise argparse.ArgumentTypeError(
+            f"{text[:200]!r} is no NAME=FOLDER of a name in the study's `folders` and a folder that exists"
+        )
+    return name, str(Path(folder).resolve())
