@@ -39,7 +39,7 @@ from ibdistill.monitor import board
 from ibdistill.monitor import log as monitor_log
 from ibdistill.objectives.weights import step_weights
 from ibdistill.runtime import distributed
-from ibdistill.runtime.distributed import EXIT_DIVERGED, EXIT_UNWRITTEN
+from ibdistill.runtime.distributed import EXIT_DIVERGED, EXIT_UNREACHABLE, EXIT_UNWRITTEN
 from ibdistill.runtime.folder_lock import FolderLock
 from ibdistill.training import early_checks, on_policy, pseudo_labels, results, run_folder
 from ibdistill.training.evaluation import answers, evaluate
@@ -194,9 +194,12 @@ def sample_own_text(job: Job) -> None:
         job.checkpoints.wait()  # a run that is killed within this goes on from there
     try:
         scalars = on_policy.refresh(job)
-    except on_policy.Stopped as stop:
+    except (on_policy.Stopped, SystemExit) as stop:
         saved = job.checkpoints.save(job.engine, job.state)
         leave(job, stop.args[0] if saved else 1)
+    except distributed.Unreachable as error:
+        logger.error("%s", error)
+        leave(job, EXIT_UNREACHABLE if job.checkpoints.save(job.engine, job.state) else 1)
     # shown at the first step that learns from it, as above
     job.board.scalars(scalars, job.state.step + 1)
     if job.world.rank == 0:
@@ -275,7 +278,7 @@ def give_up(job: Job) -> None:
 
 def leave(job: Job, code: int) -> None:
     """End all ranks together with an exit code, since a launcher that sees one end kills the others."""
-    if code not in (EXIT_DIVERGED, EXIT_UNWRITTEN):
+    if code not in (EXIT_DIVERGED, EXIT_UNREACHABLE, EXIT_UNWRITTEN):
         logger.warning("stopped by a signal after step %d, exit code %d", job.state.step, code)
     job.checkpoints.wait()
     job.board.close()

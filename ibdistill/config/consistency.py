@@ -27,9 +27,8 @@ def settle(config: Config) -> None:
     if objective.beta is None:
         objective.beta = {"vid": 1.0, "vib": 1e-3}.get(objective.estimator, 0.1)
     if teacher.cache and teacher.cache_form == "auto":
-        whole = (
-            objective.mi_pair == "teacher" or objective.alignment == "text" or objective.divergence in SAMPLED
-        )
+        drawn = objective.divergence in SAMPLED and teacher.placement != "server"
+        whole = objective.mi_pair == "teacher" or objective.alignment == "text" or drawn
         teacher.cache_form = "states" if whole else "topk"
 
 
@@ -235,10 +234,10 @@ def _check_on_policy(config: Config) -> None:
             f"most {limit} tokens (data.max_rationale_tokens, and data.max_label_tokens in a reason stream), "
             "for which positions and memory are checked; raise these, or lower it"
         )
-    if (placement := config.teacher.placement) in ("cache", "server"):
+    if config.teacher.placement == "cache":
         raise ValueError(
-            f"{setting}: the student's own text is new, and teacher.placement {placement}, whose answers are "
-            "there before training, has none for it; choose another teacher.placement"
+            f"{setting}: the student's own text is new, and teacher.placement cache, whose answers are there "
+            "before training, has none for it; choose another teacher.placement"
         )
     if config.data.unlabelled is not None:
         raise ValueError(

@@ -88,7 +88,7 @@ def _check_sampled(config: Config) -> None:
             f"{given}, an estimate from tokens drawn from the student's distribution as it is, and "
             f"{' and '.join(bent)}; leave it at 1, or take reverse"
         )
-    if teacher.cache and teacher.cache_form != "states":
+    if teacher.cache and teacher.cache_form != "states" and teacher.placement != "server":
         raise ValueError(
             f"{given}, for which a drawn token's probability must be known, and teacher.cache_form "
             f"{teacher.cache_form} does not keep each token's; take states, or leave teacher.cache out"

@@ -22,7 +22,7 @@ overlap with the student.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -77,6 +77,7 @@ class TeacherAnswers:
         expects_more: bool = False,
         alignment: TextAlignment | None = None,
         seed: int = 0,
+        score: Callable[[Features], None] | None = None,
     ) -> None:
         """Open the cache, and load the teacher unless all of `features` is in it. Collective.
 
@@ -90,6 +91,7 @@ class TeacherAnswers:
             seed: of the tokens that a cache of form sampled draws.
             expects_more: whether `set_features` will bring more records, for which a teacher is needed.
             alignment: for a teacher of another vocabulary; None: it has the student's.
+            score: lets a server score features that join later, into the cache; None: there is no server.
 
         Raises:
             ValueError: as `Teacher` and `AnswerCache` raise it, and where placement is cache, or server,
@@ -99,7 +101,7 @@ class TeacherAnswers:
         self.alignment, theirs = alignment, alignment and alignment.tokenizer
         self._student_rows = student.get_output_embeddings().weight.shape[0]
         self._head_rows = None if alignment else self._student_rows
-        self._seed = seed
+        self._seed, self._score = seed, score
         self._layout = families.layout(student, tokenizer)
         self._keys = [record_key(features, i) for i in range(len(features))] if config.cache else []
         self._cache = self._writer = None
@@ -110,7 +112,7 @@ class TeacherAnswers:
         self._reads, self._was_summarised = True, False
         missing = self._missing()
         kept = None
-        if not missing and not expects_more:
+        if not missing and (score or not expects_more):
             kept = answer_tensors.read_head(Path(config.cache), world.device, self._head_rows)
         self.teacher = None
         if kept is None:
@@ -133,16 +135,13 @@ class TeacherAnswers:
                 folder, width = Path(config.cache), self.width
                 distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, width, head))
         else:
-            logger.info(
-                "all %d training records are in %s: the teacher is not loaded", len(features), config.cache
-            )
+            said = "all %d training records are in %s: the teacher is not loaded"
+            logger.info(said, len(features), config.cache)
             self.width, self._head = kept
         alone = config.placement == "replica" and not sequence_parallel.is_on()
         self._stream = torch.cuda.Stream() if world.device.type == "cuda" and alone else None
         if world.device.type == "cuda" and config.placement in SHARDED:
-            logger.info(
-                "the sharded teacher does not overlap with the student: two communicators could block"
-            )
+            logger.info("the sharded teacher does not overlap with the student: communicators could block")
         self._begun: _Begun | None = None
         self._clock = hardware.Clock(world.device)
 
@@ -154,6 +153,10 @@ class TeacherAnswers:
         """
         if self._writer is not None:
             self._writer.take_arrived()  # it is about the old features
+        if self._score is not None and len(features) > unchanged:
+            self._score(features.take(range(unchanged, len(features))))
+            self._cache.refresh()
+            keeps = True
         self._features, self._reads = features, keeps or len(features) == unchanged
         if self._keys and keeps:
             del self._keys[unchanged:]
@@ -248,10 +251,8 @@ class TeacherAnswers:
             answer = self.teacher(self._for_teacher(*asked, batch))
             if self._wanted.pmi:
                 read = references.readings(self._features, read, theirs)
-                more = [
-                    self.teacher.states(self._for_teacher(own, range(len(own)), batch))[0] for own in read
-                ]
-                answer = references.purified(answer, *more)
+                more = (self._for_teacher(own, range(len(own)), batch) for own in read)
+                answer = references.purified(answer, *(self.teacher.states(own)[0] for own in more))
             if self._cache is None:
                 return answer
             samples = self._config.cache_samples

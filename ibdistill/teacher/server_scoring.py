@@ -1,4 +1,5 @@
-"""A teacher behind a server scores the training records before the first step (`teacher.placement` server).
+"""A teacher behind a server (`teacher.placement` server) scores the training records before the first step,
+and the student's own text after each sampling.
 
 Its answers go into `teacher.cache` in the form top k, from which training reads them. Rank 0 talks to the
 server, so nothing depends on the number of ranks. A run that is started again asks only about what is
@@ -109,12 +110,14 @@ def score(
     ids: Sequence[int],
     rows: int,
     url: str = "",
+    k: int = 0,
 ) -> Scored:
     """What the server says about a prompt whose token ids are `ids`, over a vocabulary of `rows`.
 
-    `url`: this address alone, in a single try. Raises as `Endpoints.post` does.
+    `url`: this address alone, in a single try. `k`: candidates; 0: `teacher.cache_top_k`. Raises as
+    `Endpoints.post` does.
     """
-    schema, k = SCHEMAS[config.server_schema], config.cache_top_k
+    schema, k = SCHEMAS[config.server_schema], k or config.cache_top_k
     body = schema.request(config.served_model, prompt, min(k, rows))
     return endpoints.post(
         schema.route, body, lambda answer: server_schemas.read(schema, answer, ids, k, rows), url
@@ -129,18 +132,24 @@ def fill(
     streams: Sequence[str],
     head_rows: int,
     stop: StopRequest,
+    *,
+    probes: bool = True,
 ) -> None:
     """Let the server score all of `features` that is not in `teacher.cache` yet. Collective.
+
+    Where the objective learns from tokens that the student drew (`Wanted.own`), only these are scored, and an
+    entry has each token's own probability in the place of the most probable ones.
 
     Args:
         tokenizer: the student's, which must be the teacher's too.
         streams: those whose targets are scored.
         head_rows: number of rows of the student's head.
+        probes: whether the server is probed first; it has been otherwise.
 
     Raises ValueError as `AnswerCache`, `probe` and `Endpoints.post` do, and SystemExit if a signal asked the
     run to stop. What was scored until then is in the cache.
     """
-    filling = _Filling(config, wanted, tokenizer, features, streams, head_rows, stop)
+    filling = _Filling(config, wanted, tokenizer, features, streams, head_rows, stop, probes)
     missing = distributed.run_on_rank_0(filling.open)
     for start in range(0, missing, _ROUND):
         distributed.run_on_rank_0(partial(filling.round, start))
@@ -162,9 +171,13 @@ class _Filling:
         streams: Sequence[str],
         head_rows: int,
         stop: StopRequest,
+        probes: bool,
     ) -> None:
         self._config, self._wanted, self._tokenizer, self._features = config, wanted, tokenizer, features
-        self._streams, self._head_rows, self._stop = streams, head_rows, stop
+        self._streams, self._head_rows, self._stop, self._probes = streams, head_rows, stop, probes
+        self._scored = features
+        if wanted.own:
+            self._scored, _ = features.own_alone(range(len(features)), questions=True)
         self._done, self._tokens, self._told = 0, 0, time.monotonic()
 
     def open(self) -> int:
@@ -176,14 +189,16 @@ class _Filling:
         self._todo = [(key, i) for key, i in keys.items() if key not in self._cache]
         if self._todo:
             self._endpoints = Endpoints(config)
-            self._endpoints.check()
             model = families.load_config(config.model, "teacher.model")
             own = check_vocabulary(config.model, tokenizer, self._head_rows, model.vocab_size)
-            probe(config, self._endpoints, own)
+            if self._probes:
+                self._endpoints.check()
+                probe(config, self._endpoints, own)
             self._layout = families.layout(model, own)
             answer_tensors.write_head(folder, 0, NO_HEAD)  # a form of top k needs none
             said = "teacher's server: %d of %d records are to be scored by %s"
-            logger.info(said, len(self._todo), len(keys), ", ".join(self._endpoints.urls))
+            if self._probes:
+                logger.info(said, len(self._todo), len(keys), ", ".join(self._endpoints.urls))
         return len(self._todo)
 
     def round(self, start: int) -> None:
@@ -205,16 +220,17 @@ class _Filling:
         """Log how far it is, now and then."""
         self._done += 1
         self._tokens += sum(len(rows) for name, rows in entry.items() if name.endswith(".ids"))
-        if time.monotonic() - self._told > _TELL_SECONDS or self._done == len(self._todo):
+        is_last = self._probes and self._done == len(self._todo)
+        if time.monotonic() - self._told > _TELL_SECONDS or is_last:
             self._told = time.monotonic()
             message = "teacher's server: %d of %d records scored, %d target tokens"
             logger.info(message, self._done, len(self._todo), self._tokens)
 
     def _entry(self, index: int) -> Entry:
         """One record's entry of the cache, in the form of `answer_tensors.pack`."""
-        batch = batches.collate(self._features, [index], self._streams, **self._layout)
+        batch = batches.collate(self._scored, [index], self._streams, **self._layout)
         entry: Entry = {}
-        k = min(self._config.cache_top_k, self._head_rows)
+        k = 1 if self._wanted.own else min(self._config.cache_top_k, self._head_rows)
         for number, stream in enumerate(batch.streams):
             labels = torch.cat([batch.labels[segment] for segment in SEGMENTS[stream]])
             row = batch.input_ids[number][batch.attention_mask[number] == 1]
@@ -223,16 +239,22 @@ class _Filling:
                 # the last target is not read in training; here its probability is asked for
                 tokens = [*row.tolist(), int(labels[-1])]
                 try:
-                    found = score(self._config, self._endpoints, tokens, tokens, self._head_rows)
+                    found = score(self._config, self._endpoints, tokens, tokens, self._head_rows, k=k)
                 except distributed.Unreachable:
                     raise
                 except ValueError as error:
                     raise ValueError(f"record {self._features.ids[index]}: {error}") from None
                 ids, logprobs = found.ids, found.logprobs
+                if self._wanted.own:
+                    ids, logprobs = np.array(tokens[1:])[:, None], found.own[:, None]
             for segment in SEGMENTS[stream]:
                 at = batch.positions[segment].numpy()
                 entry[f"{segment}.ids"] = torch.from_numpy(ids[at]).int()
-                entry[f"{segment}.probabilities"] = torch.from_numpy(np.exp(logprobs[at])).half()
+                probabilities = torch.from_numpy(np.exp(logprobs[at]))
+                # that of a drawn token may be too small for 16 bits, and its logarithm is what counts
+                entry[f"{segment}.probabilities"] = (
+                    probabilities.float() if self._wanted.own else probabilities.half()
+                )
         return entry
 
 

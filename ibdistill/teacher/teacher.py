@@ -12,7 +12,7 @@ Placements:
 - `zero3_node`   the same within each node, so that gathering never leaves it
 - `cpu_offload`  the same as zero3, with the shares in CPU memory
 - `cache`        the teacher is not loaded at all; its answers come from `teacher.cache` (see `answers`)
-- `server`       as cache, which a server fills before the first step (see `server_scoring`)
+- `server`       as cache, which a server fills (see `server_scoring`)
 
 The sharded placements use `sharding`: an engine without an optimizer, on the model without its head, in a
 process group of its own. The head is a plain tensor, cut by rows and gathered for a micro-batch, because

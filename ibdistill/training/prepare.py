@@ -206,9 +206,12 @@ def build_teacher(
     wanted = weights.wanted(objective)
     if not wanted:
         return None
+    more = {"expects_more": expects_more, "alignment": alignment, "seed": seed}
     if config.placement == "server":
         head_rows = student.get_output_embeddings().weight.shape[0]
-        streams = weights.teacher_streams(objective)
-        server_scoring.fill(config, wanted, tokenizer, features, streams, head_rows, stop)
-    more = {"expects_more": expects_more, "alignment": alignment, "seed": seed}
+        rest = weights.teacher_streams(objective), head_rows, stop
+        server_scoring.fill(config, wanted, tokenizer, features, *rest)
+        more["score"] = lambda added: server_scoring.fill(
+            config, wanted, tokenizer, added, *rest, probes=False
+        )
     return TeacherAnswers(config, wanted, tokenizer, features, student, world, teacher, **more)

@@ -108,6 +108,15 @@ def test_estimates_from_the_labels(generator, divergence, mi, sides):
     teacher = white_box(case, generator, SIDES[sides], divergence, 0.3, 1.0, 0.8)
     for chunk_rows in (8, 1000):
         check(case, weights=ALL, mi=mi, teacher=teacher, softcap=1.5, chunk_bytes=chunk_rows * 48 * 4)
+    if sides == "both":
+        drawn = [
+            TeacherStream(
+                None, s.labels.clamp_min(0)[:, None], torch.rand(len(s.labels), 1, generator=generator)
+            )
+            for s in case[:2]
+        ]
+        teacher = TeacherDistributions(*drawn, divergence=divergence)
+        check(case, weights=ALL, mi=mi, teacher=teacher, chunk_bytes=8 * 48 * 4)
 
 
 @pytest.mark.parametrize("teacher", [white_box, top_k])

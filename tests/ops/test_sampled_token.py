@@ -117,6 +117,28 @@ def test_beside_a_term_that_pools_the_teacher(case, generator, mi):
     assert_same(got, evaluate(head_loss_reference, *case, weights=ALL, mi=mi, teacher=teacher))
 
 
+@pytest.mark.parametrize("function", [fused, head_loss_reference])
+@pytest.mark.parametrize("name", SAMPLED)
+def test_the_labels_probabilities_say_what_states_say(case, generator, name, function):
+    """As a server gives them."""
+    teacher = teacher_of(case, generator, divergence=name)
+
+    def drawn(stream, target):
+        labels = stream.labels.clamp_min(0)[:, None]
+        logits = target.hidden @ teacher.weight.T + teacher.bias
+        return TeacherStream(None, labels, torch.softmax(logits, -1).gather(1, labels))
+
+    given = replace(
+        teacher,
+        predict=drawn(case[0], teacher.predict),
+        explain=drawn(case[1], teacher.explain),
+        weight=None,
+        bias=None,
+    )
+    got = evaluate(function, *case, weights=ALL, teacher=given)
+    assert_same(got, evaluate(head_loss_reference, *case, weights=ALL, teacher=teacher))
+
+
 def test_refusals():
     with pytest.raises(
         ValueError, match="'k1' compares the probabilities of the labels .* got temperature 2"

@@ -72,8 +72,8 @@ class TeacherConfig:
     cache_form: Literal["auto", "states", "topk", "sampled"] = "auto"
     """What is kept per target position: the last hidden state, the most probable tokens, or tokens drawn from
     the distribution (for divergence forward). auto: topk, but states for `objective.mi_pair` teacher, which
-    pools over every token, and for divergence k1, k2 and k3. `teacher/README.md` has the bytes that each form
-    takes."""
+    pools over every token, and for divergence k1, k2 and k3 unless a server answers. `teacher/README.md` has
+    the bytes that each form takes."""
     cache_top_k: AtLeastOne = 64
     """Tokens per position that `cache_form` topk keeps; the probability of all others is one number."""
     cache_samples: Byte = 12

@@ -108,7 +108,7 @@ class TeacherStream(NamedTuple):
     hidden: Tensor | None = None
     """[N, D_teacher] final hidden states, scaled as the teacher's head expects."""
     ids: Tensor | None = None
-    """[N, k] int64: k different tokens of each position."""
+    """[N, k] int64: k different tokens of each position; with estimates from the labels these alone."""
     probabilities: Tensor | None = None
     """[N, k]: their probabilities at `TeacherDistributions.temperature`. The rest of the probability is the
     tail, one bucket."""
@@ -151,9 +151,14 @@ class TeacherDistributions:
         if not self.temperature > 0:
             raise ValueError(f"temperature = {self.temperature} must be positive")
         check_softcap("teacher.softcap", self.softcap)
-        if self.is_sampled and (self.is_top_k or self.temperature != 1):
+        widths = [
+            s.ids.shape[-1] for s in (self.predict, self.explain) if s is not None and s.ids is not None
+        ]
+        if self.is_sampled and (any(k != 1 for k in widths) or self.temperature != 1):
             found = (
-                "a top k, which may lack the label" if self.is_top_k else f"temperature {self.temperature}"
+                "a top k, which may lack the label"
+                if any(k != 1 for k in widths)
+                else f"temperature {self.temperature}"
             )
             raise ValueError(
                 f"divergence = {self.divergence!r} compares the probabilities of the labels at temperature 1 "

@@ -82,7 +82,7 @@ def head_loss_reference(
         target = None if teacher is None else getattr(teacher, name)
         if target is not None:
             if teacher.is_sampled:
-                kd = _estimate(label_log_p, teacher, target.hidden[keep], stream.labels[keep], dtype)
+                kd = _estimate(label_log_p, teacher, target, stream.labels, dtype, keep)
             else:
                 student = torch.log_softmax(logits / teacher.temperature, -1)
                 kd = _distil(student, teacher, target, dtype)[keep]
@@ -160,10 +160,19 @@ def _teacher_logs(
 
 
 def _estimate(
-    log_p: Tensor, teacher: TeacherDistributions, hidden: Tensor, labels: Tensor, dtype: torch.dtype
+    log_p: Tensor,
+    teacher: TeacherDistributions,
+    target: TeacherStream,
+    labels: Tensor,
+    dtype: torch.dtype,
+    keep: Tensor,
 ) -> Tensor:
     """Estimates of the divergence from the labels, [n], with the gradient that belongs to them."""
-    log_q = torch.log_softmax(_teacher_logits(teacher, hidden, dtype), -1).gather(1, labels[:, None])[:, 0]
+    if target.hidden is None:
+        log_q = target.probabilities[keep, 0].to(dtype).log()
+    else:
+        logits = _teacher_logits(teacher, target.hidden[keep], dtype)
+        log_q = torch.log_softmax(logits, -1).gather(1, labels[keep, None])[:, 0]
     value, factor = value_and_factor(teacher.divergence, log_q, log_p.detach())
     return value + factor * (log_p - log_p.detach())
 

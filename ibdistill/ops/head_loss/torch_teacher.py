@@ -94,7 +94,10 @@ class TorchDistiller:
     def estimate(self, label_log_p: Tensor, labels: Tensor, a: int, b: int) -> Tensor:
         """Note the estimates from the labels of the rows a to b, and return the factors [b - a] of the
         gradients of `label_log_p` [b - a]."""
-        log_q = self.log_probabilities(a, b).gather(1, labels[:, None])[:, 0]
+        if self.hidden is None:
+            log_q = self.probabilities[a:b, 0].to(label_log_p.dtype).log()
+        else:
+            log_q = self.log_probabilities(a, b).gather(1, labels[:, None])[:, 0]
         value, factor = value_and_factor(self.teacher.divergence, log_q, label_log_p)
         taught = self.taught[a:b]
         self.losses[a:b] = torch.where(taught, value, 0)

@@ -57,10 +57,10 @@ class TritonDistiller:
     @property
     def divergence(self) -> int:
         """The kernels' constant; NONE for an estimate from the labels, which `scale` has (`estimate`)."""
-        if self.teacher.is_top_k:
-            return TOP_K
         if self.teacher.is_sampled:
             return NONE
+        if self.teacher.is_top_k:
+            return TOP_K
         return {"forward": FORWARD, "reverse": REVERSE, "jsd": JSD}[self.teacher.divergence]
 
     def load(self, a: int, b: int) -> Tensor:
@@ -106,10 +106,14 @@ class TritonDistiller:
 
     def estimate(self, label_log_p: Tensor, a: int, b: int) -> Tensor:
         """Note the estimates from the labels of the rows a to b, and return the weighted factors [b - a] of
-        the gradients of `label_log_p` [b - a]. It costs one read of the teacher's logits."""
-        self.load(a, b)
-        self._statistics(self.teacher_lse, self.means, a, b)
-        value, factor = value_and_factor(self.teacher.divergence, -self.means[a:b], label_log_p)
+        the gradients of `label_log_p` [b - a]. It costs one read of the teacher's logits, if any."""
+        if self.teacher.is_top_k:
+            log_q = self.targets.probabilities[a:b, 0].float().log()
+        else:
+            self.load(a, b)
+            self._statistics(self.teacher_lse, self.means, a, b)
+            log_q = -self.means[a:b]
+        value, factor = value_and_factor(self.teacher.divergence, log_q, label_log_p)
         self.losses[a:b] = value
         return factor * self.taught[a:b]
 
