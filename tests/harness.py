@@ -32,13 +32,22 @@ _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["warm"])
 
 
+def start_server() -> None:
+    """Start it once, with the path of `warm.py`, as it does not hear of this process's `sys.path`.
+
+    For a moment this process's environment is another one; who forks in threads calls this before.
+    """
+    if forkserver._forkserver._forkserver_pid is None:
+        with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}:{Path(__file__).parent}"):
+            forkserver.ensure_running()
+
+
 class Forked:
     """A Python script that runs in a fork of `_SERVER`'s process; used as a `subprocess.Popen` is."""
 
     def __init__(self, arguments: Sequence[str], log: Path | str, env: dict[str, str]) -> None:
         given = [str(argument) for argument in arguments], str(log), env
-        with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}:{Path(__file__).parent}"):
-            forkserver.ensure_running()  # it does not hear of this process's `sys.path`
+        start_server()
         self._process = _SERVER.Process(target=_run_script, args=given)
         self._process.start()
         self.pid = self._process.pid

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import compare_runs
 import pytest
 import yaml
-from harness import ROOT, Forked, launch, output_of
+from harness import ROOT, Forked, launch, output_of, start_server
 from miniatures import said, svamp
 from study import arms as study_arms
 from study import command, folders, paper, report
@@ -352,6 +352,7 @@ def test_what_an_interrupted_run_took_is_counted(tmp_path):
 @pytest.fixture
 def forked_runs(monkeypatch) -> None:
     """A study's runs are forks of a process that has imported all (harness.py)."""
+    start_server()  # here, as runs are started in threads
     forks = {}
 
     def popen(command, *, stdout, env, **_):
