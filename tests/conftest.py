@@ -27,7 +27,7 @@ LONGEST = (
     "test_evaluate_student test_zero test_meter test_pseudo_labels test_teacher_answers test_browser "
     "test_accept test_reasoning_runs test_chat_runs test_packed_runs test_on_policy "
     "test_new_family_runs test_families test_elastic test_teacher_alignment test_depth "
-    "test_sampled_form test_teacher_server"
+    "test_sampled_form test_teacher_server test_tables"
 ).split()
 """Folders and files that take longest. Where several workers share the tests these come first, so that no
 worker is left alone with one at the end. `pytest_configure` checks that each of them exists."""
