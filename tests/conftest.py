@@ -28,7 +28,7 @@ LONGEST = (
     "test_reasoning_runs test_teacher_server test_teacher_answers test_decoder_only_runs test_chat_runs "
     "test_packed_runs test_sampled_form test_families test_depth test_pseudo_labels test_checkpoint "
     "test_zero test_accept test_browser test_new_family_runs test_meter test_references test_kills "
-    "test_sequence_parallel"
+    "test_sequence_parallel test_tables"
 ).split()
 """Folders and files that take longest. Where several workers share the tests these come first, so that no
 worker is left alone with one at the end. `pytest_configure` checks that each of them exists."""

@@ -284,8 +284,8 @@ def _check_sequence_parallel(config: Config) -> None:
     if objective.kd_target == "pmi" or objective.divergence in SAMPLED:
         raise ValueError(
             f"{setting}, and with objective.kd_target {objective.kd_target} and objective.divergence "
-            f"{objective.divergence} the teacher reads other rows than the student; take kd_target teacher and "
-            "another divergence"
+            f"{objective.divergence} the teacher reads other rows than the student; take kd_target teacher "
+            "and another divergence"
         )
     if objective.alignment == "text":
         raise ValueError(

@@ -1,0 +1,175 @@
+"""Tables on the disk: made once, checked, made again where they are not whole, refused without room."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import signal
+from collections import namedtuple
+
+import numpy as np
+import pyarrow
+import pytest
+
+from ibdistill.config.sections import DataConfig
+from ibdistill.data import arrow_tables, stored_records
+from ibdistill.data.arrow_tables import Making
+from ibdistill.data.loading import Loaded
+from ibdistill.data.ragged import Ragged
+from ibdistill.data.records import Record
+
+KEY = {"made": ["of", 1]}
+
+
+def making(numbers=(1, 2, 3), fails=None) -> Making:
+    """Two blocks of numbers; `fails` is called behind the first."""
+
+    def rows():
+        yield pyarrow.record_batch({"n": pyarrow.array(np.array(numbers))})
+        if fails:
+            fails()
+        yield pyarrow.record_batch({"n": pyarrow.array(np.array(numbers) * 10)})
+
+    return Making(rows(), 2 * len(numbers), lambda table: {"sum": int(table.numbers("n").sum())})
+
+
+def ensure(folder, key=KEY, **how) -> tuple[bool, int, list[int]]:
+    is_new = arrow_tables.ensure(folder, key, lambda: making(**how))
+    table = arrow_tables.opened(folder)
+    return is_new, table.about["sum"], table.numbers("n").tolist()
+
+
+WHOLE = 66, [1, 2, 3, 10, 20, 30]
+
+
+def test_a_table_is_made_once(tmp_path):
+    folder = arrow_tables.folder_of(str(tmp_path / "new" / "cache"), "numbers", KEY)
+    assert ensure(folder) == (True, *WHOLE)
+    assert ensure(folder, numbers=(7,)) == (False, *WHOLE)
+    assert folder != arrow_tables.folder_of(str(folder.parent), "numbers", {"made": ["of", 2]})
+
+
+def flipped(folder):
+    content = bytearray((folder / "table.arrow").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "table.arrow").write_bytes(content)
+
+
+def cut_short(folder):
+    os.truncate(folder / "table.arrow", 100)
+
+
+def foreign(folder):
+    about = json.loads((folder / "about.json").read_text())
+    (folder / "about.json").write_text(json.dumps(about | {"key": "another"}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flipped, "its checksum is wrong"),
+        (cut_short, "its checksum is wrong"),
+        (foreign, "it was made from something else"),
+        (lambda folder: (folder / "about.json").write_text("[1"), "it is damaged (JSONDecodeError"),
+        (lambda folder: (folder / "about.json").unlink(), "it is damaged (FileNotFoundError"),
+        (lambda folder: (folder / "table.arrow").unlink(), "it is damaged (FileNotFoundError"),
+    ],
+    ids=["flipped", "cut-short", "foreign", "no-json", "no-about", "no-rows"],
+)
+def test_a_table_that_is_not_whole_is_made_again(tmp_path, caplog, damage, said):
+    ensure(tmp_path / "t")
+    damage(tmp_path / "t")
+    with caplog.at_level(logging.WARNING):
+        assert ensure(tmp_path / "t") == (True, *WHOLE)
+    assert f"is made again: {said}" in caplog.text
+
+
+def test_a_killed_making_leaves_no_table_and_no_rows(tmp_path):
+    """The kernel takes the lock from a process that ends."""
+    if (child := os.fork()) == 0:
+        arrow_tables.ensure(tmp_path / "t", KEY, lambda: making(fails=lambda: os.kill(os.getpid(), 9)))
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".tmp-t", "t.lock"]
+    assert ensure(tmp_path / "t") == (True, *WHOLE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t", "t.lock"]
+
+
+def test_a_failed_making_leaves_nothing(tmp_path):
+    def fail():
+        raise ValueError("bad line")
+
+    with pytest.raises(ValueError, match="bad line"):
+        ensure(tmp_path / "t", fails=fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["t.lock"]
+
+
+def test_a_full_disk_is_said_before_it_is_filled(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")(40)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(
+        ValueError, match=r"will take about 48 bytes, by its first 3 of 6 .* has 40 left; name"
+    ):
+        ensure(tmp_path / "t")
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match=r"data.cache_dir: '.*/file/cache' cannot be written .* name another"
+    ):
+        ensure(tmp_path / "file" / "cache" / "t")
+    with pytest.raises(ValueError, match="all ranks of a node must see the same data.cache_dir"):
+        arrow_tables.opened(tmp_path / "t")
+
+
+RECORDS = [
+    Record("a", "jsonl", "q\u2028 \U0001f600", "1", "r", "1", ("3", "4"), "value"),
+    Record("b/sample-1", "jsonl", "", "", "", "", sample_of="b"),
+    Record("c", "jsonl", "q", "1", "r", "1", history=(("user", "x", ""), ("assistant", "y", "z"))),
+    Record("d", "jsonl", "q", "1", "r", "1", rationales=("r", "s")),
+]
+
+
+def test_records_come_back_as_they_were(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow_tables, "BLOCK", 2)
+    loaded = Loaded(RECORDS[:3], {"jsonl": RECORDS[3:], "none": []}, {"jsonl": RECORDS[1:]}, {"x": 3})
+    arrow_tables.ensure(tmp_path / "t", KEY, lambda: stored_records.making(loaded))
+    found = stored_records.from_table(arrow_tables.opened(tmp_path / "t"))
+    assert list(found.train) == [found.train[i] for i in range(3)] == found.train[:] == RECORDS[:3]
+    assert found.train[::2] == RECORDS[:3:2] and list(found.train.take([2, 0])) == [RECORDS[2], RECORDS[0]]
+    assert {task: list(own) for task, own in found.valid.items()} == loaded.valid
+    assert [list(own) for own in found.test.values()] == [RECORDS[1:]] and found.report == {"x": 3}
+    again = Loaded([*RECORDS[:2], RECORDS[3]], loaded.valid, loaded.test, {})
+    arrow_tables.ensure(tmp_path / "u", KEY, lambda: stored_records.making(again))
+    assert arrow_tables.opened(tmp_path / "u").about["content"] != found.content
+
+
+def test_what_records_are_made_from_changes_with_settings_and_files(tmp_path):
+    def made_from(**settings):
+        return stored_records.source(DataConfig(task="jsonl", path=str(tmp_path), **settings))
+
+    file = tmp_path / "train.jsonl"
+    file.write_text("{}")
+    before = made_from()
+    assert before == made_from(packing="on", cache_dir="x", bucket_batches=3)
+    assert before != made_from(valid_share=0.2)
+    times = file.stat()
+    file.write_text("[]")
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `cp -p` leaves it
+    assert made_from() != before
+    file.write_text("{}")
+    (tmp_path / "valid.jsonl").write_text("{}")
+    assert len(made_from()["files"]) == 2
+    assert "files" not in stored_records.source(DataConfig(task="jsonl", path=str(tmp_path / "none")))
+
+
+def test_ragged_parts_are_one_sequence_of_sequences():
+    rows = [[1, 2], [], [3], [], [], [4, 5, 6]]
+    parts = [Ragged(rows[:2]), Ragged([]), Ragged(rows[2:5]), Ragged(rows[5:])]
+    chained = parts[0] + parts[1] + parts[2] + parts[3]
+    for ragged in (chained, Ragged.joined(parts), Ragged(rows)):
+        assert [ragged[i].tolist() for i in range(len(ragged))] == rows
+        assert ragged.lengths.tolist() == [2, 0, 1, 0, 0, 3] and ragged.flat.tolist() == [1, 2, 3, 4, 5, 6]
+    assert len(Ragged([])) == 0 and Ragged([]).lengths.tolist() == []

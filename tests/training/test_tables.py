@@ -1,0 +1,189 @@
+"""The training data of a run in tables: the values of every kind of row, and ranks that make a table once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+import pytest
+from aligned_tokenizers import byte_level, save_teacher
+from chat_tokenizers import smollm2
+from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, tiny
+
+from ibdistill.config.load import load_settings
+from ibdistill.data import arrow_tables, loading, token_ids, tokenizers
+from ibdistill.data.tokenizing import taught, tokenize
+from ibdistill.training import prepare, run_folder, tables
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "3 + 4 ?"},
+    {"role": "assistant", "content": "7"},
+    {"role": "user", "content": "and 5 ?"},
+    {"role": "assistant", "content": "<think>7 + 4</think>7"},
+]
+
+
+def write(path: Path, conversations: bool = True) -> str:
+    rows = [
+        {
+            "question": f"{i} + 4 ?" * (i % 3 + 1),
+            "label": "7" if conversations else str(i),
+            "rationale": "4 " * i,
+        }
+        for i in range(1, 30)
+    ]
+    rows += [{"question": "1 + 1 ?", "label": "2", "rationales": ["two", "1 1 is two", "so 2"]}] * 2
+    rows += [{"messages": MESSAGES}] * (3 if conversations else 0)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+CASES = {
+    "predict-explain": ({}, byte_level),
+    "reason": ({"objective.method": "dss+cot", "data.max_rationale_tokens": 40}, byte_level),
+    "only-reason": ({"objective.method": "cot", "data.max_rationale_tokens": 60}, byte_level),
+    "chat": ({"objective.method": "dss+cot", "data.format": "chat", "data.max_question_tokens": 24}, smollm2),
+    "mixture": ({"data.task": ["demo", "jsonl"], "data.subsample": 9}, byte_level),
+    "aligned": ({"objective.method": "kd", "objective.alignment": "text"}, lambda: byte_level(words=80)),
+}
+
+
+def warnings(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_table_holds_what_one_block_in_memory_does(case, world, tmp_path, monkeypatch, caplog):
+    """In blocks of 4, which end within a question's rationales; each row is that of its record alone."""
+    settings, tokenizer = CASES[case][0], CASES[case][1]()
+    chat = settings.get("data.format") == "chat"
+    path = write(tmp_path / "data.jsonl", conversations=chat)
+    given = {"data.task": "jsonl", "data.path": path} | settings | {"data.cache_dir": str(tmp_path / "cache")}
+    given |= {"data.missing_rationales": "predict_only"} if chat else {}
+    if case == "aligned":
+        teacher = save_teacher(tmp_path / "teacher", byte_level(words=200))
+        given |= {"teacher.model": teacher, "teacher.placement": "replica"}
+    config = load_settings(None, given)
+    needs = {"needs_rationale": True}
+    plain, streams = loading.load(config.data, **needs), prepare.weights.tokenized_streams(config.objective)
+    prefixes = {name: loading.TASKS[name].prefixes for name in plain.test}
+    expected = tokenize(plain.train, prefixes, tokenizer, config.data, streams=streams)
+    monkeypatch.setattr(arrow_tables, "BLOCK", 4)
+    stored = tables.load(config.data, world, **needs)
+    assert list(stored.train) == plain.train and stored.report == plain.report
+    caplog.clear()
+    made = tables.tokenize(config, stored, tokenizer, world)
+    warned = warnings(caplog)
+    found, kept = made.features, taught(expected)
+    assert len(arrow_tables.opened(next((tmp_path / "cache").glob("tokens-*[!k]"))).batches) > 2
+    if case == "aligned":
+        expected = made.alignment.with_questions(expected, plain.train, prefixes)
+        assert set(found.teacher_questions) == {"predict", "explain"}
+    expected = expected.take(kept.tolist())
+    assert list(made.records.train) == [plain.train[i] for i in kept]
+    assert list(found.ids) == expected.ids and found.cut == expected.cut
+    assert found.groups.tolist() == expected.groups.tolist() and found.whole_prompts == expected.whole_prompts
+    assert (found.samples is None) == (expected.samples is None)
+    assert found.samples is None or found.samples.tolist() == expected.samples.tolist()
+    for kind in ("questions", "targets", "teacher_questions"):
+        mine, theirs = getattr(found, kind), getattr(expected, kind)
+        assert list(mine) == list(theirs)
+        for name, ragged in mine.items():
+            assert [ragged[i].tolist() for i in range(len(ragged))] == [
+                theirs[name][i].tolist() for i in range(len(kept))
+            ]
+    if not chat:
+        for i, record in enumerate(made.records.train):
+            ids = token_ids.question_ids([prefixes[record.task][streams[0]] + record.question], tokenizer)[0]
+            assert found.first_questions[i].tolist() == ids
+    assert made.described == run_folder.described([plain.train[i] for i in kept], expected)
+    caplog.clear()
+    again = tables.tokenize(config, tables.load(config.data, world, **needs), tokenizer, world)
+    assert warnings(caplog) == warned
+    assert again.described == made.described and again.records.report == made.records.report
+
+
+@pytest.mark.parametrize(
+    ("settings", "digest"),
+    [
+        ({}, "4cc280ad4a2ce7b1"),
+        ({"objective.method": "dss+cot", "data.max_rationale_tokens": 20}, "5a4cdbbf9dd66df4"),
+    ],
+    ids=["dss", "dss-cot"],
+)
+def test_a_run_of_the_commit_before_tables_goes_on(settings, digest, world):
+    """The digests in `inputs.json` as commit c5da7e4 wrote them."""
+    config = load_settings(None, {"data.subsample": 100} | settings)
+    records = tables.load(config.data, world, needs_rationale=True)
+    made = tables.tokenize(config, records, tokenizers.demo_tokenizer(), world)
+    assert made.described == f"100 records, digest {digest}"
+    valid = run_folder.described(records.valid["demo"])
+    assert valid == "1000 records, digest 2760400b8d384232"
+
+
+def test_bad_data_is_refused_and_leaves_no_table(world, tmp_path):
+    path = write(tmp_path / "data.jsonl", conversations=False)
+    cache = tmp_path / "cache"
+    given = {"data.task": "jsonl", "data.path": path, "data.cache_dir": str(cache), "objective.method": "cot"}
+    given |= {"data.max_rationale_tokens": 20, "data.answer_marker": "so"}
+    config = load_settings(None, given)
+    records = tables.load(config.data, world, needs_rationale=True)
+    short = [record for record in records.train if len(record.rationale) > 30]
+    few = tables.keep(loading.Loaded(short, records.valid, records.test, {}), config.data, world)
+    assert list(few.train) == short
+    with pytest.raises(ValueError, match="no training record is left: the rationale of each is longer than"):
+        tables.tokenize(config, few, byte_level(), world)
+    config.data.long_reasoning = "refuse"
+    with pytest.raises(
+        ValueError, match=r"train: \d+ of \d+ rationales of the reason stream are longer than 20"
+    ):
+        tables.tokenize(config, records, byte_level(), world)
+    (tmp_path / "data.jsonl").write_text('{"question": "a"}')
+    with pytest.raises(ValueError, match=r"data.jsonl:1: no 'label'"):
+        tables.load(config.data, world, needs_rationale=True)
+    assert not list(cache.glob("tokens-*[!k]")) and len(list(cache.glob("records-*[!k]"))) == 2
+
+
+def test_two_ranks_make_a_table_once_and_the_next_run_reads_it(tmp_path):
+    """Through the launcher, at the default of everything about tables but their folder; a warning about the
+    data shows which ranks have tokenized it."""
+    losses, cache = [], tmp_path / "cache"
+    settings = {"data.cache_dir": str(cache), "data.max_rationale_tokens": 12, "optim.max_steps": 3}
+    settings |= {"run.report_to": '["jsonl"]', "run.export": False, "run.test_limit": 2, "run.eval_limit": 2}
+    for run, command in (("first", TRAIN), ("second", FORKED)):
+        log, launched = tmp_path / f"{run}.log", command == TRAIN
+        arguments = as_arguments(tiny(tmp_path / run, **settings))
+        code = launch(
+            [command, *([] if launched else ["2"]), *arguments], ranks=2 if launched else None, log=log
+        )
+        said = log.read_text()
+        assert code == 0, said[-4000:]
+        assert said.count("tokenizing 100 training records") == launched
+        assert said.count("is there already") == (0 if launched else 2)
+        assert len(re.findall(r"train: \d+ of 100 rationales are longer than 12 tokens", said)) == 1
+        assert "[rank 1] train:" not in said
+        rows = map(json.loads, (tmp_path / run / "metrics.jsonl").open())
+        losses.append([row["loss/total"] for row in rows if "loss/total" in row])
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert len(list(cache.glob("*/table.arrow"))) == 2
+
+
+def test_nodes_of_other_data_are_noticed(tmp_path):
+    """Two ranks that are the first of a node each, with a folder of tables for each node."""
+    for host, rows in (("0", 30), ("1", 30), ("2", 31)):
+        (tmp_path / host).mkdir()
+        lines = [
+            json.dumps({"question": "n0 ?" * i, "label": "n0", "rationale": "so"}) for i in range(1, rows)
+        ]
+        (tmp_path / host / "data.jsonl").write_text("\n".join(lines))
+    log = tmp_path / "log"
+    assert launch([str(WORKERS / "node_tables.py"), str(tmp_path)], log=log) == 0, log.read_text()[-4000:]
+    alike, differ, failed = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
+    assert alike == ["", ""]
+    assert differ[0] == differ[1] and differ[0].startswith(
+        "the training records or their tokens differ between"
+    )
+    assert failed[0] == failed[1] and "does not exist" in failed[0]
