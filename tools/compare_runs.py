@@ -45,9 +45,9 @@ def read_result(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} has no result.json: no run, or not finished")
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_bytes())
         result["method"], result["test"], result["steps"], result["tokens"], result["seconds"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
         raise ValueError(f"{path} is no result of train.py ({type(error).__name__}: {error})") from None
     return result
 
@@ -117,10 +117,13 @@ def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
     settings = {}
     for folder in folders:
         path = folder / "config.yaml"
-        content = yaml.safe_load(path.read_text()) if path.is_file() else {}
+        try:
+            content = yaml.safe_load(path.read_bytes()) if path.is_file() else {}
+        except (yaml.YAMLError, ValueError) as error:
+            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
         flat = {
             f"{section}.{key}": value
-            for section, values in (content or {}).items()
+            for section, values in (content if isinstance(content, dict) else {}).items()
             if isinstance(values, dict)
             for key, value in values.items()
         }

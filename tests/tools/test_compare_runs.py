@@ -156,9 +156,17 @@ def test_without_any_events_only_scores_are_drawn(tmp_path, capsys):
     assert "comparison_scores.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"method": "dss"}'])
+@pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"method": "dss"}', b"\xff\x00", b"[" * 10**5])
 def test_folders_without_a_result_are_refused(tmp_path, content):
     if content is not None:
-        (tmp_path / "result.json").write_text(content)
+        (tmp_path / "result.json").write_bytes(content)
     with pytest.raises(SystemExit, match="error: .*(has no result.json|is no result of train.py)"):
         compare_runs.main([str(tmp_path)])
+
+
+@pytest.mark.parametrize("content", [b"\xff\x00", b"run: [", b"a: \x01"])
+def test_a_damaged_config_yaml_is_named(tmp_path, content):
+    run = make_run(tmp_path / "dss", 0.5, "dss", 0)
+    (run / "config.yaml").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"error: .*dss/config\.yaml is damaged: "):
+        compare_runs.main([str(run)])
