@@ -132,11 +132,10 @@ class TeacherAnswers:
             self.width, self._head = self.teacher.width, None
             if self._cache is not None:  # a run without a loaded teacher needs its head too
                 head = self.teacher.head() if wanted.targets else NO_HEAD
-                folder, width = Path(config.cache), self.width
-                distributed.run_on_rank_0(lambda: answer_tensors.write_head(folder, width, head))
+                made = Path(config.cache), self.width, head
+                distributed.run_on_rank_0(lambda: answer_tensors.write_head(*made))
         else:
-            said = "all %d training records are in %s: the teacher is not loaded"
-            logger.info(said, len(features), config.cache)
+            logger.info("all %d records are in %s: no teacher is loaded", len(features), config.cache)
             self.width, self._head = kept
         alone = config.placement == "replica" and not sequence_parallel.is_on()
         self._stream = torch.cuda.Stream() if world.device.type == "cuda" and alone else None

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import tiny_models
 from harness import ROOT
-from plan import accelerators, checkpoints, command, costs, lengths, planner, summary
+from plan import accelerators, checkpoints, command, costs, lengths, planner, step_time, summary
 from plan.accelerators import ACCELERATORS
 from plan.choice import Choice
 from plan.planner import FILES, Planner
@@ -334,7 +334,7 @@ def test_a_larger_micro_batch_is_traced_as_it_is_extrapolated(small):
 
 def test_seconds_by_hand():
     """Products of 4 s, transfers of 3 s beside them, and what can't overlap."""
-    load = costs.Load(
+    load = step_time.Load(
         operations=costs.Operations(student=300.0, head=100.0, teacher=200.0),
         micro_batches=2,
         student_bytes=10,
@@ -346,8 +346,10 @@ def test_seconds_by_hand():
         overlaps_reduction=True,
         overlaps_gathers=False,
     )
-    rates = costs.Rates(products=100.0, teacher_products=200.0, memory=1000.0, link=2.0, teacher_link=10.0)
-    parts = costs.step_seconds(load, rates)
+    rates = step_time.Rates(
+        products=100.0, teacher_products=200.0, memory=1000.0, link=2.0, teacher_link=10.0
+    )
+    parts = step_time.step_seconds(load, rates)
     assert parts == pytest.approx(
         {
             "student": 6.0,
@@ -360,26 +362,26 @@ def test_seconds_by_hand():
             "optimizer": 0.14,
         }
     )
-    assert costs.bound(parts) == "parameters wait"
-    assert costs.efficiency(parts) == pytest.approx(12 / 31.14)
-    moving = costs.step_seconds(dataclasses.replace(load, moved=500.0), rates)
+    assert step_time.bound(parts) == "parameters wait"
+    assert step_time.efficiency(parts) == pytest.approx(12 / 31.14)
+    moving = step_time.step_seconds(dataclasses.replace(load, moved=500.0), rates)
     assert moving["student"] == pytest.approx(7.0)
-    alone = costs.step_seconds(load, dataclasses.replace(rates, overlap=False))
+    alone = step_time.step_seconds(load, dataclasses.replace(rates, overlap=False))
     assert alone["gradients wait"] == 15.0 and alone["teacher wait"] == 6.0
     sharing = dataclasses.replace(load, exchanged=12.0), dataclasses.replace(rates, exchange_link=4.0)
-    assert costs.step_seconds(*sharing)["exchange wait"] == 3.0
+    assert step_time.step_seconds(*sharing)["exchange wait"] == 3.0
 
 
 def test_launches_cost_what_exceeds_the_rest():
     parts = {"student": 0.004, "optimizer": 0.0016}
-    rates = costs.Rates(1.0, 1.0, 1.0, 1.0, 1.0, launch=6e-6)
-    load = costs.Load(
+    rates = step_time.Rates(1.0, 1.0, 1.0, 1.0, 1.0, launch=6e-6)
+    load = step_time.Load(
         *(costs.Operations(1.0, 0.0, 0.0), 1, 0, 0, 0.0, 0.0, 0.0, 0, False, False), launches=5000
     )
-    bound = costs.with_launches(parts, load, rates)
-    assert bound["launch wait"] == pytest.approx(0.030 - 0.0056) and costs.bound(bound) == "launch wait"
+    bound = step_time.with_launches(parts, load, rates)
+    assert bound["launch wait"] == pytest.approx(0.030 - 0.0056) and step_time.bound(bound) == "launch wait"
     few = dataclasses.replace(load, launches=100)
-    assert costs.with_launches(parts, few, rates) == parts | {"launch wait": 0.0}
+    assert step_time.with_launches(parts, few, rates) == parts | {"launch wait": 0.0}
 
 
 def test_a_checkpoint_holds_up_the_steps_for_its_copy_and_until_the_one_before_is_there():
@@ -419,7 +421,7 @@ def test_t5_base_with_8_questions_a_gpu_is_bound_by_its_launches():
     choice = planned.choice("none", "zero2", False, 8)
     products = sum(choice.seconds.values()) - choice.seconds["launch wait"]
     assert planned.config.student.precision == "bf16" and products < 0.005
-    assert costs.bound(choice.seconds) == "launch wait" and 0.015 < choice.step < 0.025
+    assert step_time.bound(choice.seconds) == "launch wait" and 0.015 < choice.step < 0.025
 
 
 def test_weights_of_4_and_8_bits_are_not_planned_sharded():
@@ -453,7 +455,7 @@ def test_links_of_a_job():
     """NVLink within a node, the network beyond; a teacher that is sharded within nodes stays on NVLink."""
     link = {}
     for ranks, placement in ((8, "zero3"), (16, "zero3"), (16, "zero3_node")):
-        rates = costs.Rates.of(H100, ranks, 8, placement, "bf16", "bf16")
+        rates = step_time.Rates.of(H100, ranks, 8, placement, "bf16", "bf16")
         link[ranks, placement] = rates.link, rates.teacher_link
     assert link == {
         (8, "zero3"): (450e9, 450e9),

@@ -72,7 +72,7 @@ if __name__ in ("__main__", "__mp_main__"):  # before DeepSpeed takes references
         count(collective)
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tools/, where the planner is
-from plan import costs  # noqa: E402
+from plan import costs, step_time  # noqa: E402
 
 from ibdistill.config import sections  # noqa: E402
 from ibdistill.config.load import load_settings  # noqa: E402
@@ -193,7 +193,7 @@ def run(ranks: int, arguments: tuple, steps: int) -> list[tuple[dict[str, float]
         return torch.load(path)
 
 
-def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs.Load:
+def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> step_time.Load:
     """What the planner takes a step for, on one of so many ranks."""
     chosen = settings(model, zero, lengths.questions * ranks)
     student, sharding = footprint.student_skeleton(chosen), footprint.Zero.read(zero)
@@ -201,7 +201,7 @@ def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs
     gathered = footprint.student_gathers(sharding, student, lengths, STREAMS, sizes)
     traffic = costs.student_traffic(sizes, "fp32", sharding, 1, gathered) if ranks > 1 else {}
     total = sum(n for n, _ in sizes)
-    return costs.Load(
+    return step_time.Load(
         operations=costs.operations(student, lengths, chosen.objective),
         micro_batches=1,
         student_bytes=0,  # a CPU's products hide the reading of weights
@@ -215,11 +215,11 @@ def load_of(model: str, zero: str, lengths: dryrun.Lengths, ranks: int) -> costs
     )
 
 
-def predict(load: costs.Load, measured: dict[str, float]) -> float:
+def predict(load: step_time.Load, measured: dict[str, float]) -> float:
     """Predicted seconds per step, at the rates that were measured."""
     products, link = measured["products"], measured["link"]
-    rates = costs.Rates(products, products, measured["memory"], link, link, overlap=False)
-    return sum(costs.step_seconds(load, rates).values())
+    rates = step_time.Rates(products, products, measured["memory"], link, link, overlap=False)
+    return sum(step_time.step_seconds(load, rates).values())
 
 
 def possible(device: torch.device) -> tuple[int, ...]:

@@ -97,6 +97,17 @@ PHASES = {
         lambda start: start.made("on_policy/*.part"),
         0.5,
     ),
+    "tables": Phase(
+        {"data.cache_dir": "{folder}/tables"},
+        [(2, "zero2")],
+        lambda start: "tokenizing" in start.said() or "is there already" in start.said(),
+        lambda start: any(
+            not path.name.startswith("tokens-") for path in start.made("../tables/*tokens-*[!k]")
+        ),
+        1.0,
+        records=4000,
+    ),
 }
 """`writing`: a checkpoint is written beside the steps. `sharing`: a checkpoint of other ranks or another ZeRO
-stage is shared out anew. `sampling`: the student samples its own text, and the folder keeps each block."""
+stage is shared out anew. `sampling`: the student samples its own text, and the folder keeps each block.
+`tables`: the training records are tokenized into a table that later starts read."""

@@ -29,7 +29,7 @@ class Choice:
     traffic: dict[str, int]
     """Bytes of whole tensors per step, by collective; `teacher` stands for the teacher's all-gathers."""
     seconds: dict[str, float]
-    """Predicted seconds per step, by part (`costs.step_seconds`)."""
+    """Predicted seconds per step, by part (`step_time.step_seconds`)."""
     checkpoint: Checkpoint
 
     @property

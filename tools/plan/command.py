@@ -27,7 +27,7 @@ from typing import Any
 from ibdistill.config import command_line
 from ibdistill.config.load import load_settings
 from ibdistill.runtime.hardware import GIB
-from plan import accelerators, costs, lengths, summary, tables
+from plan import accelerators, lengths, step_time, summary, tables
 from plan.accelerators import ACCELERATORS
 from plan.planner import Planner
 
@@ -154,7 +154,7 @@ def table(rates: accelerators.Accelerator, gpu: str) -> None:
             nodes, on_node = math.ceil(ranks / 8), min(ranks, 8)
             row = table_row(planner.on(nodes, on_node, QUESTIONS * ranks))
             few = planner.on(nodes, on_node, BATCH).best() if BATCH % ranks == 0 else None
-            last = f"{costs.efficiency(few.seconds):.0%}" if few else "-"
+            last = f"{step_time.efficiency(few.seconds):.0%}" if few else "-"
             print(f"{name:11}{ranks:5}  {row}{last:>6}", flush=True)
 
 
@@ -167,8 +167,8 @@ def table_row(planner: Planner) -> str:
     choice = f"{best.placement}, {best.file}{'+c' * best.checkpointing} x {best.micro_batch_size}"
     gathered, save = best.traffic.get("teacher", 0) / GIB, best.checkpoint.writing
     return (
-        f"{choice:32}{best.bytes / GIB:5.1f}{best.step:8.2f}{costs.efficiency(best.seconds):6.0%}  "
-        f"{costs.bound(best.seconds):16}{gathered:7.0f}{save:7.1f}"
+        f"{choice:32}{best.bytes / GIB:5.1f}{best.step:8.2f}{step_time.efficiency(best.seconds):6.0%}  "
+        f"{step_time.bound(best.seconds):16}{gathered:7.0f}{save:7.1f}"
     )
 
 

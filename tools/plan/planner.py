@@ -19,7 +19,7 @@ from ibdistill.planning.dryrun import Lengths
 from ibdistill.planning.evaluation_memory import Decoding, copied_bytes
 from ibdistill.planning.footprint import PLACED, WIDTH, Zero
 from ibdistill.runtime.hardware import GIB
-from plan import checkpoints, costs
+from plan import checkpoints, costs, step_time
 from plan.accelerators import Accelerator
 from plan.choice import Choice
 from plan.traces import Traces
@@ -231,7 +231,7 @@ class Planner:
                 )
         trained = sum(n for n, t in self.sizes if t)
         reductions = {name: traffic[name] for name in traffic.keys() & {"all_reduce", "reduce_scatter"}}
-        load = costs.Load(
+        load = step_time.Load(
             operations=self.traces.operations(checkpointing, micro),
             micro_batches=micro_batches,
             student_bytes=WIDTH[precision] * sum(n for n, _ in self.sizes),
@@ -245,19 +245,19 @@ class Planner:
             overlaps_gathers=zero.stage == 3,
             launches=self._launches(checkpointing, micro, micro_batches, zero),
         )
-        rates = costs.Rates.of(
+        rates = step_time.Rates.of(
             *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision),
             shared=shared,
         )
-        seconds = costs.step_seconds(load, rates)
+        seconds = step_time.step_seconds(load, rates)
         if zero.offload_optimizer:  # gradients go to the host, which updates, and weights come back
             there_and_back = (4 + WIDTH[precision]) * load.updated
             seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
-        seconds = costs.with_launches(seconds, load, rates)
+        seconds = step_time.with_launches(seconds, load, rates)
         if sampled := self.traces.sampled:
             activations["sampling"] = activations["evaluation"] + sampled.cache
             args = self.student.sizes(), precision, rates, self.question, self.sampled_per_step
-            seconds["sampling"] = costs.sampling_seconds(self._at_once(sampled), *args)
+            seconds["sampling"] = step_time.sampling_seconds(self._at_once(sampled), *args)
         host_room = int(self.gpu.host_memory_gib * GIB / self.on_node)
         run = config.run
         every = min(run.save_every, run.eval_every or run.save_every)  # an evaluation saves too

@@ -13,7 +13,7 @@ from ibdistill.models.presets import PRESETS
 from ibdistill.planning.dryrun import Skeleton
 from ibdistill.planning.published_shapes import PUBLISHED
 from ibdistill.runtime.hardware import GIB
-from plan import costs
+from plan import step_time
 from plan.choice import Choice
 from plan.planner import ABOUT, Planner
 
@@ -30,7 +30,7 @@ BOUNDS = {
     "checkpoint": "checkpoints",
     "launch wait": "launching kernels, which the host does one by one",
 }
-"""Part of a step (`costs.step_seconds`) -> what it is called here."""
+"""Part of a step (`step_time.step_seconds`) -> what it is called here."""
 NOTICEABLE = 0.05
 """Share of the usable memory that a choice has to free to be shown as a roomier one."""
 
@@ -52,8 +52,8 @@ def speed(choice: Choice, planner: Planner) -> str:
     steps = planner.config.optim.max_steps
     hours = choice.step * steps * planner.ranks / 3600
     return (
-        f"{choice.step:.3g} s per step (predicted), bound by {BOUNDS[costs.bound(choice.seconds)]}; "
-        f"efficiency {costs.efficiency(choice.seconds):.0%}; {hours:.3g} GPU-hours for {steps} steps"
+        f"{choice.step:.3g} s per step (predicted), bound by {BOUNDS[step_time.bound(choice.seconds)]}; "
+        f"efficiency {step_time.efficiency(choice.seconds):.0%}; {hours:.3g} GPU-hours for {steps} steps"
     )
 
 
