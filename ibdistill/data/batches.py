@@ -119,9 +119,8 @@ class Batch:
                 return {key: changed(tensor) for key, tensor in value.items()}
             return function(value) if isinstance(value, Tensor) else value
 
-        fields = {f.name: changed(getattr(self, f.name)) for f in dataclasses.fields(self)}
-        host = {name: getattr(self, name) for name in ("cu", "row_lengths", "decoder_lengths")}
-        return Batch(**fields | host)
+        names = {f.name for f in dataclasses.fields(self)} - {"cu", "row_lengths", "decoder_lengths"}
+        return dataclasses.replace(self, **{name: changed(getattr(self, name)) for name in names})
 
 
 def collate(

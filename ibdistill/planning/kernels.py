@@ -49,4 +49,4 @@ def head_loss_launches(rows: int, vocabulary: int, itemsize: int, *, pooled: boo
         distils: whether a teacher's distributions stand beside the student's.
     """
     size = max(1, CHUNK_BYTES["gpu"] // (itemsize * vocabulary * (1 + distils)))
-    return 20 + -(-rows // size) * (25 + 52 * pooled + 15 * distils)
+    return 20 + -(-rows // size) * (25 + 52 * pooled + 17 * distils)

@@ -13,7 +13,7 @@ from transformers import MT5Config, MT5ForConditionalGeneration, T5Config, T5For
 from ibdistill.config.sections import ObjectiveConfig, StudentConfig
 from ibdistill.data import batches
 from ibdistill.models import forward, fused
-from ibdistill.ops import implementation
+from ibdistill.ops import implementation, layers
 from ibdistill.ops.biased_attention import biased_attention
 from ibdistill.planning.dryrun import Lengths, Skeleton, student_step
 
@@ -53,6 +53,14 @@ def states_and_gradients(model, batch):
     return targets, {
         name: g for (name, _), g in zip(model.named_parameters(), gradients, strict=True) if g is not None
     }
+
+
+def test_the_gated_feed_forward_of_t5_is_one_operation_on_a_gpu(as_on_gpu, monkeypatch):
+    calls, honest = [], layers.activate
+    monkeypatch.setattr(layers, "activate", lambda *args, **kw: calls.append(kw) or honest(*args, **kw))
+    forward.states(fused.fused(t5(feed_forward_proj="gated-gelu", dropout_rate=0.25)), ragged_batch())
+    # the encoder, and the decoder for two streams
+    assert calls == [{"activation": "gelu", "rate": 0.25}] * 3 * SHAPE["num_layers"]
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -73,3 +73,9 @@ def test_the_norm_is_that_of_all_gradients_in_fp32(norm):
     given = (gradients,) if norm == "_norm_at_once" else (gradients, 100)
     expected = float(torch.linalg.vector_norm(torch.cat(gradients).double()))
     assert getattr(deepspeed_fixes, norm)(*given) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_device_takes_the_norm_at_once(monkeypatch):
+    """A loop over the pieces would launch several kernels for each."""
+    monkeypatch.setattr(deepspeed_fixes, "_norm_at_once", len)
+    assert deepspeed_fixes._norm([torch.empty(5, device="meta"), torch.empty(7, device="meta")], 100) == 2

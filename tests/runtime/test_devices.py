@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,29 @@ def test_what_ranks_agree_on_and_barriers_stay_on_gloo_and_rank_0_may_take_its_t
         assert facts["loading"] > device_group.TIMEOUT_S
     (came, left), (came_late, _) = (facts["barrier"] for facts in found)
     assert came < came_late <= left
+
+
+class OnGpu:
+    """What `ToHost` asks of a tensor on a GPU."""
+
+    device, dtype, shape = torch.device("cuda", 0), torch.bfloat16, (3, 2)
+
+    def detach(self):
+        return self
+
+
+def test_copies_to_the_host_go_to_pinned_memory_and_are_waited_for_once_they_are_needed(monkeypatch):
+    done = []
+    event = SimpleNamespace(record=lambda: done.append("record"), synchronize=lambda: done.append("wait"))
+    pinned = SimpleNamespace(copy_=lambda tensor, **given: done.append(given) or pinned)
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch, "empty", lambda shape, **given: done.append((shape, given)) or pinned)
+    on_host = torch.ones(2)
+    copies = hardware.ToHost({"states": OnGpu(), "cu": on_host})
+    new = ((3, 2), {"dtype": torch.bfloat16, "pin_memory": True})
+    assert done == [new, {"non_blocking": True}, "record"] and not copies.is_there
+    found = copies.wait()
+    assert done[3:] == ["wait"] and found["states"] is pinned and torch.equal(found["cu"], on_host)
 
 
 @pytest.mark.parametrize(

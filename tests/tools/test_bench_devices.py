@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import mmap
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
 import torch
 from bench import devices
+from harness import ROOT
 
 GPU = torch.device("cuda", 0)
 CPU = torch.device("cpu")
@@ -40,6 +43,27 @@ def test_a_gpu_is_chosen_timed_and_measured_through_torch(calls):
     devices.restart_peak(device)
     assert devices.peak_bytes(device) - before == 600
     assert calls == ["memory_allocated", "reset_peak_memory_stats", "max_memory_allocated"]
+
+
+def test_the_benchmarks_of_training_run_on_the_gpu(calls, monkeypatch):
+    """Their modules are read anew, since one of them chooses as it is read."""
+    monkeypatch.syspath_prepend(ROOT / "tools/bench")
+    modules = {}
+    for name in ("scaling", "train"):
+        spec = spec_from_file_location(f"{name}_read_anew", ROOT / f"tools/bench/{name}.py")
+        modules[name] = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, modules[name])
+        spec.loader.exec_module(modules[name])
+    scaling, train = modules.values()
+    assert scaling.DEVICE.type == "cuda"
+    cases = []
+    monkeypatch.setattr(train, "generate_features", lambda: "features")
+    monkeypatch.setattr(
+        train, "TrainCase", lambda *given: cases.append(given) or sys.exit("one case is enough")
+    )
+    with pytest.raises(SystemExit, match="one case is enough"):
+        train.main()
+    assert cases[0][0] == "features" and cases[0][-1] == GPU
 
 
 def test_without_a_gpu_the_process_is_measured(calls, monkeypatch):

@@ -36,7 +36,11 @@ def test_a_run_on_a_gpu_settles_it_before_anything_is_written(monkeypatch, tmp_p
     config = load_settings(None, tiny(tmp_path / "run"))
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(prepare.memory_check, "check", lambda *_: None)
+    lines = []
+    monkeypatch.setattr(device.implementation, "compilation_trouble", lambda: "there is no C compiler")
+    monkeypatch.setattr(device.logger, "warning", lambda text, *values: lines.append(text % values))
     prepare.open_run(config, dataclasses.replace(world, device=torch.device("cuda", 0)))
+    assert [line.split(": ")[1] for line in lines] == ["there is no C compiler"]  # probed at the start, too
     settings = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
     assert settings["student"]["precision"] == config.student.precision == "bf16"
 

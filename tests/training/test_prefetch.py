@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
-from harness import same, steps, weights
+import torch
+from harness import same, steps, tiny, weights
 
+from ibdistill.config.load import load_settings
 from ibdistill.data import batches
+from ibdistill.training import assemble
 from ibdistill.training.prefetch import Prefetch
+from ibdistill.training.prepare import prepare
 
 SETTINGS = {"student.dropout": 0.1, "optim.micro_batch_size": 4, "data.subsample": 20}
 """20 records are two steps of 8 questions an epoch, so the steps below pass from epoch to epoch."""
@@ -60,6 +65,30 @@ def test_nothing_is_made_for_steps_behind_the_last_one(make_job, makers):
     job.prefetch = Prefetch(pins=False)
     steps(job, 2)
     assert len(makers) == 4 and not job.prefetch._begun
+
+
+def test_on_a_gpu_they_are_made_ahead_in_pinned_memory_and_in_widths_of_8(world, tmp_path, monkeypatch):
+    """Once the engine is there, the run believes that it is on a GPU."""
+    mine, honest = dataclasses.replace(world), assemble.Meter
+    pinned: dict[int, torch.Tensor] = {}
+
+    def meter():
+        object.__setattr__(mine, "device", torch.device("cuda", 0))
+        return honest()
+
+    monkeypatch.setattr(assemble, "Meter", meter)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.setdefault(id(tensor), tensor))
+    job = prepare(load_settings(None, tiny(tmp_path / "run", **SETTINGS)), mine)
+    try:
+        now = [batch for _, batch in job.micro_batches()]
+        batch = job.prefetch.get(job._shares(1)[0])
+        assert {id(ids) for ids in (batch.input_ids, *batch.decoder_input_ids.values())} <= pinned.keys()
+        assert not {id(cu) for cu in batch.cu.values()} & pinned.keys()  # the host reads it
+        assert all(made.input_ids.shape[1] % 8 == 0 for made in (*now, batch))
+    finally:
+        job.prefetch.forget()
+        job.board.close()
+        job.engine.destroy()
 
 
 def test_an_error_is_raised_by_the_step_that_needs_the_micro_batch(make_job, monkeypatch):

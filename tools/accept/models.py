@@ -17,6 +17,9 @@ from ibdistill.models import families, fused
 from ibdistill.objectives import distillation, weights
 
 LEAST_COSINE = 0.999
+"""Between all gradients of a model as one vector and those in fp64: what rounding in bf16 should leave."""
+LOSS_OFF = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""How far the loss may be off fp64's, relatively, because roundings add up over layers and tokens."""
 
 
 def gradients(context: Context) -> None:
@@ -31,7 +34,7 @@ def gradients(context: Context) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             loss, got = loss_and_gradients(context, name, model.to(dtype), context.device)
             cosine = nn.functional.cosine_similarity(got, truth, dim=0).item()
-            error, bound = abs(loss / truth_loss - 1), 1e-2 if dtype == torch.bfloat16 else 1e-4
+            error, bound = abs(loss / truth_loss - 1), LOSS_OFF[dtype]
             message = f"loss off by {error:.1e} (at most {bound:.0e}), cosine {cosine:.6f} (> {LEAST_COSINE})"
             holds = error < bound and cosine > LEAST_COSINE
             context.verdict(f"{name}, {str(dtype).removeprefix('torch.')}", holds, message)

@@ -18,6 +18,9 @@ from ibdistill.runtime.distributed import EXIT_REQUEUE
 
 TRAIN = Path(__file__).parents[2] / "ibdistill" / "train.py"
 STEPS = 12
+APART = 1e-4
+"""How far the weights may be apart, relatively: a GPU may add in another order. A run that lost a step or its
+random state is off by far more."""
 
 
 def stopped(context: Context) -> None:
@@ -42,9 +45,8 @@ def stopped(context: Context) -> None:
     apart = (
         sum((a - b).square().sum() for a, b in pairs).sqrt() / sum(a.square().sum() for a, _ in pairs).sqrt()
     )
-    # a GPU may add in another order; a run that lost a step or its random state is off by far more
-    message = "bit for bit" if equal else f"apart by {apart:.1e} of the weights, at most 1e-4"
-    context.verdict("the same weights", equal or apart < 1e-4, message)
+    message = "bit for bit" if equal else f"apart by {apart:.1e} of the weights, at most {APART:.0e}"
+    context.verdict("the same weights", equal or apart < APART, message)
 
 
 def arguments(context: Context, folder: Path) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 
 from accept import inputs
 from accept.lines import Context
+from accept.models import LEAST_COSINE
 from ibdistill.runtime.distributed import free_port
 
 WORKER = Path(__file__).parents[1] / "accept_ranks.py"
@@ -25,6 +26,11 @@ STAGES = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 PLACEMENTS = ("replica", "zero3", "cpu_offload")
 ALL_END = 60.0
 """Seconds within which all ranks end after one was killed."""
+LENGTH_OFF = 1e-2
+"""How far the length of the gradients over ranks may be off one rank's, relatively. It tells a sum from a
+mean, which the cosine does not."""
+CONFIDENCE_OFF = 1e-2
+"""How far mean confidences may lie apart where only the order of additions differs."""
 
 
 def launch(
@@ -92,8 +98,8 @@ def gradients(context: Context) -> None:
         got = torch.load(path)
         cosine = torch.nn.functional.cosine_similarity(got.double(), truth.double(), dim=0).item()
         length = (got.norm() / truth.norm()).item()
-        bound = 1 - 1e-9 if context.small else 0.999
-        holds = cosine > bound and abs(length - 1) < 1e-2
+        bound = 1 - 1e-9 if context.small else LEAST_COSINE
+        holds = cosine > bound and abs(length - 1) < LENGTH_OFF
         context.verdict(
             path.stem, holds, f"cosine {cosine:.6f} (> {bound:g}), length {length:.4f} of one rank's"
         )
@@ -172,7 +178,7 @@ def same_scores(context: Context, case: str, scores: dict[str, dict[str, float]]
     explains."""
     (first, a), (second, b) = scores.items()
     apart = abs(a["confidence"] - b["confidence"])
-    bound = 1e-5 if context.small else 1e-2
+    bound = 1e-5 if context.small else CONFIDENCE_OFF
     message = f"{first} against {second}: accuracy {a['accuracy']:.4f} and {b['accuracy']:.4f}, confidence "
     message += f"{a['confidence']:.6f} and {b['confidence']:.6f} (apart by {bound:g} at most)"
     context.verdict(case, a["accuracy"] == b["accuracy"] and apart <= bound, message)
