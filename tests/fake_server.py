@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import sys
 import threading
@@ -13,6 +15,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -46,11 +49,15 @@ class FakeServer(ThreadingHTTPServer):
     def handle_error(self, request, client_address) -> None:
         """A client that has gone away is no news."""
 
+    def logprobs(self, ids: list[int]) -> torch.Tensor:
+        """[n - 1, V] of every token but the first."""
+        with self.lock, torch.no_grad():
+            return self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+
     def places(self, prompt: str | list[int], k: int) -> tuple[list[int], list[float], list[list[tuple]]]:
         """Token ids; and of every token but the first its log-probability, and the k best (id, logprob)."""
         ids = self.tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
-        with self.lock, torch.no_grad():
-            logprobs = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+        logprobs = self.logprobs(ids)
         best = logprobs.topk(k)
         own = logprobs[torch.arange(len(ids) - 1), torch.tensor(ids[1:])].tolist()
         pairs = [
@@ -110,6 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "slow":
             time.sleep(1.5)
         routes = {"/v1/models": self._models, "/v1/completions": self._vllm, "/generate": self._sglang}
+        routes["/inference/v1/generate"] = self._vllm_given
         routes["/v1/chat/completions"] = lambda body, fault: self.server.write(body)
         if self.path not in routes:
             return self._send(404, {"error": "no such route"})
@@ -153,10 +161,49 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _sglang(self, body, fault) -> dict[str, Any]:
         prompt = body["text"] if "text" in body else body["input_ids"]
+        if "token_ids_logprob" in body:
+            return self._sglang_given(body, fault)
         ids, own, places = self._scored(prompt, body["top_logprobs_num"], fault)
         tokens = [[logprob, token, None] for token, logprob in zip(ids, [None, *own], strict=True)]
         top = [None, *([[p, t, None] for t, p in place] for place in places)]
         return {"text": "", "meta_info": {"input_token_logprobs": tokens, "input_top_logprobs": top}}
+
+    def _given(self, ids: list[int], start: int, rows: np.ndarray, fault: str) -> np.ndarray:
+        """The log-probabilities of the tokens `rows` [n - 1 - start, k]; -1: -inf."""
+        scores = self.server.logprobs(ids)[start:].gather(1, torch.from_numpy(rows).clamp(min=0)).numpy()
+        scores = np.where(rows < 0, -np.inf, scores).astype(np.float32)
+        if fault == "given nan":
+            scores[-1] = np.nan
+        if fault == "given other":
+            scores -= 1
+        if fault == "given mass":
+            scores[-1] = -0.1
+        return scores[:-1] if fault == "given few" else scores
+
+    def _vllm_given(self, body, fault) -> dict[str, Any]:
+        """Token ids for each place, and a matrix as the text of a .npy file."""
+        asked = body["sampling_params"]
+        ids, start = body["token_ids"], asked["prompt_logprob_start"]
+        rows = np.array(asked["prompt_logprob_token_ids"])
+        if len(rows) != len(ids) - 1 - start:
+            return {"error": "another number of rows"}
+        file = io.BytesIO()
+        np.save(file, self._given(ids, start, rows, fault))
+        text = base64.b64encode(file.getvalue()).decode()
+        said = {"given none": None, "given form": text[:40]}.get(fault, text)
+        return {"choices": [], "prompt_token_id_logprobs": said}
+
+    def _sglang_given(self, body, fault) -> dict[str, Any]:
+        """One list of token ids for all places, whose first is empty."""
+        ids, start, union = body["input_ids"], body["logprob_start_len"], body["token_ids_logprob"]
+        rows = np.tile(np.array(union), (len(ids) - 1 - start, 1))
+        scores = self._given(ids, start, rows, fault)
+        named = [token + (fault == "given ids") for token in union]
+        places = [[[p, t, None] for p, t in zip(row, named, strict=True)] for row in scores.tolist()]
+        own = [None, *self.server.logprobs(ids)[range(start, len(ids) - 1), ids[start + 1 :]].tolist()]
+        tokens = [[p, t, None] for p, t in zip(own, ids[start:], strict=True)]
+        given = None if fault == "given form" else [None, *places]
+        return {"meta_info": {"input_token_logprobs": tokens, "input_token_ids_logprobs": given}}
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from ibdistill.config.fields import shown
-from ibdistill.config.methods import METHODS
+from ibdistill.config.methods import METHODS, SAMPLED
 
 if TYPE_CHECKING:
     from ibdistill.config.sections import Config, ObjectiveConfig, TeacherConfig
@@ -56,6 +56,7 @@ def check(config: Config) -> None:
             if needed and not getattr(teacher, name):
                 raise ValueError(f"teacher.placement is 'cache'; name its folder in teacher.{name}")
     _check_server(teacher, objective, wanted)
+    _check_candidates(config)
     if teacher.load_in_8bit and teacher.placement != "replica":
         raise ValueError(
             f"teacher.load_in_8bit goes with teacher.placement replica, not {teacher.placement!r}: "
@@ -110,6 +111,26 @@ def _check_server(teacher: TeacherConfig, objective: ObjectiveConfig, wanted: li
         raise ValueError(
             f"objective.kd_temperature is {objective.kd_temperature:g}, and the probabilities of "
             "teacher.placement server are at 1; those at another need all tokens, not the top k. Take 1"
+        )
+
+
+def _check_candidates(config: Config) -> None:
+    """Raise ValueError where the student's candidates have no use, or are not enough."""
+    setting = f"teacher.server_candidates is {config.teacher.server_candidates!r}"
+    if config.teacher.server_candidates == "teacher":
+        return
+    if (placement := config.teacher.placement) != "server":
+        raise ValueError(f"{setting}, which goes with teacher.placement server, and that is {placement!r}")
+    if not config.on_policy.share:
+        raise ValueError(
+            f"{setting}, and on_policy.share is 0: the data's text is scored once, before training, and the "
+            "student's candidates change with every step; set on_policy.share, or take teacher"
+        )
+    if (divergence := config.objective.divergence) in (*SAMPLED, "top1"):
+        what = "teacher's most probable token" if divergence == "top1" else "drawn tokens alone"
+        raise ValueError(
+            f"{setting}, and objective.divergence {divergence} needs the {what}; take teacher, or another "
+            "divergence, such as reverse"
         )
 
 

@@ -149,6 +149,8 @@ def fingerprint(
     }
     if config.placement == "server":  # in whichever precision it works
         found |= {"precision": "server", "served": config.served_model}
+    if config.server_candidates == "student":
+        found["candidates"] = "the student's, in its own text"
     # What a tokenizer puts in front of a question is in the teacher's rows, and not in an entry's key. Most
     # put nothing there, and their caches need no word of it.
     if (bos := bos_of(theirs or tokenizer)) is not None:

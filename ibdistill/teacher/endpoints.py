@@ -98,7 +98,10 @@ class Endpoints:
             try:
                 return self._send(address, route, body, read)
             except LookupError as error:
-                raise ValueError(f"{error}; correct teacher.server_schema or teacher.server_model") from None
+                ways_out = "correct teacher.server_schema or teacher.server_model"
+                if self._config.server_candidates == "student":  # which have a route of their own
+                    ways_out += ", or set teacher.server_candidates teacher"
+                raise ValueError(f"{error}; {ways_out}") from None
             except _Passing as failure:
                 if url:
                     raise ValueError(f"teacher.server_urls: {failure}") from None

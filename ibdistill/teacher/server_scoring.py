@@ -30,10 +30,11 @@ from ibdistill.data.features import Features
 from ibdistill.data.records import SEGMENTS
 from ibdistill.models import families, presets
 from ibdistill.models.architectures import ENCODER_DECODER, family
+from ibdistill.models.whole_model import WholeModel
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.runtime import distributed
 from ibdistill.runtime.distributed import StopRequest
-from ibdistill.teacher import answer_tensors, server_schemas
+from ibdistill.teacher import answer_tensors, server_candidates, server_schemas
 from ibdistill.teacher.answer_tensors import NO_HEAD
 from ibdistill.teacher.cache import FINGERPRINT, AnswerCache
 from ibdistill.teacher.cache_shard import Entry, record_key
@@ -90,6 +91,15 @@ def probe(config: TeacherConfig, endpoints: Endpoints, tokenizer: PreTrainedToke
     for url in endpoints.urls:
         score(config, endpoints, PROBE, ids, model.vocab_size, url)  # by its own tokenizer
         scored = score(config, endpoints, ids, ids, model.vocab_size, url)
+        if config.server_candidates == "student":
+            given = server_candidates.ask(config, endpoints, ids, 0, scored.ids, url)
+            distance = np.abs(np.exp(given) - np.exp(scored.logprobs)).sum(1).mean() / 2
+            if distance > PROBE_DISTANCE:
+                raise ValueError(
+                    f"the teacher's server {url} contradicts itself: where candidates are asked for by their "
+                    f"ids, probabilities of a known text differ by {distance:.3f}, and {PROBE_DISTANCE} is "
+                    "allowed; set teacher.server_candidates teacher"
+                )
         if expected is None:
             continue
         said = torch.from_numpy(np.exp(scored.logprobs))
@@ -134,6 +144,7 @@ def fill(
     stop: StopRequest,
     *,
     probes: bool = True,
+    writer: WholeModel | None = None,
 ) -> None:
     """Let the server score all of `features` that is not in `teacher.cache` yet. Collective.
 
@@ -145,14 +156,18 @@ def fill(
         streams: those whose targets are scored.
         head_rows: number of rows of the student's head.
         probes: whether the server is probed first; it has been otherwise.
+        writer: the student, whose most probable tokens are asked about; None: the teacher's own are.
 
     Raises ValueError as `AnswerCache`, `probe` and `Endpoints.post` do, and SystemExit if a signal asked the
     run to stop. What was scored until then is in the cache.
     """
     filling = _Filling(config, wanted, tokenizer, features, streams, head_rows, stop, probes)
-    missing = distributed.run_on_rank_0(filling.open)
-    for start in range(0, missing, _ROUND):
-        distributed.run_on_rank_0(partial(filling.round, start))
+    missing, rows = distributed.run_on_rank_0(filling.open)
+    for start in range(0, len(missing), _ROUND):
+        part, given = missing[start : start + _ROUND], {}
+        if writer is not None:
+            given = server_candidates.of(config, writer, tokenizer, features, part, streams, rows)
+        distributed.run_on_rank_0(partial(filling.round, part, given))
         if code := stop.exit_code():
             logger.warning("stopped by a signal while the teacher's server scored, exit code %d", code)
             dist.barrier()
@@ -180,16 +195,21 @@ class _Filling:
             self._scored, _ = features.own_alone(range(len(features)), questions=True)
         self._done, self._tokens, self._told = 0, 0, time.monotonic()
 
-    def open(self) -> int:
-        """Open the cache, and probe the server if it will be asked; how many records are missing."""
+    def open(self) -> tuple[list[int], int]:
+        """Open the cache, and probe the server if it will be asked.
+
+        The records that are missing, and how many tokens both models have a row for.
+        """
         config, tokenizer = self._config, self._tokenizer
         folder = Path(config.cache)
         self._cache = AnswerCache(folder, answer_tensors.fingerprint(config, self._wanted, tokenizer), rank=0)
         keys = {record_key(self._features, i): i for i in range(len(self._features))}
-        self._todo = [(key, i) for key, i in keys.items() if key not in self._cache]
+        self._todo = {i: key for key, i in keys.items() if key not in self._cache}
+        rows = self._head_rows
         if self._todo:
             self._endpoints = Endpoints(config)
             model = families.load_config(config.model, "teacher.model")
+            rows = min(rows, model.vocab_size)
             own = check_vocabulary(config.model, tokenizer, self._head_rows, model.vocab_size)
             if self._probes:
                 self._endpoints.check()
@@ -199,17 +219,15 @@ class _Filling:
             said = "teacher's server: %d of %d records are to be scored by %s"
             if self._probes:
                 logger.info(said, len(self._todo), len(keys), ", ".join(self._endpoints.urls))
-        return len(self._todo)
+        return list(self._todo), rows
 
-    def round(self, start: int) -> None:
-        """Score the records from number `start` on, and see them on disk, whatever ends the round."""
+    def round(self, part: Sequence[int], given: dict[int, Entry]) -> None:
+        """Score these records, and see them on disk, whatever ends the round. `given`: their candidates."""
         try:
             try:
-                part = self._todo[start : start + _ROUND]
-                for (key, _), entry in self._endpoints.each(
-                    lambda one: self._entry(one[1]), part, self._stop
-                ):
-                    self._cache.put(key, entry)
+                asking = self._endpoints.each(lambda one: self._entry(one, given.get(one)), part, self._stop)
+                for index, entry in asking:
+                    self._cache.put(self._todo[index], entry)
                     self._tell(entry)
             finally:
                 self._cache.flush()
@@ -226,8 +244,8 @@ class _Filling:
             message = "teacher's server: %d of %d records scored, %d target tokens"
             logger.info(message, self._done, len(self._todo), self._tokens)
 
-    def _entry(self, index: int) -> Entry:
-        """One record's entry of the cache, in the form of `answer_tensors.pack`."""
+    def _entry(self, index: int, given: Entry | None) -> Entry:
+        """One record's entry of the cache, in the form of `answer_tensors.pack`; `given`: its candidates."""
         batch = batches.collate(self._scored, [index], self._streams, **self._layout)
         entry: Entry = {}
         k = 1 if self._wanted.own else min(self._config.cache_top_k, self._head_rows)
@@ -239,22 +257,27 @@ class _Filling:
                 # the last target is not read in training; here its probability is asked for
                 tokens = [*row.tolist(), int(labels[-1])]
                 try:
-                    found = score(self._config, self._endpoints, tokens, tokens, self._head_rows, k=k)
+                    if given is None:
+                        found = score(self._config, self._endpoints, tokens, tokens, self._head_rows, k=k)
+                        ids, logprobs = found.ids, found.logprobs
+                    else:
+                        at = {s: batch.positions[s].numpy() for s in SEGMENTS[stream]}
+                        ids, logprobs = server_candidates.score(
+                            self._config, self._endpoints, tokens, at, given
+                        )
                 except distributed.Unreachable:
                     raise
                 except ValueError as error:
                     raise ValueError(f"record {self._features.ids[index]}: {error}") from None
-                ids, logprobs = found.ids, found.logprobs
                 if self._wanted.own:
                     ids, logprobs = np.array(tokens[1:])[:, None], found.own[:, None]
             for segment in SEGMENTS[stream]:
                 at = batch.positions[segment].numpy()
                 entry[f"{segment}.ids"] = torch.from_numpy(ids[at]).int()
                 probabilities = torch.from_numpy(np.exp(logprobs[at]))
-                # that of a drawn token may be too small for 16 bits, and its logarithm is what counts
-                entry[f"{segment}.probabilities"] = (
-                    probabilities.float() if self._wanted.own else probabilities.half()
-                )
+                # that of the student's token may be too small for 16 bits, and its logarithm is what counts
+                exact = self._wanted.own or self._config.server_candidates == "student"
+                entry[f"{segment}.probabilities"] = probabilities.float() if exact else probabilities.half()
         return entry
 
 

@@ -10,7 +10,6 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.load import to_yaml
 from ibdistill.config.sections import Config
-from ibdistill.config.zero_file import zero_stage
 from ibdistill.data import loading
 from ibdistill.data.features import Features
 from ibdistill.data.records import Record
@@ -45,6 +44,7 @@ def assemble(
     unlabelled: Sequence[Record],
     tokenizer: PreTrainedTokenizerBase,
     student: nn.Module,
+    whole: WholeModel,
     features: Features,
     sampler: Sampler,
     teacher_answers: TeacherAnswers | None,
@@ -55,7 +55,6 @@ def assemble(
     """
     # dropout differs between ranks; a checkpoint replaces this state
     random_state.seed_everything(config.run.seed + world.rank)
-    whole = WholeModel(student, sharded=zero_stage(config) == 3)  # before the engine partitions the student
     module = distillation.Distillation(
         student,
         config.objective,

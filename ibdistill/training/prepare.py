@@ -15,12 +15,13 @@ from ibdistill.config.sections import (
     ObjectiveConfig,
     TeacherConfig,
 )
-from ibdistill.config.zero_file import readers, settle_ds_config, split_batch
+from ibdistill.config.zero_file import readers, settle_ds_config, split_batch, zero_stage
 from ibdistill.data import loading
 from ibdistill.data.features import Features
 from ibdistill.data.records import Record
 from ibdistill.data.sampler import OnPolicySampler, Sampler
 from ibdistill.data.token_sampler import TokenSampler
+from ibdistill.models.whole_model import WholeModel
 from ibdistill.objectives import weights
 from ibdistill.planning import memory_check
 from ibdistill.runtime import distributed
@@ -80,6 +81,7 @@ def prepare(config: Config, world: World) -> Job:
     sampler = build_sampler(config, features, readers(config.optim, world.size))
     made = (records, unlabelled, described, tokenizer, student)
     inputs = distributed.run_on_rank_0(lambda: run_folder.check_inputs(folder, config, *made))
+    whole = WholeModel(student, sharded=zero_stage(config) == 3)  # before the engine partitions the student
     teacher_answers = build_teacher(
         config.teacher,
         config.objective,
@@ -89,6 +91,7 @@ def prepare(config: Config, world: World) -> Job:
         world,
         teacher,
         stop,
+        whole,
         expects_more=bool(unlabelled) or config.on_policy.share > 0,
         alignment=alignment,
         seed=config.run.seed,
@@ -102,6 +105,7 @@ def prepare(config: Config, world: World) -> Job:
         unlabelled=unlabelled,
         tokenizer=tokenizer,
         student=student,
+        whole=whole,
         features=features,
         sampler=sampler,
         teacher_answers=teacher_answers,
@@ -192,6 +196,7 @@ def build_teacher(
     world: World,
     teacher: Teacher | None,
     stop: StopRequest,
+    whole: WholeModel,
     *,
     expects_more: bool,
     alignment: TextAlignment | None = None,
@@ -199,7 +204,8 @@ def build_teacher(
 ) -> TeacherAnswers | None:
     """What answers for the teacher while the student learns; None if the objective wants no answers.
 
-    A teacher behind a server gives all its answers here. `teacher`: one that is loaded already.
+    A teacher behind a server gives all its answers here. `teacher`: one that is loaded already. `whole`: the
+    student as it will be when its own text is scored.
     `expects_more`: others will join `features`. `alignment`: for a teacher of another vocabulary. `seed`: of
     the run.
     """
@@ -211,7 +217,8 @@ def build_teacher(
         head_rows = student.get_output_embeddings().weight.shape[0]
         rest = weights.teacher_streams(objective), head_rows, stop
         server_scoring.fill(config, wanted, tokenizer, features, *rest)
+        writer = whole if config.server_candidates == "student" else None
         more["score"] = lambda added: server_scoring.fill(
-            config, wanted, tokenizer, added, *rest, probes=False
+            config, wanted, tokenizer, added, *rest, probes=False, writer=writer
         )
     return TeacherAnswers(config, wanted, tokenizer, features, student, world, teacher, **more)

@@ -19,7 +19,9 @@ from tiny_models import tiny as tiny_model
 from ibdistill import train
 from ibdistill.config.load import load_settings
 from ibdistill.data import loading
+from ibdistill.models import forward
 from ibdistill.objectives.weights import step_weights
+from ibdistill.ops.head_loss.arguments import SMALLEST_PROBABILITY
 from ibdistill.runtime.distributed import StopRequest, Unreachable
 from ibdistill.teacher import server_scoring, server_writing, writing
 from ibdistill.teacher.endpoints import KEY, _seconds
@@ -28,6 +30,19 @@ from ibdistill.training import on_policy
 
 ROUTES = {"vllm": "/v1/completions", "sglang": "/generate"}
 SECRET = "sk-secret-0123456789"
+FALSE_CANDIDATES = [
+    ("given few", "were asked for"),
+    ("given nan", "not finite"),
+    ("given mass", "add up to .*, more than 1"),
+    ("given form", "has not the form of teacher.server_schema"),
+    ("given other", "contradicts itself: .* differ by"),
+]
+OWN_CANDIDATES = {
+    "on_policy.share": 0.5,
+    "on_policy.max_tokens": 6,
+    "objective.divergence": "reverse",
+    "teacher.server_candidates": "student",
+}
 LIMITS = {"data.max_question_tokens": 128, "data.max_label_tokens": 16, "data.max_rationale_tokens": 48}
 
 
@@ -180,6 +195,68 @@ def test_the_student_s_own_text_is_scored_when_it_is_there(
     assert found["server"] == pytest.approx(found["local"], rel=1e-4) and found["server"]["kd_sampled"]
 
 
+@pytest.mark.parametrize(("schema", "method"), [("vllm", "kd"), ("sglang", "cot+kd")])
+def test_the_student_s_candidates_get_the_teacher_s_probabilities(make_job, settings, server, schema, method):
+    """Those of the local model to 1e-4, at each place of the student's own text; the loss is the reverse KL
+    over these and the rest, with the floor that every top k has. The data's text keeps the teacher's own."""
+    mine = settings | OWN_CANDIDATES | {"objective.method": method}
+    job = make_job(**mine, **at(server, schema))
+    on_policy.refresh(job)
+    (rows, batch), *_ = job.micro_batches()
+    answer, loss = answer_and_loss(job)
+    theirs, expected = server.model, {}
+    with torch.no_grad():
+        for segment, at_place in batch.positions.items():
+            target = answer.targets[segment]
+            both = []
+            for model in (job.engine.module.model, theirs):
+                states = forward.states(model.eval(), batch).targets[segment]
+                both.append(model.lm_head(states).double().log_softmax(-1))
+            ours, full = both
+            lengths = job.features.targets[segment].lengths[rows]
+            own = torch.from_numpy(np.repeat(job.features.own[rows], lengths))
+            assert not own.all() and len(at_place) == len(own)
+            told = full.gather(1, target.ids)
+            torch.testing.assert_close(target.probabilities[own].double().log(), told[own], atol=1e-4, rtol=0)
+            for who, where in ((ours, own), (full, ~own)):
+                best = who.topk(20).indices.sort(1).values
+                assert torch.equal(target.ids[where].sort(1).values, best[where])
+            assert segment == "answer" or (told[own].exp() < 6e-5).any()  # which 16 bits would have rounded
+            assert (target.probabilities.diff(dim=1) <= 0).all()  # the most probable first
+            q, p = (
+                torch.cat([x.gather(1, target.ids).exp(), torch.zeros(len(x), 1)], 1) for x in (full, ours)
+            )
+            for x in (q, p):
+                x[:, -1] = 1 - x.sum(1)
+            q.clamp_(min=SMALLEST_PROBABILITY)
+            kl = (p * (p / q).log()).sum(1)
+            expected[segment] = kl, own
+    kl, own = expected[job.gold.text]
+    assert loss["kd_sampled"] == pytest.approx(float(kl[own].sum()), rel=1e-4)
+    train.train_step(job)
+
+
+@pytest.mark.parametrize(
+    ("schema", "fault", "message"),
+    [
+        *((schema, *case) for schema in SCHEMAS for case in FALSE_CANDIDATES),
+        ("sglang", "given ids", "says nothing about the tokens"),
+        ("vllm", "given none", "VLLM_USE_V2_MODEL_RUNNER=1, or set teacher.server_candidates teacher"),
+        ("vllm", "404", "/inference.* or set teacher.server_candidates teacher"),
+    ],
+)
+def test_candidates_that_cannot_be_true_are_refused_by_the_probe(
+    settings, server, tmp_path, schema, fault, message
+):
+    server.fault = lambda route, number: fault if route in ("/inference/v1/generate", "/generate") else ""
+    mine = settings | OWN_CANDIDATES | at(server, schema)
+    config = load_settings(None, tiny(tmp_path / "run", **mine))
+    with pytest.raises(ValueError, match=f"{server.url}.*({message})"):
+        server_scoring.check(config)
+    server.fault = lambda route, number: ""
+    server_scoring.check(config)
+
+
 def test_a_server_that_dies_in_mid_run_ends_the_run_saved(make_job, settings, server):
     """With exit code 6; the same command samples the same text and goes on from what was scored."""
     mine = settings | {"on_policy.share": 0.5, "on_policy.max_tokens": 6, "on_policy.every": 0.25}
@@ -321,7 +398,8 @@ def test_two_ranks_wait_for_a_server_that_dies_and_go_on_from_what_it_said(
     monkeypatch.setenv(KEY, SECRET)
     server.key = SECRET
     server.fault = lambda route, number: "503" if number > 20 and route == ROUTES["vllm"] else ""
-    mine = settings | {"optim.max_steps": 4, "run.test_limit": 2, "teacher.server_urls": server.url}
+    mine = settings | OWN_CANDIDATES | {"optim.max_steps": 4, "run.test_limit": 2}
+    mine |= {"teacher.server_urls": server.url}
     arguments = as_arguments(tiny(tmp_path / "run", **mine))
     patient = ["--teacher.server_wait", "2", "--teacher.server_requests", "2"]
     log = tmp_path / "log"
@@ -334,10 +412,12 @@ def test_two_ranks_wait_for_a_server_that_dies_and_go_on_from_what_it_said(
     )
     done = scored_entries(settings["teacher.cache"])
     assert 1 <= done <= 9
-    server.fault, server.asked[ROUTES["vllm"]] = (lambda route, number: ""), 0
+    server.fault = lambda route, number: ""
+    server.asked.clear()
     assert launch([TRAIN, "demo", *arguments], ranks=2, log=log) == 0, log.read_text()[-3000:]
     assert server.asked[ROUTES["vllm"]] == 2 + 2 * (16 - done)  # a request for either stream
-    assert "all 16 training records are in" in log.read_text()
+    assert server.asked["/inference/v1/generate"] == 1 + 2 * 8  # 8 texts of the student's
+    assert "all 16 records are in" in log.read_text()
     result = json.loads((tmp_path / "run/result.json").read_text())
     assert (result["steps"], result["ranks"], result["method"]) == (4, 2, "kd")
     for path in [p for p in tmp_path.rglob("*") if p.is_file()]:
@@ -368,6 +448,15 @@ def test_two_ranks_wait_for_a_server_that_dies_and_go_on_from_what_it_said(
             "mi_pair teacher needs more than the top k",
         ),
         ({"teacher.rationales": "all"}, "set teacher.template"),
+        ({"teacher.server_candidates": "student"}, "on_policy.share is 0: the data's text is scored once"),
+        (
+            {"teacher.server_candidates": "student", "on_policy.share": 0.5, "objective.divergence": "k2"},
+            "divergence k2 needs the drawn tokens alone; take teacher",
+        ),
+        (
+            {"teacher.server_candidates": "student", "on_policy.share": 0.5, "objective.divergence": "top1"},
+            "divergence top1 needs the teacher's most probable token",
+        ),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )

@@ -101,6 +101,10 @@ class TeacherConfig:
     key, if they want one, is in the environment variable IBDISTILL_TEACHER_API_KEY."""
     server_schema: Literal["vllm", "sglang"] = "vllm"
     """How the server is asked for log-probabilities: see `teacher/server_schemas.py`."""
+    server_candidates: Literal["teacher", "student"] = "teacher"
+    """Whose most probable tokens at each place of the student's own text (`on_policy.share`) the server gives
+    probabilities of. student: for divergences that look where the student's mass is, such as reverse; vLLM
+    needs its V2 model runner for it."""
     server_model: str = ""
     """The model's name on the server; empty: `teacher.model`."""
     server_requests: AtLeastOne = 16
