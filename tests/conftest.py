@@ -17,7 +17,7 @@ if "HF_HOME" not in os.environ:  # where tables of data go; workers of pytest-xd
     atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 import pytest
-from harness import ROOT, short_demo, tiny
+from harness import ROOT, short_code, short_demo, tiny
 
 sys.path.append(str(ROOT / "tools"))  # the planner's modules, and the scripts beside them
 
@@ -93,9 +93,11 @@ def demo_in_short(request) -> Iterator[None]:
     """`harness.short_demo` for every test but those of the corpus itself."""
     with pytest.MonkeyPatch.context() as patch:
         if request.path.parent.name != "data":
+            from ibdistill.data import stored_records
             from ibdistill.data.tasks import demo
 
             patch.setattr(demo, "load_demo", short_demo(demo.load_demo))
+            patch.setattr(stored_records, "code", short_code)  # its tables are not those of the whole demo
         yield
 
 

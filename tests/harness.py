@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import functools
 import json
 import multiprocessing
 import os
@@ -160,6 +161,11 @@ def tiny(folder: Path, **overrides) -> dict[str, object]:
     } | overrides
 
 
+def short_code() -> str:
+    """In place of `stored_records.code` where the demo is short, whose tables are others."""
+    return "short demo"
+
+
 def short_demo(load_demo: Callable) -> Callable:
     """`demo.load_demo` with 64 of 1,000 validation problems and of 2,000 test problems, all of which each run
     tokenizes and checks before it starts.
@@ -167,6 +173,7 @@ def short_demo(load_demo: Callable) -> Callable:
     Ranks of a launcher have the whole demo; a fork that shares a run's folder with them needs IN_FULL.
     """
 
+    @functools.wraps(load_demo)
     def load(task: str, *test_seed: int) -> dict[str, list]:
         splits = load_demo(task, *test_seed)
         return {name: records if name == "train" else records[:64] for name, records in splits.items()}

@@ -9,10 +9,11 @@ from __future__ import annotations
 import gc
 import importlib
 
-from harness import short_demo
+from harness import short_code, short_demo
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 from ibdistill import evaluate_student, train  # noqa: F401
+from ibdistill.data import stored_records
 from ibdistill.data.tasks import demo
 from ibdistill.evaluation import report
 
@@ -22,12 +23,13 @@ for name in ("peft", "matplotlib.figure", "sacrebleu", "torch.utils.tensorboard"
     importlib.import_module(name)
 get_checkpoint_conversion_mapping("t5")
 demo.unlabelled(0)  # makes everything
-_IN_FULL = demo.load_demo, report.figures
+_IN_FULL = demo.load_demo, report.figures, stored_records.code
 demo.load_demo, report.figures = short_demo(demo.load_demo), lambda *_: {}
+stored_records.code = short_code
 gc.collect()
 gc.freeze()  # no collection in a fork looks at all this again
 
 
 def leave_nothing_out() -> None:
     """What a fork with `harness.IN_FULL` does first."""
-    demo.load_demo, report.figures = _IN_FULL
+    demo.load_demo, report.figures, stored_records.code = _IN_FULL

@@ -458,7 +458,7 @@ def test_taught_questions_join_the_labelled_records_with_the_teachers_answers(wo
     settings = asked | {"data.subsample": 4, "data.taught": N, "data.label_source": "teacher"}
     job = prepare(load_settings(None, settings | {"teacher.rationales": "missing"}), world)
     said = [replace(r, id=name) for name, r in zip(names, taught(demo_records(N)), strict=True)]
-    assert job.records.train == demo_records(4) + said[:2] + said[3:] and len(job.features) == 13
+    assert list(job.records.train) == demo_records(4) + said[:2] + said[3:] and len(job.features) == 13
     job.board.close()
     job.engine.destroy()
 

@@ -86,6 +86,8 @@ def test_bad_arguments_are_refused(arguments, message):
 
 def test_two_kills_of_a_run_that_changes_its_zero_stage(tmp_path, monkeypatch, capsys):
     """One rank, a fork of the tests' server, which has the imports: four starts in a few seconds."""
+    for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(variable, raising=False)  # the command does, and this gives them back
     for setting, value in {"optim.max_steps": 4, "run.test_limit": 1}.items():
         monkeypatch.setitem(killing.SETTINGS, setting, value)
     one_rank = phases.PHASES["sharing"]._replace(starts=[(1, "zero1"), (1, "zero0"), (1, "zero2")])

@@ -112,7 +112,7 @@ def test_every_batch_has_its_share_of_pseudo_labelled_records(share, num_pseudo)
 def test_joined_features_are_the_ones_and_then_the_others():
     first, second = random_features(5, seed=1), random_features(3, seed=2)
     both = first + second
-    assert len(both) == 8 and both.ids == first.ids + second.ids
+    assert len(both) == 8 and list(both.ids) == [*first.ids, *second.ids]
     for table in ("questions", "targets"):
         for stream in STREAMS:
             parts = [getattr(features, table)[stream] for features in (first, second, both)]

@@ -13,7 +13,8 @@ from chat_tokenizers import smollm2
 from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, tiny
 
 from ibdistill.config.load import load_settings
-from ibdistill.data import arrow_tables, loading, token_ids, tokenizers
+from ibdistill.data import arrow_tables, loading, stored_records, token_ids, tokenizers
+from ibdistill.data.tasks import demo
 from ibdistill.data.tokenizing import taught, tokenize
 from ibdistill.training import prepare, run_folder, tables
 
@@ -114,8 +115,10 @@ def test_a_table_holds_what_one_block_in_memory_does(case, world, tmp_path, monk
     ],
     ids=["dss", "dss-cot"],
 )
-def test_a_run_of_the_commit_before_tables_goes_on(settings, digest, world):
-    """The digests in `inputs.json` as commit c5da7e4 wrote them."""
+def test_a_run_of_the_commit_before_tables_goes_on(settings, digest, world, monkeypatch):
+    """The digests in `inputs.json` as commit c5da7e4 wrote them, of the whole demo."""
+    monkeypatch.setattr(demo, "load_demo", demo.load_demo.__wrapped__)
+    monkeypatch.setattr(stored_records, "code", lambda: "whole demo")
     config = load_settings(None, {"data.subsample": 100} | settings)
     records = tables.load(config.data, world, needs_rationale=True)
     made = tables.tokenize(config, records, tokenizers.demo_tokenizer(), world)
