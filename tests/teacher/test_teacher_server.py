@@ -18,7 +18,7 @@ from tiny_models import tiny as tiny_model
 
 from ibdistill import train
 from ibdistill.config.load import load_settings
-from ibdistill.data import loading
+from ibdistill.data import loading, tokenizing
 from ibdistill.models import forward
 from ibdistill.objectives.weights import step_weights
 from ibdistill.ops.head_loss.arguments import SMALLEST_PROBABILITY
@@ -153,7 +153,7 @@ def fill(world, settings, stop=None, **more):
     )
     prefixes = {name: loading.TASKS[name].prefixes for name in records.test}
     streams = prepare.weights.tokenized_streams(config.objective)
-    features = prepare.tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
+    features = tokenizing.tokenize(records.train, prefixes, tokenizer, config.data, streams=streams)
     wanted = prepare.weights.wanted(config.objective)
     rows = student.get_output_embeddings().weight.shape[0]
     server_scoring.fill(config.teacher, wanted, tokenizer, features, streams, rows, stop or StopRequest())
