@@ -102,6 +102,7 @@ def test_a_step_is_that_of_padded_rows(make_job, tmp_path, case):
         jobs.append(make_job(**settings))
     padded, packed = jobs
     assert (padded.sampler.step(3) == packed.sampler.step(3)).all()
+    assert [job.micro_batches()[0][1].row_lengths is None for job in jobs] == [True, False]
     for job in (padded, packed):
         steps(job, 2)
     for name, weight in weights(packed).items():
