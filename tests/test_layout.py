@@ -171,3 +171,9 @@ def test_no_file_is_long(folder):
 
 def test_the_package_keeps_its_budget():
     assert sum(path.read_text().count("\n") for path in MODULES.values()) <= BUDGET
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """pytest imports them by name, wherever they lie."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(name for name in set(names) if names.count(name) > 1) == []

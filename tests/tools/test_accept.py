@@ -71,8 +71,12 @@ def test_it_is_refused_without_a_gpu_and_over_an_earlier_report(tmp_path):
 @pytest.mark.parametrize(
     ("script", "minutes", "said"),
     [
-        ("import os; print('last words'); os._exit(7)", 1, "died with exit code 7; .*last words"),
-        ("import os; print('last words'); os.kill(os.getpid(), 11)", 1, "died by SIGSEGV; .*last words"),
+        ("import os; print('last words', flush=True); os._exit(7)", 1, "died with exit code 7; .*last words"),
+        (
+            "import os; print('last words', flush=True); os.kill(os.getpid(), 11)",
+            1,
+            "died by SIGSEGV; .*last words",
+        ),
         ("import time; time.sleep(60)", -0.65, "it had not ended after 3 s"),
         ("pass", 1, "it ended without a word"),
     ],
