@@ -249,15 +249,9 @@ class Planner:
             *(self.gpu, self.ranks, self.on_node, placement, precision, config.teacher.precision),
             shared=shared,
         )
-        seconds = step_time.step_seconds(load, rates)
-        if zero.offload_optimizer:  # gradients go to the host, which updates, and weights come back
-            there_and_back = (4 + WIDTH[precision]) * load.updated
-            seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
-        seconds = step_time.with_launches(seconds, load, rates)
+        seconds = self._seconds(load, rates, zero, precision)
         if sampled := self.traces.sampled:
             activations["sampling"] = activations["evaluation"] + sampled.cache
-            args = self.student.sizes(), precision, rates, self.question, self.sampled_per_step
-            seconds["sampling"] = step_time.sampling_seconds(self._at_once(sampled), *args)
         host_room = int(self.gpu.host_memory_gib * GIB / self.on_node)
         run = config.run
         every = min(run.save_every, run.eval_every or run.save_every)  # an evaluation saves too
@@ -269,6 +263,17 @@ class Planner:
             *(placement, file, checkpointing, micro, states, activations, host, self.gpu.room(), host_room),
             *(traffic | ({"teacher": theirs} if theirs else {}), seconds, saved),
         )
+
+    def _seconds(self, load: step_time.Load, rates: step_time.Rates, zero: Zero, precision: str) -> dict:
+        seconds = step_time.step_seconds(load, rates)
+        if zero.offload_optimizer:  # gradients go to the host, which updates, and weights come back
+            there_and_back = (4 + WIDTH[precision]) * load.updated
+            seconds["optimizer"] = (28 * load.updated + there_and_back) / (self.gpu.host_gbs * 1e9)
+        seconds = step_time.with_launches(seconds, load, rates)
+        if sampled := self.traces.sampled:
+            args = self.student.sizes(), precision, rates, self.question, self.sampled_per_step
+            seconds["sampling"] = step_time.sampling_seconds(self._at_once(sampled), *args)
+        return seconds
 
     def loading(self, placement: str) -> int:
         """Bytes of a node's memory while models are loaded.
