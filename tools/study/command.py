@@ -138,7 +138,7 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
 
 
 def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
-    """Note commit, machine and a process's seconds in the run's folder, added to those of interrupted ones."""
+    """Note commit, machine and seconds in the run's folder; seconds of interrupted parts are added."""
     import torch
 
     if not folder.is_dir():
