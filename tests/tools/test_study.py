@@ -369,6 +369,7 @@ def test_what_an_interrupted_run_took_is_counted(tmp_path):
         "process_seconds": 12.0,
         "cpu_seconds": 8.5,
         "commit": command.commit(),
+        "machine": command.machine(),
     }
 
 

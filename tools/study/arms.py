@@ -166,19 +166,8 @@ def build(
     for stage, (name, own) in enumerate((content.get("models") or {}).items()):
         for variant in range(variants):
             own_ = data_path | {k: v for k, v in own.items() if k != "recipe"}
-            run = _run(
-                path,
-                name,
-                own_,
-                own.get("recipe"),
-                None,
-                variant,
-                models,
-                variant,
-                variants,
-                identities,
-                stage,
-            )
+            which = variant, models, variant, variants, identities, stage
+            run = _run(path, name, own_, own.get("recipe"), None, *which)
             models[name, variant] = run
     runs = []
     for name, own in arms.items():
