@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from ibdistill.config.fields import to_flat
 from ibdistill.config.methods import METHODS
@@ -267,7 +269,7 @@ def _front_matter(config: Config) -> dict[str, Any]:
     if name not in presets.PRESETS and config.student.init == "pretrained":
         is_folder = Path(name).is_dir()
         theirs = _card_of(name)
-        base = theirs.get("base_model") if is_folder else name
+        base = _hub_names(theirs.get("base_model")) if is_folder else name
         found |= {"base_model": base} if base else {}
         found |= {key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs}
     return found | {"tags": ["ibdistill", "chain-of-thought", "distillation"]}
@@ -284,15 +286,27 @@ def _card_of(name: str) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
+def _hub_names(names: Any) -> Any:
+    """A card's base models as far as they can be names on the hub; a trainer may have put a path there."""
+    if isinstance(names, list):
+        return list(filter(None, map(_hub_names, names)))
+    try:
+        validate_repo_id(names)
+    except HFValidationError:
+        return None
+    return names if isinstance(names, str) and not Path(names).exists() else None
+
+
 def _settings(config: Config) -> dict[str, dict[str, Any]]:
     """Section -> field -> value, of the settings that describe the training and are not the defaults.
 
-    Of a path only the last part remains, and of the section `run` the seed.
+    Of a path only the last part remains, of the section `run` the seed, and of servers their model's name:
+    where they stand, with a password perhaps, is nobody's business.
     """
     defaults, found = to_flat(Config()), {}
     for name, value in to_flat(config).items():
         section, key = name.split(".", 1)
-        if value == defaults[name] or (section == "run" and key != "seed"):
+        if value == defaults[name] or (section == "run" and key != "seed") or key == "server_urls":
             continue
         if isinstance(value, str) and (Path(value).exists() or Path(value).is_absolute()):
             value = Path(value).name
