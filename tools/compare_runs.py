@@ -36,7 +36,6 @@ COLUMNS = ("run", "method", "task", "accuracy %", "rationale BLEU", "steps", "to
 CURVES = ("loss/total", "loss/predict", "loss/explain", "loss/answer", "loss/rationale")
 CURVES += ("eval/valid_.*_accuracy", "eval/valid_.*_faithful")
 SCORES = ("accuracy", "ece", "rationale_rouge_l", "faithful")
-# two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -47,27 +46,42 @@ def read_result(folder: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_bytes())
         result["method"], result["test"], result["steps"], result["tokens"], result["seconds"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
+        for scores in result["test"].values():
+            scores.items()
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no result of train.py ({type(error).__name__}: {error})") from None
     return result
 
 
 def rows(folder: Path) -> list[tuple[str, ...]]:
-    """The table's rows for a run, one per task. Raises ValueError if the run has no result."""
+    """The table's rows for a run, one per task that it was tested on, or one without scores.
+
+    Raises ValueError if the run has no result.
+    """
+
+    def shown(value: float | None, factor: int) -> str:
+        return "-" if value is None else f"{factor * value:.1f}"
+
     result = read_result(folder)
     return [
         (
             folder.name,
             result["method"],
             task,
-            f"{100 * scores['accuracy']:.1f}",
-            f"{scores['rationale_bleu']:.1f}" if "rationale_bleu" in scores else "-",
+            shown(number(scores, "accuracy"), 100),
+            shown(number(scores, "rationale_bleu"), 1),
             str(result["steps"]),
             str(result["tokens"]),
             f"{result['seconds']:.0f}",
         )
-        for task, scores in result["test"].items()
+        for task, scores in (result["test"] or {"-": {}}).items()
     ]
+
+
+def number(scores: dict[str, Any], name: str) -> float | None:
+    """A score, or None where a run has none or one that is no finite number."""
+    value = scores.get(name)
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def table(lines: list[tuple[str, ...]]) -> str:
@@ -88,7 +102,8 @@ def groups(folders: list[Path]) -> dict[str, list[Path]]:
 
     The runs of a study go by arm and labels, other runs by their settings, the seeds aside: their name is the
     method and what else differs between the groups. Where no two runs share one, they go by their folders'
-    names, which are shorter.
+    names, which are shorter. Runs of the same settings and the same seed, such as a folder's copy, are no
+    repetitions and stand alone.
     """
     grouped: dict[str, list[Path]] = defaultdict(list)
     seeds: dict[str, list[str]] = defaultdict(list)
@@ -114,7 +129,7 @@ _STUDY_RUN = re.compile(r"(.+)-s(\d+)-[0-9a-f]{8}")
 
 def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
     """The runs by what differs between their settings, the seed aside."""
-    settings = {}
+    settings, seeds = {}, {}
     for folder in folders:
         path = folder / "config.yaml"
         try:
@@ -127,6 +142,7 @@ def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
             if isinstance(values, dict)
             for key, value in values.items()
         }
+        seeds[folder] = flat.get("run.seed")
         flat = {n: v for n, v in flat.items() if not n.startswith("run.") and n != "data.subsample_seed"}
         settings[folder] = {"objective.method": read_result(folder)["method"]} | flat
     names = sorted({name for own in settings.values() for name in own})
@@ -135,6 +151,10 @@ def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
     for folder, own in settings.items():
         others = [f"{n.split('.')[1]} {own.get(n)}" for n in varied if n != "objective.method"]
         grouped[" ".join([own["objective.method"], *others])].append(folder)
+    for name, repeated in list(grouped.items()):
+        own = [seeds[folder] for folder in repeated if seeds[folder] is not None]
+        if len(set(own)) < len(own):
+            grouped |= {str(folder): [folder] for folder in grouped.pop(name)}
     return dict(grouped)
 
 
@@ -158,8 +178,8 @@ def score_panels(grouped: dict[str, list[Path]]) -> dict[str, dict[str, list[flo
         for folder in folders:
             for task, scores in read_result(folder)["test"].items():
                 for score in SCORES:
-                    if score in scores:
-                        panels[f"{task} {score}"].setdefault(name, []).append(scores[score])
+                    if (value := number(scores, score)) is not None:
+                        panels[f"{task} {score}"].setdefault(name, []).append(value)
     return panels
 
 
@@ -247,17 +267,18 @@ def runs_among(paths: list[Path]) -> list[Path]:
 
     Raises ValueError if there is none, or if a result is damaged.
     """
-    found, reasons = [], []
+    found: dict[Path, Path] = {}
+    reasons = []
     for path in paths:
-        if (path / "result.json").is_file():
-            found.append(path)
-        else:
+        if not (path / "result.json").is_file():
             reasons.append(f"{path} has no result.json: no run, or not finished")
+        elif (same := found.setdefault(path.resolve(), path)) is not path:
+            reasons.append(f"{path} is the run {same} again")  # not a seed more
     if not found:
         raise ValueError("; ".join(reasons))
     for reason in reasons:
         print(f"skipped: {reason}", file=sys.stderr)
-    return found
+    return list(found.values())
 
 
 def main(arguments: list[str]) -> None:
@@ -276,15 +297,17 @@ def main(arguments: list[str]) -> None:
         grouped = groups(folders)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    figures = [out / "comparison_scores.png"]
-    draw_scores(grouped).savefig(figures[0], dpi=110)
+    figures = {}
     panels, without = curve_panels(grouped)
     if panels:
-        figures.insert(0, out / "comparison_curves.png")
-        draw_curves(grouped, panels).savefig(figures[0], dpi=110)
+        figures[out / "comparison_curves.png"] = draw_curves(grouped, panels)
+    if score_panels(grouped):
+        figures[out / "comparison_scores.png"] = draw_scores(grouped)
+    for path, figure in figures.items():
+        figure.savefig(path, dpi=110)
     for folder in without:
         print(f"no curves of {folder}: {folder / 'tensorboard'} has no events", file=sys.stderr)
-    print("\nfigures:", *figures)
+    print("\nfigures:", *(figures or ["none, as no run has curves or scores"]))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def _texts(student: Student, stream: str, questions: Sequence[str], batch_size: 
     plain = DataConfig(max_question_tokens=prompt.question_limit, answer_marker=prompt.marker)
     config = prompt.chat_settings() if prompt.tags else plain
     records = [Record("", "", text, "", "", gold="") for text in questions]
-    tokenize(records, {"": prompt.prefixes}, student.tokenizer, config, "asked", (stream,))  # for its warnings
+    tokenize(
+        records, {"": prompt.prefixes}, student.tokenizer, config, "asked", (stream,)
+    )  # for its warnings
     answers = decode(
         student.model,
         student.tokenizer,
