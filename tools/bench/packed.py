@@ -10,7 +10,8 @@ Variants take turns at every step, and the least time of a step over the rounds 
 round by itself are printed too. Memory is the most that the resident set (or torch's tensors on a GPU) grows
 to during the three largest steps, in a process of its own, less what was in use before and less 16 bytes per
 parameter of model states. TRL runs in the environment of an interpreter that is given, in a process of its
-own in each round: see `trl_sft.py`.
+own in each round: see `trl_sft.py`. With `cpu_time` seconds are those of CPU time, of all threads of a
+process, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import itertools
 import multiprocessing
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from functools import partial
@@ -85,11 +87,17 @@ class PackedCase:
     batch_size: int
     steps: int
     device: torch.device
+    cpu_time: bool = False
 
     @property
     def variants(self) -> tuple[str, ...]:
         """What is compared."""
         return ("padded", "packed") if self.family == "t5" else ("sft", "padded", "packed")
+
+    @property
+    def tokenizer(self):
+        """Only for its special tokens."""
+        return tokenizers.demo_tokenizer()
 
     def settings(self, packing: str):
         """The settings of our run."""
@@ -114,7 +122,7 @@ class PackedCase:
 
     def batch(self, model, step: int, packed: bool) -> batches.Batch:
         """A step's questions."""
-        layout = families.layout(model, tokenizers.demo_tokenizer())
+        layout = families.layout(model, self.tokenizer)
         rows = self.sampler().step(step)
         return batches.collate(self.features, rows, self.features.streams, packed=packed, **layout)
 
@@ -131,7 +139,7 @@ def sft_loss(model, batch: batches.Batch, alpha: float = 0.5) -> torch.Tensor:
 
 
 def build(case: PackedCase, name: str, world):
-    """A variant's step, which takes a step's number, and its number of parameters."""
+    """A variant's step, which takes a step's number (ours gives the meter), and its parameters' number."""
     model = case.model()
     size = sum(parameter.numel() for parameter in model.parameters())
     settings, sampler = case.settings("on" if name == "packed" else "off"), case.sampler()
@@ -148,14 +156,15 @@ def build(case: PackedCase, name: str, world):
     module = distillation.Distillation(fused.fused(model), settings.objective)
     parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
     parts |= {"config": settings, "world": world, "streams": case.features.streams, "features": case.features}
-    parts |= {"tokenizer": tokenizers.demo_tokenizer(), "sampler": sampler, "meter": Meter()}
+    parts |= {"tokenizer": case.tokenizer, "sampler": sampler, "meter": Meter()}
     sections = settings.student.precision, settings.optim, settings.deepspeed
     parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
     work = job.Job(**parts)
 
-    def step(index: int) -> None:
+    def step(index: int) -> Meter:
         work.state.step = index
         train.train_step(work)
+        return work.meter
 
     return step, size
 
@@ -216,6 +225,7 @@ class RowFigures:
 def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dict[str, RowFigures]:
     """All variants, which take turns."""
     model, found = case.model(), {}
+    clock = time.process_time if case.cpu_time else time.perf_counter
     for name in case.variants:
         made = [case.batch(model, index, packed=name == "packed") for index in range(case.steps)]
         real, positions = (sum(getattr(b, n) for b in made) for n in ("num_tokens", "num_positions"))
@@ -230,13 +240,12 @@ def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dic
     for take in takes.values():
         take(0)  # libraries are warm
     with tempfile.TemporaryDirectory() as folder:
-        file, told = (
-            against_trl.trl_file(case, SHAPE | TIED, folder) if trl else "",
-            {"trl": [], "trl-packed": []},
-        )
+        file = against_trl.trl_file(case, SHAPE | TIED, folder) if trl else ""
+        told = {"trl": [], "trl-packed": []}
         for round_ in range(rounds):
             for index, name in itertools.product(range(case.steps), case.variants):
-                found[name].seconds[round_, index] = devices.timed(partial(takes[name], index), case.device)
+                take = partial(takes[name], index)
+                found[name].seconds[round_, index] = devices.timed(take, case.device, clock)
             for name in told if trl else ():
                 told[name].append(against_trl.run_trl(trl, file, name))
     for name in told if trl else ():
@@ -247,7 +256,14 @@ def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dic
 
 
 def main(
-    family: str, lengths: str, batch_size: int, steps: int, rounds: int, memory: bool, trl: str | None
+    family: str,
+    lengths: str,
+    batch_size: int,
+    steps: int,
+    rounds: int,
+    memory: bool,
+    trl: str | None,
+    cpu_time: bool,
 ) -> None:
     """Measure and print. `lengths`: gsm8k or long. `rounds`: 0 for the padding alone. `trl`: an interpreter
     that has TRL."""
@@ -255,7 +271,9 @@ def main(
         sys.exit(f"--lengths is {lengths!r}; choose {' or '.join(LENGTHS)}")
     if trl:
         against_trl.check_trl(trl, family)
-    case = PackedCase(draw(lengths, family), family, batch_size, steps, devices.choose())
+    case = PackedCase(draw(lengths, family), family, batch_size, steps, devices.choose(), cpu_time)
+    if cpu_time and case.device.type != "cpu":
+        sys.exit("--cpu_time measures the CPU, and the variants run on a GPU: leave it out")
     method = case.settings("off").objective.method
     shape = T5 if family == "t5" else SHAPE
     print(f"{family} of {shape}, {method}, {steps} x {batch_size} of {lengths} lengths, shuffled")
