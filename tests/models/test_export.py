@@ -25,7 +25,7 @@ from ibdistill.data import batches, tokenizers
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.tokenizing import tokenize
-from ibdistill.models import decoding, export, families, model_card
+from ibdistill.models import card_head, decoding, export, families, model_card
 from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
 from ibdistill.ops.head_loss import divergences, sampled_token
@@ -283,14 +283,14 @@ def test_the_card_tells_its_origin_and_no_path(tmp_path):
     ):
         head = yaml.safe_dump({"license": "mit", "base_model": base})
         Path(f"{name}/README.md").write_text(f"---\n{head}---\n")
-        assert model_card._front_matter(config).get("base_model") == public
+        assert card_head.front_matter(config).get("base_model") == public
     config.teacher = TeacherConfig(
         placement="server", server_urls=["http://me:word@10.0.0.1:8000/v1"], server_model="org/teacher"
     )
     own = model_card._settings(config)["teacher"]
     assert own == {"placement": "server", "server_model": "org/teacher"}
     config.student = StudentConfig(model="org/name")
-    assert model_card._front_matter(config)["base_model"] == "org/name"
+    assert card_head.front_matter(config)["base_model"] == "org/name"
     config.student = StudentConfig(model="org/name", init="random")
-    assert "base_model" not in model_card._front_matter(config)
-    assert "base_model" not in model_card._front_matter(Config())
+    assert "base_model" not in card_head.front_matter(config)
+    assert "base_model" not in card_head.front_matter(Config())
