@@ -62,6 +62,19 @@ def rows(folder: Path) -> list[tuple[str, ...]]:
     ]
 
 
+def table(lines: list[tuple[str, ...]]) -> str:
+    """Columns of equal width; text to the left, numbers to the right."""
+    lines = [COLUMNS, *lines]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i < 3 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
+
+
 def look(index: int) -> dict[str, Any]:
     """Colour, marker and line of the group with this number: different for the first 60."""
     from matplotlib import colormaps

@@ -35,25 +35,6 @@ def number(scores: dict[str, Any], name: str) -> float | None:
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def number(scores: dict[str, Any], name: str) -> float | None:
-    """A score, or None where a run has none or one that is no finite number."""
-    value = scores.get(name)
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def table(lines: list[tuple[str, ...]]) -> str:
-    """Columns of equal width; text to the left, numbers to the right."""
-    lines = [COLUMNS, *lines]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(COLUMNS))]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if i < 3 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    )
-
-
 def groups(folders: list[Path]) -> dict[str, list[Path]]:
     """The runs that are repetitions of each other, by the name of their group.
 
