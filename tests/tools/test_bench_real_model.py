@@ -34,12 +34,14 @@ def test_our_run_and_a_plain_loop_have_one_loss_and_learn_the_same(bench, tmp_pa
     (tmp_path / "SVAMP.json").write_text(json.dumps(ITEMS))
     case = bench.prepare(model, str(tmp_path), 2, tmp_path / "cut")
     case.batch_size, case.steps = 4, 3
-    losses = {name: [made(case, world)(0)] for name, made in bench.MADE.items()}
+    losses = {name: [made(case, world)[0](0)] for name, made in bench.MADE.items()}
     assert losses["ours"] == pytest.approx(losses["plain"], rel=1e-5)
-    ours, plain = (made(case, world) for made in bench.MADE.values())
+    (ours, size), (plain, as_many) = (made(case, world) for made in bench.MADE.values())
+    assert size == as_many == sum(parameter.numel() for parameter in case.model().parameters())
+    assert bench.replace(case, tiny=True).model().num_parameters() < size
     ours, plain = ([step(index) for index in range(3)] for step in (ours, plain))
     assert ours == pytest.approx(plain, rel=1e-3) and abs(ours[2] - ours[0]) > 1e-3
-    file = bench.against_trl.trl_file(case, {}, str(tmp_path), case.folder)
+    file = bench.against_trl.trl_file(case, {}, {}, str(tmp_path), case.folder)
     told = json.loads((tmp_path / "case.json").read_text())
     assert (
         file == str(tmp_path / "case.json") and told["pretrained"] == case.folder and len(told["rows"]) == 12

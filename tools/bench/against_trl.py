@@ -14,10 +14,11 @@ GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTH
 """What this process's environment says about its process group, and where it finds its modules."""
 
 
-def trl_file(case, shape: dict, folder: str, pretrained: str = "") -> str:
+def trl_file(case, shape: dict, tiny: dict, folder: str, pretrained: str = "") -> str:
     """The file that `trl_sft.py` reads: all steps' rows of a `PackedCase`, each with its prompt's length.
 
-    `shape`: what makes the model's configuration; `pretrained`: the folder of a model that is taken instead.
+    `shape`: what makes the model's configuration, and `tiny` that of one with which libraries are warmed;
+    `pretrained`: the folder of a model that is taken instead of `shape`.
     """
     features, model, optim = case.features, case.model(), case.settings("off").optim
     rows = []
@@ -36,6 +37,7 @@ def trl_file(case, shape: dict, folder: str, pretrained: str = "") -> str:
         "shape": shape,
         "cpu_time": case.cpu_time,
         "pretrained": pretrained,
+        "tiny": tiny,
         "rows": rows,
         "tokens": tokens,
         "steps": case.steps,

@@ -21,16 +21,16 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import against_trl
 import devices
 import torch
-from packed import PackedCase, build
+from packed import TINY, PackedCase, build
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data import loading, tokenizers
@@ -59,10 +59,18 @@ class RealCase(PackedCase):
         return settings
 
     def model(self):
+        if self.tiny:
+            config = AutoConfig.for_model(self.family, **tiny_shape(self))
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False).train().to(self.device)
         loaded = AutoModelForCausalLM.from_pretrained(
             self.folder, dtype=torch.float32, trust_remote_code=False
         )
         return loaded.train().to(self.device)
+
+
+def tiny_shape(case: RealCase) -> dict:
+    """Of a model of the same vocabulary, with which libraries are warmed."""
+    return {"vocab_size": len(case.tokenizer)} | TINY
 
 
 def prepare(model: str, data: str, layers: int, folder: Path) -> RealCase:
@@ -79,7 +87,7 @@ def prepare(model: str, data: str, layers: int, folder: Path) -> RealCase:
 
 
 def plain(case: RealCase, world):
-    """The step of the plain loop; it gives the loss."""
+    """The step of the plain loop, which gives the loss, and the number of parameters."""
     model, optim = case.model(), case.settings("off").optim
     optimizer = torch.optim.AdamW(model.parameters(), lr=optim.lr, weight_decay=0.0, fused=True)
 
@@ -96,19 +104,19 @@ def plain(case: RealCase, world):
         optimizer.zero_grad()
         return loss.item()
 
-    return step
+    return step, sum(parameter.numel() for parameter in model.parameters())
 
 
 def ours(case: RealCase, world):
-    """The step of our run; it gives the loss per target token."""
-    take, _ = build(case, "packed", world)
+    """The step of our run, which gives the loss per target token, and the number of parameters."""
+    take, size = build(case, "packed", world)
 
     def step(index: int) -> float:
         interval = take(index).close_interval()
         sums = [value for name, value in interval.terms.items() if name.startswith("ce_")]
         return sum(sums) / interval.targets
 
-    return step
+    return step, size
 
 
 MADE = {"ours": ours, "plain": plain}
@@ -117,16 +125,15 @@ MADE = {"ours": ours, "plain": plain}
 def run(case: RealCase, name: str) -> dict:
     """What one of our own trainers did, in a new process: as `trl_sft.py` says it."""
     world = distributed.init()
-    MADE[name](case, world)(0)  # libraries are warm
-    gc.collect()
-    model = case.model()
-    size = sum(parameter.numel() for parameter in model.parameters())
+    small = replace(case, tiny=True)
+    MADE[name](small, world)(0)  # libraries are warm
+    model = small.model()
     made = [case.batch(model, index, packed=name == "ours") for index in range(case.steps)]
     found = {"real": [b.num_tokens for b in made], "positions": [b.num_positions for b in made]}
     del model, made
     gc.collect()
     before = devices.held_bytes(case.device)
-    step, losses = MADE[name](case, world), []
+    (step, size), losses = MADE[name](case, world), []
     devices.restart_peak(case.device)
     found["seconds"] = [
         devices.timed(lambda i=index: losses.append(step(i)), case.device, time.process_time)
@@ -184,7 +191,7 @@ def main(
         found: dict[str, list[dict]] = {name: [] for name in MADE}
         if trl:
             against_trl.check_trl(trl, case.family)
-            file = against_trl.trl_file(case, {}, folder, case.folder)
+            file = against_trl.trl_file(case, {}, tiny_shape(case), folder, case.folder)
             found |= {"trl": [], "trl-packed": []}
         for _, name in ((r, n) for r in range(rounds) for n in found):
             if name in MADE:
