@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, alone, launch
+from harness import IN_FULL, ROOT, alone, launch
 from miniatures import lines
 
 from ibdistill import evaluate_student
@@ -53,7 +53,8 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     }
     arguments = [part for name, value in limits.items() for part in (f"--{name}", str(value))]
     log = tmp_path / "log"
-    code = launch([SCRIPT, str(student), *arguments, "--eval.dir", str(tmp_path / "two")], ranks=2, log=log)
+    two = [SCRIPT, str(student), *arguments, "--eval.dir", str(tmp_path / "two")]
+    code = launch(two, ranks=2, log=log, env=IN_FULL)
     assert code == 0, log.read_text()[-3000:]
     result = run(student, world, eval__dir=str(tmp_path / "one"), **limits)
     written = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]

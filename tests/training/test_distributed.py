@@ -134,7 +134,7 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     assert not (broken / "result.json").exists()
 
     log = tmp_path / "signalled.log"
-    process = start([*launched, *arguments], ranks=2, log=log)
+    process = start([*launched, *arguments], ranks=2, cold=True, log=log)
     wait_for_step(process, log, 18)
     ranks_of(process)[1].send_signal(signal_number)
     assert process.wait(300) == exit_code, log.read_text()[-4000:]
@@ -267,7 +267,7 @@ def test_ranks_share_the_cores_unless_the_user_says_how(tmp_path, monkeypatch, s
         f"{count}\ndistributed.init()\n{count}\ndistributed.exit_at_once(0)\n"
     )
     env = {"OMP_NUM_THREADS": said} if said else {}
-    assert launch([str(script)], ranks=2, log=log, env=env) == 0, log.read_text()[-4000:]
+    assert launch([str(script)], ranks=2, cold=True, log=log, env=env) == 0, log.read_text()[-4000:]
     found = sorted(map(int, re.findall(r"^(\d+) threads$", log.read_text(), re.MULTILINE)))
     cores = max(found)  # before `init`
     assert found == (4 * [cores] if said else sorted(2 * [cores] + 2 * [max(1, cores // 2)]))

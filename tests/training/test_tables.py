@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 from aligned_tokenizers import byte_level, save_teacher
 from chat_tokenizers import smollm2
-from harness import FORKED, IN_FULL, TRAIN, WORKERS, as_arguments, launch, tiny
+from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, tiny
 
 from ibdistill.config.load import load_settings
 from ibdistill.data import arrow_tables, loading, stored_records, token_ids, tokenizers
@@ -213,8 +213,9 @@ def test_two_ranks_make_a_table_once_and_the_next_run_reads_it(tmp_path):
     for run, command in (("first", TRAIN), ("second", FORKED)):
         log, launched = tmp_path / f"{run}.log", command == TRAIN
         arguments = as_arguments(tiny(tmp_path / run, **settings))
-        how = {"ranks": 2} if launched else {"ranks": None, "env": IN_FULL}
-        code = launch([command, *([] if launched else ["2"]), *arguments], log=log, **how)
+        code = launch(
+            [command, *([] if launched else ["2"]), *arguments], log=log, ranks=2 if launched else None
+        )
         said = log.read_text()
         assert code == 0, said[-4000:]
         assert said.count("tokenizing 100 training records") == launched
