@@ -29,7 +29,7 @@ from ibdistill.config.sections import Config
 from ibdistill.data import token_ids
 from ibdistill.data.records import STREAMS, Record, map_numbers
 from ibdistill.data.tasks.registry import TASKS
-from ibdistill.runtime.files import digest, write_json
+from ibdistill.runtime.files import digest, refuse_special, write_json
 from ibdistill.teacher.cache import FINGERPRINT, differences
 
 logger = logging.getLogger("ibdistill")
@@ -173,6 +173,7 @@ def open_cache(folder: Path, here: dict[str, Any]) -> None:
     path = folder / FINGERPRINT
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        refuse_special(folder)
         if not path.exists():
             write_json(path, here)
         there = json.loads(path.read_text())
