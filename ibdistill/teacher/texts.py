@@ -171,9 +171,9 @@ def _checked(row: Any) -> tuple[str, Texts]:
 def open_cache(folder: Path, here: dict[str, Any]) -> None:
     """Make the cache, or check that it is of the same kind."""
     path = folder / FINGERPRINT
+    refuse_special(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        refuse_special(folder)
         if not path.exists():
             write_json(path, here)
         there = json.loads(path.read_text())

@@ -42,13 +42,15 @@ logger = logging.getLogger("ibdistill")
 
 
 def local_folder(run: RunConfig) -> Path | None:
-    """The folder that `run.local_dir` names on this node; None if it is empty.
+    """The folder that `run.local_dir` names on this node; None if it is empty."""
+    return Path(os.path.expandvars(run.local_dir)).expanduser() if run.local_dir else None
 
-    Raises ValueError if it cannot be written, or is on the file system of the run's folder.
-    """
-    if not run.local_dir:
-        return None
-    folder = Path(os.path.expandvars(run.local_dir)).expanduser()
+
+def check_local_folder(run: RunConfig) -> None:
+    """Raise ValueError if this node cannot write to that folder, or it is on the file system of `run.dir`."""
+    folder = local_folder(run)
+    if folder is None:
+        return
     here = f"run.local_dir is {shown(run.local_dir)}"
     way_out = "Give a folder on each node's own disk, such as $SLURM_TMPDIR, or leave it out"
     try:
@@ -64,7 +66,6 @@ def local_folder(run: RunConfig) -> Path | None:
             f"{here}, on {socket.gethostname()} a folder of the same file system as run.dir, so files would "
             f"only be written twice. {way_out}"
         )
-    return folder
 
 
 class Writing:

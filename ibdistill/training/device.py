@@ -16,7 +16,7 @@ from ibdistill.models import families, presets, sequence_parallel
 from ibdistill.ops import implementation
 from ibdistill.runtime import distributed, hardware, nodes
 from ibdistill.runtime.distributed import World
-from ibdistill.training.checkpoint_write import local_folder
+from ibdistill.training.checkpoint_write import check_local_folder
 
 logger = logging.getLogger("ibdistill")
 
@@ -40,7 +40,7 @@ def check_node(config: Config, world: World) -> None:
     """Raise ValueError, on all ranks, for what a node of the run lacks. Collective."""
 
     def check() -> None:
-        local_folder(config.run)
+        check_local_folder(config.run)
         if zero_file.offloads_to_nvme(config):
             from deepspeed.git_version_info import installed_ops
             from deepspeed.ops.op_builder import AsyncIOBuilder
