@@ -8,6 +8,7 @@ import math
 import random
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,28 @@ def test_table_json_and_figure(tmp_path):
         report.write(found, tmp_path, dict.fromkeys(results))
 
 
+def test_a_run_that_is_recorded_is_finished(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content()))
+    runs = study_arms.load(tmp_path / "a.yaml").runs
+    report.write(
+        study_arms.load(tmp_path / "a.yaml"),
+        tmp_path,
+        {r.name: None for r in runs} | {runs[1].name: fake(0.5)},
+    )
+    found = study_arms.load(tmp_path / "a.yaml", recorded=tmp_path / "study.json").runs
+    assert [study_arms.result(run, tmp_path / "out") for run in found] == [None, fake(0.5), None]
+    here = tmp_path / "out/runs" / found[1].name
+    here.mkdir(parents=True)
+    (here / "result.json").write_text("{}")
+    assert (
+        study_arms.result(found[1], tmp_path / "out") == {}
+    )  # what was run here counts before what is recorded
+    for text in ("[]", "{", '{"runs": [1]}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(ValueError, match="other.json is no study.json that `report` wrote"):
+            study_arms.load(tmp_path / "a.yaml", recorded=tmp_path / "other.json")
+
+
 def test_differences_without_spread_have_no_interval():
     a = {seed: 50.0 + seed for seed in range(3)}
     assert report.difference(a, dict(a)) == "identical"
@@ -318,7 +341,7 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     folders = sorted((tmp_path / "out/runs").glob("dss-*"))
     assert [json.loads((f / "result.json").read_text())["ranks"] for f in folders] == [2, 1]
     notes = json.loads((folders[0] / "study.json").read_text())
-    assert notes["process_seconds"] > 0 and notes["cpu_seconds"] > 1 and notes["commit"]
+    assert notes["process_seconds"] > 0 and notes["cpu_seconds"] > 1 and notes["commit"] and notes["machine"]
     before = [(f / "result.json").stat().st_mtime_ns for f in folders]
     again = subprocess.run(line, capture_output=True, text=True)
     assert "1/1  lost-n8-s1-" in again.stdout and "dss-n8-s1" not in again.stdout
@@ -457,6 +480,16 @@ def test_folders_are_arguments_and_quick_is_a_part(tmp_path):
     assert run.settings["optim.max_steps"] == model.settings["optim.max_steps"] == "2"
     assert run.settings["teacher.model"] == f"runs/{model.name}/student"  # the folder of a model stays one
     assert (model.settings["student.model"], run.settings["teacher.cache"]) == (folder, f"{folder}/x")
+    copy = tmp_path / "elsewhere"
+    shutil.copytree(tmp_path, copy)
+    moved = study_arms.load(tmp_path / "a.yaml", given={name: str(copy)}, quick=True)
+    assert [run.name for run in moved.runs + moved.models] == [
+        run.name,
+        model.name,
+    ]  # wherever the folder lies
+    (copy / "a.yaml").write_text("other")
+    changed = study_arms.load(tmp_path / "a.yaml", given={name: str(copy)}, quick=True)
+    assert {run.name, model.name}.isdisjoint(run.name for run in changed.runs + changed.models)
     with pytest.raises(ValueError, match="--set other: the study has base"):
         study_arms.load(tmp_path / "a.yaml", given={"other": folder})
     (tmp_path / "b.yaml").write_text(yaml.safe_dump(content()))

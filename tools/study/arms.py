@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ class Run:
     ranks: int = 1
     stage: int = 0
     """Runs of a stage start from models of earlier ones."""
+    recorded: dict[str, Any] | None = None
+    """The result of this run on another machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +64,11 @@ def load(
     seeds: list[int] | None = None,
     given: dict[str, str] | None = None,
     quick: bool = False,
+    recorded: Path | None = None,
 ) -> Study:
     """Read a study; `further` settings go to all arms, `seeds` replace those of the file, `given` the folders
-    of its key `folders`, and `quick` makes it the smaller study of its key `quick`.
+    of its key `folders`, and `quick` makes it the smaller study of its key `quick`. Runs with a result in
+    `recorded`, a study.json, need not be run.
 
     Raises ValueError that names the file, the key or setting, and what is allowed.
     """
@@ -73,14 +77,28 @@ def load(
         content = _with_text(yaml.safe_load(written), read_yaml(written))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
+    identities: dict[str, str] = {}
     if isinstance(content, dict):
-        content = folders.with_folders(content, path, given or {})
+        content, identities = folders.with_folders(content, path, given or {})
         smaller = content.pop("quick", None)
         if quick:
             content = folders.quick(content, smaller, path)
     if further and isinstance(content, dict):
         content["settings"] = (content.get("settings") or {}) | further
-    return build(content, path, seeds)
+    study = build(content, path, seeds, identities)
+    if recorded is None:
+        return study
+    found = recorded_results(recorded)
+    return replace(study, runs=[replace(run, recorded=found.get(run.name)) for run in study.runs])
+
+
+def recorded_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Name of a run -> its result, from a study.json. Raises ValueError for any other file."""
+    try:
+        rows = json.loads(path.read_text())["runs"]
+        return {row["name"]: row["result"] for row in rows if row["result"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no study.json that `report` wrote: {error!r}"[:300]) from error
 
 
 def _with_text(value: Any, text: Any) -> Any:
@@ -125,8 +143,14 @@ class Seeds(argparse.Action):
         setattr(namespace, self.dest, list(dict.fromkeys(itertools.chain.from_iterable(values))))
 
 
-def build(content: Any, path: Path, seeds: list[int] | None = None) -> Study:
-    """A study from the content of its file; `seeds` replace those of the file for all arms."""
+def build(
+    content: Any, path: Path, seeds: list[int] | None = None, identities: dict[str, str] | None = None
+) -> Study:
+    """A study from the content of its file; `seeds` replace those of the file for all arms.
+
+    `identities` maps folders to what stands for them in the digests of runs.
+    """
+    identities = identities or {}
     if not isinstance(content, dict) or not isinstance(content.get("arms"), dict) or not content["arms"]:
         raise ValueError(f"{path} must map `arms` to at least one arm; see `python tools/study.py --help`")
     if unknown := sorted(content.keys() - _KEYS):
@@ -142,7 +166,19 @@ def build(content: Any, path: Path, seeds: list[int] | None = None) -> Study:
     for stage, (name, own) in enumerate((content.get("models") or {}).items()):
         for variant in range(variants):
             own_ = data_path | {k: v for k, v in own.items() if k != "recipe"}
-            run = _run(path, name, own_, own.get("recipe"), None, variant, models, variant, variants, stage)
+            run = _run(
+                path,
+                name,
+                own_,
+                own.get("recipe"),
+                None,
+                variant,
+                models,
+                variant,
+                variants,
+                identities,
+                stage,
+            )
             models[name, variant] = run
     runs = []
     for name, own in arms.items():
@@ -162,7 +198,7 @@ def build(content: Any, path: Path, seeds: list[int] | None = None) -> Study:
             for seed in _numbers(path, labels[count], "seeds", name):
                 stage, variant = len(content.get("models") or {}), seed % variants
                 recipe, ranks = content.get("recipe"), own.get("ranks", 1)
-                which = models, variant, variants
+                which = models, variant, variants, identities
                 runs.append(_run(path, name, settings, recipe, count, seed, *which, stage, ranks))
     keys = {f"{run.arm}@{run.labels:g}" for run in runs}
     comparisons = [tuple(pair) for pair in content.get("comparisons") or []]
@@ -201,6 +237,7 @@ def _run(
     models: dict[tuple[str, int], Run],
     variant: int,
     variants: int,
+    identities: dict[str, str],
     stage: int,
     ranks: int = 1,
 ) -> Run:
@@ -224,6 +261,8 @@ def _run(
     # settings at their defaults do not count, or each new setting of a new version would start all runs anew
     defaults = fields.to_flat(Config()) | {"run.dir": config.run.dir}
     chosen = {name: v for name, v in fields.to_flat(config).items() if v != defaults[name]}
+    for folder, what in identities.items():
+        chosen = {name: v.replace(folder, what) if isinstance(v, str) else v for name, v in chosen.items()}
     digest = hashlib.sha256(json.dumps([chosen, ranks], sort_keys=True).encode()).hexdigest()[:8]
     label = "" if labels is None else f"-n{labels:g}"
     return Run(
@@ -252,11 +291,11 @@ def resolved(run: Run, out: Path, folder: Path | None = None) -> Config:
 
 
 def result(run: Run, out: Path) -> dict[str, Any] | None:
-    """The result of a finished run, with what `execute` noted; None if it is not finished."""
+    """The result of a finished run, with what `execute` noted, or what is recorded of it; else None."""
     folder = out / "runs" / run.name
     try:
         found = json.loads((folder / "result.json").read_text())
     except FileNotFoundError:
-        return None
+        return run.recorded
     notes = folder / "study.json"
     return found | (json.loads(notes.read_text()) if notes.is_file() else {})

@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
@@ -137,7 +138,7 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
 
 
 def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
-    """Note the commit and a process's seconds in the run's folder, added to those of interrupted ones."""
+    """Note commit, machine and seconds in the run's folder; seconds of interrupted parts are added."""
     import torch
 
     if not folder.is_dir():
@@ -148,7 +149,18 @@ def _note(folder: Path, wall_seconds: float, cpu_seconds: float) -> None:
     if not torch.cuda.is_available():
         spent["cpu_seconds"] = cpu_seconds
     notes = {name: round(before.get(name, 0) + value, 1) for name, value in spent.items()}
-    path.write_text(json.dumps(notes | {"commit": commit()}))
+    path.write_text(json.dumps(notes | {"commit": commit(), "machine": machine()}))
+
+
+def machine() -> str:
+    """The name of the GPU, or else of the processor."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")  # not on macOS
+    found = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE) if info.is_file() else None
+    return found[1] if found else platform.machine()
 
 
 def write_grids(study: Study, out: Path) -> list[str]:
@@ -209,13 +221,21 @@ def main(arguments: list[str]) -> None:
         metavar="NAME=FOLDER",
         help="a folder of the study's key `folders`; may be given several times",
     )
+    parser.add_argument(
+        "--recorded",
+        type=Path,
+        metavar="FILE",
+        help="a study.json: runs that have a result in it are not run",
+    )
     parser.add_argument("--quick", action="store_true", help="the study's key `quick` only")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # from DeepSpeed's launcher
     options, rest = parser.parse_known_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without the runs
     try:
         further = arms.further_settings(rest)
-        study = arms.load(options.study, further, options.seeds, dict(options.set), options.quick)
+        study = arms.load(
+            options.study, further, options.seeds, dict(options.set), options.quick, options.recorded
+        )
         sys.exit(perform(options.action, study, options.out.resolve(), options.jobs))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

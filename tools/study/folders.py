@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
 
+_WHOLE = 16 * 2**20
+"""Bytes. Of a larger file only the size is looked at."""
 
-def with_folders(content: dict[str, Any], path: Path, given: dict[str, str]) -> dict[str, Any]:
-    """`content` with `{NAME}` in its texts replaced by the folder of that name: `given`, or `folders`."""
+
+def with_folders(
+    content: dict[str, Any], path: Path, given: dict[str, str]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """`content` with `{NAME}` in its texts replaced by the folder of that name: `given`, or `folders`.
+
+    Also returns folder -> what stands for it in a run's digest: a run has one name on all machines.
+    """
     folders = content.pop("folders", {})
     if not isinstance(folders, dict) or not all(isinstance(v, str) for v in folders.values()):
         raise ValueError(f"{path}: folders is {folders!r}; it must map names to folders")
@@ -26,7 +35,20 @@ def with_folders(content: dict[str, Any], path: Path, given: dict[str, str]) -> 
             return re.sub(r"\{(\w+)\}", lambda found: folders.get(found[1], found[0]), value)
         return value
 
-    return placed(content)
+    return placed(content), {folder: identity(folder) for folder in folders.values()}
+
+
+def identity(folder: str) -> str:
+    """A digest of a folder's files, wherever it lies; a name that is no folder stays as it is."""
+    if not Path(folder).is_dir():
+        return folder
+    digest = hashlib.sha256()
+    for file in sorted(Path(folder).rglob("*")):
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.relative_to(folder)} {size}\n".encode())
+            digest.update(file.read_bytes() if size <= _WHOLE else b"")
+    return digest.hexdigest()
 
 
 def quick(content: dict[str, Any], smaller: Any, path: Path) -> dict[str, Any]:

@@ -115,10 +115,11 @@ def table(study: Study, groups: dict[str, dict[int, dict]], results: dict[str, d
     lines += _compared(study, groups)
     lines += [f"- {name}: {note}" for name, note in study.notes.items() if note]
     done = [result for result in results.values() if result]
-    commits = sorted({result.get("commit", "") for result in done} - {""})
+    commits, machines = (sorted({result[k] for result in done if k in result}) for k in ("commit", "machine"))
     lines.append(
         f"- {len(study.notes)} arms were tried; {len(done)} of {len(results)} runs are finished, those of "
         f"{len(study.models)} models included; commit {', '.join(commits) or 'unknown'}"
+        + "".join(f"; {machine}" for machine in machines)
     )
     return "\n".join(lines)
 
