@@ -169,6 +169,7 @@ def _state(folder: Path) -> list[int]:
 def _fault(folder: Path, key: Any) -> str:
     """Why the table is not the one that is made from `key`, whole; empty if it is."""
     try:
+        files.refuse_special(folder)
         content = json.loads((folder / _ABOUT).read_bytes())
         if content["key"] != json.loads(json.dumps(key)):
             return "it was made from something else"

@@ -81,8 +81,9 @@ def foreign(folder):
         (lambda folder: (folder / "about.json").write_text("[1"), "it is damaged (JSONDecodeError"),
         (lambda folder: (folder / "about.json").unlink(), "it is damaged (FileNotFoundError"),
         (lambda folder: (folder / "table.arrow").unlink(), "it is damaged (FileNotFoundError"),
+        (lambda folder: os.mkfifo(folder / "pipe"), "it is damaged (ValueError"),
     ],
-    ids=["flipped", "cut-short", "foreign", "no-json", "no-about", "no-rows"],
+    ids=["flipped", "cut-short", "foreign", "no-json", "no-about", "no-rows", "pipe"],
 )
 def test_a_table_that_is_not_whole_is_made_again(tmp_path, caplog, damage, said):
     ensure(tmp_path / "t")

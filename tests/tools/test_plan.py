@@ -424,18 +424,26 @@ def test_launches_cost_what_exceeds_the_rest():
 
 def test_a_checkpoint_holds_up_the_steps_for_its_copy_and_until_the_one_before_is_there():
     """100 trained and 20 frozen parameters in bf16 on 4 ranks, at 100 bytes/s to the host, 50 to the disk."""
-    slow = dataclasses.replace(H100, host_gbs=1e-7, storage_gbs=5e-8)
+    slow = dataclasses.replace(H100, host_gbs=1e-7, storage_gbs=5e-8, local_gbs=1.5e-7)
     sizes = [(60, True), (20, False), (40, True)]
 
-    def of(stage, precision="bf16", ranks=4, free=10_000):
-        return checkpoints.checkpoint(sizes, precision, Zero(stage), ranks, slow, every=10, free=free)
+    def of(stage, precision="bf16", ranks=4, free=10_000, on_node=0):
+        rest = {"every": 10, "free": free, "on_node": on_node}
+        return checkpoints.checkpoint(sizes, precision, Zero(stage), ranks, slow, **rest)
 
     two = of(2)
     assert (two.copied, two.bytes) == (240 + 12 * 25, 240 + 12 * 100)
-    assert (two.copying, two.writing) == (5.4, 28.8)
+    assert (two.held, two.writing) == (5.4, 28.8)
     assert two.stall(step=2.88) == pytest.approx(0.54)
     assert two.stall(step=0.88) == pytest.approx(0.54 + 2.0)  # 10 steps end 20 s before the files
     assert of(2, free=1079).stall(step=100.0) == pytest.approx(2.88) and of(2, free=1080).beside
+    # through the nodes' disks, of 2 ranks that write 540 and 300 bytes: 5.6 s before the 28.8
+    local = of(2, on_node=2)
+    assert (local.held, local.writing) == (5.4, pytest.approx(5.6 + 28.8))
+    tight = of(2, free=1079, on_node=2)
+    assert (tight.held, tight.writing) == (pytest.approx(5.6), 28.8) and not tight.beside
+    assert tight.stall(step=0.88) == pytest.approx(0.56 + 2.0)
+    assert of(0, free=0, on_node=4).held == pytest.approx(1440 / 150)
     assert of(0).copied == of(0).bytes == 240 + 1200 and of(0, "fp32").bytes == 480 + 800
     assert (of(3).copied, of(3).bytes) == (300 + 2 * 5, 1200 + 40)
 
@@ -447,6 +455,13 @@ def test_a_plan_has_the_checkpoints_of_its_settings(small):
         choice.checkpoint.every == 500 and choice.seconds["checkpoint"] == choice.checkpoint.stall(rest) > 0
     )
     assert "every 500 steps, copied to the host in" in summary.saved(choice)
+    tight = dataclasses.replace(H100, host_memory_gib=0.01)  # no room for the copies of 8 ranks
+    said = []
+    for local in ("", "/local"):
+        planner = Planner(tiny(**{"run.local_dir": local}), tight, 1, 8, 20, 3, 9)
+        said.append(summary.saved(planner.choice("replica", "zero2", False, 8)))
+    assert re.search(r"every 500 steps, written in \S+ s \(predicted\): \S+% of the time$", said[0])
+    assert re.search(r"to the nodes' disks in \S+ s, copied to the run's folder in \S+ s beside", said[1])
     often = Planner(tiny(**{"run.save_every": 50, "run.eval_every": 5}), H100, 1, 8, 20, 3, 9)
     assert often.choice("replica", "zero2", False, 8).checkpoint.every == 5
 

@@ -86,13 +86,18 @@ def sampled(choice: Choice, planner: Planner) -> list[str]:
 def saved(choice: Choice) -> str:
     """A checkpoint's bytes, its predicted seconds, and what it takes of a step, in words."""
     found = choice.checkpoint
-    written = f"written in {found.writing:.3g} s"
+    held, writing = f"in {found.held:.3g} s", f"in {found.writing:.3g} s beside the steps"
     if found.beside:
-        written = f"copied to the host in {found.copying:.3g} s, {written} beside the steps"
+        written = f"copied to the host {held}, written {writing}"
+    elif found.writing:
+        written = f"written to the nodes' disks {held}, copied to the run's folder {writing}"
+    else:
+        written = f"written {held}"
     share = choice.seconds["checkpoint"] / choice.step
+    memory = f"; up to {found.copied / GIB:.2f} GiB of a rank's part of the host's memory meanwhile"
     return (
         f"{found.bytes / GIB:.2f} GiB every {found.every} steps, {written} (predicted): {share:.1%} of the "
-        f"time; up to {found.copied / GIB:.2f} GiB of a rank's part of the host's memory meanwhile"
+        f"time{memory if found.beside else ''}"
     )
 
 
