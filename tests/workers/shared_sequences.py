@@ -21,6 +21,38 @@ CASES = {
     "cot": {"objective.method": "cot"},
     "own": {"objective.method": "cot+kd", "on_policy.share": 0.5, "on_policy.max_tokens": 24},
     "ib+kd": {"objective.method": "ib+kd", "objective.estimator": "vid"},
+    # each question's states on one rank:
+    "paper": {"objective.method": "cot+ib+kd", "objective.estimator": "paper", "objective.kd_later": 1.0},
+    "normalized": {
+        "objective.method": "ib+kd",
+        "objective.estimator": "normalized",
+        "objective.pool": "mean",
+        "objective.mi_pair": "teacher",
+    },
+    "infonce": {
+        "objective.method": "ib+kd",
+        "objective.estimator": "infonce",
+        "optim.micro_batch_size": 0,  # it takes all questions at once
+    },
+    "k2": {
+        "objective.method": "cot+kd",
+        "objective.divergence": "k2",
+        "objective.kd_target": "pmi",
+        "on_policy.share": 0.5,
+        "on_policy.max_tokens": 24,
+    },
+    "text": {
+        "objective.method": "ib+kd",
+        "objective.estimator": "vid",
+        "objective.alignment": "text",
+        "teacher.model": "other",
+    },
+    "cache": {
+        "objective.method": "ib+kd",
+        "objective.estimator": "vid",
+        "teacher.cache": "answers",
+        "teacher.cache_form": "states",
+    },
 }
 
 
@@ -31,7 +63,9 @@ def main(folder: Path) -> None:
         settings = json.loads((folder / "settings.json").read_text()) | CASES[case]
         if case != "cot":
             settings |= {"teacher.placement": "replica", "teacher.precision": "fp32"}
-            settings["teacher.model"] = str(folder / "teacher")
+            settings["teacher.model"] = str(folder / settings.get("teacher.model", "teacher"))
+        if case == "cache":
+            settings["teacher.cache"] = str(folder / "answers" / name)
         settings |= {"deepspeed.config": f"zero{stage}", "run.dir": str(folder / name)}
         settings["optim.sequence_parallel"] = shared
         job = prepare(load_settings(None, settings), world)
@@ -56,8 +90,10 @@ def plan(size: int) -> list[tuple[int, int, str]]:
     if size == 1:
         return [(1, 0, case) for case in CASES]
     if size == 2:
-        return [(2, 0, "cot"), (2, 1, "own"), (2, 2, "ib+kd"), (2, 3, "ib+kd")]
-    return [(2, 3, "cot"), (4, 2, "ib+kd")]
+        cases = [(2, 0, "cot"), (2, 1, "own"), (2, 2, "ib+kd"), (2, 3, "ib+kd")]
+        cases += [(2, 1, "paper"), (2, 3, "normalized"), (2, 2, "k2"), (2, 0, "text"), (2, 1, "cache")]
+        return cases
+    return [(2, 3, "cot"), (4, 2, "ib+kd"), (4, 3, "paper"), (2, 2, "infonce")]
 
 
 if __name__ == "__main__":
