@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 
+from ibdistill.models import sequence_parallel
 from ibdistill.ops import implementation
 
 
@@ -48,6 +51,36 @@ class _FusedNorm(torch.autograd.Function):
         x, weight, _ = ctx.saved_tensors
         d_x = torch.empty_like(x).zero_()  # in place of the kernel
         return d_x, torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+
+
+@contextmanager
+def shared_by(ranks: int) -> Iterator[None]:
+    """Within this context attention takes the memory of one of so many ranks that share its rows' tokens: it
+    attends over all tokens with its part of the heads (`models.sequence_parallel`), and nothing is sent."""
+    if ranks == 1:
+        yield
+        return
+    whole, layer = nn.functional.scaled_dot_product_attention, SimpleNamespace(is_causal=True, training=True)
+
+    def attend(query, key, value, attn_mask=None, **settings):
+        rows = len(query)
+        # rows of equal length, one behind the other
+        packed = [x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value)]
+
+        def inner(layer, query, key, value, lengths):
+            return whole(query, key, value, None, **settings).transpose(1, 2), None
+
+        out = sequence_parallel.attend(inner, layer, *packed, torch.empty(0))[0]
+        return out[0].unflatten(0, (rows, -1)).transpose(1, 2)
+
+    group = SimpleNamespace(size=lambda: ranks)
+    exchanged = lambda parts, *_: torch.empty_like(parts.contiguous()).zero_()  # noqa: E731
+    with (
+        mock.patch.object(sequence_parallel, "_group", group),
+        mock.patch.object(sequence_parallel, "_exchanged", exchanged),
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", attend),
+    ):
+        yield
 
 
 @contextmanager
