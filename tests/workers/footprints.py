@@ -41,11 +41,10 @@ SHARED = [
     ("cot", False, "fp32", 1, (1400, 60, 1500)),
     ("cot", True, "bf16", 1, (1400, 60, 1500)),
     ("cot+kd", False, "bf16", 3, (701, 33, 129)),
-    ("cot+kd", True, "fp32", 3, (701, 33, 129)),
     ("cot+ib", False, "fp32", 1, (1400, 60, 1500)),
 ]
-"""Method, checkpointing, precision, questions and lengths of micro-batches whose sequences two ranks share. In
-those of one question the second rank has nearly all of the targets, or with `cot+ib` all of them."""
+"""Method, checkpointing, precision, questions and lengths of micro-batches whose sequences two ranks share.
+In those of one question the second rank has nearly all of the targets, or with `cot+ib` all of them."""
 EXCHANGE = dist.all_to_all_single
 SENT: Counter = Counter()
 
@@ -188,7 +187,7 @@ def exchange_elsewhere(received, parts, taken, given, group) -> None:
     """An exchange in memory that torch does not count, because gloo's threads hold it for a while longer."""
 
     def beside(tensor):
-        return torch.from_numpy(np.empty(tensor.nbytes, np.uint8)).view(tensor.dtype).view(tensor.shape)
+        return torch.from_numpy(np.empty(tensor.shape, f"i{tensor.itemsize}")).view(tensor.dtype)
 
     EXCHANGE(out := beside(received), beside(parts).copy_(parts), taken, given, group)
     received.copy_(out)
