@@ -263,7 +263,7 @@ def _check_sequence_parallel(config: Config) -> None:
         raise ValueError(f"{setting}, which cuts packed rows, and data.packing is 'off'; set data.packing on")
     if teacher_consistency.needs_answers(objective) and teacher.placement not in _UNSHARDED:
         raise ValueError(
-            f"{setting}, and teacher.placement is {teacher.placement!r}: ranks that share sequences wait for "
-            "each other within attention, and for all ranks where a sharded teacher is gathered; take "
-            "teacher.placement replica, or cache"
+            f"{setting}, and teacher.placement is {teacher.placement!r}: the teacher has to answer for the "
+            "part of a sequence that a rank holds, which a sharded one does not; take teacher.placement "
+            "replica, or cache"
         )

@@ -14,6 +14,8 @@ from tiny_models import save
 
 from ibdistill.config.load import load_settings
 from ibdistill.config.zero_file import readers
+from ibdistill.models import sequence_parallel
+from ibdistill.objectives import weights
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.training import device
 
@@ -124,25 +126,44 @@ TEACHER = {"objective.method": "cot+kd", "teacher.model": "demo-teacher-decoder"
     ("settings", "message"),
     [
         ({"data.packing": "off"}, "which cuts packed rows, and data.packing is 'off'"),
-        ({"objective.method": "ib"}, "objective.estimator paper needs all tokens of a question"),
         (TEACHER | {"teacher.placement": "zero3"}, "teacher.placement is 'zero3': the teacher has to answer"),
-        (
-            TEACHER | {"teacher.placement": "replica", "teacher.cache": "/tmp/answers"},
-            "'replica' with teacher.cache '/tmp/answers'",
-        ),
-        (
-            TEACHER | {"teacher.placement": "replica", "objective.kd_later": 1.0},
-            "weigh a token by all others",
-        ),
-        (
-            TEACHER | {"teacher.placement": "replica", "objective.alignment": "text"},
-            "objective.alignment is 'text'",
-        ),
     ],
 )
-def test_settings_that_need_whole_sequences_on_a_rank_are_refused(settings, message):
+def test_settings_that_ranks_with_parts_of_sequences_cannot_have_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"optim.sequence_parallel is 2, .*{message}"):
         load_settings(None, SHARING | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ({}, False),
+        ({"objective.method": "ib+kd", "objective.estimator": "vid"}, False),
+        ({"objective.method": "ib", "objective.estimator": "paper", "teacher.placement": "none"}, True),
+        ({"objective.kd_first": 8.0}, True),
+        ({"objective.kd_entropy": "teacher"}, True),
+        ({"objective.kd_target": "pmi"}, True),
+        ({"objective.alignment": "text"}, True),
+        ({"teacher.cache": "/tmp/answers"}, True),
+        ({"objective.divergence": "k1", "on_policy.share": 0.5}, True),
+    ],
+)
+def test_questions_come_together_only_where_something_needs_them_whole(settings, whole):
+    """Else every rank has its part of the head loss."""
+    given = SHARING | TEACHER | {"teacher.placement": "replica"} | settings
+    if given["teacher.placement"] == "none":
+        del given["teacher.model"]
+    assert weights.whole_questions(load_settings(None, given)) is whole
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused_where_each_rank_scores_its_part(monkeypatch):
+    mine, theirs = {"start": None, "separator": 1}, {"start": 5, "separator": 1}
+    monkeypatch.setattr(sequence_parallel, "_group", object())
+    sequence_parallel.check_layouts("teacher", mine, dict(mine))
+    with pytest.raises(ValueError, match="'teacher' puts {'start': 5, .* not be cut at the same places"):
+        sequence_parallel.check_layouts("teacher", mine, theirs)
+    monkeypatch.setattr(sequence_parallel, "_whole", True)
+    sequence_parallel.check_layouts("teacher", mine, theirs)
 
 
 def test_models_and_ranks_that_cannot_share_sequences_are_refused(tmp_path, make_job):
