@@ -14,7 +14,10 @@ from one_step import gradients_of_step
 
 from ibdistill.config.load import load_settings
 from ibdistill.runtime import distributed
+from ibdistill.teacher.answers import TeacherAnswers
+from ibdistill.teacher.teacher import Teacher
 from ibdistill.training import on_policy
+from ibdistill.training.job import Job
 from ibdistill.training.prepare import prepare
 
 CASES = {
@@ -73,7 +76,12 @@ def main(folder: Path) -> None:
             on_policy.refresh(job)
         exchange = torch.distributed.all_to_all_single
         with mock.patch.object(torch.distributed, "all_to_all_single", side_effect=exchange) as counted:
-            gradients = gradients_of_step(job)
+            with mock.patch.object(
+                TeacherAnswers, "of", autospec=True, side_effect=TeacherAnswers.of
+            ) as asked:
+                gradients = gradients_of_step(job)
+        if case == "cache":
+            check_what_is_read(job, [call.args[1:] for call in asked.call_args_list])
         interval = job.meter.close_interval()
         if world.rank == 0:
             found = {"gradients": gradients, "terms": interval.terms, "gradient norms": interval.gradients}
@@ -83,6 +91,16 @@ def main(folder: Path) -> None:
             torch.save(found, folder / f"{name}.pt")
         job.engine.destroy()
     torch.distributed.barrier()
+
+
+def check_what_is_read(job: Job, asked: list[tuple]) -> None:
+    """The answers of these records and batches are in the cache of this rank, and are those of the teacher."""
+    job.teacher_answers.end_epoch()
+    for indices, batch in asked:
+        with mock.patch.object(Teacher, "__call__", side_effect=AssertionError("the teacher is asked")):
+            read = job.teacher_answers.of(indices, batch).tensors()
+        answer = job.teacher_answers.teacher(batch).tensors()
+        assert all(torch.equal(*pair) for pair in zip(read, answer, strict=True)) and asked
 
 
 def plan(size: int) -> list[tuple[int, int, str]]:
