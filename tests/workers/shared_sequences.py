@@ -75,11 +75,12 @@ def main(folder: Path) -> None:
         if on_policy.is_due(job):
             on_policy.refresh(job)
         exchange = torch.distributed.all_to_all_single
-        with mock.patch.object(torch.distributed, "all_to_all_single", side_effect=exchange) as counted:
-            with mock.patch.object(
-                TeacherAnswers, "of", autospec=True, side_effect=TeacherAnswers.of
-            ) as asked:
-                gradients = gradients_of_step(job)
+        honest = TeacherAnswers.of
+        with (
+            mock.patch.object(torch.distributed, "all_to_all_single", side_effect=exchange) as counted,
+            mock.patch.object(TeacherAnswers, "of", autospec=True, side_effect=honest) as asked,
+        ):
+            gradients = gradients_of_step(job)
         if case == "cache":
             check_what_is_read(job, [call.args[1:] for call in asked.call_args_list])
         interval = job.meter.close_interval()
@@ -94,7 +95,7 @@ def main(folder: Path) -> None:
 
 
 def check_what_is_read(job: Job, asked: list[tuple]) -> None:
-    """The answers of these records and batches are in the cache of this rank, and are those of the teacher."""
+    """The answers about these records and batches are in the cache, and are those of the teacher."""
     job.teacher_answers.end_epoch()
     for indices, batch in asked:
         with mock.patch.object(Teacher, "__call__", side_effect=AssertionError("the teacher is asked")):
