@@ -54,9 +54,8 @@ class _FusedNorm(torch.autograd.Function):
 
 
 @contextmanager
-def shared_by(ranks: int) -> Iterator[None]:
-    """Within this context attention takes the memory of one of so many ranks that share its rows' tokens: it
-    attends over all tokens with its part of the heads (`models.sequence_parallel`), and nothing is sent."""
+def _shared_by(ranks: int) -> Iterator[None]:
+    """Within this context attention takes the memory of one of so many ranks that share its rows' tokens."""
     if ranks == 1:
         yield
         return
@@ -84,10 +83,15 @@ def shared_by(ranks: int) -> Iterator[None]:
 
 
 @contextmanager
-def attention_of(device: str) -> Iterator[None]:
-    """Within this context attention and norms take the memory of a GPU's kernels; a CPU's stay."""
+def attention_of(device: str, shared: int = 1) -> Iterator[None]:
+    """Within this context attention and norms take the memory of a GPU's kernels; a CPU's stay.
+
+    `shared`: how many ranks share each sequence. Each attends over all its tokens with a part of the heads
+    (`models.sequence_parallel`); nothing is sent here.
+    """
     if device == "cpu":
-        yield
+        with _shared_by(shared):
+            yield
         return
     originals = nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu
 
@@ -101,6 +105,7 @@ def attention_of(device: str) -> Iterator[None]:
     nn.functional.rms_norm = lambda x, shape, weight, epsilon: _FusedNorm.apply(x, weight)
     implementation.on_gpu = lambda x: True
     try:
-        yield
+        with _shared_by(shared):
+            yield
     finally:
         nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu = originals

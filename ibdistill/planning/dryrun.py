@@ -36,7 +36,7 @@ from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.objectives.weights import step_weights, streams_of
 from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.planning import published_shapes
-from ibdistill.planning.attention import attention_of, shared_by
+from ibdistill.planning.attention import attention_of
 from ibdistill.planning.experts import experts_in_any_dtype
 from ibdistill.planning.kernels import launches
 from ibdistill.runtime.hardware import DTYPES
@@ -72,8 +72,7 @@ class Lengths:
         )
         separator = 1 if families.family(base_of(model)) == families.DECODER_ONLY else None
         rows, read = range(self.questions), streams or STREAMS
-        layout = {"pad": 0, "start": 0, "separator": separator, "packed": packed}
-        batch = batches.collate(features, rows, read, **layout)
+        batch = batches.collate(features, rows, read, pad=0, start=0, separator=separator, packed=packed)
         return batch if streams else models_forward.questions_only(batch)
 
 
@@ -207,7 +206,7 @@ def student_step(
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, dict.fromkeys([*segments_of(SEGMENTS), "explained"], 1))
-    with attention_of(device), shared_by(shared), experts_in_any_dtype(), skeleton.mode, tracker:
+    with attention_of(device, shared), experts_in_any_dtype(), skeleton.mode, tracker:
         loss, _ = module(batch, weights, answer, 1)
         loss.backward()
     hook.remove()
@@ -222,14 +221,7 @@ def teacher_forward(
     """A teacher's forward pass over a micro-batch, with its answers. `shared` as in `student_step`."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
-    with (
-        attention_of(device),
-        shared_by(shared),
-        experts_in_any_dtype(),
-        skeleton.mode,
-        tracker,
-        torch.no_grad(),
-    ):
+    with attention_of(device, shared), experts_in_any_dtype(), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
     return Living(tracker.peak, kernels=tracker.kernels)
