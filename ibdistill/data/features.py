@@ -100,6 +100,18 @@ class Features:
             reference_alone=_taken(self.reference_alone, indices),
         )
 
+    def only(self, indices: Sequence[int], kept: np.ndarray) -> Features:
+        """`take`, of which those records that are not `kept` [indices] have no tokens."""
+        taken = self.take(indices)
+
+        def emptied(tables: dict[str, Ragged]) -> dict[str, Ragged]:
+            return {
+                name: Ragged(ids if has else [] for ids, has in zip(own, kept, strict=True))
+                for name, own in tables.items()
+            }
+
+        return replace(taken, questions=emptied(taken.questions), targets=emptied(taken.targets))
+
     def __add__(self, other: Features) -> Features:
         """These records and then the other ones, of the same tasks."""
         return Features(

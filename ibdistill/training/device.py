@@ -13,6 +13,7 @@ from ibdistill.config.fields import shown
 from ibdistill.config.sections import Config
 from ibdistill.config.teacher_consistency import needs_answers
 from ibdistill.models import families, presets, sequence_parallel
+from ibdistill.objectives.weights import whole_questions
 from ibdistill.ops import implementation
 from ibdistill.runtime import distributed, hardware, nodes
 from ibdistill.runtime.distributed import World
@@ -33,7 +34,7 @@ def start_sequence_parallel(config: Config) -> None:
         preset = presets.PRESETS.get(name)
         config_of = SimpleNamespace(**{"model_type": "t5"} | preset) if preset else None
         sequence_parallel.check_model(setting, name, config_of or families.load_config(name, setting), ranks)
-    sequence_parallel.start(ranks)
+    sequence_parallel.start(ranks, whole_questions=whole_questions(config))
 
 
 def check_node(config: Config, world: World) -> None:

@@ -302,7 +302,7 @@ def test_ranks_that_share_sequences_share_operations_and_activations():
         assert getattr(whole, name) == pytest.approx(4 * getattr(part, name), rel=2e-3)
     peaks = [planner.traces._student_steps[True][0].peak for planner in (alone, shared)]
     assert peaks[0] == pytest.approx(4 * peaks[1], rel=0.05)
-    assert peaks[1] < shared.traces.living(True, 1) < peaks[0]  # with the buffers of an exchange
+    assert peaks[1] <= shared.traces.living(True, 1) < peaks[0]
     choices = [planner.choice("replica", "zero2", True, 2) for planner in (alone, shared)]
     assert choices[0].states == choices[1].states
     assert "all_to_all" not in choices[0].traffic and choices[1].seconds["exchange wait"] > 0
