@@ -47,9 +47,13 @@ def load(data: DataConfig, world: World, *, needs_rationale: bool) -> loading.Lo
     """`loading.load`, with the texts on the disk. Collective."""
 
     def find() -> tuple[str, bool]:
-        key = stored_records.source(data) | {"needs_rationale": needs_rationale}
-        read = partial(loading.load, data, needs_rationale=needs_rationale)
-        return _ensure(data, "records", key, lambda: stored_records.making(read()))
+        source = stored_records.source(data)
+
+        def making() -> Making:
+            records = loading.streamed(data, needs_rationale=needs_rationale)
+            return stored_records.making(records, lambda: stored_records.check_unchanged(data, source))
+
+        return _ensure(data, "records", source | {"needs_rationale": needs_rationale}, making)
 
     return stored_records.from_table(_table(find, world))
 
