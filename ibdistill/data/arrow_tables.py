@@ -13,7 +13,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +55,12 @@ class Table(NamedTuple):
         return pyarrow.chunked_array([batch.column(column) for batch in self.batches])
 
 
-def blocks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def blocks(items: Iterable[Any]) -> Iterator[list[Any]]:
     """The items in parts of `BLOCK`, of which there is one at least."""
-    yield from (items[start : start + BLOCK] for start in range(0, max(1, len(items)), BLOCK))
+    rest = iter(items)
+    yield list(islice(rest, BLOCK))
+    while block := list(islice(rest, BLOCK)):
+        yield block
 
 
 def folder_of(cache_dir: str, kind: str, key: Any) -> Path:

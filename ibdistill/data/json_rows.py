@@ -174,7 +174,8 @@ class _Parquet(Lazy[Row]):
         import pyarrow.parquet
 
         self._path, self._errors = path, (pyarrow.ArrowException, OSError)
-        self._file = self._read(lambda: pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20))
+        bounded = {"buffer_size": 1 << 20, "pre_buffer": False}  # else all of a row group is read at once
+        self._file = self._read(lambda: pyarrow.parquet.ParquetFile(path, **bounded))
         self._start_again()
 
     def __len__(self) -> int:

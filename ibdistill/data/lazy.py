@@ -39,6 +39,9 @@ class Mapped(Lazy[T]):
     def __len__(self) -> int:
         return len(self._items)
 
+    def __iter__(self) -> Iterator[T]:
+        return map(self._function, self._items)
+
     def _item(self, index: int) -> T:
         return self._function(self._items[index])
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
 import re
+import tracemalloc
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from aligned_tokenizers import byte_level, save_teacher
 from chat_tokenizers import smollm2
@@ -148,6 +152,45 @@ def test_bad_data_is_refused_and_leaves_no_table(world, tmp_path):
     with pytest.raises(ValueError, match=r"data.jsonl:1: no 'label'"):
         tables.load(config.data, world, needs_rationale=True)
     assert not list(cache.glob("tokens-*[!k]")) and len(list(cache.glob("records-*[!k]"))) == 2
+
+
+@pytest.mark.parametrize("form", ["jsonl", "gzip", "parquet"])
+def test_the_process_that_makes_the_records_table_holds_few_of_them(form, world, tmp_path, monkeypatch):
+    """16 MB of text, of which Python holds some blocks of 64 records at most."""
+    rows = [{"question": f"{i} ?", "label": "x", "rationale": f"{i} " * 1000} for i in range(4000)]
+    path = tmp_path / "data"
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, data_page_size=1 << 14)
+    else:
+        text = "\n".join(map(json.dumps, rows)).encode()
+        path.write_bytes(gzip.compress(text, 1) if form == "gzip" else text)
+    config = load_settings(None, {"data.task": "jsonl", "data.path": str(path)})
+    monkeypatch.setattr(arrow_tables, "BLOCK", 64)
+    monkeypatch.setattr(config.data, "cache_dir", str(tmp_path / "cache"))
+    rows, text = None, None
+    tracemalloc.start()
+    stored = tables.load(config.data, world, needs_rationale=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(stored.train) == 3240 and len(stored.train[-1].rationale) > 4900
+    assert peak < (9e6 if form == "parquet" else 3e6), peak  # Parquet's own blocks have 1024 rows
+
+
+def test_data_that_changes_while_it_is_read_is_refused(world, tmp_path, monkeypatch):
+    path, made = Path(write(tmp_path / "data.jsonl", conversations=False)), loading.streamed
+    given = {"data.task": "jsonl", "data.path": str(path), "data.cache_dir": str(tmp_path / "cache")}
+    config = load_settings(None, given)
+
+    def streamed(*args, **kwargs):
+        found = made(*args, **kwargs)
+        with path.open("a") as file:
+            file.write("\n{}")
+        return found
+
+    monkeypatch.setattr(loading, "streamed", streamed)
+    with pytest.raises(ValueError, match=r"data.path '.*' changed while it was read; start the run again"):
+        tables.load(config.data, world, needs_rationale=True)
+    assert not list((tmp_path / "cache").glob("records-*[!k]"))
 
 
 def test_two_ranks_make_a_table_once_and_the_next_run_reads_it(tmp_path):

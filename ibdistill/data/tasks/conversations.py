@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -118,15 +119,16 @@ class Spread(Lazy[Record]):
         self._records, self._spread = records, partial(spread, config=config, needs_rationale=needs_rationale)
         self._whole = np.repeat(np.arange(len(records)), numbers)
         self._firsts = np.cumsum(numbers) - numbers
-        self._last, self._parts = -1, []
 
     def __len__(self) -> int:
         return len(self._whole)
 
+    def __iter__(self) -> Iterator[Record]:
+        return chain.from_iterable(map(self._spread, self._records))
+
     def _item(self, index: int) -> Record:
-        if (whole := self._whole[index]) != self._last:
-            self._last, self._parts = whole, list(self._spread(self._records[whole]))
-        return self._parts[index - self._firsts[whole]]
+        whole = self._whole[index]
+        return list(self._spread(self._records[whole]))[index - self._firsts[whole]]
 
 
 def _turn(message: Any, index: int, config: DataConfig) -> Turn:
