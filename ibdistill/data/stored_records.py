@@ -103,7 +103,7 @@ def source(data: DataConfig) -> dict[str, Any]:
 
 
 def check_unchanged(data: DataConfig, before: dict[str, Any]) -> None:
-    """Raise ValueError unless `source` gives what it did before the records were read, which is done twice."""
+    """Raise ValueError unless `source` gives what it did before: records are read twice."""
     if source(data) != before:
         raise ValueError(
             f"data.path {data.path!r} changed while it was read; start the run again when it is complete"
