@@ -50,6 +50,11 @@ class StoredRecords(Lazy[Record]):
         return Record(**values)
 
 
+def encoded(record: Record) -> bytes:
+    """A record's row."""
+    return json.dumps([getattr(record, name) for name in _FIELDS]).encode()
+
+
 def making(loaded: Loaded, check: Callable[[], None] = lambda: None) -> Making:
     """How these records become a table; `check` is called when all are read."""
     parts = {("train", ""): loaded.train}
@@ -61,7 +66,7 @@ def making(loaded: Loaded, check: Callable[[], None] = lambda: None) -> Making:
     def batches() -> Iterator[pyarrow.RecordBatch]:
         for part in parts.values():
             for block in arrow_tables.blocks(part):
-                rows = [json.dumps([getattr(r, name) for name in _FIELDS]).encode() for r in block]
+                rows = [encoded(record) for record in block]
                 for row in rows:
                     content.add(row)
                 yield pyarrow.record_batch([pyarrow.array(rows, pyarrow.large_binary())], ["record"])

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import random
 import re
 import runpy
 import subprocess
@@ -24,13 +25,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from ibdistill.config import sections
 from ibdistill.config.load import load_settings
 from ibdistill.config.zero_file import DS_CONFIGS
+from ibdistill.data import tokenizers
+from ibdistill.data.tasks import demo_words
 from ibdistill.models import forward
 from ibdistill.planning import footprint
 from ibdistill.planning.dryrun import Lengths
 from ibdistill.planning.footprint import Zero
 from ibdistill.runtime.hardware import GIB
+from ibdistill.training import tables
 
 H100 = ACCELERATORS["h100-80g"]
+
+
+GIVEN = lengths.MeasuredLengths(20, 3, 9, "given")
 
 
 def tiny(**more) -> sections.Config:
@@ -135,6 +142,37 @@ def test_lengths_come_from_the_data(data, tmp_path):
     assert (limits.question, limits.label) == (1024, 64) and "give data.path" in limits.source
 
 
+@pytest.mark.parametrize("method", ["dss", "cot"])
+def test_the_bytes_of_tables_are_those_on_the_disk(method, world, tmp_path):
+    """Within 5 %, of 3,000 records; so are the arrays that a rank holds, which memory maps are none of."""
+    drawn = random.Random(0)
+    with (tmp_path / "data.jsonl").open("w") as file:
+        for i in range(3000):
+            texts = [" ".join(drawn.choices(demo_words.OBJECTS, k=k)) for k in (20, drawn.randint(20, 90))]
+            row = {"question": texts[0], "label": f"n{i % 8}", "rationale": texts[1]}
+            file.write(json.dumps(row) + "\n")
+    given = {"data.task": "jsonl", "data.path": str(tmp_path / "data.jsonl"), "objective.method": method}
+    given |= {"data.answer_marker": "predict:"} if method == "cot" else {}
+    config = load_settings(None, given | {"data.cache_dir": str(tmp_path / "cache")})
+    planned = lengths.settle(config, {}).stored
+    records = tables.load(config.data, world, needs_rationale=True)
+    made = tables.tokenize(config, records, tokenizers.demo_tokenizer(), world)
+    for kind, size in (("tokens", planned.ids), ("records", planned.texts)):
+        real = next((tmp_path / "cache").glob(f"{kind}-*/table.arrow")).stat().st_size
+        assert abs(size - real) < 0.05 * real, (kind, size, real)
+    assert planned.records == len(records.train) == len(made.records.train)
+    ids = (*made.features.questions.values(), *made.features.targets.values())
+    arrays = [made.records.train._indices, made.features.groups, *(table.lengths for table in ids)]
+    assert abs(planned.numbers - sum(array.nbytes for array in arrays)) <= 8 * len(records.train)  # samples
+    counts = {"question": 20, "label": 3, "rationale": 9, "records": 1000}
+    alone = lengths.settle(tiny(), counts).stored
+    assert alone.ids == 1000 * (16 + 8 * 8 + 4 * (2 * 20 + 3 + 9)) and alone.texts == 1000 * (78 + 4 * 35)
+    said = summary.stored(dataclasses.replace(alone, ids=GIB, texts=GIB // 2, numbers=GIB // 4))
+    assert said.startswith("1.50 GiB on the disk of each node") and "1.00 of token ids, 0.50 of texts" in said
+    with pytest.raises(ValueError, match=r"tokens.records is 0; it must be a whole number of at least 1"):
+        lengths.settle(tiny(), {"records": 0})
+
+
 def made(small, **changes) -> Choice:
     """A choice of so many bytes and seconds."""
     seconds = {"student": changes.pop("step", 1.0)}
@@ -161,7 +199,7 @@ def test_why_not_another(small):
 
 
 def test_nothing_fits(small):
-    lines = summary.summary(with_room(small, 1e6), with_room(small, 1e6).options(), "h100-80g", "given")
+    lines = summary.summary(with_room(small, 1e6), with_room(small, 1e6).options(), "h100-80g", GIVEN)
     assert lines[0].startswith("Nothing fits 1 x 8 h100-80g") and "too much" in lines[1]
 
 

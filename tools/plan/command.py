@@ -102,7 +102,7 @@ def main(
     planner = Planner(loaded, rates, nodes, gpus_per_node, **sizes)
     options = planner.options()
     best = planner.best(options)
-    print("\n".join(summary.summary(planner, options, gpu, tokens.source, assumed)))
+    print("\n".join(summary.summary(planner, options, gpu, tokens, assumed)))
     if best is not None:
         submit = summary.submission(planner, best, recipe, assumed | overrides, out)
         print(summary.line("submit", submit))

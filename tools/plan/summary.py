@@ -15,7 +15,9 @@ from ibdistill.planning.published_shapes import PUBLISHED
 from ibdistill.runtime.hardware import GIB
 from plan import step_time
 from plan.choice import Choice
+from plan.lengths import MeasuredLengths
 from plan.planner import ABOUT, Planner
+from plan.stored import Stored
 
 BOUNDS = {
     "student": "the student's matrix products",
@@ -184,6 +186,16 @@ def models(planner: Planner) -> str:
     return "; ".join(parts)
 
 
+def stored(tables: Stored) -> str:
+    """The bytes of the data's tables, and what of them is in memory, in words."""
+    return (
+        f"{(tables.ids + tables.texts) / GIB:.2f} GiB on the disk of each node, or a shared one "
+        f"(data.cache_dir): {tables.ids / GIB:.2f} of token ids, {tables.texts / GIB:.2f} of texts, of "
+        f"{tables.records} training records. Ranks share what they read of it in memory, which can be "
+        f"dropped; each holds {tables.numbers / GIB:.2f} GiB of numbers"
+    )
+
+
 def submission(
     planner: Planner, best: Choice, recipe: str | None, overrides: dict[str, Any], out: str
 ) -> str:
@@ -201,13 +213,18 @@ def submission(
 
 
 def summary(
-    planner: Planner, options: Sequence[Choice], gpu: str, lengths_source: str, assumed: Collection[str] = ()
+    planner: Planner,
+    options: Sequence[Choice],
+    gpu: str,
+    lengths: MeasuredLengths,
+    assumed: Collection[str] = (),
 ) -> list[str]:
     """The lines about the recommended choice, or about the lack of one."""
     best = planner.best(options)
     where = f"{planner.nodes} x {planner.on_node} {gpu}, {planner.config.optim.batch_size} questions per step"
     tokens = f"question {planner.question}, label {planner.label}, rationale {planner.rationale} tokens"
-    facts = [line("models", models(planner)), line("lengths", f"{tokens}: {lengths_source}")]
+    facts = [line("models", models(planner)), line("lengths", f"{tokens}: {lengths.source}")]
+    facts += [line("tables", stored(lengths.stored))] if lengths.stored else []
     if "objective.method" in assumed:
         facts.append(line("assumed", f"objective.method {planner.config.objective.method}, as none is given"))
     if best is None:
