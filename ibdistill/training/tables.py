@@ -96,7 +96,8 @@ def tokenize(
     features = _features(table, table.about, config.data)
     if alignment:
         alignment.check(features)
-    nodes.check_alike(table.about["described"], "the training records or their tokens")
+    own = f"{table.about['described']}, all splits {records.content}"
+    nodes.check_alike(own, "the records or their tokens")
     report = records.report | table.about["report"]
     records = replace(records, train=records.train.take(table.numbers("record")), report=report)
     return Tokenized(records, features, alignment, table.about["described"])

@@ -9,6 +9,7 @@ import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -234,11 +235,16 @@ def test_nodes_of_other_data_are_noticed(tmp_path):
             json.dumps({"question": "n0 ?" * i, "label": "n0", "rationale": "so"}) for i in range(1, rows)
         ]
         (tmp_path / host / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "4").mkdir()
+    tested = np.random.default_rng(0).permutation(29)[0]  # of 29 records three are for tests
+    lines = (tmp_path / "0" / "data.jsonl").read_text().split("\n")
+    lines[tested] = lines[tested].replace("so", "else")
+    (tmp_path / "4" / "data.jsonl").write_text("\n".join(lines))
     log = tmp_path / "log"
     assert launch([str(WORKERS / "node_tables.py"), str(tmp_path)], log=log) == 0, log.read_text()[-4000:]
-    alike, differ, failed = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
+    alike, differ, failed, tests = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(4)]
     assert alike == ["", ""]
-    assert differ[0] == differ[1] and differ[0].startswith(
-        "the training records or their tokens differ between"
-    )
+    assert differ[0] == differ[1] and differ[0].startswith("the records or their tokens differ between")
+    train = [re.sub(r", all splits \w+", "", value) for value in re.findall(r"'(.*?)'", tests[0])]
+    assert tests[0].startswith("the records or their tokens differ between") and len(set(train)) == 1
     assert failed[0] == failed[1] and "does not exist" in failed[0]
