@@ -7,7 +7,6 @@ FOLDER gets the records, made up with a question of 16 words and a rationale of 
     KIND     what each rank does
     memory   it reads and tokenizes all records for itself, as ibdistill once did
     tables   the first time the first rank makes the tables, then all find them
-    listed   the first rank makes the records' table alone, from records that it has in memory
     records  the first rank makes the records' table alone
 
 Anonymous memory belongs to one rank; pages of files are shared and can be dropped.
@@ -78,17 +77,12 @@ def in_tables(config: Config, tokenizer: str, world: World) -> tuple[loading.Loa
     return tables.tokenize(config, records, load_tokenizer(tokenizer, "TOKENIZER"), world)[:2]
 
 
-def listed(config: Config, tokenizer: str, world: World) -> tuple[loading.Loaded, None]:
-    """The records' table, from all records in memory."""
-    return tables.keep(loading.load(config.data, needs_rationale=True), config.data, world), None
-
-
 def records_alone(config: Config, tokenizer: str, world: World) -> tuple[loading.Loaded, None]:
     """The records' table as runs make it."""
     return tables.load(config.data, world, needs_rationale=True), None
 
 
-KINDS = {"memory": in_memory, "tables": in_tables, "listed": listed, "records": records_alone}
+KINDS = {"memory": in_memory, "tables": in_tables, "records": records_alone}
 
 
 def make(path: Path, records: int, about: int) -> None:
