@@ -268,19 +268,8 @@ def test_what_it_refuses(student, tmp_path, world):
 
 
 def test_the_command_line(student, tmp_path):
-    env = alone()
-
-    def command(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, SCRIPT, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=env,
-            cwd=tmp_path,
-        )
-
-    bad = command(str(student), "--eval.splitt", "test")
-    assert bad.returncode == 2 and "error: unknown setting 'eval.splitt'" in bad.stderr
-    shown = command("--help")
+    log = tmp_path / "log"
+    assert launch([SCRIPT, str(student), "--eval.splitt", "test"], log=log) == 2
+    assert "error: unknown setting 'eval.splitt'" in log.read_text()
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=alone())
     assert shown.returncode == 0 and "--eval.embedding_model" in shown.stdout
