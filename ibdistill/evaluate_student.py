@@ -251,7 +251,8 @@ def _decoder(
     streams = {"no": streams, "only": ("reason",), "also": (*streams, "reason")}[eval_.reason]
     if config.data.format == "chat":
         adopt_turn_end(tokenizer, config.data, streams)
-    check_split("evaluation", records, tokenizer, config.data)
+    counted = ("predict", *(stream for stream in streams if stream == "explain"))
+    check_split("evaluation", records, tokenizer, config.data, streams=counted)
     if eval_.engine == "vllm":
         model = families.load_config(source, "STUDENT")
         decoder = vllm_engine.Engine(source, model, world).decode

@@ -10,7 +10,6 @@ panels of both. Files and folders that are no run are named and skipped, so that
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -20,7 +19,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
+from finished_runs import groups, number, read_result, runs_among
 
 from ibdistill.evaluation.intervals import interval
 from ibdistill.evaluation.plots import LONGEST_TITLE, plain
@@ -36,37 +35,30 @@ COLUMNS = ("run", "method", "task", "accuracy %", "rationale BLEU", "steps", "to
 CURVES = ("loss/total", "loss/predict", "loss/explain", "loss/answer", "loss/rationale")
 CURVES += ("eval/valid_.*_accuracy", "eval/valid_.*_faithful")
 SCORES = ("accuracy", "ece", "rationale_rouge_l", "faithful")
-# two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom
-
-
-def read_result(folder: Path) -> dict[str, Any]:
-    """The content of a run's result.json. Raises ValueError if there is none, or a damaged one."""
-    path = folder / "result.json"
-    if not path.is_file():
-        raise ValueError(f"{folder} has no result.json: no run, or not finished")
-    try:
-        result = json.loads(path.read_bytes())
-        result["method"], result["test"], result["steps"], result["tokens"], result["seconds"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:  # ValueError: no JSON, or no UTF-8
-        raise ValueError(f"{path} is no result of train.py ({type(error).__name__}: {error})") from None
-    return result
 
 
 def rows(folder: Path) -> list[tuple[str, ...]]:
-    """The table's rows for a run, one per task. Raises ValueError if the run has no result."""
+    """The table's rows for a run, one per task that it was tested on, or one without scores.
+
+    Raises ValueError if the run has no result.
+    """
+
+    def shown(value: float | None, factor: int) -> str:
+        return "-" if value is None else f"{factor * value:.1f}"
+
     result = read_result(folder)
     return [
         (
             folder.name,
             result["method"],
             task,
-            f"{100 * scores['accuracy']:.1f}",
-            f"{scores['rationale_bleu']:.1f}" if "rationale_bleu" in scores else "-",
+            shown(number(scores, "accuracy"), 100),
+            shown(number(scores, "rationale_bleu"), 1),
             str(result["steps"]),
             str(result["tokens"]),
             f"{result['seconds']:.0f}",
         )
-        for task, scores in result["test"].items()
+        for task, scores in (result["test"] or {"-": {}}).items()
     ]
 
 
@@ -81,61 +73,6 @@ def table(lines: list[tuple[str, ...]]) -> str:
         )
         for line in lines
     )
-
-
-def groups(folders: list[Path]) -> dict[str, list[Path]]:
-    """The runs that are repetitions of each other, by the name of their group.
-
-    The runs of a study go by arm and labels, other runs by their settings, the seeds aside: their name is the
-    method and what else differs between the groups. Where no two runs share one, they go by their folders'
-    names, which are shorter.
-    """
-    grouped: dict[str, list[Path]] = defaultdict(list)
-    seeds: dict[str, list[str]] = defaultdict(list)
-    of_study = {folder: match for folder in folders if (match := _STUDY_RUN.fullmatch(folder.name))}
-    for match in of_study.values():
-        seeds[match[1]].append(match[2])
-    # an arm that has a seed twice was run in two configurations, which are no repetitions
-    of_study = {f: m for f, m in of_study.items() if len(set(seeds[m[1]])) == len(seeds[m[1]])}
-    for folder, match in of_study.items():
-        grouped[match[1]].append(folder)
-    others = [folder for folder in folders if folder not in of_study]
-    if not others:
-        return dict(grouped)
-    by_settings = _by_settings(others)
-    if len(by_settings) == len({folder.name for folder in others}) == len(others):
-        by_settings = {folder.name: [folder] for folder in others}
-    return dict(grouped) | by_settings
-
-
-_STUDY_RUN = re.compile(r"(.+)-s(\d+)-[0-9a-f]{8}")
-"""A study names its runs ARM[-nLABELS]-sSEED-DIGEST."""
-
-
-def _by_settings(folders: list[Path]) -> dict[str, list[Path]]:
-    """The runs by what differs between their settings, the seed aside."""
-    settings = {}
-    for folder in folders:
-        path = folder / "config.yaml"
-        try:
-            content = yaml.safe_load(path.read_bytes()) if path.is_file() else {}
-        except (yaml.YAMLError, ValueError) as error:
-            raise ValueError(f"{path} is damaged: {' '.join(str(error).split())}") from None
-        flat = {
-            f"{section}.{key}": value
-            for section, values in (content if isinstance(content, dict) else {}).items()
-            if isinstance(values, dict)
-            for key, value in values.items()
-        }
-        flat = {n: v for n, v in flat.items() if not n.startswith("run.") and n != "data.subsample_seed"}
-        settings[folder] = {"objective.method": read_result(folder)["method"]} | flat
-    names = sorted({name for own in settings.values() for name in own})
-    varied = [n for n in names if len({json.dumps(own.get(n)) for own in settings.values()}) > 1]
-    grouped: dict[str, list[Path]] = defaultdict(list)
-    for folder, own in settings.items():
-        others = [f"{n.split('.')[1]} {own.get(n)}" for n in varied if n != "objective.method"]
-        grouped[" ".join([own["objective.method"], *others])].append(folder)
-    return dict(grouped)
 
 
 def look(index: int) -> dict[str, Any]:
@@ -158,8 +95,8 @@ def score_panels(grouped: dict[str, list[Path]]) -> dict[str, dict[str, list[flo
         for folder in folders:
             for task, scores in read_result(folder)["test"].items():
                 for score in SCORES:
-                    if score in scores:
-                        panels[f"{task} {score}"].setdefault(name, []).append(scores[score])
+                    if (value := number(scores, score)) is not None:
+                        panels[f"{task} {score}"].setdefault(name, []).append(value)
     return panels
 
 
@@ -242,24 +179,6 @@ def _row(figure: Figure, panels: int, **kwargs: Any) -> list[Axes]:
     return list(figure.subplots(1, panels, squeeze=False, **kwargs)[0])
 
 
-def runs_among(paths: list[Path]) -> list[Path]:
-    """The folders of finished runs; what else was given is named on standard error.
-
-    Raises ValueError if there is none, or if a result is damaged.
-    """
-    found, reasons = [], []
-    for path in paths:
-        if (path / "result.json").is_file():
-            found.append(path)
-        else:
-            reasons.append(f"{path} has no result.json: no run, or not finished")
-    if not found:
-        raise ValueError("; ".join(reasons))
-    for reason in reasons:
-        print(f"skipped: {reason}", file=sys.stderr)
-    return found
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -276,15 +195,17 @@ def main(arguments: list[str]) -> None:
         grouped = groups(folders)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    figures = [out / "comparison_scores.png"]
-    draw_scores(grouped).savefig(figures[0], dpi=110)
+    figures = {}
     panels, without = curve_panels(grouped)
     if panels:
-        figures.insert(0, out / "comparison_curves.png")
-        draw_curves(grouped, panels).savefig(figures[0], dpi=110)
+        figures[out / "comparison_curves.png"] = draw_curves(grouped, panels)
+    if score_panels(grouped):
+        figures[out / "comparison_scores.png"] = draw_scores(grouped)
+    for path, figure in figures.items():
+        figure.savefig(path, dpi=110)
     for folder in without:
         print(f"no curves of {folder}: {folder / 'tensorboard'} has no events", file=sys.stderr)
-    print("\nfigures:", *figures)
+    print("\nfigures:", *(figures or ["none, as no run has curves or scores"]))
 
 
 if __name__ == "__main__":

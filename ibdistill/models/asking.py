@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ibdistill.config.sections import StudentConfig
+from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data import chat, reasoning
 from ibdistill.data.records import Record, map_numbers, with_numbers
 from ibdistill.data.tokenizers import load_tokenizer
+from ibdistill.data.tokenizing import tokenize
 from ibdistill.models.decoding import decode
 from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
@@ -44,7 +45,8 @@ def ask(student: Student, questions: Sequence[str], batch_size: int = 64) -> lis
     Each has `label` and `rationale`, as far as the student was taught them. A student with the stream
     `reason` beside others has them of that stream under `reasoned`. The label of a reasoning without an
     answer is None. Where the student was taught with mapped numbers, it is asked with them, and the answers
-    have the question's numbers again.
+    have the question's numbers again. A warning says how many questions lost their end, or have characters
+    that the student does not know.
     """
     quantities: list[tuple[str, ...]] = [()] * len(questions)
     if student.prompt.map_numbers:
@@ -69,6 +71,12 @@ def ask(student: Student, questions: Sequence[str], batch_size: int = 64) -> lis
 def _texts(student: Student, stream: str, questions: Sequence[str], batch_size: int) -> list[str]:
     """What the student writes in one stream."""
     prompt = student.prompt
+    plain = DataConfig(max_question_tokens=prompt.question_limit, answer_marker=prompt.marker)
+    config = prompt.chat_settings() if prompt.tags else plain
+    records = [Record("", "", text, "", "", gold="") for text in questions]
+    tokenize(
+        records, {"": prompt.prefixes}, student.tokenizer, config, "asked", (stream,)
+    )  # for its warnings
     answers = decode(
         student.model,
         student.tokenizer,

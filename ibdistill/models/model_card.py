@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import try_to_load_from_cache
 
 from ibdistill.config.fields import to_flat
 from ibdistill.config.methods import METHODS
 from ibdistill.config.sections import Config, ObjectiveConfig
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.token_ids import JOINT
-from ibdistill.models import presets
+from ibdistill.models import card_head
 from ibdistill.models.prompt import Prompt, tasks_of
 from ibdistill.ops.head_loss.divergences import DIVERGENCES
 from ibdistill.ops.head_loss.sampled_token import SAMPLED
@@ -117,7 +116,7 @@ def card(
             "in white space."
         )
     return f"""---
-{yaml.safe_dump(_front_matter(config), sort_keys=False)}---
+{yaml.safe_dump(card_head.front_matter(config), sort_keys=False)}---
 
 A student distilled with ibdistill on the task {", ".join(tasks_of(config))}. Its objective is made of
 
@@ -260,39 +259,16 @@ def _prefixes(config: Config, prompt: Prompt) -> str:
     )
 
 
-def _front_matter(config: Config) -> dict[str, Any]:
-    """What the hub reads of a card. Base model and license stand there as far as they are known."""
-    found: dict[str, Any] = {"library_name": "transformers"}
-    name = config.student.model
-    if name not in presets.PRESETS and config.student.init == "pretrained":
-        is_folder = Path(name).is_dir()
-        theirs = _card_of(name)
-        base = theirs.get("base_model") if is_folder else name
-        found |= {"base_model": base} if base else {}
-        found |= {key: theirs[key] for key in ("license", "license_name", "license_link") if key in theirs}
-    return found | {"tags": ["ibdistill", "chain-of-thought", "distillation"]}
-
-
-def _card_of(name: str) -> dict[str, Any]:
-    """The front matter of a model's own card, from its folder or the local cache of the hub; else empty."""
-    path = Path(name) / "README.md" if Path(name).is_dir() else try_to_load_from_cache(name, "README.md")
-    try:
-        _, head, _ = Path(path).read_text(encoding="utf-8").split("---", 2)
-        content = yaml.safe_load(head)
-    except (OSError, ValueError, TypeError, yaml.YAMLError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 def _settings(config: Config) -> dict[str, dict[str, Any]]:
     """Section -> field -> value, of the settings that describe the training and are not the defaults.
 
-    Of a path only the last part remains, and of the section `run` the seed.
+    Of a path only the last part remains, of the section `run` the seed, and of servers their model's name:
+    where they stand, with a password perhaps, is nobody's business.
     """
     defaults, found = to_flat(Config()), {}
     for name, value in to_flat(config).items():
         section, key = name.split(".", 1)
-        if value == defaults[name] or (section == "run" and key != "seed"):
+        if value == defaults[name] or (section == "run" and key != "seed") or key == "server_urls":
             continue
         if isinstance(value, str) and (Path(value).exists() or Path(value).is_absolute()):
             value = Path(value).name

@@ -28,7 +28,8 @@ def run_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("run")
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
-    config = Config(data=DataConfig(task="svamp", max_label_tokens=4, max_rationale_tokens=6))
+    limits = {"max_question_tokens": 64, "max_label_tokens": 4, "max_rationale_tokens": 6}
+    config = Config(data=DataConfig(task="svamp", **limits))
     export.write(tiny("llama"), tokenizer, folder / "student", config)
     (folder / "config.yaml").write_text("data: {task: svamp}\n")
     return folder
@@ -75,6 +76,17 @@ def test_a_reasoning_is_printed_with_its_answer():
     assert ask.as_text(said).split("\n") == [
         *("rationale: so", "label: 7", "reasoned:"),
         *("  rationale: hm", "  label: (the reasoning has no answer)"),
+    ]
+
+
+def test_what_the_student_does_not_read_of_a_question_is_said(run_folder, monkeypatch, capsys, caplog):
+    long, fits = "how many " * 40, "how many " * 3
+    says(monkeypatch, capsys, run_folder, fits)
+    assert not caplog.messages
+    says(monkeypatch, capsys, run_folder, typed=f"{fits}\n{long}\n")
+    assert [message for message in caplog.messages if message.startswith("asked")] == [
+        f"asked: 1 of 1 {stream} questions are longer than 64 tokens and were cut"
+        for stream in ("predict", "explain")
     ]
 
 

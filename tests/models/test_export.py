@@ -20,12 +20,12 @@ from tokenizers import models as bpe
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from ibdistill.config.methods import DIVERGENCES, HEAD_ESTIMATORS, QUESTION_ESTIMATORS, SAMPLED
-from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
+from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig, TeacherConfig
 from ibdistill.data import batches, tokenizers
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.tokenizing import tokenize
-from ibdistill.models import decoding, export, families, model_card
+from ibdistill.models import card_head, decoding, export, families, model_card
 from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
 from ibdistill.ops.head_loss import divergences, sampled_token
@@ -275,8 +275,22 @@ def test_the_card_tells_its_origin_and_no_path(tmp_path):
         "student": {"model": "tiny", "lora_rank": 4},
     }
     assert "on the task svamp, demo" in card
+    for base, public in (
+        ("/home/me/tiny", None),
+        ("./tiny", None),
+        (str(tmp_path / "secret"), None),
+        (["org/one", "../two"], ["org/one"]),
+    ):
+        head = yaml.safe_dump({"license": "mit", "base_model": base})
+        Path(f"{name}/README.md").write_text(f"---\n{head}---\n")
+        assert card_head.front_matter(config).get("base_model") == public
+    config.teacher = TeacherConfig(
+        placement="server", server_urls=["http://me:word@10.0.0.1:8000/v1"], server_model="org/teacher"
+    )
+    own = model_card._settings(config)["teacher"]
+    assert own == {"placement": "server", "server_model": "org/teacher"}
     config.student = StudentConfig(model="org/name")
-    assert model_card._front_matter(config)["base_model"] == "org/name"
+    assert card_head.front_matter(config)["base_model"] == "org/name"
     config.student = StudentConfig(model="org/name", init="random")
-    assert "base_model" not in model_card._front_matter(config)
-    assert "base_model" not in model_card._front_matter(Config())
+    assert "base_model" not in card_head.front_matter(config)
+    assert "base_model" not in card_head.front_matter(Config())

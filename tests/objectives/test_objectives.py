@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from feature_tables import random_features
+from feature_tables import features_of, random_features
 from tiny_t5 import SHAPE, two_forwards
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -43,6 +43,43 @@ def test_loss_and_gradients_equal_two_forwards_with_transformers_loss(method, ti
 
     mean = means({k: float(v) for k, v in terms.items()}, plan.counts(0))
     assert total(objective, mean) == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["max", "mean"])
+def test_the_papers_term_is_pooled_over_target_positions_where_the_published_code_takes_padding_too(pool):
+    """So a question's term is the same whatever its neighbours are; the published form's is not."""
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(**SHAPE | {"vocab_size": 400})).double().eval()
+    objective = ObjectiveConfig(method="ib", estimator="paper", beta=1.0, pool=pool)
+    features = features_of([(9, 2, 7), (4, 5, 3), (13, 1, 40)])
+    ours = distillation.Distillation(model, objective)
+
+    def batch_of(*questions: int) -> batches.Batch:
+        return batches.collate(features, questions, streams_of(objective), pad=0, start=0)
+
+    def term(batch: batches.Batch) -> float:
+        _, terms = ours(batch, {"ce_predict": 0.0, "ce_explain": 0.0, "mi": 1.0})
+        return terms["mi"].item()
+
+    def published(batch: batches.Batch, *, own: bool) -> torch.Tensor:
+        """Cross entropy per question; `own`: over its own positions and not over all that the batch has."""
+        pooled = []
+        for stream, ids in zip(batch.cu, batch.input_ids.chunk(2), strict=True):
+            rows = dict(input_ids=ids, attention_mask=batch.attention_mask.chunk(2)[len(pooled)])
+            logits = model(**rows, decoder_input_ids=batch.decoder_input_ids[stream]).logits
+            lengths = batch.cu[stream].diff().tolist() if own else [None] * len(logits)
+            chosen = [row[:n].softmax(-1) for row, n in zip(logits, lengths, strict=True)]
+            pooled.append(torch.stack([p.amax(0) if pool == "max" else p.mean(0) for p in chosen]))
+        return torch.nn.functional.cross_entropy(pooled[1], pooled[0], reduction="none")
+
+    whole, alone = batch_of(0, 1, 2), [batch_of(i) for i in range(3)]
+    with torch.no_grad():
+        each = [term(batch) for batch in alone]
+        assert each == pytest.approx(published(whole, own=True).tolist(), rel=1e-10)
+        assert term(whole) == pytest.approx(sum(each), rel=1e-10)
+        assert each == pytest.approx([published(batch, own=False).item() for batch in alone], rel=1e-10)
+        moved = published(whole, own=False) - torch.tensor(each, dtype=torch.float64)
+    assert moved[:2].abs().min() > 1e-5 * max(each)
 
 
 def test_streams_and_terms_of_each_method():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
@@ -198,6 +199,9 @@ def test_each_damaged_line_is_warned_of_once_even_where_the_note_is_lost(tmp_pat
 def test_a_damaged_fingerprint_of_texts_is_refused(tmp_path, content):
     (tmp_path / "fingerprint.json").write_text(content)
     with pytest.raises(ValueError, match="fingerprint.json is damaged; delete .* or choose another folder"):
+        open_cache(tmp_path, {"teacher": "a"})
+    os.mkfifo(tmp_path / "rank-0.jsonl")
+    with pytest.raises(ValueError, match="rank-0.jsonl is a named pipe, a device or a socket"):
         open_cache(tmp_path, {"teacher": "a"})
 
 

@@ -141,6 +141,55 @@ def test_what_is_no_run_is_skipped_with_a_word(tmp_path, capsys):
     assert f"skipped: {run}" not in said
 
 
+def test_a_run_that_is_given_twice_counts_once_and_a_copy_of_it_is_no_seed_more(tmp_path, capsys):
+    run = make_run(tmp_path / "runs/dss", 0.5, "dss", 0)
+    copy, other = (
+        make_run(tmp_path / "runs/copy", 0.5, "dss", 0),
+        make_run(tmp_path / "runs/b", 0.6, "dss", 1),
+    )
+    (tmp_path / "link").symlink_to(run)
+    (tmp_path / "runs/gone").symlink_to(tmp_path / "none")
+    given = [run, run.parent / "b/../dss", tmp_path / "link", run.parent / "gone", other]
+    assert compare_runs.runs_among(given) == [run, other]
+    said = capsys.readouterr().err.splitlines()
+    assert said[:2] == [f"skipped: {path} is the run {run} again" for path in given[1:3]]
+    assert said[2].startswith(f"skipped: {given[3]} has no result.json") and len(said) == 3
+    assert compare_runs.groups([run, other]) == {"dss": [run, other]}
+    twice = compare_runs.groups([run, copy, other])
+    assert twice == {folder.name: [folder] for folder in (run, copy, other)}
+    again = (
+        make_run(tmp_path / "lr", 0.5, "dss", 0, lr=0.2),
+        make_run(tmp_path / "lr1", 0.5, "dss", 1, lr=0.2),
+    )
+    assert compare_runs.groups([run, copy, *again]) == {
+        str(run): [run],
+        str(copy): [copy],
+        "dss lr 0.2": list(again),
+    }
+
+
+def test_scores_that_a_run_lacks_are_left_out(tmp_path, capsys):
+    """A task without a test split has none; NaN and null are no scores."""
+    tests = [{}, {"demo": {}}, {"demo": {"accuracy": None, "ece": math.nan}}, {"demo": {"accuracy": 0.5}}]
+    runs = [make_run(tmp_path / str(i), 0, f"m{i}", 0) for i in range(4)]
+    for run, test in zip(runs, tests, strict=True):
+        content = json.loads((run / "result.json").read_text())
+        (run / "result.json").write_text(json.dumps(content | {"test": test}))
+    compare_runs.main([str(run) for run in runs[:3]])
+    said = capsys.readouterr().out
+    assert said.endswith("figures: none, as no run has curves or scores\n") and not list(
+        tmp_path.glob("*.png")
+    )
+    assert [line.split()[2:4] for line in said.splitlines()[1:4]] == [
+        ["-", "-"],
+        ["demo", "-"],
+        ["demo", "-"],
+    ]
+    compare_runs.main([str(run) for run in runs])
+    assert (tmp_path / "comparison_scores.png").is_file()
+    assert compare_runs.score_panels(compare_runs.groups(runs)) == {"demo accuracy": {"3": [0.5]}}
+
+
 def test_intervals_over_seeds():
     assert compare_runs.interval([0.4])[0] == 0.4 and math.isnan(compare_runs.interval([0.4])[1])
     assert compare_runs.interval([0.0, 1.0]) == pytest.approx((0.5, 12.706 * math.sqrt(0.5) / math.sqrt(2)))
@@ -156,7 +205,12 @@ def test_without_any_events_only_scores_are_drawn(tmp_path, capsys):
     assert "comparison_scores.png" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"[]", b'{"method": "dss"}', b"\xff\x00", b"[" * 10**5])
+NO_TEST = b'{"method": "dss", "test": null, "steps": 1, "tokens": 1, "seconds": 1}'
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"{", b"[]", b'{"method": "dss"}', b"\xff\x00", b"[" * 10**5, NO_TEST]
+)
 def test_folders_without_a_result_are_refused(tmp_path, content):
     if content is not None:
         (tmp_path / "result.json").write_bytes(content)

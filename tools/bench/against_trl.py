@@ -14,10 +14,11 @@ GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTH
 """What this process's environment says about its process group, and where it finds its modules."""
 
 
-def trl_file(case, shape: dict, folder: str) -> str:
+def trl_file(case, shape: dict, tiny: dict, folder: str, pretrained: str = "") -> str:
     """The file that `trl_sft.py` reads: all steps' rows of a `PackedCase`, each with its prompt's length.
 
-    `shape`: what makes the model's configuration.
+    `shape`: what makes the model's configuration, and `tiny` that of one with which libraries are warmed;
+    `pretrained`: the folder of a model that is taken instead of `shape`.
     """
     features, model, optim = case.features, case.model(), case.settings("off").optim
     rows = []
@@ -28,9 +29,19 @@ def trl_file(case, shape: dict, folder: str) -> str:
         ):
             target = len(features.targets["rationale"][record]) + len(features.targets["answer"][record])
             # its last token is predicted and not read
-            rows.append(([*ids.tolist(), 2], len(ids) + 1 - target))
+            last = int(features.targets["answer"][record][-1])
+            rows.append(([*ids.tolist(), last], len(ids) + 1 - target))
     tokens = sum(len(row) for row, _ in rows) // case.steps
-    found = {"family": case.family, "shape": shape, "rows": rows, "tokens": tokens, "steps": case.steps}
+    found = {
+        "family": case.family,
+        "shape": shape,
+        "cpu_time": case.cpu_time,
+        "pretrained": pretrained,
+        "tiny": tiny,
+        "rows": rows,
+        "tokens": tokens,
+        "steps": case.steps,
+    }
     found |= {"batch_size": case.batch_size, "lr": optim.lr, "clip_norm": optim.clip_norm}
     path = Path(folder) / "case.json"
     path.write_text(json.dumps(found | {"threads": torch.get_num_threads()}))

@@ -40,3 +40,30 @@ def generate_features(records: int = 6725) -> Features:
     q, t, r = (Ragged([rng.integers(3, PIECES, int(n)) for n in part]) for part in lengths)
     questions, targets = {"predict": q, "explain": q}, {"predict": t, "explain": r}
     return Features([str(i) for i in range(records)], np.zeros(records, dtype=int), questions, targets)
+
+
+LENGTHS = {
+    "gsm8k": ((4.12, 0.35, 8, 1024), (4.07, 0.50, 4, 256)),
+    "long": ((4.5, 0.5, 8, 512), (6.3, 0.7, 16, 4096)),
+}
+"""Mean and deviation of the logarithm of a length and its bounds, of questions and of rationales. gsm8k:
+fitted to its training split in 4,000 pieces, with their correlation of 0.52; long: made up, medians 90
+and 545."""
+
+
+def draw(lengths: str, family: str, records: int = 2000) -> Features:
+    """Random ids in these lengths; answers have 3 tokens."""
+    rng = np.random.default_rng(0)
+    normal = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
+    drawn = [
+        np.exp(m + d * part).clip(low, high).astype(int)
+        for part, (m, d, low, high) in zip(normal, LENGTHS[lengths], strict=True)
+    ]
+    questions, rationales, answers = (
+        Ragged([rng.integers(3, PIECES, n) for n in part]) for part in (*drawn, np.full(records, 3))
+    )
+    ids, groups = [str(i) for i in range(records)], np.zeros(records, dtype=int)
+    if family == "t5":
+        both = {"predict": questions, "explain": questions}
+        return Features(ids, groups, both, {"predict": answers, "explain": rationales})
+    return Features(ids, groups, {"reason": questions}, {"rationale": rationales, "answer": answers})

@@ -10,23 +10,27 @@ Variants take turns at every step, and the least time of a step over the rounds 
 round by itself are printed too. Memory is the most that the resident set (or torch's tensors on a GPU) grows
 to during the three largest steps, in a process of its own, less what was in use before and less 16 bytes per
 parameter of model states. TRL runs in the environment of an interpreter that is given, in a process of its
-own in each round: see `trl_sft.py`.
+own in each round: see `trl_sft.py`. With `cpu_time` seconds are those of CPU time, of all threads of a
+process, which other programs on the machine hardly change.
 """
 
 from __future__ import annotations
 
+import gc
 import itertools
 import multiprocessing
 import sys
 import tempfile
+import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import against_trl
 import devices
 import numpy as np
 import torch
+from gsm8k_features import LENGTHS, PIECES, draw
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
@@ -34,7 +38,7 @@ from ibdistill import train
 from ibdistill.config import zero_file
 from ibdistill.config.load import load_settings
 from ibdistill.data import batches, tokenizers
-from ibdistill.data.features import Features, Ragged
+from ibdistill.data.features import Features
 from ibdistill.data.sampler import Sampler
 from ibdistill.models import families, fused
 from ibdistill.monitor.meter import Meter
@@ -43,37 +47,15 @@ from ibdistill.runtime import distributed
 from ibdistill.training import engine, job
 from ibdistill.training.train_state import TrainState
 
-PIECES, IGNORED = 4000, -100
+IGNORED = -100
 SHAPE = {"vocab_size": PIECES + 100, "hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 6}
 SHAPE |= {"num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 8192}
 T5 = {"vocab_size": PIECES + 100, "d_model": 384, "d_kv": 64, "d_ff": 1024, "num_layers": 6, "num_heads": 6}
 T5 |= {"feed_forward_proj": "gated-gelu", "dropout_rate": 0.1, "decoder_start_token_id": 0}
 TIED = {"tie_word_embeddings": True}
-LENGTHS = {
-    "gsm8k": ((4.12, 0.35, 8, 1024), (4.07, 0.50, 4, 256)),
-    "long": ((4.5, 0.5, 8, 512), (6.3, 0.7, 16, 4096)),
-}
-"""Mean and deviation of the logarithm of a length and its bounds, of questions and of rationales. gsm8k:
-fitted to its training split in 4,000 pieces, with their correlation of 0.52; long: made up, medians 90
-and 545."""
-
-
-def draw(lengths: str, family: str, records: int = 2000) -> Features:
-    """Random ids in these lengths; answers have 3 tokens."""
-    rng = np.random.default_rng(0)
-    normal = rng.multivariate_normal([0, 0], [[1, 0.52], [0.52, 1]], records).T
-    drawn = [
-        np.exp(m + d * part).clip(low, high).astype(int)
-        for part, (m, d, low, high) in zip(normal, LENGTHS[lengths], strict=True)
-    ]
-    questions, rationales, answers = (
-        Ragged([rng.integers(3, PIECES, n) for n in part]) for part in (*drawn, np.full(records, 3))
-    )
-    ids, groups = [str(i) for i in range(records)], np.zeros(records, dtype=int)
-    if family == "t5":
-        both = {"predict": questions, "explain": questions}
-        return Features(ids, groups, both, {"predict": answers, "explain": rationales})
-    return Features(ids, groups, {"reason": questions}, {"rationale": rationales, "answer": answers})
+TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+TINY |= {"num_key_value_heads": 2, "d_model": 32, "d_ff": 64, "num_layers": 1}
+"""Of a model with which libraries are warmed where memory is measured: what it leaves behind is little."""
 
 
 @dataclass
@@ -85,11 +67,18 @@ class PackedCase:
     batch_size: int
     steps: int
     device: torch.device
+    cpu_time: bool = False
+    tiny: bool = False
 
     @property
     def variants(self) -> tuple[str, ...]:
         """What is compared."""
         return ("padded", "packed") if self.family == "t5" else ("sft", "padded", "packed")
+
+    @property
+    def tokenizer(self):
+        """Only for its special tokens."""
+        return tokenizers.demo_tokenizer()
 
     def settings(self, packing: str):
         """The settings of our run."""
@@ -108,13 +97,14 @@ class PackedCase:
         """A new model on the device, with the same weights at every call."""
         torch.manual_seed(0)
         is_t5 = self.family == "t5"
-        config = AutoConfig.for_model(self.family, **(T5 if is_t5 else SHAPE), **TIED)
+        shape = (T5 if is_t5 else SHAPE) | TIED | (TINY if self.tiny else {})
+        config = AutoConfig.for_model(self.family, **shape)
         auto = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
         return auto.from_config(config, trust_remote_code=False).train().to(self.device)
 
     def batch(self, model, step: int, packed: bool) -> batches.Batch:
         """A step's questions."""
-        layout = families.layout(model, tokenizers.demo_tokenizer())
+        layout = families.layout(model, self.tokenizer)
         rows = self.sampler().step(step)
         return batches.collate(self.features, rows, self.features.streams, packed=packed, **layout)
 
@@ -131,7 +121,7 @@ def sft_loss(model, batch: batches.Batch, alpha: float = 0.5) -> torch.Tensor:
 
 
 def build(case: PackedCase, name: str, world):
-    """A variant's step, which takes a step's number, and its number of parameters."""
+    """A variant's step, which takes a step's number (ours gives the meter), and its parameters' number."""
     model = case.model()
     size = sum(parameter.numel() for parameter in model.parameters())
     settings, sampler = case.settings("on" if name == "packed" else "off"), case.sampler()
@@ -148,14 +138,15 @@ def build(case: PackedCase, name: str, world):
     module = distillation.Distillation(fused.fused(model), settings.objective)
     parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
     parts |= {"config": settings, "world": world, "streams": case.features.streams, "features": case.features}
-    parts |= {"tokenizer": tokenizers.demo_tokenizer(), "sampler": sampler, "meter": Meter()}
+    parts |= {"tokenizer": case.tokenizer, "sampler": sampler, "meter": Meter()}
     sections = settings.student.precision, settings.optim, settings.deepspeed
     parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
     work = job.Job(**parts)
 
-    def step(index: int) -> None:
+    def step(index: int) -> Meter:
         work.state.step = index
         train.train_step(work)
+        return work.meter
 
     return step, size
 
@@ -178,10 +169,11 @@ def check_losses(case: PackedCase) -> float:
 def peak_bytes(case: PackedCase, name: str) -> int:
     """The most bytes above the model states, in a new process."""
     world = distributed.init()
-    build(case, name, world)[0](0)  # libraries are warm
-    model = case.model()
+    small = replace(case, tiny=True)
+    build(small, name, world)[0](0)  # libraries are warm
+    model = small.model()
     order = np.argsort([case.batch(model, index, packed=True).num_tokens for index in range(case.steps)])
-    del model
+    gc.collect()
     before = devices.held_bytes(case.device)
     step, size = build(case, name, world)
     step(int(order[0]))
@@ -216,6 +208,7 @@ class RowFigures:
 def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dict[str, RowFigures]:
     """All variants, which take turns."""
     model, found = case.model(), {}
+    clock = time.process_time if case.cpu_time else time.perf_counter
     for name in case.variants:
         made = [case.batch(model, index, packed=name == "packed") for index in range(case.steps)]
         real, positions = (sum(getattr(b, n) for b in made) for n in ("num_tokens", "num_positions"))
@@ -230,13 +223,12 @@ def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dic
     for take in takes.values():
         take(0)  # libraries are warm
     with tempfile.TemporaryDirectory() as folder:
-        file, told = (
-            against_trl.trl_file(case, SHAPE | TIED, folder) if trl else "",
-            {"trl": [], "trl-packed": []},
-        )
+        file = against_trl.trl_file(case, SHAPE | TIED, SHAPE | TIED | TINY, folder) if trl else ""
+        told = {"trl": [], "trl-packed": []}
         for round_ in range(rounds):
             for index, name in itertools.product(range(case.steps), case.variants):
-                found[name].seconds[round_, index] = devices.timed(partial(takes[name], index), case.device)
+                take = partial(takes[name], index)
+                found[name].seconds[round_, index] = devices.timed(take, case.device, clock)
             for name in told if trl else ():
                 told[name].append(against_trl.run_trl(trl, file, name))
     for name in told if trl else ():
@@ -247,7 +239,14 @@ def measure(case: PackedCase, rounds: int, memory: bool, trl: str | None) -> dic
 
 
 def main(
-    family: str, lengths: str, batch_size: int, steps: int, rounds: int, memory: bool, trl: str | None
+    family: str,
+    lengths: str,
+    batch_size: int,
+    steps: int,
+    rounds: int,
+    memory: bool,
+    trl: str | None,
+    cpu_time: bool,
 ) -> None:
     """Measure and print. `lengths`: gsm8k or long. `rounds`: 0 for the padding alone. `trl`: an interpreter
     that has TRL."""
@@ -255,7 +254,9 @@ def main(
         sys.exit(f"--lengths is {lengths!r}; choose {' or '.join(LENGTHS)}")
     if trl:
         against_trl.check_trl(trl, family)
-    case = PackedCase(draw(lengths, family), family, batch_size, steps, devices.choose())
+    case = PackedCase(draw(lengths, family), family, batch_size, steps, devices.choose(), cpu_time)
+    if cpu_time and case.device.type != "cpu":
+        sys.exit("--cpu_time measures the CPU, and the variants run on a GPU: leave it out")
     method = case.settings("off").objective.method
     shape = T5 if family == "t5" else SHAPE
     print(f"{family} of {shape}, {method}, {steps} x {batch_size} of {lengths} lengths, shuffled")

@@ -255,15 +255,17 @@ def main(
     family: str | None = None,
     lengths: str = "gsm8k",
     trl: str | None = None,
+    cpu_time: bool = False,
 ) -> None:
     """Measure and print.
 
     `data`: a folder with GSM8K's files, without which lengths are drawn. `method`: ib or dss. `zero`: a file
     of ds_configs. `family`: t5 or a decoder-only model type, for which packed and padded rows of `lengths`
-    (gsm8k or long) are compared instead, and TRL where `trl` is an interpreter that has it: see `packed.py`.
+    (gsm8k or long) are compared instead, and TRL where `trl` is an interpreter that has it, by the clock or
+    by `cpu_time`: see `packed.py`.
     """
     if family:
-        return packed.main(family, lengths, batch_size, steps, rounds, memory, trl)
+        return packed.main(family, lengths, batch_size, steps, rounds, memory, trl, cpu_time)
     features = read_features(data) if data else generate_features()
     case = TrainCase(features, preset, method, batch_size, steps, zero, devices.choose())
     used = case.settings().deepspeed.config

@@ -20,21 +20,33 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    TrainerCallback,
+)
 from trl import SFTConfig, SFTTrainer
 
 
 class Stopwatch(TrainerCallback):
-    """Seconds of each step, its optimizer included."""
+    """Seconds of each step, its optimizer included, and its loss."""
 
-    def __init__(self) -> None:
+    def __init__(self, cpu_time: bool) -> None:
         self.seconds: list[float] = []
+        self.losses: list[float] = []
+        self._clock = time.process_time if cpu_time else time.perf_counter
 
     def on_step_begin(self, *_, **__) -> None:
-        self._start = time.perf_counter()
+        self._start = self._clock()
 
     def on_step_end(self, *_, **__) -> None:
-        self.seconds.append(time.perf_counter() - self._start)
+        self.seconds.append(self._clock() - self._start)
+
+    def on_log(self, *_, logs: dict, **__) -> None:
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
 
 
 def resident(key: str) -> int:
@@ -45,10 +57,16 @@ def resident(key: str) -> int:
 def trainer(case: dict, packed: bool, steps: int) -> tuple[SFTTrainer, Stopwatch]:
     """A trainer of this many steps; the rows come in their order."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(case["family"], **case["shape"])
-    model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
-    core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+    if case["pretrained"]:
+        model = AutoModelForCausalLM.from_pretrained(
+            case["pretrained"], dtype=torch.float32, trust_remote_code=False
+        )
+        tokenizer = AutoTokenizer.from_pretrained(case["pretrained"], trust_remote_code=False)
+    else:
+        config = AutoConfig.for_model(case["family"], **case["shape"])
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
+        core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
     masks = [[0] * prompt + [1] * (len(row) - prompt) for row, prompt in case["rows"]]
     rows = Dataset.from_dict({"input_ids": [row for row, _ in case["rows"]], "completion_mask": masks})
     arguments = SFTConfig(
@@ -67,10 +85,11 @@ def trainer(case: dict, packed: bool, steps: int) -> tuple[SFTTrainer, Stopwatch
         use_cpu=not torch.cuda.is_available(),
         report_to="none",
         save_strategy="no",
-        logging_strategy="no",
+        lr_scheduler_type="constant",
+        logging_steps=1,
         disable_tqdm=True,
     )
-    watch = Stopwatch()
+    watch = Stopwatch(case["cpu_time"])
     made = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch])
     return made, watch
 
@@ -79,9 +98,10 @@ def main(file: str, variant: str) -> None:
     """Measure the case that a JSON file describes."""
     case, packed = json.loads(Path(file).read_text()), variant == "trl-packed"
     torch.set_num_threads(case["threads"])
-    before = resident("VmRSS")  # what libraries take up as they warm counts too: an upper bound
-    trainer(case, packed, 1)[0].train()
+    small = case | {"shape": case["tiny"], "pretrained": ""}
+    trainer(small, packed, 1)[0].train()  # libraries are warm, as where `packed.py` measures
     gc.collect()
+    before = resident("VmRSS")
     made, watch = trainer(case, packed, case["steps"])
     batches = [batch for batch, _ in zip(made.get_train_dataloader(), range(case["steps"]), strict=False)]
     real = [
@@ -92,7 +112,8 @@ def main(file: str, variant: str) -> None:
     made.train()
     size = sum(parameter.numel() for parameter in made.model.parameters())
     peak = resident("VmHWM") - before - 16 * size
-    found = {"seconds": watch.seconds, "real": real, "positions": positions, "peak": peak}
+    found = {"seconds": watch.seconds, "losses": watch.losses}
+    found |= {"real": real, "positions": positions, "peak": peak}
     print(json.dumps(found))
 
 
