@@ -12,6 +12,7 @@ import runpy
 import signal
 import subprocess
 import sys
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,9 +25,10 @@ TRAIN = str(ROOT / "ibdistill" / "train.py")
 WORKERS = ROOT / "tests" / "workers"
 FORKED = str(WORKERS / "runs.py")
 """A script like TRAIN that forks its ranks itself; its first argument is their number."""
+_LAUNCHED = str(WORKERS / "launched.py")
 
 IN_FULL = {"IBDISTILL_TESTS_IN_FULL": "1"}
-"""The environment of a fork that has the whole demo and draws figures, as ranks of a launcher do."""
+"""The environment of a fork that has the whole demo and draws figures, as ranks of a cold launcher do."""
 
 _SERVER = multiprocessing.get_context("forkserver")
 """Starts processes as forks of one that has done what `warm.py` does, which takes a script 5 s of CPU."""
@@ -87,15 +89,25 @@ def _run_script(arguments: list[str], log: str, env: dict[str, str]) -> None:
 
 
 def start(
-    arguments: Sequence[str], *, log: Path, ranks: int | None = None, env: dict[str, str] | None = None
+    arguments: Sequence[str],
+    *,
+    log: Path,
+    ranks: int | None = None,
+    cold: bool = False,
+    env: dict[str, str] | None = None,
 ) -> subprocess.Popen | Forked:
     """Start a script in a session of its own, with output to `log`: with `ranks` through DeepSpeed's
-    launcher on so many, and else as one process, which may fork its ranks itself (workers/ranks.py)."""
+    launcher on so many, and else as one process, which may fork its ranks itself (workers/ranks.py).
+
+    The launcher's processes are forks too (workers/launched.py). With `cold` they are started as a user's
+    are, which costs 15 s of CPU: for claims about these processes.
+    """
     from ibdistill.runtime.distributed import free_port
 
     log.write_text("")
-    if ranks is None:
-        return Forked(arguments, log, alone() | (env or {}))
+    if not cold:
+        through = [] if ranks is None else [_LAUNCHED, str(ranks)]
+        return Forked([*through, *arguments], log, alone() | (env or {}))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port())]
     with log.open("w") as output:
@@ -114,11 +126,12 @@ def launch(
     *,
     log: Path,
     ranks: int | None = None,
+    cold: bool = False,
     env: dict[str, str] | None = None,
     timeout: float = 900,
 ) -> int:
     """Run a script to its end as `start` does; the exit code."""
-    process = start(arguments, ranks=ranks, log=log, env=env)
+    process = start(arguments, ranks=ranks, cold=cold, log=log, env=env)
     try:
         return process.wait(timeout)
     except subprocess.TimeoutExpired:
@@ -131,9 +144,18 @@ def alone() -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 
 
-def output_of(*command: str) -> str:
-    """What a Python script prints, run as one process of one thread."""
+def output_of(*command: str, cold: bool = False) -> str:
+    """What a Python script prints, run as one process of one thread.
+
+    A script is a fork, what it logs among its output, unless it is to import all itself (`cold`).
+    """
     env = alone() | {"OMP_NUM_THREADS": "1"}
+    if not (cold or command[0] == "-c"):
+        with tempfile.NamedTemporaryFile("r") as log:
+            code = Forked(command, log.name, env).wait(900)
+            printed = log.read()
+        assert code == 0, printed[-2000:]
+        return printed
     run = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=env, timeout=900)
     assert run.returncode == 0, run.stderr[-2000:]
     return run.stdout
@@ -170,7 +192,7 @@ def short_demo(load_demo: Callable) -> Callable:
     """`demo.load_demo` with 64 of 1,000 validation problems and of 2,000 test problems, all of which each run
     tokenizes and checks before it starts.
 
-    Ranks of a launcher have the whole demo; a fork that shares a run's folder with them needs IN_FULL.
+    Ranks of a cold launcher have the whole demo; a fork that shares a run's folder with them needs IN_FULL.
     """
 
     @functools.wraps(load_demo)

@@ -42,7 +42,8 @@ def svamp(root, outputs, test_outputs=None):
 
 def read(task, path=None, needs_rationale=False, **settings):
     data = DataConfig(task=task, path=None if path is None else str(path), **settings)
-    return TASKS[task].read(task, data, needs_rationale=needs_rationale)
+    splits = TASKS[task].read(task, data, needs_rationale=needs_rationale)
+    return {split: list(part) for split, part in splits.items()}
 
 
 def loaded(task, path=None, needs_rationale=True, **settings):

@@ -21,7 +21,14 @@ PAGES += sorted([*ROOT.glob("ibdistill/**/README.md"), *ROOT.glob("tools/**/READ
 IDS = [str(path.relative_to(ROOT)) for path in PAGES]
 SECTIONS = {f.name: f.default_factory for f in fields(Config)} | {"eval": EvaluationConfig, "ask": AskConfig}
 SETTINGS = {f"{name}.{f.name}" for name, section in SECTIONS.items() for f in fields(section)}
-OTHER_SETTINGS = {"section.field", "rates.FIELD", "tokens.question", "tokens.label", "tokens.rationale"}
+OTHER_SETTINGS = {
+    "section.field",
+    "rates.FIELD",
+    "tokens.question",
+    "tokens.label",
+    "tokens.rationale",
+    "tokens.records",
+}
 """Settings that no run has: a placeholder, and those that `tools/plan.py` takes besides."""
 TOP = "ibdistill|tools|slurm|tests|ds_configs"
 EXAMPLES = {"ibdistill/data/tasks/NAME.py", "ibdistill/data/tasks/yes_or_no.py"}

@@ -13,7 +13,7 @@ if [ $# -gt 0 ]; then
   exec python -m pytest "$@"
 fi
 # Three workers for two cores: some tests wait for Slurm, for a launcher or for a browser.
-python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations=20
 if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
   # 5: no test is marked `gpu`
   python -m pytest -m gpu || [ $? -eq 5 ]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ibdistill.config.sections import Config, RunConfig
 
 
+_UNSHARDED = ("none", "replica", "cache", "server")
+
+
 def settle(config: Config) -> None:
     """Replace the settings whose value follows from others (auto, none, a share) by that value."""
     teacher, objective, optim = config.teacher, config.objective, config.optim
@@ -258,37 +261,9 @@ def _check_sequence_parallel(config: Config) -> None:
     setting = f"optim.sequence_parallel is {ranks}"
     if config.data.packing != "on":
         raise ValueError(f"{setting}, which cuts packed rows, and data.packing is 'off'; set data.packing on")
-    method = METHODS[objective.method]
-    if method.mi and objective.beta and objective.estimator != "vid":
+    if teacher_consistency.needs_answers(objective) and teacher.placement not in _UNSHARDED:
         raise ValueError(
-            f"{setting}, and objective.estimator {objective.estimator} needs all tokens of a question on one "
-            "rank; take vid, or a method without ib"
-        )
-    if (
-        method.kd
-        and objective.gamma
-        and (objective.kd_first or objective.kd_later or objective.kd_entropy != "none")
-    ):
-        raise ValueError(
-            f"{setting}, and objective.kd_first, kd_later and kd_entropy weigh a token by all others of its "
-            "text, which lie on several ranks; leave them out"
-        )
-    if not teacher_consistency.needs_answers(objective):
-        return
-    if teacher.placement != "replica" or teacher.cache:
-        cached = f" with teacher.cache {teacher.cache[:100]!r}" if teacher.cache else ""
-        raise ValueError(
-            f"{setting}, and teacher.placement is {teacher.placement!r}{cached}: the teacher has to "
-            "answer for the part of a sequence that a rank holds; take replica without a cache"
-        )
-    if objective.kd_target == "pmi" or objective.divergence in SAMPLED:
-        raise ValueError(
-            f"{setting}, and with objective.kd_target {objective.kd_target} and objective.divergence "
-            f"{objective.divergence} the teacher reads other rows than the student; take kd_target teacher "
-            "and another divergence"
-        )
-    if objective.alignment == "text":
-        raise ValueError(
-            f"{setting}, and objective.alignment is 'text', whose two rows of tokens are not cut at the same "
-            "places; take a teacher of the student's vocabulary"
+            f"{setting}, and teacher.placement is {teacher.placement!r}: the teacher has to answer for the "
+            "part of a sequence that a rank holds, which a sharded one does not; take teacher.placement "
+            "replica, or cache"
         )

@@ -112,6 +112,13 @@ def zero_stage(config: Config) -> int:
     return read_ds_config(config.deepspeed.config)[_ZERO]["stage"]
 
 
+def offloads_to_nvme(config: Config) -> bool:
+    """Whether the run's DeepSpeed file moves states to a disk."""
+    zero = read_ds_config(config.deepspeed.config)[_ZERO]
+    parts = (zero.get(part) or {} for part in ("offload_optimizer", "offload_param"))
+    return any(part.get("device") == "nvme" for part in parts)
+
+
 def read_ds_config(name: str) -> dict[str, Any]:
     """The content of the DeepSpeed file that `deepspeed.config` names; its ZeRO stage is filled in as 0.
 

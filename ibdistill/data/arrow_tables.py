@@ -4,7 +4,9 @@
     CACHE/KIND-DIGEST/about.json     what they were made from, and what was found out meanwhile
 
 DIGEST stands for what a table is made from. A folder gets its name when all of it is on the disk, so a table
-that was interrupted is none. The next run with the same data reads what is there.
+that was interrupted is none. The next run with the same data reads what is there. Rows whose size and times
+are still those of their making are taken as they are, since all have to be read for a checksum; those of a
+table that was copied or written to are read. The folder's time says when a run last began with it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,9 +58,12 @@ class Table(NamedTuple):
         return pyarrow.chunked_array([batch.column(column) for batch in self.batches])
 
 
-def blocks(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
+def blocks(items: Iterable[Any]) -> Iterator[list[Any]]:
     """The items in parts of `BLOCK`, of which there is one at least."""
-    yield from (items[start : start + BLOCK] for start in range(0, max(1, len(items)), BLOCK))
+    rest = iter(items)
+    yield list(islice(rest, BLOCK))
+    while block := list(islice(rest, BLOCK)):
+        yield block
 
 
 def folder_of(cache_dir: str, kind: str, key: Any) -> Path:
@@ -95,6 +102,8 @@ def ensure(folder: Path, key: Any, make: Callable[[], Making]) -> bool:
             shutil.rmtree(folder)
         if is_new := not folder.exists():
             _make(folder, key, make())
+        with suppress(OSError):  # another user's
+            os.utime(folder)
         return is_new
     finally:
         lock.release()
@@ -127,7 +136,7 @@ def _make(folder: Path, key: Any, making: Making) -> None:
             os.fsync(file.fileno())
         about = making.finish(Table(_batches(new), {}))
         content = {"key": key, "checksum": files.checksum(new / _ROWS), "about": about}
-        files.write_json(new / _ABOUT, content)
+        files.write_json(new / _ABOUT, content | {"state": _state(new)})
         os.replace(new, folder)
     except OSError as error:
         raise ValueError(f"data.cache_dir: {folder} cannot be made ({error}); {_WAY_OUT}") from error
@@ -151,14 +160,23 @@ def _write(rows: Iterable[pyarrow.RecordBatch], total: int, file: Any, folder: P
     writer.close()
 
 
+def _state(folder: Path) -> list[int]:
+    """What changes when something is written to the rows."""
+    found = (folder / _ROWS).stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
 def _fault(folder: Path, key: Any) -> str:
     """Why the table is not the one that is made from `key`, whole; empty if it is."""
     try:
+        files.refuse_special(folder)
         content = json.loads((folder / _ABOUT).read_bytes())
         if content["key"] != json.loads(json.dumps(key)):
             return "it was made from something else"
-        if content["checksum"] != files.checksum(folder / _ROWS):
-            return "its checksum is wrong"
+        if content["state"] != (state := _state(folder)):
+            if content["checksum"] != files.checksum(folder / _ROWS):
+                return "its checksum is wrong"
+            files.write_json(folder / _ABOUT, content | {"state": state})
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"it is damaged ({type(error).__name__}: {error})"
     return ""

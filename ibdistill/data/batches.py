@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -86,6 +86,9 @@ class Batch:
     ranks: int = 1
     """Over how many ranks the packed row is cut. Above 1 this is one of the parts
     (`models.sequence_parallel.part_of`), and `row_lengths` are those of the whole row."""
+    exchanges: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    """Segment, or `questions` -> how many states of it go to each of these ranks, and come from each, so that
+    every question's come together on one; `labels` and `cu` are of what is there then. Empty: none do."""
 
     @property
     def num_tokens(self) -> int:

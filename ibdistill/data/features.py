@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from ibdistill.data.lazy import chained
 from ibdistill.data.ragged import Ragged
 from ibdistill.data.records import Record
 
@@ -99,10 +100,22 @@ class Features:
             reference_alone=_taken(self.reference_alone, indices),
         )
 
+    def only(self, indices: Sequence[int], kept: np.ndarray) -> Features:
+        """`take`, of which those records that are not `kept` [indices] have no tokens."""
+        taken = self.take(indices)
+
+        def emptied(tables: dict[str, Ragged]) -> dict[str, Ragged]:
+            return {
+                name: Ragged(ids if has else [] for ids, has in zip(own, kept, strict=True))
+                for name, own in tables.items()
+            }
+
+        return replace(taken, questions=emptied(taken.questions), targets=emptied(taken.targets))
+
     def __add__(self, other: Features) -> Features:
         """These records and then the other ones, of the same tasks."""
         return Features(
-            ids=Chained(self.ids, other.ids),
+            ids=chained([self.ids, other.ids]),
             groups=np.concatenate([self.groups, other.groups]),
             questions=_joined(self.questions, other.questions),
             targets=_joined(self.targets, other.targets),
@@ -155,20 +168,6 @@ class Features:
             np.arange(len(part)) if part.samples is None else part.samples for part in (self, other)
         )
         return np.concatenate([first, second + first.max(initial=-1) + 1])
-
-
-class Chained(Sequence[str]):
-    """Some names and then others, of which none is copied."""
-
-    def __init__(self, names: Sequence[str], others: Sequence[str]) -> None:
-        self._names, self._others = names, others
-
-    def __getitem__(self, index: int) -> str:
-        count = len(self._names)
-        return self._names[index] if index < count else self._others[index - count]
-
-    def __len__(self) -> int:
-        return len(self._names) + len(self._others)
 
 
 def _taken(tables: dict[str, Ragged], indices: Sequence[int]) -> dict[str, Ragged]:

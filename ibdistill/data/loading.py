@@ -13,15 +13,18 @@ from __future__ import annotations
 import difflib
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from operator import attrgetter
 
 import numpy as np
 
 from ibdistill.config.sections import DataConfig
+from ibdistill.data.lazy import Mapped, chained, taken
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks.base import Example, Task, hold_out
-from ibdistill.data.tasks.conversations import spread
+from ibdistill.data.tasks.conversations import Spread, spread
 from ibdistill.data.tasks.registry import TASKS
 
 logger = logging.getLogger("ibdistill")
@@ -46,27 +49,27 @@ class Loaded:
 
 
 def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
-    """Reads every task of `data.task`; `needs_rationale` is whether rationales are trained.
+    """`streamed`, with all records in memory."""
+    found = streamed(data, needs_rationale=needs_rationale)
+    valid, test = ({task: list(own) for task, own in part.items()} for part in (found.valid, found.test))
+    return replace(found, train=list(found.train), valid=valid, test=test)
+
+
+def streamed(data: DataConfig, *, needs_rationale: bool) -> Loaded:
+    """Every task of `data.task`, read once to check it; `needs_rationale` is whether rationales are trained.
+
+    Records are made from their sources each time they are asked for, fastest in their order. Of each there
+    are some ten numbers in memory, and no text.
 
     Raises:
         ValueError: bad settings or bad data; the message names the setting or the file and line.
     """
     tasks = _checked_tasks(data)
-    loaded = Loaded([], {}, {}, {})
+    loaded, parts = Loaded((), {}, {}, {}), []
     for task in tasks:
         counts: Counter[str] = Counter()
         train, valid, test = _load_task(task, data, needs_rationale, counts)
-        questions = len(train)
-        train = [one for r in train for one in spread(r, data, needs_rationale=needs_rationale)]
-        if len(train) > questions:
-            counts["train/questions"] = questions
-        if data.map_numbers:
-            train, valid, test = (
-                [r if r.quantities else map_numbers(r) for r in part] for part in (train, valid, test)
-            )
-        if data.choice_labels == "letter":
-            train = [replace(record, label=task.letter_of(record.label, record)) for record in train]
-        loaded.train.extend(train)
+        parts.append(train)
         loaded.valid[task.name], loaded.test[task.name] = valid, test
         for split, part in (("train", train), ("valid", valid), ("test", test)):
             counts[f"{split}/records"] = len(part)
@@ -75,7 +78,7 @@ def load(data: DataConfig, *, needs_rationale: bool) -> Loaded:
         found = {f"{task.name}/{what}": n for what, n in counts.items() if n or what.endswith("/records")}
         loaded.report.update(found)
         logger.info("data: %s", ", ".join(f"{what} {n}" for what, n in found.items()))
-    return loaded
+    return replace(loaded, train=chained(parts))
 
 
 def _checked_tasks(data: DataConfig) -> list[Task]:
@@ -126,39 +129,64 @@ def _those_with(attribute: str) -> str:
 
 def _load_task(
     task: Task, data: DataConfig, needs_rationale: bool, counts: Counter[str]
-) -> tuple[list[Record], list[Record], list[Record]]:
+) -> tuple[Sequence[Record], Sequence[Record], Sequence[Record]]:
     """One task's training (subsampled), validation and test records."""
     splits = task.read(task.name, data, needs_rationale=needs_rationale)
-    _refuse_empty(task, splits)
     wants_llm = data.label_source == "llm"
+    resolved, facts = {}, {}
+    for split, examples in splits.items():
+        resolved[split] = Mapped(partial(_resolve, task), examples)
+        found = _facts(task, split, resolved[split], data, needs_rationale, counts)
+        facts[split] = np.fromiter(found, _FACTS, len(examples))
+        if (wants_llm or needs_rationale) and 0 < counts[f"{split}/unparsable"] == len(examples):
+            raise ValueError(
+                f"none of the {len(examples)} LLM outputs for the {split} split of task {task.name!r} has a "
+                f"rationale and an answer; the first is {(examples[0].llm or '')[:200]!r}. "
+                "Are these this task's files?"
+            )
+    _refuse_empty(task, splits)
     if wants_llm and (task.parse_llm is None or splits["train"][0].llm is None):
         raise ValueError(
             f"data.label_source is 'llm', but task {task.name!r} has no LLM outputs here; set data.path to "
             "the folder of the DSS data release, or data.label_source to 'gt'"
         )
-    resolved = {
-        split: _resolve(task, split, examples, wants_llm or needs_rationale, counts)
-        for split, examples in splits.items()
-    }
+    train = np.arange(len(facts["train"]))
     if "valid" not in resolved:
-        labelled = [item for item in resolved["train"] if item.record.label]
-        unlabelled = [item for item in resolved["train"] if not item.record.label]
-        labelled, resolved["valid"] = hold_out(labelled, data.valid_share)
-        resolved["train"] = labelled + unlabelled
+        has_label = facts["train"]["labelled"]
+        labelled, held = (np.array(part, int) for part in hold_out(train[has_label], data.valid_share))
+        resolved["valid"] = taken(resolved["train"], held)
+        train = np.concatenate([labelled, train[~has_label]])
     # Only demo_pretrain has no test split: a stand-in for pretraining is no benchmark.
     resolved.setdefault("test", resolved["valid"])
-    train = resolved["train"]
+    own = facts["train"][train]
     order = np.random.RandomState(data.subsample_seed).permutation(len(train))
     predict_only = data.missing_rationales == "predict_only"
     if needs_rationale:
-        _refuse_missing_rationales(task, predict_only, train)
-    trainable = [_trainable(item, wants_llm, needs_rationale, predict_only, counts) for item in train]
-    kept = [i for i in order if trainable[i]]
+        missing = train[own["parsed"] & ~own["explained"]]
+        first = resolved["train"][missing[0]].where if len(missing) else ""
+        _refuse_missing_rationales(task, predict_only, first, len(missing), len(train))
+    trainable = _trainable(own, wants_llm, needs_rationale, predict_only, counts)
+    kept = order[trainable[order]]
     _refuse_empty(task, {**resolved, "train": kept})
-    kept = sorted(kept[: _sample_size(task, data.subsample, len(kept))])
-    labels = [(train[i].record, train[i].label) for i in kept]
-    records = [replace(record, label=label) if wants_llm else record for record, label in labels]
-    return records, *([item.record for item in resolved[split]] for split in ("valid", "test"))
+    kept = np.sort(kept[: _sample_size(task, data.subsample, len(kept))])
+    of_item = _with_llm_label if wants_llm else attrgetter("record")
+    chosen = Mapped(of_item, taken(resolved["train"], train[kept]))
+    if len(records := Spread(chosen, own["records"][kept], data, needs_rationale)) > len(kept):
+        counts["train/questions"] = len(kept)
+    finished = partial(_finished, task, data)
+    return (
+        Mapped(partial(finished, is_train=True), records),
+        *(Mapped(lambda item: finished(item.record), resolved[split]) for split in ("valid", "test")),
+    )
+
+
+def _finished(task: Task, data: DataConfig, record: Record, *, is_train: bool = False) -> Record:
+    """The record with the numbers and letters that `data` asks for."""
+    if data.map_numbers and not record.quantities:
+        record = map_numbers(record)
+    if is_train and data.choice_labels == "letter":
+        record = replace(record, label=task.letter_of(record.label, record))
+    return record
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,49 +199,63 @@ class _Resolved:
     """The LLM's label; empty without LLM outputs."""
     parsed: bool
     """False where the LLM's text has no label and rationale."""
+    has_llm: bool
 
 
-def _resolve(
-    task: Task, split: str, examples: list[Example], needed: bool, counts: Counter[str]
-) -> list[_Resolved]:
-    """Parses the LLM's outputs, which replace the source's own rationales."""
-    if task.parse_llm is None or examples[0].llm is None:
-        return [_Resolved(example.record, example.where, "", True) for example in examples]
-    resolved = []
-    for example in examples:
-        parts = task.parse_llm(example.llm or "")
-        rationale, label = parts or ("", "")
-        record = replace(example.record, rationale=rationale)
-        resolved.append(_Resolved(record, example.where, label, parts is not None))
-        counts[f"{split}/unparsable"] += parts is None
-        counts[f"{split}/llm_correct"] += parts is not None and task.is_correct(label, record)
-    if needed and counts[f"{split}/unparsable"] == len(examples):
-        raise ValueError(
-            f"none of the {len(examples)} LLM outputs for the {split} split of task {task.name!r} has a "
-            f"rationale and an answer; the first is {(examples[0].llm or '')[:200]!r}. "
-            "Are these this task's files?"
-        )
-    return resolved
+def _with_llm_label(item: _Resolved) -> Record:
+    return replace(item.record, label=item.label)
+
+
+def _resolve(task: Task, example: Example) -> _Resolved:
+    """Parses the LLM's output, which replaces the source's own rationale."""
+    if task.parse_llm is None or example.llm is None:
+        return _Resolved(example.record, example.where, "", True, False)
+    parts = task.parse_llm(example.llm)
+    rationale, label = parts or ("", "")
+    return _Resolved(
+        replace(example.record, rationale=rationale), example.where, label, parts is not None, True
+    )
+
+
+_FACTS = [("labelled", bool), ("parsed", bool), ("explained", bool), ("records", np.int64)]
+"""What decides which records are trained: whether there is a label, an LLM's output with its parts, and a
+rationale, and how many training records it becomes."""
+
+
+def _facts(
+    task: Task,
+    split: str,
+    items: Sequence[_Resolved],
+    data: DataConfig,
+    needs_rationale: bool,
+    counts: Counter[str],
+) -> Iterator[tuple[bool, bool, bool, int]]:
+    """`_FACTS` of each item, all of which are read here; what LLMs wrote is counted."""
+    for item in items:
+        record = item.record
+        if item.has_llm:
+            counts[f"{split}/unparsable"] += not item.parsed
+            counts[f"{split}/llm_correct"] += item.parsed and task.is_correct(item.label, record)
+        number = sum(1 for _ in spread(record, data, needs_rationale=needs_rationale))
+        yield bool(record.label), item.parsed, bool(record.rationale), number
 
 
 def _trainable(
-    item: _Resolved, wants_llm: bool, needs_rationale: bool, predict_only: bool, counts: Counter[str]
-) -> bool:
-    """Whether to train on the record. One without a target for a stream that is trained is counted; with
-    `predict_only` it may train the predict stream alone."""
-    if not item.parsed and (wants_llm or (needs_rationale and not predict_only)):
-        counts["train/dropped"] += 1
-        return False
-    if item.record.rationale or not needs_rationale:
-        return True
-    counts["train/no_rationale"] += 1
-    return predict_only
+    facts: np.ndarray, wants_llm: bool, needs_rationale: bool, predict_only: bool, counts: Counter[str]
+) -> np.ndarray:
+    """Which records to train on, [records] bool. Those without a target for a stream that is trained are
+    counted; with `predict_only` they may train the predict stream alone."""
+    dropped = ~facts["parsed"] & (wants_llm or (needs_rationale and not predict_only))
+    unexplained = ~dropped & ~facts["explained"] & needs_rationale
+    counts["train/dropped"] += int(dropped.sum())
+    counts["train/no_rationale"] += int(unexplained.sum())
+    return ~dropped & (predict_only | ~unexplained)
 
 
-def _refuse_missing_rationales(task: Task, predict_only: bool, train: Sequence[_Resolved]) -> None:
-    """Raise ValueError if records lack a rationale, unless task or user allows that for some of them."""
-    missing = [item for item in train if item.parsed and not item.record.rationale]
-    all_missing = len(missing) == len(train)
+def _refuse_missing_rationales(task: Task, predict_only: bool, first: str, missing: int, total: int) -> None:
+    """Raise ValueError if records lack a rationale, unless task or user allows that for some of them.
+    `first`: the place of the first one."""
+    all_missing = missing == total
     if not missing or (not all_missing and (predict_only or task.partial_rationales)):
         return
     ways = {
@@ -225,15 +267,15 @@ def _refuse_missing_rationales(task: Task, predict_only: bool, train: Sequence[_
         "data.path with rationales (the DSS data release, or your own with --data.task jsonl)": True,
     }
     raise ValueError(
-        f"{missing[0].where}: no rationale, and the method trains on rationales; {len(missing)} of "
-        f"{len(train)} training records of task {task.name!r} lack one. Ways out: "
+        f"{first}: no rationale, and the method trains on rationales; {missing} of "
+        f"{total} training records of task {task.name!r} lack one. Ways out: "
         + "; ".join(way for way, is_open in ways.items() if is_open)
     )
 
 
-def _refuse_empty(task: Task, splits: Mapping[str, list]) -> None:
+def _refuse_empty(task: Task, splits: Mapping[str, Collection]) -> None:
     for split, part in splits.items():
-        if not part:
+        if not len(part):
             raise ValueError(
                 f"task {task.name!r} has no {split} records left; give it more, or change data.valid_share"
             )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import overload
 
 import numpy as np
 import pyarrow
@@ -14,29 +12,24 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.data.arrow_tables import Table
 from ibdistill.data.features import Features
+from ibdistill.data.lazy import Lazy
 from ibdistill.data.ragged import Ragged
 from ibdistill.runtime import files
 
 _TABLES = ("questions", "targets", "teacher_questions", "with_reference", "reference_alone")
 
 
-class StoredNames(Sequence[str]):
+class StoredNames(Lazy[str]):
     """Names that are read from a table when they are asked for."""
 
     def __init__(self, names: pyarrow.ChunkedArray) -> None:
         self._names = names
 
-    @overload
-    def __getitem__(self, index: int) -> str: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[str]: ...
-    def __getitem__(self, index: int | slice) -> str | list[str]:
-        if isinstance(index, slice):
-            return self._names[index].to_pylist()
-        return self._names[int(index)].as_py()
-
     def __len__(self) -> int:
         return len(self._names)
+
+    def _item(self, index: int) -> str:
+        return self._names[index].as_py()
 
 
 def rows(features: Features, first: int, indices: np.ndarray) -> pyarrow.RecordBatch:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -16,6 +16,7 @@ from ibdistill.config.sections import DataConfig
 from ibdistill.data import arrow_tables
 from ibdistill.data.arrow_tables import Making, Table
 from ibdistill.data.json_rows import SUFFIXES
+from ibdistill.data.lazy import Lazy
 from ibdistill.data.loading import Loaded
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.published import Published
@@ -27,41 +28,35 @@ _FOR_BATCHES = ("cache_dir", "bucket_batches", "packing", "mixture_weights", "mi
 """Settings that change no record and no token id, and so no table."""
 
 
-class StoredRecords(Sequence[Record]):
+class StoredRecords(Lazy[Record]):
     """Records that are read from a table one by one, when they are asked for."""
 
     def __init__(self, rows: pyarrow.ChunkedArray, indices: np.ndarray) -> None:
         self._rows, self._indices = rows, indices
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | list[Record]:
-        if isinstance(index, slice):
-            return [self._record(i) for i in self._indices[index]]
-        return self._record(self._indices[index])
-
     def __len__(self) -> int:
         return len(self._indices)
-
-    def __iter__(self) -> Iterator[Record]:
-        return map(self._record, self._indices)
 
     def take(self, indices: Sequence[int]) -> StoredRecords:
         """The records with these indices alone."""
         return StoredRecords(self._rows, self._indices[indices])
 
-    def _record(self, row: int) -> Record:
-        values = dict(zip(_FIELDS, json.loads(self._rows[int(row)].as_py()), strict=True))
+    def _item(self, index: int) -> Record:
+        row = json.loads(self._rows[int(self._indices[index])].as_py())
+        values = dict(zip(_FIELDS, row, strict=True))
         values["history"] = tuple(map(tuple, values["history"]))
         for name in ("quantities", "rationales"):
             values[name] = tuple(values[name])
         return Record(**values)
 
 
-def making(loaded: Loaded) -> Making:
-    """How these records become a table."""
+def encoded(record: Record) -> bytes:
+    """A record's row."""
+    return json.dumps([getattr(record, name) for name in _FIELDS]).encode()
+
+
+def making(loaded: Loaded, check: Callable[[], None] = lambda: None) -> Making:
+    """How these records become a table; `check` is called when all are read."""
     parts = {("train", ""): loaded.train}
     parts |= {(s, task): own for s in ("valid", "test") for task, own in getattr(loaded, s).items()}
     sizes = [[split, task, len(own)] for (split, task), own in parts.items()]
@@ -71,12 +66,13 @@ def making(loaded: Loaded) -> Making:
     def batches() -> Iterator[pyarrow.RecordBatch]:
         for part in parts.values():
             for block in arrow_tables.blocks(part):
-                rows = [json.dumps([getattr(r, name) for name in _FIELDS]).encode() for r in block]
+                rows = [encoded(record) for record in block]
                 for row in rows:
                     content.add(row)
                 yield pyarrow.record_batch([pyarrow.array(rows, pyarrow.large_binary())], ["record"])
 
     def about(table: Table) -> dict[str, Any]:
+        check()
         return {"sizes": sizes, "report": loaded.report, "content": content.hex()}
 
     return Making(batches(), sum(size for *_, size in sizes), about)
@@ -109,6 +105,14 @@ def source(data: DataConfig) -> dict[str, Any]:
         readers = {n: getattr(TASKS[n].read, "__self__", None) for n in _names(data) if n in TASKS}
         found["hub"] = [own.hub_state(n) for n, own in readers.items() if isinstance(own, Published)]
     return found
+
+
+def check_unchanged(data: DataConfig, before: dict[str, Any]) -> None:
+    """Raise ValueError unless `source` gives what it did before: records are read twice."""
+    if source(data) != before:
+        raise ValueError(
+            f"data.path {data.path!r} changed while it was read; start the run again when it is complete"
+        )
 
 
 def settings(data: DataConfig) -> dict[str, Any]:

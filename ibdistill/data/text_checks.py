@@ -7,21 +7,24 @@ limit cuts. Such a label is a wrong answer even if the model gives its target wo
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import chat, token_ids
+from ibdistill.data import arrow_tables, chat, token_ids
 from ibdistill.data.arrow_tables import BLOCK
 from ibdistill.data.features import Features
+from ibdistill.data.lazy import Mapped
 from ibdistill.data.loading import Loaded
 from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tasks.registry import TASKS
-from ibdistill.data.tokenizing import tokenize
+from ibdistill.data.tokenizing import tokenized_blocks
+from ibdistill.data.tokenizing_notes import Notes
 
 logger = logging.getLogger("ibdistill")
 
@@ -71,14 +74,19 @@ def check_split(
 
     `streams`: those whose questions are counted, `predict` among them.
     """
-    said = [_as_said(record, config) for record in records]
     prefixes = {record.task: TASKS[record.task].prefixes for record in records[:1]}
-    features = tokenize(said, prefixes, tokenizer, config, split=name, streams=streams)
-    labels = zip(said, map(features.labels.__getitem__, range(len(said))), strict=True)
-    wrong = _unsayable(name, labels, len(said), tokenizer, config, max_unsayable)
+    notes = Notes(name, config, tokenizer)
+
+    def labels() -> Iterator[tuple[Record, np.ndarray]]:
+        for block in arrow_tables.blocks(Mapped(partial(_as_said, config=config), records)):
+            (features,) = tokenized_blocks(block, prefixes, tokenizer, config, notes, streams)
+            yield from zip(block, map(features.labels.__getitem__, range(len(block))), strict=True)
+        notes.report(len(records))
+
+    wrong = _unsayable(name, labels(), len(records), tokenizer, config, max_unsayable)
     return {
-        f"{name}/cut_questions": features.cut["predict questions"],
-        f"{name}/cut_labels": features.cut["labels"],
+        f"{name}/cut_questions": notes.cut["predict questions"],
+        f"{name}/cut_labels": notes.cut["labels"],
         f"{name}/unsayable": wrong,
     }
 
@@ -120,12 +128,13 @@ def _as_said(record: Record, config: DataConfig) -> Record:
 
 def _check_scorable(split: str, records: Sequence[Record], config: DataConfig) -> None:
     """Raise ValueError where most labels are such that no answer equals them, not even the label itself."""
-    wrong = [r for r in records if not TASKS[r.task].is_correct(r.gold, r)]
+    wrong = [i for i, r in enumerate(records) if not TASKS[r.task].is_correct(r.gold, r)]
     if len(wrong) > MAX_UNSAYABLE * len(records):
+        first = records[wrong[0]]
         raise ValueError(
             f"{split}: {len(wrong)} of {len(records)} labels equal no answer by the task's rule "
-            f"(data.answer_check is {config.answer_check!r}). The first is {wrong[0].gold[:200]!r} "
-            f"({wrong[0].id[:100]}). Take another data.answer_check, or mend the labels"
+            f"(data.answer_check is {config.answer_check!r}). The first is {first.gold[:200]!r} "
+            f"({first.id[:100]}). Take another data.answer_check, or mend the labels"
         )
 
 

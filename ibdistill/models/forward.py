@@ -23,6 +23,7 @@ from ibdistill.data.batches import Batch
 from ibdistill.data.records import SEGMENTS
 from ibdistill.models.architectures import ENCODER_DECODER, family, state_factor
 from ibdistill.models.families import base_of
+from ibdistill.models.sequence_parallel import together
 from ibdistill.ops import packed_attention
 
 
@@ -134,12 +135,15 @@ def _decoder_only(model: PreTrainedModel, batch: Batch) -> States:
     parts = [hidden] * len(batch.streams) if packed else hidden.chunk(len(batch.streams))
     of_stream = dict(zip(batch.streams, parts, strict=True))
     targets = {
-        segment: _for_head(rows.flatten(0, 1).index_select(0, batch.positions[segment]), model)
+        segment: together(
+            _for_head(rows.flatten(0, 1).index_select(0, batch.positions[segment]), model), batch, segment
+        )
         for stream, rows in of_stream.items()
         for segment in SEGMENTS[stream]
         if segment in batch.positions
     }
-    return States(targets, hidden.flatten(0, 1).index_select(0, batch.question_positions))
+    questions = hidden.flatten(0, 1).index_select(0, batch.question_positions)
+    return States(targets, together(questions, batch, "questions"))
 
 
 def no_padding(input_ids: Tensor) -> Tensor:

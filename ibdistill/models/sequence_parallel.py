@@ -22,8 +22,15 @@ decoding included, reads a packed row's sequences from its position ids, and ave
 whose losses are means. Here the cut has to follow packed targets and the mask holds the lengths. What remains
 is one collective.
 
-What is refused: pooled terms, which need all tokens of a question on one rank, and weights of tokens by the
-rest of their text (`config.consistency`); encoder-decoder models, whose rows are of two kinds.
+Some terms need all tokens of a question on one rank: pooled ones, weights of tokens by the rest of their
+text, and answers that are kept whole or come from other tokens (`objectives.weights.whole_questions`). Then
+the final states of each question are brought together on one rank of the group as soon as a model has made
+them (`together`), and every rank has as many questions, more or less. From there on it has the targets of its
+own questions, and of the others none, so what follows is as without groups. It is one exchange more, of final
+states alone; but where a micro-batch has fewer questions than the group has ranks, some of these have no part
+in the head loss.
+
+What is refused: encoder-decoder models, whose rows are of two kinds.
 """
 
 from __future__ import annotations
@@ -33,6 +40,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -42,12 +50,16 @@ from ibdistill.data.batches import Batch
 from ibdistill.models.architectures import DECODER_ONLY, FAMILIES
 
 _group: dist.ProcessGroup | None = None
+_whole = False
 
 
-def start(ranks: int) -> None:
-    """Form groups of so many neighbouring ranks, or none of 1. Collective."""
-    global _group
-    _group = None
+def start(ranks: int, *, whole_questions: bool = False) -> None:
+    """Form groups of so many neighbouring ranks, or none of 1. Collective.
+
+    `whole_questions`: whether each question's states are brought together on one rank.
+    """
+    global _group, _whole
+    _group, _whole = None, whole_questions
     for first in range(0, dist.get_world_size(), ranks) if ranks > 1 else ():
         members = list(range(first, first + ranks))
         group = dist.new_group(members)
@@ -86,7 +98,7 @@ def check_model(setting: str, name: str, config: Any, ranks: int) -> None:
 
 def check_layouts(teacher: str, ours: dict[str, int | None], theirs: dict[str, int | None]) -> None:
     """Raise ValueError if ranks share sequences and the teacher reads other tokens around a question."""
-    if is_on() and ours != theirs:
+    if is_on() and not _whole and ours != theirs:
         raise ValueError(
             f"optim.sequence_parallel is above 1, and teacher.model {teacher!r:.100} puts {theirs} around a "
             f"question and the student {ours}, so their rows would not be cut at the same places; take a "
@@ -94,11 +106,25 @@ def check_layouts(teacher: str, ours: dict[str, int | None], theirs: dict[str, i
         )
 
 
+def owned(questions: int) -> np.ndarray:
+    """[questions] bool: which of a micro-batch come together on this rank; without groups all do."""
+    found = np.full(questions, not is_on())
+    if is_on():
+        found[slice(*_owners(questions)[_group.rank() :][:2])] = True
+    return found
+
+
+def _owners(questions: int) -> list[int]:
+    """Each rank's first question, and the number of all behind them."""
+    return [questions * rank // _group.size() for rank in range(_group.size() + 1)]
+
+
 def part_of(batch: Batch) -> Batch:
     """This rank's part of a packed batch of a decoder-only model; all of it without groups.
 
-    `row_lengths` stay those of the whole row, with what fills it up as a last sequence. `cu` counts the
-    targets that are here: a question may have none.
+    `row_lengths` stay those of the whole row, with what fills it up as a last sequence. `labels` are those of
+    the targets here, and `cu` counts them: a question may have none. Where states are brought together, they
+    are those of this rank's questions, and `exchanges` says how.
     """
     if _group is None:
         return batch
@@ -113,7 +139,7 @@ def part_of(batch: Batch) -> Batch:
     here = {name: (first <= p) & (p < first + size) for name, p in batch.positions.items()}
     question = batch.question_positions
     lengths = torch.cat([batch.row_lengths, batch.row_lengths.new_tensor([filling] if filling else [])])
-    return replace(
+    part = replace(
         batch,
         ranks=ranks,
         input_ids=cut(batch.input_ids),
@@ -125,6 +151,37 @@ def part_of(batch: Batch) -> Batch:
         labels={name: labels[here[name]] for name, labels in batch.labels.items()},
         cu={name: pad(here[name].cumsum(0), (1, 0))[cu.long()].int() for name, cu in batch.cu.items()},
     )
+    return _of_whole_questions(part, batch, size) if _whole else part
+
+
+def _of_whole_questions(part: Batch, batch: Batch, size: int) -> Batch:
+    """A part of `size` tokens whose targets are, once `together`, those of this rank's questions."""
+    me, ranks = _group.rank(), _group.size()
+    rows = pad(batch.row_lengths.long().cumsum(0), (1, 0))[: len(batch.question_ids) + 1]
+    starts = {"questions": torch.searchsorted(question := batch.question_positions, rows)} | batch.cu
+    exchanges, mine = {}, {}
+    for name, cu in starts.items():
+        places = batch.positions.get(name, question)  # rising, question after question
+        held = torch.searchsorted(places, size * torch.arange(ranks + 1))[:, None]
+        asked = cu[_owners(len(cu) - 1)]
+        # [holder, asker] the states that lie on the one and belong to the other
+        both = torch.minimum(held[1:], asked[1:]).sub(torch.maximum(held[:-1], asked[:-1])).clamp_min(0)
+        exchanges[name] = both[me].tolist(), both[:, me].tolist()
+        mine[name] = asked[me : me + 2].tolist()
+    return replace(
+        part,
+        exchanges=exchanges,
+        labels={name: labels[slice(*mine[name])] for name, labels in batch.labels.items()},
+        cu={name: cu.clamp(*mine[name]) - mine[name][0] for name, cu in batch.cu.items()},
+    )
+
+
+def together(states: Tensor, batch: Batch, name: str) -> Tensor:
+    """The final states [N, D] at a segment's targets, or at the `questions`, as `part_of` has laid them out:
+    those of this rank's questions, if they are brought together. Collective then."""
+    if name not in batch.exchanges:
+        return states
+    return _Exchange.apply(states, _group, *batch.exchanges[name])
 
 
 def attend(
@@ -165,20 +222,31 @@ def attend(
 
 
 class _Exchange(torch.autograd.Function):
-    """Element i of the first dimension goes to rank i, and what comes from rank i takes its place."""
+    """Element i of the first dimension goes to rank i, and what comes from rank i takes its place.
+
+    With `given` and `taken` so many rows go to each rank, and so many come from it.
+    """
 
     @staticmethod
-    def forward(ctx, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _exchanged(parts, group)
+    def forward(
+        ctx,
+        parts: Tensor,
+        group: dist.ProcessGroup,
+        given: list[int] | None = None,
+        taken: list[int] | None = None,
+    ) -> Tensor:
+        ctx.arguments = group, taken, given
+        return _exchanged(parts, group, given, taken)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return _exchanged(gradient, ctx.group), None
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(gradient, *ctx.arguments), None, None, None
 
 
-def _exchanged(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _exchanged(
+    parts: Tensor, group: dist.ProcessGroup, given: list[int] | None, taken: list[int] | None
+) -> Tensor:
     parts = parts.contiguous()
-    received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=group)
+    received = torch.empty_like(parts) if taken is None else parts.new_empty(sum(taken), *parts.shape[1:])
+    dist.all_to_all_single(received, parts, taken, given, group)
     return received

@@ -262,7 +262,7 @@ class Distillation(nn.Module):
                 terms[f"{GRADIENT}vib"] = factor**2 * squares.detach()
         asked = answer is not None and answer.targets and self.objective.divergence not in SAMPLED
         # a label whose tokens lie on several ranks is right or wrong on none of them
-        if self.head.measures and asked and batch.ranks == 1:
+        if self.head.measures and asked and (batch.ranks == 1 or batch.exchanges):
             terms |= teacher_accuracy(answer, batch)
         return total, terms
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ibdistill.config.methods import METHODS, QUESTION_ESTIMATORS, SAMPLED
-from ibdistill.config.sections import ObjectiveConfig, OptimConfig
+from ibdistill.config.sections import Config, ObjectiveConfig, OptimConfig
 from ibdistill.data.records import STREAMS
 from ibdistill.objectives.teacher_answers import Wanted
 from ibdistill.ops.head_loss.api import MISettings
@@ -114,6 +114,17 @@ def check_split(objective: ObjectiveConfig, optim: OptimConfig, micro_batches: i
             f"optim.{splits} out, with more ranks, a smaller optim.{size} or "
             "student.gradient_checkpointing where memory is short, or choose another objective.estimator"
         )
+
+
+def whole_questions(config: Config) -> bool:
+    """Whether ranks that share sequences bring each question's states together on one of them
+    (`models.sequence_parallel`): for pooled terms, weights of a text's tokens, and answers that are kept
+    whole, are about the student's own text alone, or come from other tokens than the student reads."""
+    objective, teacher = config.objective, config.teacher
+    weighs = objective.kd_first or objective.kd_later or objective.kd_entropy != "none"
+    pooled = mi_settings(objective) is not None
+    own, pmi, text = objective.divergence in SAMPLED, purifies(objective), objective.alignment == "text"
+    return bool(pooled or weighs or teacher.cache or own or pmi or text)
 
 
 def uses_vid(objective: ObjectiveConfig) -> bool:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import nn
 
+from ibdistill.models import sequence_parallel
 from ibdistill.ops import implementation
 
 
@@ -51,10 +54,44 @@ class _FusedNorm(torch.autograd.Function):
 
 
 @contextmanager
-def attention_of(device: str) -> Iterator[None]:
-    """Within this context attention and norms take the memory of a GPU's kernels; a CPU's stay."""
-    if device == "cpu":
+def _shared_by(ranks: int) -> Iterator[None]:
+    """Within this context attention takes the memory of one of so many ranks that share its rows' tokens."""
+    if ranks == 1:
         yield
+        return
+    whole, layer = nn.functional.scaled_dot_product_attention, SimpleNamespace(is_causal=True, training=True)
+
+    def attend(query, key, value, attn_mask=None, **settings):
+        rows = len(query)
+        # rows of equal length, one behind the other
+        packed = [x.transpose(0, 1).flatten(1, 2)[None] for x in (query, key, value)]
+
+        def inner(layer, query, key, value, lengths):
+            return whole(query, key, value, None, **settings).transpose(1, 2), None
+
+        out = sequence_parallel.attend(inner, layer, *packed, torch.empty(0))[0]
+        return out[0].unflatten(0, (rows, -1)).transpose(1, 2)
+
+    group = SimpleNamespace(size=lambda: ranks)
+    exchanged = lambda parts, *_: torch.empty_like(parts.contiguous()).zero_()  # noqa: E731
+    with (
+        mock.patch.object(sequence_parallel, "_group", group),
+        mock.patch.object(sequence_parallel, "_exchanged", exchanged),
+        mock.patch.object(nn.functional, "scaled_dot_product_attention", attend),
+    ):
+        yield
+
+
+@contextmanager
+def attention_of(device: str, shared: int = 1) -> Iterator[None]:
+    """Within this context attention and norms take the memory of a GPU's kernels; a CPU's stay.
+
+    `shared`: how many ranks share each sequence. Each attends over all its tokens with a part of the heads
+    (`models.sequence_parallel`); nothing is sent here.
+    """
+    if device == "cpu":
+        with _shared_by(shared):
+            yield
         return
     originals = nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu
 
@@ -68,6 +105,7 @@ def attention_of(device: str) -> Iterator[None]:
     nn.functional.rms_norm = lambda x, shape, weight, epsilon: _FusedNorm.apply(x, weight)
     implementation.on_gpu = lambda x: True
     try:
-        yield
+        with _shared_by(shared):
+            yield
     finally:
         nn.functional.scaled_dot_product_attention, nn.functional.rms_norm, implementation.on_gpu = originals

@@ -60,7 +60,7 @@ class Lengths:
         label, rationale = self.label, self.rationale
         return {"predict": label, "explain": rationale, "rationale": rationale, "answer": label}
 
-    def batch(self, model: nn.Module, streams: Sequence[str]) -> batches.Batch:
+    def batch(self, model: nn.Module, streams: Sequence[str], *, packed: bool = False) -> batches.Batch:
         """The micro-batch as `batches.collate` makes it; without streams, its questions alone."""
         parts = {"question": self.question} | self._segments()
         ids = {name: Ragged([np.full(n, 2)] * self.questions) for name, n in parts.items()}
@@ -72,7 +72,7 @@ class Lengths:
         )
         separator = 1 if families.family(base_of(model)) == families.DECODER_ONLY else None
         rows, read = range(self.questions), streams or STREAMS
-        batch = batches.collate(features, rows, read, pad=0, start=0, separator=separator)
+        batch = batches.collate(features, rows, read, pad=0, start=0, separator=separator, packed=packed)
         return batch if streams else models_forward.questions_only(batch)
 
 
@@ -186,8 +186,12 @@ def student_step(
     wanted: Wanted | None = None,
     teacher_head: tuple[int, int] = (0, 0),
     device: str = "cuda",
+    shared: int = 1,
 ) -> Living:
-    """Forward and backward pass of a micro-batch. The gradients' memory counts as a model state, not here."""
+    """Forward and backward pass of a micro-batch. The gradients' memory counts as a model state, not here.
+
+    `shared`: how many ranks share each sequence; `lengths` are then of one rank's part of it.
+    """
     streams = streams_of(objective)
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     with skeleton.mode:
@@ -202,7 +206,7 @@ def student_step(
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, dict.fromkeys([*segments_of(SEGMENTS), "explained"], 1))
-    with attention_of(device), experts_in_any_dtype(), skeleton.mode, tracker:
+    with attention_of(device, shared), experts_in_any_dtype(), skeleton.mode, tracker:
         loss, _ = module(batch, weights, answer, 1)
         loss.backward()
     hook.remove()
@@ -211,11 +215,13 @@ def student_step(
     return Living(tracker.peak, at_head[0], tracker.kernels)
 
 
-def teacher_forward(skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str) -> Living:
-    """A teacher's forward pass over a micro-batch, with its answers."""
+def teacher_forward(
+    skeleton: Skeleton, lengths: Lengths, streams: Sequence[str], device: str, shared: int = 1
+) -> Living:
+    """A teacher's forward pass over a micro-batch, with its answers. `shared` as in `student_step`."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
     tracker = Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
-    with attention_of(device), experts_in_any_dtype(), skeleton.mode, tracker, torch.no_grad():
+    with attention_of(device, shared), experts_in_any_dtype(), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
     return Living(tracker.peak, kernels=tracker.kernels)

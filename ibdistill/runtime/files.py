@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 TEMPORARY = ".tmp-"
 """How the name of a file begins that is being written, or that a crash left behind."""
@@ -74,6 +74,34 @@ def checksum(path: Path) -> int:
         while piece := file.read(1 << 22):
             value = zlib.crc32(piece, value)
     return value
+
+
+def copy_to(path: Path, source: IO[bytes]) -> int:
+    """Write the content of an open file, from its beginning, to `path`; its CRC-32. Raises OSError."""
+    value = 0
+    source.seek(0)
+    with path.open("wb") as file:
+        while piece := source.read(1 << 22):
+            value = zlib.crc32(piece, value)
+            file.write(piece)
+    return value
+
+
+def refuse_special(path: Path) -> None:
+    """Raise ValueError if a path, or something in that folder, is a named pipe, a device or a socket.
+
+    Who opens a pipe to read it waits for a writer, without end. What is missing or cannot be read passes.
+    """
+    with suppress(OSError):
+        if path.is_dir():
+            for entry in os.scandir(path):  # which mostly says without a look at a file that it is one
+                if not entry.is_file() and not (entry.is_symlink() and entry.is_dir()):
+                    refuse_special(Path(entry))
+        elif path.exists() and not path.is_file():
+            raise ValueError(
+                f"{path} is a named pipe, a device or a socket, and a file belongs there; remove it, or "
+                "choose another folder"
+            )
 
 
 @contextmanager

@@ -60,11 +60,12 @@ class FolderLock:
         """Take the lock; the folder is made if it is missing.
 
         Raises ValueError, which names the holder, if somebody else has it, or if the folder cannot be
-        written.
+        written, or if the lock is no file.
         """
         folder = self._path.parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            files.refuse_special(self._path)
             self._create_or_take_over()
         except OSError as error:
             raise ValueError(f"run.dir is {str(folder)!r}, which cannot be written: {error}") from error

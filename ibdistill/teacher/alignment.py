@@ -142,23 +142,23 @@ class TextAlignment:
         self,
         answer: TeacherAnswer,
         features: Features,
-        indices: Sequence[int],
         theirs: Features,
         head_rows: int,
     ) -> TeacherAnswer:
         """An answer about `theirs`, which `rendered` has made, in the places of the student's tokens.
 
+        `features`: the same records in these tokens.
+
         `head_rows`: the number of rows of the student's head.
         """
         questions = answer.questions
         if questions is not None:
-            questions = self._pooled(questions, features, indices, theirs)
+            questions = self._pooled(questions, features.first_questions, theirs.first_questions)
         targets = {}
         for segment, target in answer.targets.items():
             own, rows, lengths = features.targets[segment], [], [0]
             place = np.zeros(2, dtype=np.int64)
-            for number, i in enumerate(indices):
-                ids, others = own[i], theirs.targets[segment][number]
+            for ids, others in zip(own, theirs.targets[segment], strict=True):
                 shift = np.array([place[0], place[0], place[1], place[1], 0, 0])
                 rows += [np.array(span) + shift for span in self._spans(ids, others)]
                 place += len(ids), len(others)
@@ -207,13 +207,13 @@ class TextAlignment:
             found.append((a, b, c, d, bucket, kind))
         return found
 
-    def _pooled(self, states: Tensor, features: Features, indices: Sequence[int], theirs: Features) -> Tensor:
+    def _pooled(self, states: Tensor, questions: Ragged, theirs: Ragged) -> Tensor:
         """The teacher's question states [N_teacher, D], as one for each of the student's question tokens."""
         owners: list[int] = []
         counts: list[int] = []
-        for row, i in enumerate(indices):
-            mine = self._student.of(features.first_questions[i], special=True)
-            yours = self._teacher.of(theirs.first_questions[row], special=True)
+        for ids, others in zip(questions, theirs, strict=True):
+            mine = self._student.of(ids, special=True)
+            yours = self._teacher.of(others, special=True)
             for a, b, c, d in alignment.spans(mine, yours, cover=True):
                 owners.extend([len(counts)] * (b - a))
                 counts.append(d - c)

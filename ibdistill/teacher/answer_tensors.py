@@ -38,6 +38,7 @@ from ibdistill.ops.head_loss.arguments import TeacherStream
 from ibdistill.ops.head_loss.softcap import capped
 from ibdistill.runtime import files
 from ibdistill.teacher import sampled_form
+from ibdistill.teacher.cache import AnswerCache
 from ibdistill.teacher.cache_shard import Entry, checksum
 from ibdistill.teacher.vocabulary import fit_rows
 
@@ -116,6 +117,15 @@ def pieces(packed: dict[str, Tensor], lengths: dict[str, np.ndarray]) -> list[En
     rows = {name: lengths[name.split(".")[0]] for name in packed} | sampled_form.lengths_of(packed, lengths)
     parts = {name: tensor.split(rows[name].tolist()) for name, tensor in packed.items()}
     return [dict(zip(parts, record, strict=True)) for record in zip(*parts.values(), strict=True)]
+
+
+def known(cache: AnswerCache, keys: Sequence[bytes], mine: Sequence[bool]) -> list[Entry | None]:
+    """The entries of the records with these keys, or None; without any rows where they are not `mine`."""
+    found = [entry[0] if (entry := cache.get([key])) else None for key in keys]
+    return [
+        {name: tensor[:0] for name, tensor in entry.items()} if entry and not own else entry
+        for entry, own in zip(found, mine, strict=True)
+    ]
 
 
 def join(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:

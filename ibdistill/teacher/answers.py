@@ -34,7 +34,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import TeacherConfig
-from ibdistill.data import batches
 from ibdistill.data.batches import Batch
 from ibdistill.data.features import Features
 from ibdistill.models import families, sequence_parallel
@@ -229,14 +228,19 @@ class TeacherAnswers:
             return self._own_answer(indices, batch, None)
         theirs = self.alignment.rendered(self._features, indices)
         answer = self._own_answer(indices, batch, theirs)
-        return self.alignment.placed(answer, self._features, indices, theirs, self._student_rows)
+        mine = sequence_parallel.owned(len(indices))
+        both = self._features.only(indices, mine), theirs.only(range(len(theirs)), mine)
+        return self.alignment.placed(answer, *both, self._student_rows)
 
     def _own_answer(self, indices: Sequence[int], batch: Batch, theirs: Features | None) -> TeacherAnswer:
         """The answer, read from the cache if all of it is there; else the teacher is asked for all of it.
         `theirs`: these records in the tokens of a teacher of another vocabulary."""
         if self._writer is not None:
             self._writer.take_arrived()
-        known = self._known(indices)
+        mine = sequence_parallel.owned(len(indices))
+        known: list[Entry | None] = [None] * len(indices)
+        if self._cache is not None and self._reads:
+            known = answer_tensors.known(self._cache, [self._keys[i] for i in indices], mine)
         if self._complete(known):
             return self._unpack(answer_tensors.join(known, self._world.device), self._head)
         assert self.teacher is not None
@@ -244,7 +248,8 @@ class TeacherAnswers:
         told = asked
         if self._wanted.own:
             told = (self._features.own_alone(indices, questions=True)[0], range(len(indices)))
-            theirs, read = self._features.own_alone(indices, questions=self._wanted.questions)
+            every = self._wanted.questions or sequence_parallel.is_on()
+            theirs, read = self._features.own_alone(indices, questions=every)
             asked = theirs, range(len(theirs))
         with self._clock.measure("teacher"):
             answer = self.teacher(self._for_teacher(*asked, batch))
@@ -255,12 +260,14 @@ class TeacherAnswers:
             if self._cache is None:
                 return answer
             samples = self._config.cache_samples
-            uniforms = partial(sampled_form.uniforms_of, self._features, indices, samples, self._seed)
+            kept = [i for i, own in zip(indices, mine, strict=True) if own]
+            uniforms = partial(sampled_form.uniforms_of, self._features, kept, samples, self._seed)
             packed = answer_tensors.pack(answer, self._config, self._wanted.temperature, uniforms)
         if self._reads:
             # the host goes on while the answer is on its way to it, and puts it into the cache later
-            keys = [None if old else self._keys[i] for i, old in zip(indices, known, strict=True)]
-            lengths = answer_tensors.lengths(*told)
+            new = [own and not old for own, old in zip(mine, known, strict=True)]
+            keys = [self._keys[i] if asks else None for i, asks in zip(indices, new, strict=True)]
+            lengths = {name: rows * mine for name, rows in answer_tensors.lengths(*told).items()}
             self._writer.put(packed, keys, partial(answer_tensors.pieces, lengths=lengths))
             if any(known):
                 # a record keeps its first answer, because another batch's padding would change the last bits
@@ -270,17 +277,11 @@ class TeacherAnswers:
         # a new answer goes through the kept form too, so that asking and reading give the same step
         return self._unpack(packed, (answer.weight, answer.bias, answer.softcap))
 
-    def _known(self, indices: Sequence[int]) -> list[Entry | None]:
-        """The cache's entry of each record, or None."""
-        if self._cache is None or not self._reads:
-            return [None] * len(indices)
-        return [found[0] if (found := self._cache.get([self._keys[i]])) else None for i in indices]
-
     def _complete(self, known: list[Entry | None]) -> bool:
-        """Whether nothing has to be asked for. Collective if sharded, because then all ranks ask or none."""
+        """Whether nothing has to be asked for. Collective where ranks ask together: all of them or none."""
         lacking = int(None in known)
-        reads = self._cache is not None and self._reads
-        if reads and self.teacher is not None and self.teacher.group is not None:
+        can_choose = self._cache is not None and self._reads and self.teacher is not None
+        if can_choose and (sequence_parallel.is_on() or self.teacher.group is not None):
             lacking = distributed.max_over_ranks(lacking)
         return not lacking
 
@@ -289,8 +290,7 @@ class TeacherAnswers:
         is_same = features is self._features and self.teacher.layout == self._layout
         if is_same and (batch.row_lengths is None or self.teacher.packs):
             return batch
-        layout = self.teacher.layout | {"packed": batch.row_lengths is not None and self.teacher.packs}
-        return batches.collate(features, indices, features.streams, **layout).to(self._world.device)
+        return self.teacher.reading(features, indices, packed=batch.row_lengths is not None)
 
     def _unpack(self, packed: dict[str, Tensor], head: Head | None) -> TeacherAnswer:
         """The answer in packed tensors. Collective if its head is needed, not given, and sharded."""

@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ibdistill.runtime.files import TEMPORARY, digest, write_atomically, write_json
+from ibdistill.runtime.files import TEMPORARY, digest, refuse_special, write_atomically, write_json
 from ibdistill.teacher.cache_shard import KEY_BYTES, Entry, Rows, read_shard, write_shard
 
 logger = logging.getLogger("ibdistill")
@@ -84,6 +84,7 @@ class AnswerCache:
         self._buffer: dict[bytes, Entry] = {}
         self._buffered_bytes = 0
         try:
+            refuse_special(folder)
             if not read_only:
                 folder.mkdir(parents=True, exist_ok=True)
                 self._clean()

@@ -28,7 +28,7 @@ from __future__ import annotations
 import gc
 import logging
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -37,10 +37,13 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ibdistill.config.sections import TeacherConfig
+from ibdistill.data import batches
 from ibdistill.data.batches import Batch
+from ibdistill.data.features import Features
 from ibdistill.models import families, fused, presets
 from ibdistill.models import forward as models_forward
 from ibdistill.models.architectures import positions, softcap
+from ibdistill.models.sequence_parallel import part_of
 from ibdistill.models.student import check_bitsandbytes
 from ibdistill.objectives.teacher_answers import TeacherAnswer, Wanted
 from ibdistill.ops.head_loss.arguments import TeacherStream
@@ -137,6 +140,12 @@ class Teacher:
             return TeacherAnswer(questions)
         streams = {stream: TeacherStream(hidden=hidden) for stream, hidden in targets.items()}
         return TeacherAnswer(questions if self._wanted.questions else None, streams, *self.head())
+
+    def reading(self, features: Features, indices: Sequence[int], *, packed: bool) -> Batch:
+        """The micro-batch of these records as the teacher's family reads it, `packed` if it can read that."""
+        layout = self.layout | {"packed": packed and self.packs}
+        read = batches.collate(features, indices, features.streams, **layout)
+        return part_of(read).to(self._world.device)
 
     def head(self) -> tuple[Tensor, Tensor | None, float | None]:
         """The head on the student's vocabulary: [V, D_teacher], [V], its cap. Collective if sharded."""

@@ -29,7 +29,7 @@ from ibdistill.config.sections import Config
 from ibdistill.data import token_ids
 from ibdistill.data.records import STREAMS, Record, map_numbers
 from ibdistill.data.tasks.registry import TASKS
-from ibdistill.runtime.files import digest, write_json
+from ibdistill.runtime.files import digest, refuse_special, write_json
 from ibdistill.teacher.cache import FINGERPRINT, differences
 
 logger = logging.getLogger("ibdistill")
@@ -171,6 +171,7 @@ def _checked(row: Any) -> tuple[str, Texts]:
 def open_cache(folder: Path, here: dict[str, Any]) -> None:
     """Make the cache, or check that it is of the same kind."""
     path = folder / FINGERPRINT
+    refuse_special(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not path.exists():

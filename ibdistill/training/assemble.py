@@ -25,6 +25,7 @@ from ibdistill.runtime.distributed import StopRequest, World
 from ibdistill.teacher.answers import TeacherAnswers
 from ibdistill.training import on_policy, pseudo_labels
 from ibdistill.training.checkpoint import Checkpoints
+from ibdistill.training.checkpoint_write import local_folder
 from ibdistill.training.engine import build_engine
 from ibdistill.training.job import Job
 from ibdistill.training.prefetch import Prefetch
@@ -63,7 +64,8 @@ def assemble(
     )
     engine = build_engine(module, config.student.precision, config.optim, config.deepspeed, world)
     kept = {"keep_last": config.run.keep_last, "keep_every": config.run.keep_every}
-    checkpoints = Checkpoints(folder, world, **kept, seed=config.run.seed)
+    local = local_folder(config.run)
+    checkpoints = Checkpoints(folder, world, **kept, seed=config.run.seed, local=local)
     state = checkpoints.restore(engine) or TrainState()
     board = Board(folder, world, state.step, config.optim.max_steps, report_to=config.run.report_to)
     board.text("config", to_yaml(config), state.step)

@@ -57,9 +57,19 @@ class _Unfinished(NamedTuple):
 class Checkpoints:
     """The checkpoints of a run folder."""
 
-    def __init__(self, run: Path, world: World, *, keep_last: int, keep_every: int, seed: int) -> None:
-        """`seed`: the run's, for the random states of ranks that did not write a checkpoint."""
-        self.folder = run / "checkpoints"
+    def __init__(
+        self,
+        run: Path,
+        world: World,
+        *,
+        keep_last: int,
+        keep_every: int,
+        seed: int,
+        local: Path | None = None,
+    ) -> None:
+        """`seed`: the run's, for the random states of ranks that did not write a checkpoint. `local`: a
+        folder on this node's own disk, through which those go that are written beside the steps."""
+        self.folder, self._local = run / "checkpoints", local
         self._world = world
         self._keep_last = keep_last
         self._keep_every = keep_every
@@ -80,7 +90,7 @@ class Checkpoints:
         folder = self.folder / f"step-{state.step:08d}"
         # all ranks' random states, because only rank 0 writes the client state
         rng = distributed.gather_objects(random_state.rng_state(self._world.device))
-        writing = Writing(engine.checkpoint_engine.save, beside=beside)
+        writing = Writing(engine.checkpoint_engine.save, beside=beside, local=self._local)
         self._on_rank_0(lambda: folder.mkdir(parents=True, exist_ok=True), writing.errors)
         if not distributed.errors_of_all(writing.errors):
             with _saving_by(engine, writing):

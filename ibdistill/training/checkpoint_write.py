@@ -5,6 +5,13 @@ once that is done. The copies take as many bytes as the files until these are wr
 more than half of the memory that is free for a rank, the file is written before the step goes on, so no run
 needs more memory than without them.
 
+With a folder on the node's own disk (`run.local_dir`) a file is first written there, and from there copied to
+the run's folder. A slow shared file system then holds neither the copy in memory nor, where that does not
+fit, the step. The file on the node has no name, so nothing is left of it when its process ends, however that
+ends: a checkpoint on the disks of some nodes would have to be found and checked on all of them, and Slurm
+removes a job's folder there at a requeue, so a run that is killed before the files are in its folder resumes
+from the checkpoint before. Where the node's disk is full, the file is written to the run's folder instead.
+
 DeepSpeed's decoupled engine was the alternative. It needs its own file writer to be compiled, prints the
 errors of its process instead of handing them over, and its marker `latest` says nothing about other ranks.
 """
@@ -13,28 +20,61 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import socket
+import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
+from ibdistill.config.fields import shown
+from ibdistill.config.sections import RunConfig
 from ibdistill.planning.memory_check import free_memory
 from ibdistill.runtime import distributed
-from ibdistill.runtime.files import checksum
+from ibdistill.runtime.files import checksum, copy_to
 from ibdistill.runtime.hardware import GIB, ToHost
 
 logger = logging.getLogger("ibdistill")
 
 
+def local_folder(run: RunConfig) -> Path | None:
+    """The folder that `run.local_dir` names on this node; None if it is empty."""
+    return Path(os.path.expandvars(run.local_dir)).expanduser() if run.local_dir else None
+
+
+def check_local_folder(run: RunConfig) -> None:
+    """Raise ValueError if this node cannot write to that folder, or it is on the file system of `run.dir`."""
+    folder = local_folder(run)
+    if folder is None:
+        return
+    here = f"run.local_dir is {shown(run.local_dir)}"
+    way_out = "Give a folder on each node's own disk, such as $SLURM_TMPDIR, or leave it out"
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"{here}, which {socket.gethostname()} cannot write to: {error}. {way_out}"
+        ) from error
+    shared = Path(run.dir).resolve()
+    shared = next(path for path in (shared, *shared.parents) if path.exists())
+    if folder.stat().st_dev == shared.stat().st_dev:
+        raise ValueError(
+            f"{here}, on {socket.gethostname()} a folder of the same file system as run.dir, so files would "
+            f"only be written twice. {way_out}"
+        )
+
+
 class Writing:
     """The files of a checkpoint that this rank writes; `save` stands in for DeepSpeed's function."""
 
-    def __init__(self, write: Any, *, beside: bool) -> None:
-        """`write(state, path)` writes a file; `beside`: it does so in a thread. Collective."""
-        self._write, self._beside = write, beside
+    def __init__(self, write: Any, *, beside: bool, local: Path | None = None) -> None:
+        """`write(state, file)` writes to a path or an open file; `beside`: it does so in a thread, and
+        through the folder `local` if there is one. Collective."""
+        self._write, self._beside, self._local = write, beside, local if beside else None
         hosts = distributed.gather_objects(socket.gethostname())
         self._on_node = hosts.count(socket.gethostname())
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
@@ -71,9 +111,33 @@ class Writing:
 
     def _written(self, state: Any, path: str) -> None:
         try:
+            if self._local and (staged := self._staged(state, path)):
+                self._begun.append(self._thread.submit(self._copied, staged, path))
+                return
             self._write(state, path)
             self.checksums[Path(path).name] = checksum(Path(path))
         except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
+            self.errors.append(f"{path}: {error}")
+
+    def _staged(self, state: Any, path: str) -> IO[bytes] | None:
+        """The file on the node's own disk; None (after a message) if it could not be written."""
+        try:
+            with ExitStack() as on_error:
+                file = on_error.enter_context(tempfile.TemporaryFile(dir=self._local))
+                self._write(state, file)
+                file.flush()
+                on_error.pop_all()
+                return file
+        except (OSError, RuntimeError) as error:
+            text = "%s is written to the run's folder at once, as %s (run.local_dir) could not take it: %s"
+            logger.warning(text, Path(path).name, self._local, error)
+            return None
+
+    def _copied(self, staged: IO[bytes], path: str) -> None:
+        try:
+            with staged:
+                self.checksums[Path(path).name] = copy_to(Path(path), staged)
+        except OSError as error:
             self.errors.append(f"{path}: {error}")
 
     def _copy_fits(self, state: Any, path: str) -> bool:
@@ -82,9 +146,10 @@ class Writing:
         size, free = sum(sizes.values()), free_memory(torch.device("cpu"), self._on_node)
         if size > free / 2:
             logger.warning(
-                "%s is written before the next step: a copy of its %.2f GiB would take more than half of the "
-                "%.2f GiB of memory that are free for this rank",
+                "%s is written%s before the next step: a copy of its %.2f GiB would take more than half of "
+                "the %.2f GiB of memory that are free for this rank",
                 Path(path).name,
+                f" to {self._local}" if self._local else "",
                 size / GIB,
                 free / GIB,
             )

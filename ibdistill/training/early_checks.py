@@ -18,6 +18,7 @@ from ibdistill.data.json_rows import check_form
 from ibdistill.data.tasks import jsonl
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.models import hub
+from ibdistill.runtime import files
 
 _ENCODERS = re.compile(r"(albert|bert|camembert|deberta|distilbert|electra|modernbert|roberta|xlm-roberta)\b")
 """Types of models that have no decoder, as they stand in config.json."""
@@ -45,6 +46,8 @@ def check(config: Config) -> None:
             raise ValueError(
                 f"{setting} is {name!r}, a folder that does not exist; save the model there first"
             )
+        if Path(name).is_dir():
+            files.refuse_special(Path(name))
         if setting != "student.tokenizer":
             _check_decoder(setting, name)
 

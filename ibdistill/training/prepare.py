@@ -127,6 +127,7 @@ def open_run(config: Config, world: World) -> Path:
     settle_ds_config(config, world.size)
     device.settle_precision(config, world)
     folder = Path(config.run.dir)
+    device.check_node(config, world)
     distributed.run_on_rank_0(lambda: server_scoring.check(config))
     distributed.run_on_rank_0(lambda: run_folder.open_folder(folder, config))
     device.start_sequence_parallel(config)

@@ -59,9 +59,10 @@ def has_begun(folder: Path) -> bool:
 def open_folder(folder: Path, config: Config) -> None:
     """Make the run folder with `config.yaml`, or check that it belongs to this configuration.
 
-    Raises ValueError if it cannot be written, or holds a run of another configuration.
+    Raises ValueError if it cannot be written, or holds a run of another configuration, or a pipe.
     """
     path = folder / _CONFIG
+    files.refuse_special(folder)
     if path.is_file():
         _check_settings(path, config)
     else:

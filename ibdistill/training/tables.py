@@ -47,9 +47,13 @@ def load(data: DataConfig, world: World, *, needs_rationale: bool) -> loading.Lo
     """`loading.load`, with the texts on the disk. Collective."""
 
     def find() -> tuple[str, bool]:
-        key = stored_records.source(data) | {"needs_rationale": needs_rationale}
-        read = partial(loading.load, data, needs_rationale=needs_rationale)
-        return _ensure(data, "records", key, lambda: stored_records.making(read()))
+        source = stored_records.source(data)
+
+        def making() -> Making:
+            records = loading.streamed(data, needs_rationale=needs_rationale)
+            return stored_records.making(records, lambda: stored_records.check_unchanged(data, source))
+
+        return _ensure(data, "records", source | {"needs_rationale": needs_rationale}, making)
 
     return stored_records.from_table(_table(find, world))
 
@@ -92,7 +96,8 @@ def tokenize(
     features = _features(table, table.about, config.data)
     if alignment:
         alignment.check(features)
-    nodes.check_alike(table.about["described"], "the training records or their tokens")
+    own = f"{table.about['described']}, all splits {records.content}"
+    nodes.check_alike(own, "the records or their tokens")
     report = records.report | table.about["report"]
     records = replace(records, train=records.train.take(table.numbers("record")), report=report)
     return Tokenized(records, features, alignment, table.about["described"])

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import signal
+import subprocess
+import time
 from collections import namedtuple
 
 import numpy as np
 import pyarrow
 import pytest
+from harness import ROOT
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import arrow_tables, stored_records
@@ -19,6 +23,7 @@ from ibdistill.data.arrow_tables import Making
 from ibdistill.data.loading import Loaded
 from ibdistill.data.ragged import Ragged
 from ibdistill.data.records import Record
+from ibdistill.runtime import files
 
 KEY = {"made": ["of", 1]}
 
@@ -54,6 +59,7 @@ def test_a_table_is_made_once(tmp_path):
 def flipped(folder):
     content = bytearray((folder / "table.arrow").read_bytes())
     content[len(content) // 2] ^= 1
+    time.sleep(0.02)  # the clock of a file system's times ticks a hundred times a second at least
     (folder / "table.arrow").write_bytes(content)
 
 
@@ -75,8 +81,9 @@ def foreign(folder):
         (lambda folder: (folder / "about.json").write_text("[1"), "it is damaged (JSONDecodeError"),
         (lambda folder: (folder / "about.json").unlink(), "it is damaged (FileNotFoundError"),
         (lambda folder: (folder / "table.arrow").unlink(), "it is damaged (FileNotFoundError"),
+        (lambda folder: os.mkfifo(folder / "pipe"), "it is damaged (ValueError"),
     ],
-    ids=["flipped", "cut-short", "foreign", "no-json", "no-about", "no-rows"],
+    ids=["flipped", "cut-short", "foreign", "no-json", "no-about", "no-rows", "pipe"],
 )
 def test_a_table_that_is_not_whole_is_made_again(tmp_path, caplog, damage, said):
     ensure(tmp_path / "t")
@@ -84,6 +91,32 @@ def test_a_table_that_is_not_whole_is_made_again(tmp_path, caplog, damage, said)
     with caplog.at_level(logging.WARNING):
         assert ensure(tmp_path / "t") == (True, *WHOLE)
     assert f"is made again: {said}" in caplog.text
+
+
+def test_rows_are_read_for_a_checksum_where_size_or_times_are_others(tmp_path, monkeypatch, caplog):
+    read, checksum = [], files.checksum
+    monkeypatch.setattr(files, "checksum", lambda path: read.append(path.parent.name) or checksum(path))
+    ensure(tmp_path / "t")
+    assert ensure(tmp_path / "t") == (False, *WHOLE) and read == [".tmp-t"]
+    shutil.copytree(tmp_path / "t", tmp_path / "copy")
+    for _ in range(2):
+        assert ensure(tmp_path / "copy") == (False, *WHOLE) and read == [".tmp-t", "copy"]
+    times = (tmp_path / "copy" / "table.arrow").stat()
+    flipped(tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "table.arrow", ns=(times.st_atime_ns, times.st_mtime_ns))
+    with caplog.at_level(logging.WARNING):
+        assert ensure(tmp_path / "copy") == (True, *WHOLE)
+    assert "copy is made again: its checksum is wrong" in caplog.text
+
+
+def test_the_documented_command_removes_tables_that_no_run_has_begun_with_of_late(tmp_path):
+    command = re.search(r"    (find .* -mtime \+30 .*)\n", (ROOT / "ibdistill/data/README.md").read_text())[1]
+    for name in ("records-used", "records-old", ".tmp-records-killed"):
+        (tmp_path / name).mkdir() if name.startswith(".") else ensure(tmp_path / name)
+        os.utime(tmp_path / name, (1, 1))
+    assert not ensure(tmp_path / "records-used")[0]
+    subprocess.run(command.replace("FOLDER", str(tmp_path)), shell=True, check=True)
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"records-used"}
 
 
 def test_a_killed_making_leaves_no_table_and_no_rows(tmp_path):

@@ -8,6 +8,8 @@ import pyarrow.parquet as pyarrow_parquet
 import pytest
 from miniatures import array, lines, read, read_refused
 
+from ibdistill.data.json_rows import rows_of
+
 
 def svamp(n, first=0):
     return [{"input": f"Body {i}.\nHow many?", "label": f"( {i}.0 - 1.0 )"} for i in range(first, first + n)]
@@ -186,6 +188,39 @@ def test_forms_of_a_file(tmp_path, write, name):
     found = {split: [e.record for e in part] for split, part in read("jsonl", tmp_path / name).items()}
     wanted = {split: [e.record for e in part] for split, part in read("jsonl", tmp_path / "same").items()}
     assert found == wanted and len(found["train"]) == 18
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("\ufeff{}\r\n\r{}\r\r\n{}\n", [":1", ":3", ":5"]),
+        ("\n \u2028\n{}\n\x85\n{}", [":3", ":5"]),
+        ("{}\r{}\r", [":1", ":2"]),
+        (' \n{\n"data":\n[{}, {}]}', [": item 0 of 'data'", ": item 1 of 'data'"]),
+        ('{"data": [{}]}\n{"data": [{}]}', [":1", ":2"]),
+        ("\n\n[{},\n{}]", [": item 0", ": item 1"]),
+        ("5\n[1]", [":1", ":2"]),
+    ],
+    ids=["breaks", "blank", "old-mac", "object", "two-objects", "array", "values"],
+)
+@pytest.mark.parametrize("pack", [bytes, gzip.compress], ids=["plain", "gzip"])
+def test_places_of_rows_in_any_order(tmp_path, text, places, pack):
+    path = tmp_path / "file"
+    path.write_bytes(pack(text.encode()))
+    rows = rows_of(path)
+    assert [where for where, _ in rows] == [f"{path}{place}" for place in places]
+    assert [rows[i] for i in (-1, 0)] == [list(rows)[-1], rows[:1][0]] and len(rows) == len(places)
+
+
+def test_rows_of_parquet_in_any_order(tmp_path):
+    path = tmp_path / "file"
+    table = pyarrow.Table.from_pylist([{"n": i} for i in range(5000)])
+    pyarrow_parquet.write_table(table, path, row_group_size=1500)
+    rows = rows_of(path)
+    assert [rows[i][1]["n"] for i in (4999, 0, 1024, 1023, 1499, 1500, -1)] == [
+        *(4999, 0, 1024, 1023, 1499, 1500, 4999)
+    ]
+    assert list(rows) == [(f"{path}: row {i}", {"n": i}) for i in range(5000)]
 
 
 def test_a_folder_may_hold_other_forms(tmp_path):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import ROOT, alone, launch
+from harness import IN_FULL, ROOT, alone, launch
 from miniatures import lines
 
 from ibdistill import evaluate_student
@@ -53,7 +53,8 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     }
     arguments = [part for name, value in limits.items() for part in (f"--{name}", str(value))]
     log = tmp_path / "log"
-    code = launch([SCRIPT, str(student), *arguments, "--eval.dir", str(tmp_path / "two")], ranks=2, log=log)
+    two = [SCRIPT, str(student), *arguments, "--eval.dir", str(tmp_path / "two")]
+    code = launch(two, ranks=2, log=log, env=IN_FULL)
     assert code == 0, log.read_text()[-3000:]
     result = run(student, world, eval__dir=str(tmp_path / "one"), **limits)
     written = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
@@ -267,19 +268,8 @@ def test_what_it_refuses(student, tmp_path, world):
 
 
 def test_the_command_line(student, tmp_path):
-    env = alone()
-
-    def command(*arguments: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [sys.executable, SCRIPT, *arguments],
-            capture_output=True,
-            text=True,
-            timeout=120,
-            env=env,
-            cwd=tmp_path,
-        )
-
-    bad = command(str(student), "--eval.splitt", "test")
-    assert bad.returncode == 2 and "error: unknown setting 'eval.splitt'" in bad.stderr
-    shown = command("--help")
+    log = tmp_path / "log"
+    assert launch([SCRIPT, str(student), "--eval.splitt", "test"], log=log) == 2
+    assert "error: unknown setting 'eval.splitt'" in log.read_text()
+    shown = subprocess.run([sys.executable, SCRIPT, "--help"], capture_output=True, text=True, env=alone())
     assert shown.returncode == 0 and "--eval.embedding_model" in shown.stdout

@@ -1,5 +1,6 @@
 """Uninitialised memory is NaN in every test here, so that reading it can't go unnoticed."""
 
+import functools
 import os
 from types import SimpleNamespace
 
@@ -28,7 +29,8 @@ def interpreter_patches_once():
     """Let Triton's interpreter replace the functions of its language once.
 
     It would replace them anew for every launch and for every call from one kernel to another, which takes
-    much of the time of small kernels. Once is enough, since everything is interpreted here.
+    much of the time of small kernels. Once is enough, since everything is interpreted here. It would also
+    make a table of numpy's types for every operation, in which it looks one up.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -39,8 +41,11 @@ def interpreter_patches_once():
     replace = interpreter._patch_lang
     scope = replace(SimpleNamespace(__globals__={"tl": language, "core": language.core}))
     interpreter._patch_lang = lambda function: SimpleNamespace(restore=lambda: None)
+    look_up = interpreter._get_np_dtype
+    known = functools.cache(look_up)  # by scalar types, as others cannot be a key
+    interpreter._get_np_dtype = lambda kind: (look_up if kind.scalar.is_ptr() else known)(kind.scalar)
     yield
-    interpreter._patch_lang = replace
+    interpreter._patch_lang, interpreter._get_np_dtype = replace, look_up
     scope.restore()
 
 

@@ -185,7 +185,7 @@ def test_given_logits(generator, mi, V):
 @pytest.mark.parametrize("needs", range(16))
 def test_subsets_of_inputs_requiring_grad(generator, mi, needs):
     needs = tuple(bool(needs >> i & 1) for i in range(4))
-    check(make(generator), weights=ALL, mi=mi, needs=needs, upstream=0.3, chunk_bytes=11 * 48 * 4)
+    check(make(generator, FEWER), weights=ALL, mi=mi, needs=needs, upstream=0.3, chunk_bytes=8 * 48 * 4)
 
 
 @pytest.mark.parametrize(
@@ -272,7 +272,7 @@ def test_no_worse_than_eager_in_its_own_dtype(generator, mi, dtype):
 
 
 def test_large_logits_are_finite(generator):
-    predict, explain, weight, bias = make(generator)
+    predict, explain, weight, bias = make(generator, FEWER)
     case = tuple(s._replace(hidden=100 * s.hidden) for s in (predict, explain))
     for mi in DISTRIBUTIONS:
         check((*case, weight, bias), close={"rtol": 1e-3, "atol": 1e-3}, weights=ALL, mi=mi)

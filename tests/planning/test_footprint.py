@@ -12,10 +12,10 @@ import json
 import pytest
 import torch
 from harness import ROOT, output_of, steps, tiny
-from plan import checkpoints, costs
-from torch.profiler import ProfilerActivity, profile
+from plan import checkpoints, costs, traces
 from torch.utils.flop_counter import FlopCounterMode
 from workers import footprints as worker
+from workers.footprints import allocated_peak
 
 from ibdistill.config import sections
 from ibdistill.config.load import load_settings
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     """What the worker found, in RANKS.pt."""
     made = tmp_path_factory.mktemp("footprints")
     (made / "small.json").write_text(json.dumps({"zero_optimization": worker.SMALL_ZERO3}))
-    output_of(str(ROOT / "tests/workers/footprints.py"), str(made))
+    output_of(str(ROOT / "tests/workers/footprints.py"), str(made), cold=True)
     return made
 
 
@@ -128,16 +128,14 @@ def test_the_teachers_share_and_traffic(folder, ranks, name):
             assert sum(fact["sent"].values()) == pytest.approx(expected, rel=0.05)
 
 
-def allocated_peak(run) -> int:
-    """The most that torch's allocator gave out at once while it ran, in bytes."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        run()
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+@pytest.mark.parametrize("case", worker.SHARED, ids=lambda case: f"{case[0]}-{case[1]}-{case[2]}-{case[3]}")
+def test_the_activations_peak_of_ranks_that_share_sequences(folder, case):
+    """Of the rank that holds most, within 5 %."""
+    *asked, questions, lengths = case
+    planned = traces.Traces(worker.shared_settings(*asked), *lengths, device="cpu")
+    found = torch.load(folder / "2.pt")[case]
+    assert max(found) == pytest.approx(planned.living(asked[1], questions), rel=0.05)
+    assert max(found) > 1.02 * min(found) or questions > 1 or asked[1]  # the targets lie on one of them
 
 
 def activation_bytes(config, student, teacher, lengths, device):

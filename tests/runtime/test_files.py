@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import stat
 import zlib
 
 import pytest
@@ -19,6 +21,24 @@ def test_a_file_is_replaced_as_a_whole(tmp_path):
     assert path.read_bytes() == "n\u00e9w".encode() and list(tmp_path.iterdir()) == [path]
     files.write_json(path, {"name": "\u00e9", "n": [1]})
     assert json.loads(path.read_text()) == {"name": "\u00e9", "n": [1]} and "\u00e9" in path.read_text()
+
+
+def test_what_is_no_file_and_no_folder_is_refused(tmp_path):
+    (tmp_path / "run/deep").mkdir(parents=True)
+    (tmp_path / "run/deep/file").touch()
+    for name, target in {"dangling": "nowhere", "folder": "deep", "file": "deep/file", "up": ".."}.items():
+        (tmp_path / "run" / name).symlink_to(target)
+    (tmp_path / "link").symlink_to("run")
+    for path in ("run", "link", "run/deep/file", "run/nothing"):
+        files.refuse_special(tmp_path / path)
+    special = tmp_path / "run/deep/special"
+    with_socket = functools.partial(os.mknod, mode=stat.S_IFSOCK | 0o600)
+    for make in (os.mkfifo, with_socket, lambda path: path.symlink_to("/dev/null")):
+        make(special)
+        for path in ("run", "link", "run/deep/special"):
+            with pytest.raises(ValueError, match="deep/special is a named pipe, a device or a socket, and"):
+                files.refuse_special(tmp_path / path)
+        special.unlink()
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):

@@ -118,6 +118,13 @@ def test_a_lock_of_another_machine_counts_until_it_is_silent(tmp_path, age, take
         assert f"in use by {who}" in refused(tmp_path)
 
 
+def test_a_pipe_is_no_lock(tmp_path):
+    os.mkfifo(tmp_path / NAME)
+    assert "run.lock is a named pipe, a device or a socket, and a file belongs there; rem" in refused(
+        tmp_path
+    )
+
+
 @pytest.mark.parametrize(
     ("job", "restart", "taken"), [("88", "1", True), ("88", "0", False), ("89", "1", False)]
 )

@@ -110,6 +110,9 @@ def test_what_is_no_cache_is_refused(tmp_path):
         AnswerCache(tmp_path / "empty", FINGERPRINT, rank=0, read_only=True)
     with pytest.raises(ValueError, match="thesis.tex/cache cannot be written: .*choose another folder"):
         AnswerCache(tmp_path / "thesis.tex" / "cache", FINGERPRINT, rank=0)
+    os.mkfifo(tmp_path / "empty" / "fingerprint.json")
+    with pytest.raises(ValueError, match="empty/fingerprint.json is a named pipe, a device or a socket"):
+        AnswerCache(tmp_path / "empty", FINGERPRINT, rank=0)
 
 
 @pytest.mark.parametrize("text", ["", "{", "3", "[1]", "[]", "null", "[" * 100_000])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from chat_tokenizers import CHATML, data_rows, save_chat_model
-from harness import FORKED, IN_FULL, TRAIN, as_arguments, kill_session, launch, start, steps, tiny
+from harness import FORKED, TRAIN, as_arguments, kill_session, launch, start, steps, tiny
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from ibdistill import train
@@ -332,7 +332,7 @@ def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path, teachers):
         own = {"teacher.cache": str(tmp_path / f"{name}-cache")}
         runs[name] = as_arguments(tiny(tmp_path / name, **settings | own))
     assert launch([FORKED, "2", *runs["whole"]], log=logs["whole"]) == 0, logs["whole"].read_text()[-4000:]
-    process = start([FORKED, "2", *runs["broken"]], log=logs["broken"], env=IN_FULL)
+    process = start([FORKED, "2", *runs["broken"]], log=logs["broken"])
     until = time.monotonic() + 240
     while "step 5/8" not in logs["broken"].read_text():
         assert time.monotonic() < until, logs["broken"].read_text()[-4000:]

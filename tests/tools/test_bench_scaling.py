@@ -11,7 +11,7 @@ from harness import ROOT, output_of
 
 def test_ratios_are_measured_and_predicted():
     options = "--model demo-student --questions 2 --question 16 --steps 2 --rounds 1".split()
-    printed = output_of(str(ROOT / "tools/bench/scaling.py"), *options)
+    printed = output_of(str(ROOT / "tools/bench/scaling.py"), *options, cold=True)
     lines = [line.split() for line in printed.splitlines() if re.match(r" +[124] ", line)]
     assert [line[0] for line in lines] == ["1", "2", "4"]
     one, *several = lines

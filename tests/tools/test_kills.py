@@ -74,7 +74,7 @@ def test_the_table_adds_up():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--phases", "writing,slep"], r"--phases names 'slep'; there are writing, sharing, sampling"),
+        (["--phases", "writing,slep"], r"names 'slep'; there are writing, copying, sharing, sampling, tab"),
         (["--kills", "1"], r"--kills is 1; it must be at least the number of phases, \d"),
         (["--out", "."], r"--out '.*' is not empty; name another folder"),
     ],

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import compare_runs
 import pytest
 import yaml
-from harness import ROOT, Forked, launch, output_of, start_server
+from harness import ROOT, Forked, launch, start_server
 from miniatures import said, svamp
 from study import arms as study_arms
 from study import command, folders, paper, report
@@ -531,14 +531,15 @@ def test_speed_measures_the_arms_of_so_many_ranks(tmp_path, ranks):
     steps = {"optim.max_steps": 300}
     arms = {"dss": {}, "dss-2": {"ranks": 2}, "twice-2": {"ranks": 2, "optim.max_steps": 600}}
     (tmp_path / "mini.yaml").write_text(yaml.safe_dump(content(arms=arms, seeds=[1], settings=TINY | steps)))
-    script = [str(ROOT / "tools/study.py"), "speed", str(tmp_path / "mini.yaml"), str(tmp_path / "out")]
-    if ranks == 1:
-        printed = output_of(*script)
-    else:
-        log = tmp_path / "log"
-        assert launch(script, ranks=ranks, log=log) == 0, log.read_text()[-2000:]
-        printed = log.read_text()
-    table = re.findall(r"^(\S+) +([\d.]+) +([\d.]+) +([\d.]+)  (\d+)$", printed, re.MULTILINE)
+    script, log, tools = tmp_path / "fewer_rounds.py", tmp_path / "log", ROOT / "tools"
+    script.write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(tools)!r})\nfrom study import speed\n"
+        "speed.ROUNDS, speed.STEPS = 3, 2\n"
+        f"runpy.run_path({str(tools / 'study.py')!r}, run_name='__main__')\n"
+    )
+    given = [str(script), "speed", str(tmp_path / "mini.yaml"), str(tmp_path / "out")]
+    assert launch(given, ranks=ranks if ranks > 1 else None, log=log) == 0, log.read_text()[-2000:]
+    table = re.findall(r"^(\S+) +([\d.]+) +([\d.]+) +([\d.]+)  (\d+)$", log.read_text(), re.MULTILINE)
     found = {arm: tuple(map(float, row)) for arm, *row in table}
     assert found.keys() == ({"dss"} if ranks == 1 else {"dss-2", "twice-2"})
     milliseconds, seconds, ratio, base_steps = found["dss" if ranks == 1 else "dss-2"]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import socket
+import tempfile
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +20,7 @@ from harness import full_disk, remark, same, steps, tiny, weights
 from ibdistill import train
 from ibdistill.config.load import load_settings
 from ibdistill.training import checkpoint, checkpoint_write
-from ibdistill.training.checkpoint_marker import MARKER
+from ibdistill.training.checkpoint_marker import MARKER, read_marker
 from ibdistill.training.prepare import prepare
 
 SHARDED = {"deepspeed.config": "zero2"}  # its optimizer states are files of their own
@@ -353,6 +356,95 @@ def test_where_a_copy_does_not_fit_the_file_is_written_first(make_job, monkeypat
     text = "mp_rank_00_model_states.pt is written before the next step: a copy of its 0.0"
     assert any(text in record.getMessage() for record in caplog.records)
     assert job.checkpoints.wait() and checkpoint.problem_with(folder) is None
+
+
+@pytest.fixture
+def local() -> Iterator[Path]:
+    """A folder on another file system than that of the runs."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("room", [1 << 40, 10_000], ids=["with room for a copy", "without"])
+def test_a_file_goes_through_the_nodes_disk_without_a_name_there(make_job, local, monkeypatch, caplog, room):
+    """With a copy in memory or not, the step goes on while the run's folder has nothing yet."""
+    go_on, copy_to = threading.Event(), checkpoint_write.copy_to
+    monkeypatch.setattr(checkpoint_write, "copy_to", lambda *given: go_on.wait(60) and copy_to(*given))
+    monkeypatch.setattr(checkpoint_write, "free_memory", lambda device, ranks_on_node: room)
+    job = make_job(**SHARDED, **{"run.local_dir": str(local)})
+    steps(job, 2)
+    job.checkpoints.begin(job.engine, job.state)
+    told = f"model_states.pt is written to {local} before the next step: a copy of its 0.0"
+    assert any(told in record.getMessage() for record in caplog.records) == (room == 10_000)
+    writing = job.checkpoints._begun.writing
+    while len(writing._begun) < (4 if room > 10_000 else 2):  # both files are staged
+        time.sleep(0.01)
+    opened = [path.readlink() for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    assert sum(path.parent == local for path in opened) == 2 and not list(local.iterdir())
+    job.checkpoints.poll()
+    folder = job.checkpoints.folder / "step-00000002"
+    assert not list(folder.iterdir())
+    expected = weights(job)
+    steps(job, 1)
+    go_on.set()
+    assert job.checkpoints.wait() and checkpoint.problem_with(folder) is None
+    marker = read_marker(folder)
+    assert {n: f.crc32 for n, f in marker.files.items()} == {
+        n: zlib.crc32((folder / n).read_bytes()) for n in marker.files
+    }
+    again = make_job(**SHARDED)  # a run may leave the setting out
+    assert again.state.step == 2 and same(weights(again), expected)
+    steps(again, 1)
+    assert same(weights(again), weights(job))
+
+
+def test_where_the_nodes_disk_is_full_the_file_goes_to_the_runs_folder(make_job, local, monkeypatch, caplog):
+    job = make_job(**{"run.local_dir": str(local)})
+    steps(job, 1)
+    full = Path("/dev/full")
+    monkeypatch.setattr(checkpoint_write.tempfile, "TemporaryFile", lambda dir: full.open("r+b"))
+    job.checkpoints.begin(job.engine, job.state)
+    assert job.checkpoints.wait()
+    assert checkpoint.problem_with(job.checkpoints.folder / "step-00000001") is None
+    (told,) = [r.getMessage() for r in caplog.records if "could not take it" in r.getMessage()]
+    assert told.startswith("mp_rank_00_model_states.pt is written to the run's folder at once, as /dev/shm/")
+    assert make_job().state.step == 1
+
+
+def test_a_copy_that_fails_is_told_and_the_last_checkpoint_needs_no_copy(
+    make_job, local, monkeypatch, caplog
+):
+    job = make_job(**{"run.local_dir": str(local)})
+
+    def fails(path: Path, source: object) -> int:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint_write, "copy_to", fails)
+    steps(job, 1)
+    job.checkpoints.begin(job.engine, job.state)
+    assert not job.checkpoints.wait() and not list(job.checkpoints.folder.iterdir())
+    assert "checkpoint of step 1 not saved, training goes on: rank 0: " in caplog.records[-1].getMessage()
+    assert "No space left on device" in caplog.records[-1].getMessage()
+    assert job.checkpoints.save(job.engine, job.state) and make_job().state.step == 1
+
+
+def test_a_local_folder_that_cannot_serve_is_refused(make_job, tmp_path, monkeypatch, local):
+    monkeypatch.delenv("NO_SUCH", raising=False)
+    way_out = "Give a folder on each node's own disk, such as \\$SLURM_TMPDIR, or leave it out"
+    for given in ("$NO_SUCH/here", str(local / "missing"), "/proc"):
+        said = f"run.local_dir is {given!r}, which {socket.gethostname()} cannot write to: [Errno"
+        with pytest.raises(ValueError, match=f"{re.escape(said)}.*{way_out}"):
+            make_job(**{"run.local_dir": given})
+    for folder in (tmp_path, tmp_path / "run"):
+        folder.mkdir(exist_ok=True)
+        with pytest.raises(
+            ValueError, match="a folder of the same file system as run.dir, so files would only"
+        ):
+            make_job(**{"run.local_dir": str(folder)})
+    monkeypatch.setenv("MINE", str(local))
+    assert make_job(**{"run.local_dir": "$MINE"}).checkpoints._local == local
+    assert "local_dir: $MINE" in (tmp_path / "run/config.yaml").read_text()  # another job has another folder
 
 
 def test_tied_weights_stay_one_in_the_copy():

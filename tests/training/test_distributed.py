@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -134,7 +135,7 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     assert not (broken / "result.json").exists()
 
     log = tmp_path / "signalled.log"
-    process = start([*launched, *arguments], ranks=2, log=log)
+    process = start([*launched, *arguments], ranks=2, cold=True, log=log)
     wait_for_step(process, log, 18)
     ranks_of(process)[1].send_signal(signal_number)
     assert process.wait(300) == exit_code, log.read_text()[-4000:]
@@ -195,13 +196,24 @@ def test_all_ranks_fall_back_from_one_ranks_damaged_shard(tmp_path):
 
 
 def test_killed_while_a_checkpoint_is_being_written_resumes_from_the_one_before_bit_for_bit(tmp_path):
-    """Rank 1 of 2 is still writing step 10 when all are killed, some steps later."""
+    """Rank 1 of 2 is still writing step 10 when all are killed, some steps later; or still copying it from a
+    folder of its node, where nothing is left."""
     settings = {"optim.max_steps": 18, "run.save_every": 5, "deepspeed.config": "zero2", "run.test_limit": 2}
     settings |= {"run.report_to": []}
-    whole, broken = (as_arguments(tiny(tmp_path / name, **settings)) for name in ("whole", "broken"))
-    log, reached = tmp_path / "log", tmp_path / "reached"
+    log = tmp_path / "log"
+    whole = as_arguments(tiny(tmp_path / "whole", **settings))
     assert launch([FORKED, "2", *whole], log=log) == 0, log.read_text()[-4000:]
+    kill_in_writing(tmp_path / "written", tmp_path / "whole", settings)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as local:
+        kill_in_writing(tmp_path / "copied", tmp_path / "whole", settings | {"run.local_dir": local})
+        assert not list(Path(local).iterdir())
 
+
+def kill_in_writing(folder: Path, whole: Path, settings: dict[str, object]) -> None:
+    """Kill a run on 2 ranks while rank 1 writes the checkpoint of step 10, and compare its end."""
+    folder.mkdir()
+    log, reached = folder / "log", folder / "reached"
+    broken = as_arguments(tiny(folder / "run", **settings))
     slow = [str(WORKERS / "slow_disk.py"), "2", *broken]
     process = start(slow, log=log, env={"SLOW_DISK_REACHED": str(reached)})
     wait_for_step(process, log, 13)
@@ -210,7 +222,7 @@ def test_killed_while_a_checkpoint_is_being_written_resumes_from_the_one_before_
         assert time.monotonic() < deadline, log.read_text()[-4000:]
         time.sleep(0.01)
     kill_session(process)
-    checkpoints = tmp_path / "broken/checkpoints"
+    checkpoints = folder / "run/checkpoints"
     assert {path.parent.name for path in checkpoints.glob("*/complete.json")} == {"step-00000005"}
     assert list((checkpoints / "step-00000010").iterdir())  # rank 0 has written its files
 
@@ -218,7 +230,7 @@ def test_killed_while_a_checkpoint_is_being_written_resumes_from_the_one_before_
     said = log.read_text()
     assert "step-00000010 is not used: it has no complete.json" in said
     assert re.search("resumed from .*/step-00000005$", said, re.MULTILINE)
-    files = [tmp_path / name / "student/model.safetensors" for name in ("whole", "broken")]
+    files = [run / "student/model.safetensors" for run in (whole, folder / "run")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
@@ -267,7 +279,7 @@ def test_ranks_share_the_cores_unless_the_user_says_how(tmp_path, monkeypatch, s
         f"{count}\ndistributed.init()\n{count}\ndistributed.exit_at_once(0)\n"
     )
     env = {"OMP_NUM_THREADS": said} if said else {}
-    assert launch([str(script)], ranks=2, log=log, env=env) == 0, log.read_text()[-4000:]
+    assert launch([str(script)], ranks=2, cold=True, log=log, env=env) == 0, log.read_text()[-4000:]
     found = sorted(map(int, re.findall(r"^(\d+) threads$", log.read_text(), re.MULTILINE)))
     cores = max(found)  # before `init`
     assert found == (4 * [cores] if said else sorted(2 * [cores] + 2 * [max(1, cores // 2)]))

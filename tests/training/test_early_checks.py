@@ -5,15 +5,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from harness import output_of
+from harness import output_of, tiny
 
 from ibdistill import train
 from ibdistill.config.load import load_settings
-from ibdistill.training import early_checks
+from ibdistill.training import device, early_checks
+from ibdistill.training.prepare import prepare
 
 ROW = '{"question": "q", "label": "l", "rationale": "r"}\n'
 
@@ -89,6 +92,11 @@ def test_an_encoder_is_neither_student_nor_teacher(tmp_path, model, named):
     assert f"teacher.model is {said}" in message
 
 
+def test_a_model_whose_configuration_is_a_pipe_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    assert "config.json is a named pipe, a device or a socket" in refused(student__model=str(tmp_path))
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -103,6 +111,33 @@ def test_an_encoder_is_neither_student_nor_teacher(tmp_path, model, named):
 def test_other_models_and_damaged_ones_are_left_to_those_who_load_them(tmp_path, content):
     file(tmp_path / "config.json", content)
     early_checks.check(load_settings(None, {"student.model": str(tmp_path)}))
+
+
+@pytest.mark.parametrize(("part", "stage"), [("offload_optimizer", 2), ("offload_param", 3)])
+def test_offload_to_nvme_needs_libaio(world, tmp_path, monkeypatch, part, stage):
+    """Where DeepSpeed would end with a traceback once the student is loaded."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.ops import op_builder
+
+    offload = {"device": "nvme", "nvme_path": str(tmp_path)}
+    content = json.dumps({"zero_optimization": {"stage": stage, part: offload}}).encode()
+    settings = tiny(tmp_path / "run", **{"deepspeed.config": file(tmp_path / "nvme.json", content)})
+    found = SimpleNamespace(is_compatible=lambda: False)
+    monkeypatch.setattr(op_builder, "AsyncIOBuilder", lambda: found)
+    monkeypatch.setitem(installed_ops, "async_io", False)
+    said = (
+        rf"deepspeed.config is '.*nvme.json', which offloads to nvme, and {socket.gethostname()} lacks libaio"
+    )
+    with pytest.raises(ValueError, match=f"{said} or a compiler.*install libaio-dev g..., or take the dev"):
+        prepare(load_settings(None, settings), world)
+    found.is_compatible = lambda: True
+    device.check_node(load_settings(None, settings), world)
+    found.is_compatible = lambda: False
+    monkeypatch.setitem(installed_ops, "async_io", True)  # it was built when DeepSpeed was installed
+    device.check_node(load_settings(None, settings), world)
+    monkeypatch.setitem(installed_ops, "async_io", False)
+    settings["deepspeed.config"] = "zero3_offload"
+    device.check_node(load_settings(None, settings), world)
 
 
 def test_train_refuses_before_it_makes_the_runs_folder(world, tmp_path, monkeypatch, capsys):

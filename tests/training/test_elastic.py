@@ -48,7 +48,7 @@ def test_the_curve_goes_on_from_2_ranks_to_1_to_3_and_from_zero2_to_zero3_to_zer
         more = settings | {"deepspeed.config": zero}
         arguments = as_arguments(tiny(tmp_path / "moved", **more))
         if not stops:
-            process = start([TRAIN, *arguments], ranks=ranks, log=log)
+            process = start([TRAIN, *arguments], ranks=ranks, cold=True, log=log)
         else:
             process = start([FORKED, str(ranks), *arguments], log=log, env=IN_FULL)
         if until:

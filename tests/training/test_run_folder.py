@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -192,6 +193,15 @@ def test_a_damaged_inputs_json_is_named(make_job, content):
     job.checkpoints.save(job.engine, job.state)
     (job.folder / "inputs.json").write_bytes(content)
     with pytest.raises(ValueError, match=r"run/inputs.json is damaged"):
+        make_job()
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "result.json", "checkpoints/step-00000001/complete.json"])
+def test_a_pipe_in_the_run_folder_is_refused_and_not_read(make_job, tmp_path, name):
+    pipe = tmp_path / "run" / name
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    with pytest.raises(ValueError, match=f"run/{name} is a named pipe, a device or a socket, and a file bel"):
         make_job()
 
 

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from aligned_tokenizers import fallback, save_teacher
 from harness import FORKED, WORKERS, as_arguments, launch, tiny
 from plan import costs
 from safetensors.torch import load_file
@@ -13,6 +14,8 @@ from tiny_models import save
 
 from ibdistill.config.load import load_settings
 from ibdistill.config.zero_file import readers
+from ibdistill.models import sequence_parallel
+from ibdistill.objectives import weights
 from ibdistill.planning.dryrun import Lengths, Skeleton
 from ibdistill.training import device
 
@@ -20,6 +23,12 @@ SHARED = {
     "cot": ["cot_zero0_2x2", "cot_zero3_4x2"],
     "own": ["own_zero1_2x2"],
     "ib+kd": ["ib+kd_zero2_2x2", "ib+kd_zero3_2x2", "ib+kd_zero2_4x4"],
+    "paper": ["paper_zero1_2x2", "paper_zero3_4x4"],
+    "normalized": ["normalized_zero3_2x2"],
+    "infonce": ["infonce_zero2_4x2"],
+    "k2": ["k2_zero2_2x2"],
+    "text": ["text_zero0_2x2"],
+    "cache": ["cache_zero1_2x2"],
 }
 RUNS = [(case, run) for case, runs in SHARED.items() for run in runs]
 
@@ -43,6 +52,7 @@ def first_steps(tmp_path_factory) -> dict[str, dict]:
         "run.term_gradients_every": 1,
     }
     save(folder / "teacher", "qwen2", hidden_size=48, max_position_embeddings=512)
+    save_teacher(folder / "other", fallback())
     (folder / "settings.json").write_text(json.dumps(settings))
     worker = [str(WORKERS / "shared_sequences.py"), str(folder)]
     for ranks in (None, 2):
@@ -56,7 +66,11 @@ def first_steps(tmp_path_factory) -> dict[str, dict]:
 def test_a_step_of_ranks_that_share_sequences_is_that_of_one_rank(first_steps, case, run):
     alone, shared = first_steps[f"{case}_zero0_1x1"], first_steps[run]
     assert shared["tokens"] == alone["tokens"] and shared["terms"].keys() <= alone["terms"].keys()
-    for name, value in shared["terms"].items():
+    # it says how the questions of one call of the head loss differ, with and without groups
+    measured = {name for name in shared["terms"] if case != "normalized" or name != "mi_bound"}
+    assert {"ce_answer", "ce_predict"} & measured
+    for name in measured:
+        value = shared["terms"][name]
         assert value == pytest.approx(alone["terms"][name], rel=2e-6), name
     for name, value in shared["gradient norms"].items():
         assert value == pytest.approx(alone["gradient norms"][name], rel=1e-5), name
@@ -112,25 +126,44 @@ TEACHER = {"objective.method": "cot+kd", "teacher.model": "demo-teacher-decoder"
     ("settings", "message"),
     [
         ({"data.packing": "off"}, "which cuts packed rows, and data.packing is 'off'"),
-        ({"objective.method": "ib"}, "objective.estimator paper needs all tokens of a question"),
         (TEACHER | {"teacher.placement": "zero3"}, "teacher.placement is 'zero3': the teacher has to answer"),
-        (
-            TEACHER | {"teacher.placement": "replica", "teacher.cache": "/tmp/answers"},
-            "'replica' with teacher.cache '/tmp/answers'",
-        ),
-        (
-            TEACHER | {"teacher.placement": "replica", "objective.kd_later": 1.0},
-            "weigh a token by all others",
-        ),
-        (
-            TEACHER | {"teacher.placement": "replica", "objective.alignment": "text"},
-            "objective.alignment is 'text'",
-        ),
     ],
 )
-def test_settings_that_need_whole_sequences_on_a_rank_are_refused(settings, message):
+def test_settings_that_ranks_with_parts_of_sequences_cannot_have_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"optim.sequence_parallel is 2, .*{message}"):
         load_settings(None, SHARING | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "whole"),
+    [
+        ({}, False),
+        ({"objective.method": "ib+kd", "objective.estimator": "vid"}, False),
+        ({"objective.method": "ib", "objective.estimator": "paper", "teacher.placement": "none"}, True),
+        ({"objective.kd_first": 8.0}, True),
+        ({"objective.kd_entropy": "teacher"}, True),
+        ({"objective.kd_target": "pmi"}, True),
+        ({"objective.alignment": "text"}, True),
+        ({"teacher.cache": "/tmp/answers"}, True),
+        ({"objective.divergence": "k1", "on_policy.share": 0.5}, True),
+    ],
+)
+def test_questions_come_together_only_where_something_needs_them_whole(settings, whole):
+    """Else every rank has its part of the head loss."""
+    given = SHARING | TEACHER | {"teacher.placement": "replica"} | settings
+    if given["teacher.placement"] == "none":
+        del given["teacher.model"]
+    assert weights.whole_questions(load_settings(None, given)) is whole
+
+
+def test_a_teacher_that_reads_other_tokens_is_refused_where_each_rank_scores_its_part(monkeypatch):
+    mine, theirs = {"start": None, "separator": 1}, {"start": 5, "separator": 1}
+    monkeypatch.setattr(sequence_parallel, "_group", object())
+    sequence_parallel.check_layouts("teacher", mine, dict(mine))
+    with pytest.raises(ValueError, match="'teacher' puts {'start': 5, .* not be cut at the same places"):
+        sequence_parallel.check_layouts("teacher", mine, theirs)
+    monkeypatch.setattr(sequence_parallel, "_whole", True)
+    sequence_parallel.check_layouts("teacher", mine, theirs)
 
 
 def test_models_and_ranks_that_cannot_share_sequences_are_refused(tmp_path, make_job):

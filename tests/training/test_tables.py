@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import logging
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from aligned_tokenizers import byte_level, save_teacher
 from chat_tokenizers import smollm2
-from harness import FORKED, IN_FULL, TRAIN, WORKERS, as_arguments, launch, tiny
+from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, tiny
 
 from ibdistill.config.load import load_settings
 from ibdistill.data import arrow_tables, loading, stored_records, token_ids, tokenizers
+from ibdistill.data.records import Record
 from ibdistill.data.tasks import demo
 from ibdistill.data.tokenizing import taught, tokenize
 from ibdistill.training import prepare, run_folder, tables
@@ -150,6 +156,54 @@ def test_bad_data_is_refused_and_leaves_no_table(world, tmp_path):
     assert not list(cache.glob("tokens-*[!k]")) and len(list(cache.glob("records-*[!k]"))) == 2
 
 
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_the_process_that_makes_the_records_table_holds_few_of_them(form, world, tmp_path, monkeypatch):
+    """When the twelfth block of 8 is written, Python has few more records and rows of it than before."""
+    rows = [{"question": f"{i} ?", "label": "x", "rationale": f"because {i}"} for i in range(200)]
+    path, counts, calls = tmp_path / "data", [], itertools.count(1)
+    if form == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        path.write_text("\n".join(map(json.dumps, rows)))
+    rows.clear()
+
+    def held() -> list[int]:
+        found = gc.get_objects()
+        rows = sum(type(one) is dict and {"question", "rationale"} <= one.keys() for one in found)
+        return [sum(type(one) is Record for one in found), 0 if form == "parquet" else rows]
+
+    def written(*given):
+        counts.extend(held() if next(calls) == 12 else [])
+        return made(*given)
+
+    settings = {"data.task": "jsonl", "data.path": str(path), "data.cache_dir": str(tmp_path / "cache")}
+    config = load_settings(None, settings)
+    monkeypatch.setattr(arrow_tables, "BLOCK", 8)
+    made = pyarrow.record_batch
+    monkeypatch.setattr(pyarrow, "record_batch", written)
+    before = held()
+    stored = tables.load(config.data, world, needs_rationale=True)
+    assert len(stored.train) == 162 and stored.train[-1].rationale == "because 199"
+    assert all(now <= then + 16 for now, then in zip(counts, before, strict=True)), (counts, before)
+
+
+def test_data_that_changes_while_it_is_read_is_refused(world, tmp_path, monkeypatch):
+    path, made = Path(write(tmp_path / "data.jsonl", conversations=False)), loading.streamed
+    given = {"data.task": "jsonl", "data.path": str(path), "data.cache_dir": str(tmp_path / "cache")}
+    config = load_settings(None, given)
+
+    def streamed(*args, **kwargs):
+        found = made(*args, **kwargs)
+        with path.open("a") as file:
+            file.write("\n{}")
+        return found
+
+    monkeypatch.setattr(loading, "streamed", streamed)
+    with pytest.raises(ValueError, match=r"data.path '.*' changed while it was read; start the run again"):
+        tables.load(config.data, world, needs_rationale=True)
+    assert not list((tmp_path / "cache").glob("records-*[!k]"))
+
+
 def test_two_ranks_make_a_table_once_and_the_next_run_reads_it(tmp_path):
     """Through the launcher, at the default of everything about tables but their folder; a warning about the
     data shows which ranks have tokenized it."""
@@ -159,8 +213,9 @@ def test_two_ranks_make_a_table_once_and_the_next_run_reads_it(tmp_path):
     for run, command in (("first", TRAIN), ("second", FORKED)):
         log, launched = tmp_path / f"{run}.log", command == TRAIN
         arguments = as_arguments(tiny(tmp_path / run, **settings))
-        how = {"ranks": 2} if launched else {"ranks": None, "env": IN_FULL}
-        code = launch([command, *([] if launched else ["2"]), *arguments], log=log, **how)
+        code = launch(
+            [command, *([] if launched else ["2"]), *arguments], log=log, ranks=2 if launched else None
+        )
         said = log.read_text()
         assert code == 0, said[-4000:]
         assert said.count("tokenizing 100 training records") == launched
@@ -181,11 +236,16 @@ def test_nodes_of_other_data_are_noticed(tmp_path):
             json.dumps({"question": "n0 ?" * i, "label": "n0", "rationale": "so"}) for i in range(1, rows)
         ]
         (tmp_path / host / "data.jsonl").write_text("\n".join(lines))
+    (tmp_path / "4").mkdir()
+    tested = np.random.default_rng(0).permutation(29)[0]  # of 29 records three are for tests
+    lines = (tmp_path / "0" / "data.jsonl").read_text().split("\n")
+    lines[tested] = lines[tested].replace("so", "else")
+    (tmp_path / "4" / "data.jsonl").write_text("\n".join(lines))
     log = tmp_path / "log"
     assert launch([str(WORKERS / "node_tables.py"), str(tmp_path)], log=log) == 0, log.read_text()[-4000:]
-    alike, differ, failed = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(3)]
+    alike, differ, failed, tests = [json.loads((tmp_path / f"{i}.json").read_text()) for i in range(4)]
     assert alike == ["", ""]
-    assert differ[0] == differ[1] and differ[0].startswith(
-        "the training records or their tokens differ between"
-    )
+    assert differ[0] == differ[1] and differ[0].startswith("the records or their tokens differ between")
+    train = [re.sub(r", all splits \w+", "", value) for value in re.findall(r"'(.*?)'", tests[0])]
+    assert tests[0].startswith("the records or their tokens differ between") and len(set(train)) == 1
     assert failed[0] == failed[1] and "does not exist" in failed[0]

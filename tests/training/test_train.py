@@ -208,7 +208,11 @@ def test_offload_configurations_train(make_job, config):
 
 
 def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch):
-    """Through dynamo and AOT autograd; inductor's C++ would take minutes to build on two cores."""
+    """Through dynamo and AOT autograd; inductor's C++ would take minutes to build on two cores.
+
+    Floats are constants at once: by default dynamo compiles each graph a second time when it has found that.
+    """
+    monkeypatch.setattr(torch._dynamo.config, "specialize_float", True)
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw)

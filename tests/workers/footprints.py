@@ -8,10 +8,14 @@ from __future__ import annotations
 import io
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 STUDENTS = {"demo-student": "fp32", "demo-teacher": "bf16", "demo-teacher-decoder": "bf16"}
 TEACHERS = dict(zip(STUDENTS, ("demo-teacher", "t5-mini", "demo-student-decoder"), strict=True))
@@ -33,6 +37,15 @@ SMALL_ZERO3 = {
 }
 """With bounds that matter at this size: parameters are let go and gathered again."""
 LENGTHS = {"questions": 2, "question": 12, "label": 3, "rationale": 9}
+SHARED = [
+    ("cot", False, "fp32", 1, (1400, 60, 1500)),
+    ("cot", True, "bf16", 1, (1400, 60, 1500)),
+    ("cot+kd", False, "bf16", 3, (701, 33, 129)),
+    ("cot+ib", False, "fp32", 1, (1400, 60, 1500)),
+]
+"""Method, checkpointing, precision, questions and lengths of micro-batches whose sequences two ranks share.
+In those of one question the second rank has nearly all of the targets, or with `cot+ib` all of them."""
+EXCHANGE = dist.all_to_all_single
 SENT: Counter = Counter()
 
 
@@ -65,11 +78,11 @@ if __name__ == "__main__":  # before DeepSpeed takes references to them
 from ibdistill.config import sections  # noqa: E402
 from ibdistill.config.load import load_settings  # noqa: E402
 from ibdistill.data import tokenizers  # noqa: E402
+from ibdistill.models import sequence_parallel  # noqa: E402
 from ibdistill.models.student import load_student  # noqa: E402
-from ibdistill.objectives import distillation, teacher_answers  # noqa: E402
-from ibdistill.objectives.weights import step_weights  # noqa: E402
-from ibdistill.planning import dryrun  # noqa: E402
-from ibdistill.runtime import distributed  # noqa: E402
+from ibdistill.objectives import distillation, teacher_answers, weights  # noqa: E402
+from ibdistill.planning import dryrun, footprint  # noqa: E402
+from ibdistill.runtime import distributed, hardware  # noqa: E402
 from ibdistill.teacher import teacher  # noqa: E402
 from ibdistill.training import engine  # noqa: E402
 
@@ -142,14 +155,14 @@ def measure(name: str, stage: str, loaded: teacher.Teacher, world, folder: Path)
     batch = batch_for(student)
     module = distillation.Distillation(student, settings.objective, teacher_width=loaded.width)
     built = engine.build_engine(module, settings.student.precision, settings.optim, settings.deepspeed, world)
-    weights = step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
+    factors = weights.step_weights(settings.objective, {"predict": 6, "explain": 18, "explained": 2})
     seen = []
     module.vid.bias.register_hook(lambda gradient: seen.append(buckets(built.optimizer)))
     signal, facts = loaded(batch), {}
     # ZeRO-3 records its order of modules in the first step, and goes by it from the third on
     for _ in range(3 if built.zero_optimization_stage() == 3 else 2):
         SENT.clear()
-        loss, _ = built(batch, weights, signal, 24)
+        loss, _ = built(batch, factors, signal, 24)
         built.backward(loss, scale_wrt_gas=False)
         facts["states"] = states(built)
         built.step()
@@ -157,6 +170,70 @@ def measure(name: str, stage: str, loaded: teacher.Teacher, world, folder: Path)
     facts["buckets"], facts["saved"] = max(seen), saved(built, folder)
     built.destroy()
     return facts
+
+
+def shared_settings(method: str, checkpointing: bool, precision: str) -> sections.Config:
+    """A run whose sequences two ranks share."""
+    given = {"student.model": "demo-teacher-decoder", "student.precision": precision}
+    given |= {"student.gradient_checkpointing": checkpointing, "objective.method": method}
+    given |= {"data.packing": "on", "optim.sequence_parallel": 2, "objective.estimator": "paper"}
+    if "kd" in method:
+        given |= {"teacher.placement": "replica", "teacher.precision": precision}
+        given["teacher.model"] = "demo-student-decoder"
+    return load_settings(None, given)
+
+
+def exchange_elsewhere(received, parts, taken, given, group) -> None:
+    """An exchange in memory that torch does not count, because gloo's threads hold it for a while longer."""
+
+    def beside(tensor):
+        return torch.from_numpy(np.empty(tensor.shape, f"i{tensor.itemsize}")).view(tensor.dtype)
+
+    EXCHANGE(out := beside(received), beside(parts).copy_(parts), taken, given, group)
+    received.copy_(out)
+
+
+def shared_activations(
+    method: str, checkpointing: bool, precision: str, questions: int, lengths: tuple[int, int, int]
+) -> int:
+    """The most bytes that torch gives out in a forward and backward pass over this rank's part."""
+    settings = shared_settings(method, checkpointing, precision)
+    objective, dtype = settings.objective, hardware.DTYPES[precision]
+    sequence_parallel.start(2, whole_questions=weights.whole_questions(settings))
+    model = load_student(settings.student, tokenizers.demo_tokenizer(), 0)
+    module = distillation.Distillation(model, objective).to(dtype)
+    whole = dryrun.Lengths(questions, *lengths).batch(model, weights.streams_of(objective), packed=True)
+    batch, signal = sequence_parallel.part_of(whole), None
+    if wanted := weights.wanted(objective):
+        torch.set_default_dtype(dtype)
+        signal = dryrun.teacher_answer(batch, wanted, footprint.teacher_skeleton(settings).head)
+        torch.set_default_dtype(torch.float32)
+        for tensor in signal.tensors():
+            tensor.normal_()
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    factors = weights.step_weights(objective, {"rationale": 160, "answer": 20, "explained": 4})
+
+    def learn() -> None:
+        module(batch, factors, signal, 360)[0].backward()
+
+    learn()  # libraries warm up
+    with mock.patch.object(dist, "all_to_all_single", exchange_elsewhere):
+        found = allocated_peak(learn)
+    sequence_parallel.start(1)
+    return found
+
+
+def allocated_peak(run: Callable[[], None]) -> int:
+    """The most that torch's allocator gave out at once while it ran, in bytes."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        run()
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def batch_for(model):
@@ -189,6 +266,8 @@ def main(folder: Path) -> None:
                 case = f"{name} {Path(stage).stem}"
                 facts[case] = distributed.gather_objects(measure(name, stage, loaded, world, folder))
             loaded.close()
+    for case in SHARED if world.size == 2 else ():
+        facts[case] = distributed.gather_objects(shared_activations(*case))
     if world.rank == 0:
         torch.save(facts, folder / f"{world.size}.pt")
     dist.barrier()

@@ -1,6 +1,7 @@
 """Tables on two nodes: `FOLDER/I.json` gets what went wrong on each rank, empty if nothing.
 
-Both ranks act as the first of a node. They read the same data (I = 0), other data (1), and none on one (2).
+Both ranks act as the first of a node. They read the same data (I = 0), other data (1), none on one (2), and
+other test records (3).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ibdistill.training import tables
 
 def main(folder: Path) -> None:
     world = dataclasses.replace(distributed.init(), local_rank=0)
-    for case, hosts in enumerate((("0", "1"), ("0", "2"), ("0", "3"))):
+    for case, hosts in enumerate((("0", "1"), ("0", "2"), ("0", "3"), ("0", "4"))):
         own = folder / hosts[world.rank]
         settings = {"data.task": "jsonl", "data.path": str(own / "data.jsonl")}
         config = load_settings(None, settings | {"data.cache_dir": str(own / "cache")})

@@ -1,4 +1,5 @@
-"""`python slow_disk.py RANKS ARGUMENTS...`: as runs.py, but rank 1's second checkpoint is never written.
+"""`python slow_disk.py RANKS ARGUMENTS...`: as runs.py, but rank 1's second checkpoint is never written, or,
+with `run.local_dir`, half of it copied.
 
 Once it is there, the file that SLOW_DISK_REACHED names is made.
 """
@@ -10,13 +11,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import ranks
 import torch
 
 from ibdistill import train
+from ibdistill.training import checkpoint_write
 
-_save = torch.save
+_save, _copy_to = torch.save, checkpoint_write.copy_to
 _count = 0
 
 
@@ -30,9 +33,23 @@ def save(*args, **kwargs) -> None:
     _save(*args, **kwargs)
 
 
+def copy_to(path: Path, source: IO[bytes]) -> int:
+    global _count
+    _count += 1
+    if _count > 1 and os.environ["RANK"] == "1":
+        source.seek(0)
+        path.write_bytes(source.read(os.fstat(source.fileno()).st_size // 2))
+        Path(os.environ["SLOW_DISK_REACHED"]).touch()
+        time.sleep(1000)
+    return _copy_to(path, source)
+
+
 def main(arguments: list[str]) -> None:
     sys.argv[1:] = arguments
-    torch.save = save
+    if "--run.local_dir" in arguments:
+        checkpoint_write.copy_to = copy_to
+    else:
+        torch.save = save
     train.main()
 
 

@@ -1,11 +1,15 @@
 """Memory and time that the training data take on each rank, held in memory and in tables on the disk:
 
-    deepspeed --num_gpus 4 tools/bench/data_tables.py RECORDS TOKENIZER FOLDER memory|tables
+    deepspeed --num_gpus 4 tools/bench/data_tables.py RECORDS WORDS TOKENIZER FOLDER KIND
 
-FOLDER gets the records, made up with a question of 16 words and a rationale of 20 to 40, and the tables. With
-`memory` each rank reads and tokenizes all of them for itself, as ibdistill once did. The first run with
-`tables` makes the tables, and the second finds them. Anonymous memory belongs to one rank; pages of files are
-shared and can be dropped.
+FOLDER gets the records, made up with a question of 16 words and a rationale of about WORDS, and the tables.
+
+    KIND     what each rank does
+    memory   it reads and tokenizes all records for itself, as ibdistill once did
+    tables   the first time the first rank makes the tables, then all find them
+    records  the first rank makes the records' table alone
+
+Anonymous memory belongs to one rank; pages of files are shared and can be dropped.
 """
 
 from __future__ import annotations
@@ -33,19 +37,21 @@ from ibdistill.training import tables
 
 def main() -> None:
     """Read and tokenize the records, and print what each rank holds."""
-    records, tokenizer, folder, kind = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    given = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    number, words, tokenizer, folder, kind = int(given[0]), int(given[1]), *given[2:]
     world = distributed.init()
-    path = Path(folder) / f"{records}.jsonl"
-    distributed.run_on_rank_0(lambda: path.exists() or make(path, int(records)))
+    path = Path(folder) / f"{number}-{words}.jsonl"
+    distributed.run_on_rank_0(lambda: path.exists() or make(path, number, words))
     settings = {"data.task": "jsonl", "data.path": str(path), "data.cache_dir": str(Path(folder) / "tables")}
     config = load_settings(None, settings)
     before, start = memory(), time.perf_counter()
-    records, held = (in_memory if kind == "memory" else in_tables)(config, tokenizer, world)
+    records, held = KINDS[kind](config, tokenizer, world)
     seconds, now = time.perf_counter() - start, memory()
     own = (seconds, now["RssAnon"] - before["RssAnon"], now["RssFile"], now["VmHWM"])
     found = distributed.gather_objects(own)
     if world.rank == 0:
-        tokens = sum(table.lengths.sum() for table in (*held.questions.values(), *held.targets.values()))
+        tables_of = (*held.questions.values(), *held.targets.values()) if held else ()
+        tokens = sum(table.lengths.sum() for table in tables_of)
         print(f"{kind}: {len(records.train)} training records, {tokens} tokens")
         for rank, (spent, anonymous, mapped, peak) in enumerate(found):
             print(
@@ -71,7 +77,15 @@ def in_tables(config: Config, tokenizer: str, world: World) -> tuple[loading.Loa
     return tables.tokenize(config, records, load_tokenizer(tokenizer, "TOKENIZER"), world)[:2]
 
 
-def make(path: Path, records: int) -> None:
+def records_alone(config: Config, tokenizer: str, world: World) -> tuple[loading.Loaded, None]:
+    """The records' table as runs make it."""
+    return tables.load(config.data, world, needs_rationale=True), None
+
+
+KINDS = {"memory": in_memory, "tables": in_tables, "records": records_alone}
+
+
+def make(path: Path, records: int, about: int) -> None:
     """Write records of made-up sentences."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = random.Random(0)
@@ -80,7 +94,8 @@ def make(path: Path, records: int) -> None:
     )
     with path.open("w") as file:
         for i in range(records):
-            texts = [" ".join(drawn.choices(words, k=k)) for k in (16, drawn.randint(20, 40))]
+            lengths = 16, drawn.randint(about * 2 // 3, about * 4 // 3)
+            texts = [" ".join(drawn.choices(words, k=k)) for k in lengths]
             row = {"question": f"{i}: {texts[0]}?", "label": str(drawn.randint(0, 99)), "rationale": texts[1]}
             file.write(json.dumps(row) + "\n")
 

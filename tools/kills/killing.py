@@ -65,16 +65,9 @@ class Killer:
 
     def _start(self, folder: Path, phase: Phase, number: int) -> tuple[Start, Processes]:
         ranks, zero = phase.starts[number % len(phase.starts)]
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / f"start-{number}.log"
-        given = {name: str(value).format(folder=folder) for name, value in phase.settings.items()}
-        data = _written(self._out / f"data-{phase.records}", phase.records)
-        given |= {"deepspeed.config": zero, "run.dir": folder / "run", "data.path": data}
-        words = [
-            word for setting, value in (SETTINGS | given).items() for word in (f"--{setting}", str(value))
-        ]
-        start = Start(folder / "run", log, time.time())
-        return start, Processes([str(TRAIN), *words], ranks, log, self._launcher)
+        words = [str(TRAIN), *words_of(phase, folder, zero)]
+        start = Start(folder / "run", folder / f"start-{number}.log", time.time())
+        return start, Processes(words, ranks, start.log, self._launcher)
 
     def _kill(self, folder: Path, phase: Phase, number: int, count: Counter[str]) -> tuple[str, bool]:
         """Start the run and kill it; what is wrong with it, and whether the kill came before the end."""
@@ -111,6 +104,15 @@ class Killer:
             processes.kill(None)
             return f"had not ended after {LIMIT} s"
         return f"ended with exit code {code}" if code else ""
+
+
+def words_of(phase: Phase, folder: Path, zero: str) -> list[str]:
+    """The settings of a run in a folder, which is made, as words of a command line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    given = {name: str(value).format(folder=folder) for name, value in phase.settings.items()}
+    data = _written(folder.parent / f"data-{phase.records}", phase.records)
+    given |= {"deepspeed.config": zero, "run.dir": folder / "run", "data.path": data}
+    return [word for setting, value in (SETTINGS | given).items() for word in (f"--{setting}", str(value))]
 
 
 def _written(folder: Path, records: int) -> Path:

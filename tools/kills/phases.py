@@ -74,6 +74,9 @@ def unfinished_checkpoint(start: Start) -> bool:
 
 PHASES = {
     "writing": Phase({}, [(2, "zero2")], unfinished_checkpoint, unfinished_checkpoint, 1.5),
+    "copying": Phase(
+        {"run.local_dir": "/dev/shm"}, [(2, "zero2")], unfinished_checkpoint, unfinished_checkpoint, 1.5
+    ),
     "sharing": Phase(
         {"student.dropout": 0.0},
         [(2, "zero2"), (1, "zero3"), (3, "zero1"), (2, "zero3"), (1, "zero0"), (2, "zero1")],
@@ -108,6 +111,7 @@ PHASES = {
         records=4000,
     ),
 }
-"""`writing`: a checkpoint is written beside the steps. `sharing`: a checkpoint of other ranks or another ZeRO
-stage is shared out anew. `sampling`: the student samples its own text, and the folder keeps each block.
-`tables`: the training records are tokenized into a table that later starts read."""
+"""`writing`: a checkpoint is written beside the steps. `copying`: it is written to a folder of the node
+first, and copied. `sharing`: a checkpoint of other ranks or another ZeRO stage is shared out anew.
+`sampling`: the student samples its own text, and the folder keeps each block. `tables`: the training records
+are tokenized into a table that later starts read."""

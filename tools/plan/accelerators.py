@@ -45,6 +45,9 @@ class Accelerator:
     """Rate of the link to the host's memory, GB/s. This is an assumption; PCIe 4.0 x16 could reach 32."""
     storage_gbs: float = 2.0
     """Rate at which all ranks together write to the shared file system, GB/s. This is an assumption."""
+    local_gbs: float = 2.0
+    """Rate at which a node's ranks together write to its own disk (`run.local_dir`), GB/s. This is an
+    assumption."""
 
     def products(self, precision: str) -> float:
         """The rate that a step's products reach in `fp32` or `bf16`, operations per second."""

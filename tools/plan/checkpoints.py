@@ -3,7 +3,8 @@
 As `ibdistill/training/checkpoint_write.py` does it: each rank copies its states to the host's memory, for
 which the step waits, and writes them beside the steps that follow. The next checkpoint waits until this one
 is there. Where the copy would take more than half of the memory that is free for a rank, the step waits for
-the files. Page-locking the memory of the copy is left out.
+the files; with `run.local_dir` only for those on the nodes' own disks, from where they are copied beside the
+steps. Page-locking the memory of the copy is left out.
 """
 
 from __future__ import annotations
@@ -22,20 +23,18 @@ class Checkpoint:
     """Of all files together."""
     copied: int
     """Of the rank that writes most, rank 0."""
-    copying: float
-    """Seconds for its copy in the host's memory."""
-    writing: float
-    """Seconds until all files are written."""
     beside: bool
-    """Whether they are written beside the steps."""
+    """Whether it is copied to the host's memory, and written beside the steps."""
+    held: float
+    """Seconds that the next step waits: for that copy, or for the files."""
+    writing: float
+    """Seconds after these until all files are in the run's folder; 0 where the step waited for them."""
     every: int
     """Steps between two checkpoints."""
 
     def stall(self, step: float) -> float:
         """Seconds that each step waits on average, where it would take `step` seconds without."""
-        if not self.beside:
-            return self.writing / self.every
-        return (self.copying + max(0.0, self.writing - self.every * step)) / self.every
+        return (self.held + max(0.0, self.writing - self.every * step)) / self.every
 
 
 def sizes_of(sizes: Sizes, precision: str, zero: Zero, ranks: int) -> tuple[int, int]:
@@ -57,9 +56,27 @@ def sizes_of(sizes: Sizes, precision: str, zero: Zero, ranks: int) -> tuple[int,
 
 
 def checkpoint(
-    sizes: Sizes, precision: str, zero: Zero, ranks: int, gpu: Accelerator, *, every: int, free: int
+    sizes: Sizes,
+    precision: str,
+    zero: Zero,
+    ranks: int,
+    gpu: Accelerator,
+    *,
+    every: int,
+    free: int,
+    on_node: int = 0,
 ) -> Checkpoint:
-    """What a checkpoint every so many steps takes; `free`: bytes of the host's memory that a rank has."""
+    """What a checkpoint every so many steps takes.
+
+    `free`: bytes of the host's memory that a rank has. `on_node`: ranks that write to their node's own disk
+    first; 0: files are written to the run's folder at once.
+    """
     copied, size = sizes_of(sizes, precision, zero, ranks)
-    copying, writing = copied / (gpu.host_gbs * 1e9), size / (gpu.storage_gbs * 1e9)
-    return Checkpoint(size, copied, copying, writing, copied <= free / 2, every)
+    fits, shared = copied <= free / 2, size / (gpu.storage_gbs * 1e9)
+    others = (size - copied) // max(1, ranks - 1)  # of each rank but the first
+    local = (copied + (on_node - 1) * others) / (gpu.local_gbs * 1e9) if on_node else 0.0
+    if fits:
+        held, writing = copied / (gpu.host_gbs * 1e9), local + shared
+    else:
+        held, writing = (local, shared) if on_node else (shared, 0.0)
+    return Checkpoint(size, copied, fits, held, writing, every)

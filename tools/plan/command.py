@@ -102,7 +102,7 @@ def main(
     planner = Planner(loaded, rates, nodes, gpus_per_node, **sizes)
     options = planner.options()
     best = planner.best(options)
-    print("\n".join(summary.summary(planner, options, gpu, tokens.source, assumed)))
+    print("\n".join(summary.summary(planner, options, gpu, tokens, assumed)))
     if best is not None:
         submit = summary.submission(planner, best, recipe, assumed | overrides, out)
         print(summary.line("submit", submit))
@@ -165,7 +165,7 @@ def table_row(planner: Planner) -> str:
         least = planner.smallest()
         return f"does not fit: {least.bytes / GIB:.0f} GiB with {least.placement}, {least.file}"
     choice = f"{best.placement}, {best.file}{'+c' * best.checkpointing} x {best.micro_batch_size}"
-    gathered, save = best.traffic.get("teacher", 0) / GIB, best.checkpoint.writing
+    gathered, save = best.traffic.get("teacher", 0) / GIB, best.checkpoint.writing or best.checkpoint.held
     return (
         f"{choice:32}{best.bytes / GIB:5.1f}{best.step:8.2f}{step_time.efficiency(best.seconds):6.0%}  "
         f"{step_time.bound(best.seconds):16}{gathered:7.0f}{save:7.1f}"

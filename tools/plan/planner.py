@@ -256,7 +256,8 @@ class Planner:
         run = config.run
         every = min(run.save_every, run.eval_every or run.save_every)  # an evaluation saves too
         saved = checkpoints.checkpoint(
-            *(self.sizes, precision, zero, self.ranks, self.gpu), every=every, free=host_room - host
+            *(self.sizes, precision, zero, self.ranks, self.gpu),
+            **{"every": every, "free": host_room - host, "on_node": self.on_node if run.local_dir else 0},
         )
         seconds["checkpoint"] = saved.stall(sum(seconds.values()))
         return Choice(

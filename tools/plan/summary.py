@@ -15,7 +15,9 @@ from ibdistill.planning.published_shapes import PUBLISHED
 from ibdistill.runtime.hardware import GIB
 from plan import step_time
 from plan.choice import Choice
+from plan.lengths import MeasuredLengths
 from plan.planner import ABOUT, Planner
+from plan.stored import Stored
 
 BOUNDS = {
     "student": "the student's matrix products",
@@ -84,13 +86,18 @@ def sampled(choice: Choice, planner: Planner) -> list[str]:
 def saved(choice: Choice) -> str:
     """A checkpoint's bytes, its predicted seconds, and what it takes of a step, in words."""
     found = choice.checkpoint
-    written = f"written in {found.writing:.3g} s"
+    held, writing = f"in {found.held:.3g} s", f"in {found.writing:.3g} s beside the steps"
     if found.beside:
-        written = f"copied to the host in {found.copying:.3g} s, {written} beside the steps"
+        written = f"copied to the host {held}, written {writing}"
+    elif found.writing:
+        written = f"written to the nodes' disks {held}, copied to the run's folder {writing}"
+    else:
+        written = f"written {held}"
     share = choice.seconds["checkpoint"] / choice.step
+    memory = f"; up to {found.copied / GIB:.2f} GiB of a rank's part of the host's memory meanwhile"
     return (
         f"{found.bytes / GIB:.2f} GiB every {found.every} steps, {written} (predicted): {share:.1%} of the "
-        f"time; up to {found.copied / GIB:.2f} GiB of a rank's part of the host's memory meanwhile"
+        f"time{memory if found.beside else ''}"
     )
 
 
@@ -184,6 +191,16 @@ def models(planner: Planner) -> str:
     return "; ".join(parts)
 
 
+def stored(tables: Stored) -> str:
+    """The bytes of the data's tables, and what of them is in memory, in words."""
+    return (
+        f"{(tables.ids + tables.texts) / GIB:.2f} GiB on the disk of each node, or a shared one "
+        f"(data.cache_dir): {tables.ids / GIB:.2f} of token ids, {tables.texts / GIB:.2f} of texts, of "
+        f"{tables.records} training records. Ranks share what they read of it in memory, which can be "
+        f"dropped; each holds {tables.numbers / GIB:.2f} GiB of numbers"
+    )
+
+
 def submission(
     planner: Planner, best: Choice, recipe: str | None, overrides: dict[str, Any], out: str
 ) -> str:
@@ -201,13 +218,18 @@ def submission(
 
 
 def summary(
-    planner: Planner, options: Sequence[Choice], gpu: str, lengths_source: str, assumed: Collection[str] = ()
+    planner: Planner,
+    options: Sequence[Choice],
+    gpu: str,
+    lengths: MeasuredLengths,
+    assumed: Collection[str] = (),
 ) -> list[str]:
     """The lines about the recommended choice, or about the lack of one."""
     best = planner.best(options)
     where = f"{planner.nodes} x {planner.on_node} {gpu}, {planner.config.optim.batch_size} questions per step"
     tokens = f"question {planner.question}, label {planner.label}, rationale {planner.rationale} tokens"
-    facts = [line("models", models(planner)), line("lengths", f"{tokens}: {lengths_source}")]
+    facts = [line("models", models(planner)), line("lengths", f"{tokens}: {lengths.source}")]
+    facts += [line("tables", stored(lengths.stored))] if lengths.stored else []
     if "objective.method" in assumed:
         facts.append(line("assumed", f"objective.method {planner.config.objective.method}, as none is given"))
     if best is None:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from functools import cached_property
+from typing import Any
+
+import numpy as np
 
 from ibdistill.config.sections import Config
 from ibdistill.objectives import weights
@@ -19,12 +23,15 @@ from plan import costs
 class Traces:
     """The student, with and without checkpointing, and the teacher, if there is one, traced once each."""
 
-    def __init__(self, config: Config, question: int, label: int, rationale: int) -> None:
-        """`question`, `label`, `rationale`: tokens of every question and of its targets."""
-        self._config, self._shared = config, config.optim.sequence_parallel
+    def __init__(
+        self, config: Config, question: int, label: int, rationale: int, device: str = "cuda"
+    ) -> None:
+        """`question`, `label`, `rationale`: tokens of every question and of its targets. `device`: whose
+        memory is planned."""
+        self._config, self._shared, self._device = config, config.optim.sequence_parallel, device
+        self._whole = Lengths(1, question, label, rationale)
         # a rank's part, where ranks share sequences
         self._tokens = tuple(-(-tokens // self._shared) for tokens in (question, label, rationale))
-        self._whole_question = question
         self._streams = weights.streams_of(config.objective)
         self._scored = weights.teacher_streams(config.objective)
         self.wanted = weights.wanted(config.objective)
@@ -68,24 +75,39 @@ class Traces:
         precision, objective = self._config.student.precision, self._config.objective
         theirs = self.teacher.head if self.teacher and self.wanted.targets else None
         is_aligned = theirs is not None and objective.alignment == "text"
-        inside = head_loss_bytes(
-            *(self._lengths(micro).targets(self._streams), micro, self.student.head),
+        targets, more = self._targets(micro)
+        inside = more * self.student.head[1] * WIDTH[precision]
+        inside += head_loss_bytes(
+            *(targets, micro, self.student.head),
             precision,
             mi=weights.mi_settings(objective) is not None,
             teacher=None if is_aligned else theirs,
-            device="cuda",
+            device=self._device,
         )
         if is_aligned:  # stream after stream, beside what the head loss and the first stream leave
             rows, (vocabulary, width) = micro * max(self._tokens[1:]), self.student.head
             left = 2 * WIDTH[precision] * width * (vocabulary + rows)
-            more = {"device": "cuda", "divergence": objective.divergence}
+            more = {"device": self._device, "divergence": objective.divergence}
             inside = max(inside, left + aligned_bytes(rows, self.student.head, theirs, precision, **more))
         peak = one.peak + (micro - 1) * (two.peak - one.peak)
-        peak = max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
-        if self._shared == 1:
-            return peak
-        # a layer's tensors on their way: what is sent, and what is received
-        return peak + 2 * self.exchanged(False, micro)[0] // self.student.model.config.num_hidden_layers
+        return max(peak, one.at_head + (micro - 1) * (two.at_head - one.at_head) + inside)
+
+    def _targets(self, micro: int) -> tuple[int, int]:
+        """Target tokens in the head loss of the rank that has the most of them, and how many states of them
+        there are beside those of a rank with its even part."""
+        every, ranks = replace(self._whole, questions=micro).targets(self._streams), self._shared
+        if ranks == 1:
+            return every, 0
+        if weights.whole_questions(self._config):  # after an exchange, which leaves the others in place
+            mine = -(-micro // ranks) * every // micro
+            return mine, mine
+        rows = [
+            np.repeat([False, True], [self._whole.question, self._whole.targets([stream])])
+            for stream in self._streams
+        ]
+        row = np.concatenate([np.tile(one, micro) for one in rows])
+        most = max(part.sum() for part in np.array_split(row, ranks))
+        return int(most), int(most) - every // ranks
 
     def exchanged(self, checkpointing: bool, micro: int) -> tuple[int, int]:
         """Bytes that attention exchanges per micro-batch, where ranks share sequences: in a forward pass of
@@ -114,7 +136,7 @@ class Traces:
     @cached_property
     def sampled(self) -> Decoding | None:
         """What a rank needs to sample a batch of the student's own texts; None: it samples none."""
-        return sampling(self.student, self._config, self._whole_question)
+        return sampling(self.student, self._config, self._whole.question)
 
     @cached_property
     def teacher_gathers(self) -> footprint.Gathers:
@@ -145,13 +167,18 @@ class Traces:
             # no peak, since it holds a copy of the targets' states, less than the head loss just before it
             objective = dataclasses.replace(objective, beta=0.0)
         return {
-            on: [dryrun.student_step(student, self._lengths(n), objective, **given) for n in (1, 2)]
+            on: [self._student_step(student, n, objective, **given) for n in (1, 2)]
             for on, student in self.students.items()
         }
 
+    def _student_step(self, student: Skeleton, questions: int, *args: Any, **given: Any) -> dryrun.Living:
+        given |= {"device": self._device, "shared": self._shared}
+        return dryrun.student_step(student, self._lengths(questions), *args, **given)
+
     @cached_property
     def _teacher_passes(self) -> list[dryrun.Living]:
-        return [dryrun.teacher_forward(self.teacher, self._read(n), self._scored, "cuda") for n in (1, 2)]
+        where = self._scored, self._device, self._shared
+        return [dryrun.teacher_forward(self.teacher, self._read(n), *where) for n in (1, 2)]
 
     @property
     def readings(self) -> int:

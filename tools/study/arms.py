@@ -88,17 +88,8 @@ def load(
     study = build(content, path, seeds, identities)
     if recorded is None:
         return study
-    found = recorded_results(recorded)
+    found = folders.recorded_results(recorded)
     return replace(study, runs=[replace(run, recorded=found.get(run.name)) for run in study.runs])
-
-
-def recorded_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Name of a run -> its result, from a study.json. Raises ValueError for any other file."""
-    try:
-        rows = json.loads(path.read_text())["runs"]
-        return {row["name"]: row["result"] for row in rows if row["result"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no study.json that `report` wrote: {error!r}"[:300]) from error
 
 
 def _with_text(value: Any, text: Any) -> Any:

@@ -1,9 +1,11 @@
-"""What a study's YAML file leaves to the command line: its folders, and whether all of it is run."""
+"""What a study's YAML file leaves to the command line: its folders, whether all of it is run, and
+results that are there already."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -78,3 +80,12 @@ def read_folder(text: str) -> tuple[str, str]:
             f"{text[:200]!r} is no NAME=FOLDER of a name in the study's `folders` and a folder that exists"
         )
     return name, str(Path(folder).resolve())
+
+
+def recorded_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Name of a run -> its result, from a study.json. Raises ValueError for any other file."""
+    try:
+        rows = json.loads(path.read_text())["runs"]
+        return {row["name"]: row["result"] for row in rows if row["result"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no study.json that `report` wrote: {error!r}"[:300]) from error

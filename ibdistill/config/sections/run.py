@@ -41,6 +41,9 @@ class RunConfig:
     """Checkpoints kept besides the best one."""
     keep_every: NotNegativeInt = 0
     """Keep the checkpoints of every so many steps too, a multiple of `save_every`; 0: no others."""
+    local_dir: str = ""
+    """A folder on each node's own disk, such as `$SLURM_TMPDIR`, for a `DIR` on a slow file system:
+    checkpoints are written there first, and copied to `DIR` beside the steps. Empty: they go to `DIR`."""
     test_limit: NotNegativeInt = 0
     """Test on at most this many records of each task; 0: all of them."""
     final: Literal["last", "best"] = "last"

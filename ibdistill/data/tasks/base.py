@@ -4,20 +4,22 @@ A **task** is one data set as the rest of the system sees it: how its records ar
 about a question is parsed, when an answer is right, what a rationale implies. Each is a value in a file
 of its own beside this one, and one entry of `registry.TASKS`.
 
-A **reader** returns `{split: [Example]}`, always with `train`, and with `valid` and `test` where the
-source has them. `loading.load` turns examples into the records of a run.
+A **reader** returns `{split: examples}`, always with `train`, and with `valid` and `test` where the
+source has them. `loading.streamed` turns examples into the records of a run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from ibdistill.data.json_rows import Row
+from ibdistill.data.lazy import Mapped, taken
 from ibdistill.data.records import Record
 
 T = TypeVar("T")
@@ -44,7 +46,7 @@ class Task:
 
     name: str
     """What `data.task` says; also the first part of every record's id."""
-    read: Callable[..., dict[str, list[Example]]]
+    read: Callable[..., dict[str, Sequence[Example]]]
     """(name, data: DataConfig, *, needs_rationale: bool) -> the splits. `jsonl.read_jsonl` reads the user's
     own files, `published.Published` the places where public data sets are found. Raises ValueError."""
     is_correct: Callable[[str, Record], bool]
@@ -84,28 +86,31 @@ class Task:
 
 
 def examples(
-    task: str, fields: Fields, splits: Mapping[str, list[Row]], unlabelled: Collection[str] = ()
-) -> dict[str, list[Example]]:
-    """Rows to examples. A tenth of `train` becomes the test split where the source has none. Records of the
-    splits in `unlabelled` may lack a label.
+    task: str,
+    fields: Fields,
+    splits: Mapping[str, Sequence[Row]],
+    unlabelled: Collection[str] = (),
+    completed: Callable[[Record, dict[str, Any]], Record] = lambda record, row: record,
+) -> dict[str, Sequence[Example]]:
+    """Rows to examples, which are made each time they are asked for. A tenth of `train` becomes the test
+    split where the source has none. Records of the splits in `unlabelled` may lack a label. `completed` adds
+    to a record what else its row says.
 
-    Raises:
-        ValueError: an empty split, or a row without a question or label; the message has the row's place.
+    Raises ValueError for an empty split; examples raise it for a row without a question or label, with the
+    row's place.
     """
-    made: dict[str, list[Example]] = {}
+    made: dict[str, Sequence[Example]] = {}
     for split, rows in splits.items():
-        if not rows:
+        if not len(rows):
             raise ValueError(f"the {split} split of task {task!r} is empty; give a file with records")
-        made[split] = [
-            Example(_record(task, f"{task}/{split}/{i}", fields, row, where, split in unlabelled), where)
-            for i, (where, row) in enumerate(rows)
-        ]
+        make = partial(_example, task, split, rows, fields, split in unlabelled, completed)
+        made[split] = Mapped(make, range(len(rows)))
     if "test" not in made:
         made["train"], made["test"] = hold_out(made["train"], _TEST_SHARE)
     return made
 
 
-def hold_out(items: list[T], share: float) -> tuple[list[T], list[T]]:
+def hold_out(items: Sequence[T], share: float) -> tuple[Sequence[T], Sequence[T]]:
     """Splits off `share` of the items (rounded up), the same ones every time.
 
     They are those of `datasets.Dataset.train_test_split(seed=0)`, with which the "Distilling Step-by-Step!"
@@ -113,7 +118,7 @@ def hold_out(items: list[T], share: float) -> tuple[list[T], list[T]]:
     """
     order = np.random.default_rng(0).permutation(len(items))
     held = int(np.ceil(share * len(items)))
-    return [items[i] for i in sorted(order[held:])], [items[i] for i in sorted(order[:held])]
+    return taken(items, np.sort(order[held:])), taken(items, np.sort(order[:held]))
 
 
 def check_exists(path: Path) -> None:
@@ -122,7 +127,16 @@ def check_exists(path: Path) -> None:
         raise ValueError(f"data.path {str(path)!r} does not exist (seen from {Path.cwd()})")
 
 
-def _record(task: str, id: str, fields: Fields, row: Any, where: str, unlabelled: bool) -> Record:
+def _example(
+    task: str,
+    split: str,
+    rows: Sequence[Row],
+    fields: Fields,
+    unlabelled: bool,
+    completed: Callable[[Record, dict[str, Any]], Record],
+    index: int,
+) -> Example:
+    where, row = rows[index]
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected a JSON object, found {type(row).__name__}")
     try:
@@ -136,4 +150,5 @@ def _record(task: str, id: str, fields: Fields, row: Any, where: str, unlabelled
     for key, text in (("question", question), ("label", label)):
         if not text.strip() and not (unlabelled and key == "label"):
             raise ValueError(f"{where}: the {key} is empty; every record needs one")
-    return Record(id, task, question, label.strip(), rationale.strip(), gold=label.strip())
+    label, name = label.strip(), f"{task}/{split}/{index}"
+    return Example(completed(Record(name, task, question, label, rationale.strip(), gold=label), row), where)

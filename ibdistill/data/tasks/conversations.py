@@ -6,13 +6,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat
 from ibdistill.data.json_rows import field_text, shown
+from ibdistill.data.lazy import Lazy
 from ibdistill.data.records import Record
 
 MESSAGES, RATIONALES = "messages", "rationales"
@@ -103,6 +108,27 @@ def spread(record: Record, config: DataConfig, *, needs_rationale: bool) -> Iter
             rationales=(),
             sample_of=record.id,
         )
+
+
+class Spread(Lazy[Record]):
+    """The training records that these records stand for (`spread`), of which each has so many."""
+
+    def __init__(
+        self, records: Sequence[Record], numbers: np.ndarray, config: DataConfig, needs_rationale: bool
+    ) -> None:
+        self._records, self._spread = records, partial(spread, config=config, needs_rationale=needs_rationale)
+        self._whole = np.repeat(np.arange(len(records)), numbers)
+        self._firsts = np.cumsum(numbers) - numbers
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def __iter__(self) -> Iterator[Record]:
+        return chain.from_iterable(map(self._spread, self._records))
+
+    def _item(self, index: int) -> Record:
+        whole = self._whole[index]
+        return list(self._spread(self._records[whole]))[index - self._firsts[whole]]
 
 
 def _turn(message: Any, index: int, config: DataConfig) -> Turn:

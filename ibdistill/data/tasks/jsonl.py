@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 from ibdistill.config.sections import DataConfig
 from ibdistill.data.amounts import amount, lone_number
 from ibdistill.data.answer_rules import plain, same_amount, same_exact_text, same_text_or_number, same_value
-from ibdistill.data.json_rows import SUFFIXES, field_text, read_rows
+from ibdistill.data.json_rows import SUFFIXES, field_text, rows_of
 from ibdistill.data.lettered_options import option_of, options, same_choice, same_stated_choice
 from ibdistill.data.llm_text import FINAL, before, split_at_marker, stated
 from ibdistill.data.records import Record
@@ -20,7 +21,7 @@ from ibdistill.data.tasks import conversations
 from ibdistill.data.tasks.base import Example, Task, check_exists, examples
 
 
-def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
+def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, Sequence[Example]]:
     """A folder with train, test and perhaps valid.jsonl, or one file, with the fields that `data` names.
 
     The files may have the other forms of `json_rows` too, under the names that go with them
@@ -49,20 +50,16 @@ def read_jsonl(task: str, data: DataConfig, *, needs_rationale: bool) -> dict[st
             samples[0] if samples else optional(row, data.rationale_field),
         )
 
-    def completed(example: Example) -> Example:
-        row = by_place[example.where]
+    def completed(record: Record, row: dict[str, Any]) -> Record:
         history = conversations.conversation(row, data).history if in_conversation(row) else ()
         samples = conversations.rationales(row, data)
-        own = replace(example.record, answer_check=data.answer_check, history=history, rationales=samples)
-        return replace(example, record=own)
+        return replace(record, answer_check=data.answer_check, history=history, rationales=samples)
 
     def in_conversation(row: dict[str, Any]) -> bool:
         return conversations.MESSAGES in row and data.question_field not in row
 
-    rows = {split: read_rows(file) for split, file in files.items()}
-    by_place = {where: row for part in rows.values() for where, row in part}
-    splits = examples(task, fields, rows, unlabelled=("train",) if unlabelled else ())
-    return {split: [completed(example) for example in part] for split, part in splits.items()}
+    rows = {split: rows_of(file) for split, file in files.items()}
+    return examples(task, fields, rows, ("train",) if unlabelled else (), completed)
 
 
 def split_files(task: str, data: DataConfig) -> dict[str, Path]:

@@ -15,13 +15,14 @@ them, so that figures can be compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data.json_rows import Row, read_rows
+from ibdistill.data.json_rows import Row, read_rows, rows_of
+from ibdistill.data.lazy import Mapped
 from ibdistill.data.tasks.base import Example, Fields, check_exists, examples
 
 
@@ -44,11 +45,11 @@ class Published:
     folders: tuple[str, ...] = ()
     """Other names that a folder of this data set may have under `data.path`."""
 
-    def read(self, task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, list[Example]]:
+    def read(self, task: str, data: DataConfig, *, needs_rationale: bool) -> dict[str, Sequence[Example]]:
         """The splits of the data set, from `data.path` or else from the hub.
 
         Raises:
-            ValueError: nothing recognisable at `data.path`, the hub cannot be reached, a bad line, or LLM
+            ValueError: nothing recognisable at `data.path`, the hub cannot be reached, or LLM
                 outputs that are needed and missing or whose number differs from that of the records.
         """
         if data.path is None:
@@ -93,12 +94,12 @@ class Published:
         loaded = self._from_hub(task)
         return [loaded[theirs]._fingerprint for theirs in self.hub_splits.values()]
 
-    def _hub_rows(self, task: str) -> dict[str, list[Row]]:
+    def _hub_rows(self, task: str) -> dict[str, Sequence[Row]]:
         loaded = self._from_hub(task)
-        return {
-            split: [(f"{self.hub[0]} {theirs}[{i}]", row) for i, row in enumerate(loaded[theirs])]
-            for split, theirs in self.hub_splits.items()
-        }
+        return {split: self._rows(theirs, loaded[theirs]) for split, theirs in self.hub_splits.items()}
+
+    def _rows(self, theirs: str, rows: Sequence[Any]) -> Sequence[Row]:
+        return Mapped(lambda i: (f"{self.hub[0]} {theirs}[{i}]", rows[i]), range(len(rows)))
 
     def _from_hub(self, task: str) -> Mapping[str, Any]:
         import datasets
@@ -116,18 +117,18 @@ class Published:
             ) from error
 
 
-def _release_rows(root: Path, task: str) -> dict[str, list[Row]] | None:
+def _release_rows(root: Path, task: str) -> dict[str, Sequence[Row]] | None:
     files = {split: root / f"{task}_{split}.json" for split in ("train", "valid", "test")}
     if not files["train"].is_file():
         return None
     if not files["test"].is_file():
         raise ValueError(f"{files['test']} is missing beside {files['train'].name}")
-    return {split: read_rows(file) for split, file in files.items() if file.is_file()}
+    return {split: rows_of(file) for split, file in files.items() if file.is_file()}
 
 
 def _with_llm_outputs(
-    root: Path, task: str, split: str, part: list[Example], data: DataConfig, required: bool
-) -> list[Example]:
+    root: Path, task: str, split: str, part: Sequence[Example], data: DataConfig, required: bool
+) -> Sequence[Example]:
     """The examples with what the LLM wrote about each."""
     if data.llm == "palm":
         folder, pattern = root / "llm", f"{split}_CoT_*.json"
@@ -155,6 +156,4 @@ def _with_llm_outputs(
     for where, text in outputs:
         if not isinstance(text, str):
             raise ValueError(f"{where}: expected the LLM's text, found {type(text).__name__}")
-    return [
-        Example(example.record, example.where, llm) for example, (_, llm) in zip(part, outputs, strict=True)
-    ]
+    return Mapped(lambda i: replace(part[i], llm=outputs[i][1]), range(len(part)))
