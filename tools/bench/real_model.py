@@ -126,7 +126,7 @@ def run(case: RealCase, name: str) -> dict:
     """What one of our own trainers did, in a new process: as `trl_sft.py` says it."""
     world = distributed.init()
     small = replace(case, tiny=True)
-    MADE[name](small, world)(0)  # libraries are warm
+    MADE[name](small, world)[0](0)  # libraries are warm
     model = small.model()
     made = [case.batch(model, index, packed=name == "ours") for index in range(case.steps)]
     found = {"real": [b.num_tokens for b in made], "positions": [b.num_positions for b in made]}
