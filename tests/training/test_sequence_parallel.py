@@ -159,6 +159,7 @@ def test_questions_come_together_only_where_something_needs_them_whole(settings,
 def test_a_teacher_that_reads_other_tokens_is_refused_where_each_rank_scores_its_part(monkeypatch):
     mine, theirs = {"start": None, "separator": 1}, {"start": 5, "separator": 1}
     monkeypatch.setattr(sequence_parallel, "_group", object())
+    monkeypatch.setattr(sequence_parallel, "_whole", False)  # whatever an earlier run in this process was
     sequence_parallel.check_layouts("teacher", mine, dict(mine))
     with pytest.raises(ValueError, match="'teacher' puts {'start': 5, .* not be cut at the same places"):
         sequence_parallel.check_layouts("teacher", mine, theirs)

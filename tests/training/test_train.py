@@ -212,7 +212,6 @@ def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch
 
     Floats are constants at once: by default dynamo compiles each graph a second time when it has found that.
     """
-    monkeypatch.setattr(torch._dynamo.config, "specialize_float", True)
     compile_module = torch.nn.Module.compile
     monkeypatch.setattr(
         torch.nn.Module, "compile", lambda self, **kw: compile_module(self, backend="aot_eager", **kw)
@@ -221,7 +220,8 @@ def test_compiled_students_train_like_eager_ones(make_job, tmp_path, monkeypatch
     for compiled in (False, True):
         given = {"student.model": model, "student.compile": compiled, "student.dropout": 0.0}
         job = make_job(tmp_path / str(compiled), **given, **{"data.max_question_tokens": 128})
-        steps(job, 2)
+        with torch._dynamo.config.patch(specialize_float=True):
+            steps(job, 2)
         losses.append(job.meter.close_interval().terms["ce_explain"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
