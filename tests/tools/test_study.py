@@ -462,7 +462,11 @@ def test_folders_are_arguments_and_quick_is_a_part(tmp_path):
         yaml.safe_dump(
             content(
                 folders={"base": "org/model"},
-                models={"teacher": {"recipe": "demo", "student.model": "{base}"}},
+                models={
+                    "start": {"recipe": "demo", "student.model": "{base}"},
+                    "teacher": {"recipe": "demo", "student.model": "{start}"},
+                    "unused": {"recipe": "demo"},
+                },
                 arms={
                     "dss": {"student.model": "{base}", "objective.method": "dss"},
                     "kd": {"teacher.model": "{teacher}", "teacher.cache": "{base}/x", "labels": {8: [1, 2]}},
@@ -476,18 +480,17 @@ def test_folders_are_arguments_and_quick_is_a_part(tmp_path):
     whole = study_arms.load(tmp_path / "a.yaml")
     assert whole.runs[0].settings["student.model"] == "org/model" and len(whole.runs) == 4
     part = study_arms.load(tmp_path / "a.yaml", given={name: folder}, quick=True)
-    (model,), (run,) = part.models, part.runs
+    (model, teacher), (run,) = part.models, part.runs
+    assert [model.arm, teacher.arm] == ["start", "teacher"] and whole.models[2].arm == "unused"
     assert (run.arm, run.seed, run.labels, part.baseline, part.comparisons) == ("kd", 3, 8, "kd", [])
     assert run.settings["optim.max_steps"] == model.settings["optim.max_steps"] == "2"
-    assert run.settings["teacher.model"] == f"runs/{model.name}/student"  # the folder of a model stays one
+    assert run.settings["teacher.model"] == f"runs/{teacher.name}/student"  # the folder of a model stays one
     assert (model.settings["student.model"], run.settings["teacher.cache"]) == (folder, f"{folder}/x")
     copy = tmp_path / "elsewhere"
     shutil.copytree(tmp_path, copy)
     moved = study_arms.load(tmp_path / "a.yaml", given={name: str(copy)}, quick=True)
-    assert [run.name for run in moved.runs + moved.models] == [
-        run.name,
-        model.name,
-    ]  # wherever the folder lies
+    names = [run.name, model.name, teacher.name]  # wherever the folder lies
+    assert [run.name for run in moved.runs + moved.models] == names
     (copy / "a.yaml").write_text("other")
     changed = study_arms.load(tmp_path / "a.yaml", given={name: str(copy)}, quick=True)
     assert {run.name, model.name}.isdisjoint(run.name for run in changed.runs + changed.models)

@@ -54,7 +54,8 @@ def identity(folder: str) -> str:
 
 
 def quick(content: dict[str, Any], smaller: Any, path: Path) -> dict[str, Any]:
-    """The study with the arms and seeds of its key `quick`, whose settings reach the models too."""
+    """The study with the arms and seeds of its key `quick`, whose settings reach the models
+    that these need."""
     if not isinstance(smaller, dict) or smaller.keys() != {"arms", "seeds", "settings"}:
         raise ValueError(f"{path}: --quick needs the key `quick` with arms, seeds and settings")
     arms, settings = content["arms"], smaller["settings"]
@@ -62,7 +63,12 @@ def quick(content: dict[str, Any], smaller: Any, path: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: quick names {', '.join(unknown)}; the arms are {', '.join(arms)}")
     own = {name: arms[name] | {"seeds": smaller["seeds"]} for name in smaller["arms"]}
     own = {name: {k: v for k, v in arm.items() if k != "labels"} for name, arm in own.items()}
-    models = {name: model | settings for name, model in content.get("models", {}).items()}
+    models, text = {}, str([own, content.get("settings")])
+    for name, model in reversed(content.get("models", {}).items()):
+        if re.search(rf"\{{{name}(\+\d+)?\}}", text):  # a later model or an arm starts from it
+            models[name] = model | settings
+            text += str(model)
+    models = dict(reversed(models.items()))
     return content | {
         "arms": own,
         "baseline": next(iter(own)),
