@@ -188,10 +188,7 @@ class Planner:
         precision, teacher = config.student.precision, self.teacher
         gathered = self.traces.gathers(zero)
         states, host = footprint.student_states(
-            self.sizes,
-            precision,
-            zero,
-            self.ranks,
+            *(self.sizes, precision, zero, self.ranks),
             gathered=gathered.peak if gathered else 0,
             in_4bit=self.student.frozen_linear if config.student.load_in_4bit else 0,
         )
@@ -213,11 +210,10 @@ class Planner:
             asked = dataclasses.replace(config.teacher, placement=placement)
             sharded, group = placement != "replica", self._group(placement)
             moves = sharded and (group > 1 or placement == "cpu_offload")
-            peak = self.traces.teacher_gathers.peak if moves else 0
             more, hosted = footprint.teacher_states(
                 *(teacher.sizes(), teacher.head, asked, self.ranks, self.on_node),
                 wants_head=self.traces.wanted.targets,
-                gathered=peak,
+                gathered=self.traces.teacher_gathers.peak if moves else 0,
             )
             states, host = states | more, host + hosted
             activations["student"] += self.traces.answer_bytes(micro)
