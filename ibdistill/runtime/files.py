@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 import zlib
 from collections.abc import Iterator
@@ -93,11 +94,12 @@ def refuse_special(path: Path) -> None:
     Who opens a pipe to read it waits for a writer, without end. What is missing or cannot be read passes.
     """
     with suppress(OSError):
-        if path.is_dir():
+        mode = path.stat().st_mode  # one look: between two, another rank may create what was missing
+        if stat.S_ISDIR(mode):
             for entry in os.scandir(path):  # which mostly says without a look at a file that it is one
                 if not entry.is_file() and not (entry.is_symlink() and entry.is_dir()):
                     refuse_special(Path(entry))
-        elif path.exists() and not path.is_file():
+        elif not stat.S_ISREG(mode):
             raise ValueError(
                 f"{path} is a named pipe, a device or a socket, and a file belongs there; remove it, or "
                 "choose another folder"

@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import stat
+import threading
 import zlib
 
 import pytest
@@ -39,6 +40,24 @@ def test_what_is_no_file_and_no_folder_is_refused(tmp_path):
             with pytest.raises(ValueError, match="deep/special is a named pipe, a device or a socket, and"):
                 files.refuse_special(tmp_path / path)
         special.unlink()
+
+
+def test_a_folder_that_another_rank_makes_meanwhile_is_no_device(tmp_path):
+    ended = threading.Event()
+
+    def make_and_remove() -> None:
+        while not ended.is_set():
+            (tmp_path / "folder").mkdir()
+            (tmp_path / "folder").rmdir()
+
+    other_rank = threading.Thread(target=make_and_remove)
+    other_rank.start()
+    try:
+        for _ in range(20_000):
+            files.refuse_special(tmp_path / "folder")
+    finally:
+        ended.set()
+        other_rank.join()
 
 
 def test_a_failed_write_leaves_the_old_content_and_nothing_else(tmp_path):
