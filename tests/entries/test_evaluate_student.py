@@ -230,6 +230,25 @@ def test_questions_without_labels_are_answered_and_those_with_one_are_scored(stu
     assert run(None, world, eval__dir=str(tmp_path / "again"), **again)["scores"] == result["scores"]
 
 
+@pytest.mark.parametrize("rationales, streams", [(True, ["predict", "explain"]), (False, ["predict"])])
+def test_cut_questions_are_counted_in_the_streams_that_are_asked(
+    student, tmp_path, world, said, rationales, streams
+):
+    lines(tmp_path / "q.jsonl", [{"question": "tom had 3 apples ."}, {"question": "tom ."}])
+    settings = {
+        "eval__questions": str(tmp_path / "q.jsonl"),
+        "eval__rationales": rationales,
+        "data__task": "jsonl",
+        "data__max_question_tokens": 6,
+        "data__max_label_tokens": 4,
+        "data__max_rationale_tokens": 4,
+    }
+    run(student, world, eval__dir=str(tmp_path / "out"), **settings)
+    longer = "evaluation: 1 of 2 {} questions are longer than 6 tokens and were cut"
+    told = [line for line in said(logging.WARNING) if "were cut" in line and "questions" in line]
+    assert sorted(told) == sorted(map(longer.format, streams))
+
+
 def test_a_plot_that_cannot_be_written_is_a_warning(student, tmp_path, world, said):
     (tmp_path / "out/risk_coverage.png").mkdir(parents=True)
     settings = {"eval__limit": 2, "eval__rationales": False, "data__max_label_tokens": 4}
