@@ -245,5 +245,5 @@ def test_what_is_imported_is_declared():
     plain, optional = declared("dependencies"), {"triton", "bitsandbytes", "vllm"}
     optional |= declared("embedding") | declared("math") | declared("wandb")
     assert third_party(["ibdistill", "slurm"]) <= plain | optional
-    compared = {"trl"}  # in an environment of its own, tools/bench/trl_sft.py
+    compared = {"trl"}  # in an environment of its own, tools/bench/trl_trainers.py
     assert third_party(["tests", "tools"]) <= plain | optional | declared("dev") | compared

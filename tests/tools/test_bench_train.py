@@ -27,7 +27,7 @@ def bench(options: str) -> str:
 
 
 def test_packed_padded_plain_rows_and_trl_are_compared(tmp_path):
-    """With a script in the place of TRL's interpreter, which says what `trl_sft.py` would say."""
+    """With a script in the place of TRL's interpreter, which says what `trl_trainers.py` would say."""
     fake = tmp_path / "python"
     told = '{"seconds": [0.5], "real": [300], "positions": [400], "peak": 1048576}'
     fake.write_text(f'#!/bin/sh\n[ "$1" = -c ] || {{ cp "$2" {tmp_path}/case.json; echo \'{told}\'; }}\n')

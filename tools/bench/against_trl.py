@@ -14,11 +14,13 @@ GROUP = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "PYTH
 """What this process's environment says about its process group, and where it finds its modules."""
 
 
-def trl_file(case, shape: dict, tiny: dict, folder: str, pretrained: str = "") -> str:
-    """The file that `trl_sft.py` reads: all steps' rows of a `PackedCase`, each with its prompt's length.
+def trl_file(case, shape: dict, tiny: dict, folder: str, pretrained: str = "", teacher: str = "") -> str:
+    """The file that `trl_trainers.py` reads: all steps' rows of a `PackedCase`, each with its prompt's
+    length.
 
     `shape`: what makes the model's configuration, and `tiny` that of one with which libraries are warmed;
-    `pretrained`: the folder of a model that is taken instead of `shape`.
+    `pretrained`: the folder of a model that is taken instead of `shape`; `teacher`: that of a model whose
+    distributions are learnt instead of the rows' tokens.
     """
     features, model, optim = case.features, case.model(), case.settings("off").optim
     rows = []
@@ -37,6 +39,8 @@ def trl_file(case, shape: dict, tiny: dict, folder: str, pretrained: str = "") -
         "shape": shape,
         "cpu_time": case.cpu_time,
         "pretrained": pretrained,
+        "distils": bool(teacher),
+        "teacher": teacher,
         "tiny": tiny,
         "rows": rows,
         "tokens": tokens,
@@ -49,8 +53,8 @@ def trl_file(case, shape: dict, tiny: dict, folder: str, pretrained: str = "") -
 
 
 def run_trl(python: str, file: str, variant: str) -> dict:
-    """What `trl_sft.py` measured in the environment of the interpreter `python`."""
-    script = str(Path(__file__).with_name("trl_sft.py"))
+    """What `trl_trainers.py` measured in the environment of the interpreter `python`."""
+    script = str(Path(__file__).with_name("trl_trainers.py"))
     alone = {key: value for key, value in os.environ.items() if key not in GROUP}
     run = subprocess.run([python, script, file, variant], capture_output=True, text=True, env=alone)
     if run.returncode:

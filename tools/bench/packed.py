@@ -10,7 +10,7 @@ Variants take turns at every step, and the least time of a step over the rounds 
 round by itself are printed too. Memory is the most that the resident set (or torch's tensors on a GPU) grows
 to during the three largest steps, in a process of its own, less what was in use before and less 16 bytes per
 parameter of model states. TRL runs in the environment of an interpreter that is given, in a process of its
-own in each round: see `trl_sft.py`. With `cpu_time` seconds are those of CPU time, of all threads of a
+own in each round: see `trl_trainers.py`. With `cpu_time` seconds are those of CPU time, of all threads of a
 process, which other programs on the machine hardly change.
 """
 
@@ -102,6 +102,10 @@ class PackedCase:
         auto = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
         return auto.from_config(config, trust_remote_code=False).train().to(self.device)
 
+    def teacher_answers(self, settings, student, world):
+        """What answers for a teacher: there is none."""
+        return None
+
     def batch(self, model, step: int, packed: bool) -> batches.Batch:
         """A step's questions."""
         layout = families.layout(model, self.tokenizer)
@@ -135,10 +139,11 @@ def build(case: PackedCase, name: str, world):
             optimizer.zero_grad()
 
         return sft_step, size
+    answers = case.teacher_answers(settings, model, world)
     module = distillation.Distillation(fused.fused(model), settings.objective)
     parts = dict.fromkeys(field.name for field in fields(job.Job) if field.init)
     parts |= {"config": settings, "world": world, "streams": case.features.streams, "features": case.features}
-    parts |= {"tokenizer": case.tokenizer, "sampler": sampler, "meter": Meter()}
+    parts |= {"tokenizer": case.tokenizer, "sampler": sampler, "meter": Meter(), "teacher_answers": answers}
     sections = settings.student.precision, settings.optim, settings.deepspeed
     parts |= {"engine": engine.build_engine(module, *sections, world), "state": TrainState()}
     work = job.Job(**parts)

@@ -1,9 +1,10 @@
-"""TRL's SFTTrainer on rows of token ids: what `train.py --family ... --trl PYTHON` runs there.
+"""TRL's trainers on rows of token ids: what `train.py` and `real_model.py` run with `--trl PYTHON`.
 
 TRL needs other versions of libraries than ibdistill pins, so nothing of ibdistill is imported here. The rows,
 their order, the model's shape, precision and optimizer are those of `packed.py`; what TRL does besides by
 default (the entropy and accuracy of each step) stays on. `trl` pads rows, `trl-packed` lets TRL pack them
-(`packing=True`, best fit decreasing). One JSON line on standard output says what was measured.
+(`packing=True`, best fit decreasing). Both are SFTTrainer; with a teacher, `trl` is GKDTrainer on the data's
+text (`lmbda=0`). One JSON line on standard output says what was measured.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     TrainerCallback,
 )
 from trl import SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 
 class Stopwatch(TrainerCallback):
@@ -54,22 +58,32 @@ def resident(key: str) -> int:
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
+def load(case: dict, folder: str) -> PreTrainedModel:
+    """The model of a folder in fp32, or a new one of the case's shape if there is no folder."""
+    if folder:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+    config = AutoConfig.for_model(case["family"], **case["shape"])
+    return AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
+
+
 def trainer(case: dict, packed: bool, steps: int) -> tuple[SFTTrainer, Stopwatch]:
     """A trainer of this many steps; the rows come in their order."""
     torch.manual_seed(0)
+    model = load(case, case["pretrained"])
     if case["pretrained"]:
-        model = AutoModelForCausalLM.from_pretrained(
-            case["pretrained"], dtype=torch.float32, trust_remote_code=False
-        )
         tokenizer = AutoTokenizer.from_pretrained(case["pretrained"], trust_remote_code=False)
     else:
-        config = AutoConfig.for_model(case["family"], **case["shape"])
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False).float()
         core = Tokenizer(WordLevel({"<pad>": 0, "<eos>": 1}, unk_token="<pad>"))
         tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
-    masks = [[0] * prompt + [1] * (len(row) - prompt) for row, prompt in case["rows"]]
-    rows = Dataset.from_dict({"input_ids": [row for row, _ in case["rows"]], "completion_mask": masks})
-    arguments = SFTConfig(
+    columns = {"input_ids": [row for row, _ in case["rows"]]}
+    if case["distils"]:  # GKDTrainer takes rows as they are, and looks for labels in them
+        columns["labels"] = [[-100] * prompt + row[prompt:] for row, prompt in case["rows"]]
+    else:
+        columns["completion_mask"] = [
+            [0] * prompt + [1] * (len(row) - prompt) for row, prompt in case["rows"]
+        ]
+    rows = Dataset.from_dict(columns)
+    arguments = dict(
         output_dir=tempfile.mkdtemp(),
         max_steps=steps,
         per_device_train_batch_size=1 if packed else case["batch_size"],
@@ -90,15 +104,19 @@ def trainer(case: dict, packed: bool, steps: int) -> tuple[SFTTrainer, Stopwatch
         disable_tqdm=True,
     )
     watch = Stopwatch(case["cpu_time"])
-    made = SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[watch])
-    return made, watch
+    given = {"train_dataset": rows, "processing_class": tokenizer, "callbacks": [watch]}
+    if not case["distils"]:
+        return SFTTrainer(model, SFTConfig(**arguments), **given), watch
+    given["teacher_model"] = load(case, case["teacher"])
+    given["data_collator"] = DataCollatorForLanguageModeling(tokenizer.pad_token_id)
+    return GKDTrainer(model, args=GKDConfig(lmbda=0.0, beta=0.5, **arguments), **given), watch
 
 
 def main(file: str, variant: str) -> None:
     """Measure the case that a JSON file describes."""
     case, packed = json.loads(Path(file).read_text()), variant == "trl-packed"
     torch.set_num_threads(case["threads"])
-    small = case | {"shape": case["tiny"], "pretrained": ""}
+    small = case | {"shape": case["tiny"], "pretrained": "", "teacher": ""}
     trainer(small, packed, 1)[0].train()  # libraries are warm, as where `packed.py` measures
     gc.collect()
     before = resident("VmRSS")
@@ -110,8 +128,10 @@ def main(file: str, variant: str) -> None:
     positions = [batch["input_ids"].numel() for batch in batches]
     Path("/proc/self/clear_refs").write_text("5")
     made.train()
-    size = sum(parameter.numel() for parameter in made.model.parameters())
-    peak = resident("VmHWM") - before - 16 * size
+    states = 16 * made.model.num_parameters()
+    if case["distils"]:
+        states += 4 * made.teacher_model.num_parameters()
+    peak = resident("VmHWM") - before - states
     found = {"seconds": watch.seconds, "losses": watch.losses}
     found |= {"real": real, "positions": positions, "peak": peak}
     print(json.dumps(found))
