@@ -25,7 +25,7 @@ TRAIN = str(ROOT / "ibdistill" / "train.py")
 WORKERS = ROOT / "tests" / "workers"
 FORKED = str(WORKERS / "runs.py")
 """A script like TRAIN that forks its ranks itself; its first argument is their number."""
-_LAUNCHED = str(WORKERS / "launched.py")
+LAUNCHED = str(WORKERS / "launched.py")
 
 IN_FULL = {"IBDISTILL_TESTS_IN_FULL": "1"}
 """The environment of a fork that has the whole demo and draws figures, as ranks of a cold launcher do."""
@@ -51,7 +51,7 @@ class Forked:
     def __init__(self, arguments: Sequence[str], log: Path | str, env: dict[str, str]) -> None:
         given = [str(argument) for argument in arguments], str(log), env
         start_server()
-        self._process = _SERVER.Process(target=_run_script, args=given)
+        self._process = _SERVER.Process(target=run_script, args=given)
         self._process.start()
         self.pid = self._process.pid
         atexit.register(self.send_signal, signal.SIGKILL)  # before the interpreter waits for its processes
@@ -70,7 +70,7 @@ class Forked:
         return self._process.exitcode
 
 
-def _run_script(arguments: list[str], log: str, env: dict[str, str]) -> None:
+def run_script(arguments: list[str], log: str, env: dict[str, str]) -> None:
     """Do in this process what `python ARGUMENTS` does, in a session of its own, with output to `log`."""
     os.setsid()
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -106,7 +106,7 @@ def start(
 
     log.write_text("")
     if not cold:
-        through = [] if ranks is None else [_LAUNCHED, str(ranks)]
+        through = [] if ranks is None else [LAUNCHED, str(ranks)]
         return Forked([*through, *arguments], log, alone() | (env or {}))
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks)]
     command += ["--master_port", str(free_port())]

@@ -15,6 +15,7 @@ from slurm_cluster import Job, run_settings, wait_for
 # one thread a rank, as the launcher's runs have: another number of threads sums in another order
 RANKS_2 = ("--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=1")
 RANKS_2_AND_2 = ("--nodes=2", *RANKS_2)
+RANKS_1_AND_1 = ("--nodes=2", "--gpus-per-node=1", "--ntasks-per-node=1", "--cpus-per-task=1")
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
@@ -84,7 +85,7 @@ def test_one_machine_cancelled_then_signalled_at_the_start_and_in_the_middle(
 
 def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupted):
     run = tmp_path / "run"
-    job = cluster.distill(*RANKS_2_AND_2, settings=run_settings(run))
+    job = cluster.distill(*RANKS_1_AND_1, settings=run_settings(run))
     job.wait_for_step(12)
     urgent = cluster.submit("--partition=urgent", "--gpus-per-node=2", "--wrap=sleep 1")
     urgent.wait_for_state("COMPLETED")
@@ -92,7 +93,7 @@ def test_two_machines_preempted_by_an_urgent_job(cluster, tmp_path, uninterrupte
     job.wait_for_state("COMPLETED")
     assert job.shows()["Restarts"] == "1"
     assert "stopped by SIGUSR1 (exit code 85); requeueing" in job.log() and "resumed from" in job.log()
-    check_same(run, uninterrupted(4, 2))
+    check_same(run, uninterrupted(2, 2))
 
 
 def test_two_machines_student_and_teacher_in_zero3_a_rank_killed_then_a_machine_crashed(
@@ -123,25 +124,25 @@ def test_two_machines_student_and_teacher_in_zero3_a_rank_killed_then_a_machine_
 
 
 def test_a_job_of_one_to_two_machines_goes_on_with_as_many_as_there_are(cluster, tmp_path):
-    """2, 1 and 2 machines with 2 ranks each: the losses of an undisturbed run, up to rounding."""
+    """2, 1 and 2 machines with a rank each: the losses of an undisturbed run, up to rounding."""
     run, drain = tmp_path / "run", ("scontrol", "update", "nodename=node2")
     # the pooled maxima of the term `mi` would let rounding grow
     settings = run_settings(run, **{"objective.method": "dss", "student.dropout": 0.0})
-    options = ("--nodes=1-2", "--gpus-per-node=2", "--exclusive", "--cpus-per-task=1")
+    options = ("--nodes=1-2", "--gpus-per-node=1", "--cpus-per-task=1")
     job = cluster.distill(*options, settings=settings)
     job.wait_for_step(6)
-    assert len(job.ranks()) == 4
+    assert len(job.ranks()) == 2
     cluster.run(*drain, "state=drain", "reason=test")
     cluster.run("scancel", "-s", "USR1", job.id)
     job.wait_for_text(", restart 1:")
     cluster.run(*drain, "state=resume")
     job.wait_for_step(20)
-    assert len(job.ranks()) == 2
+    assert len(job.ranks()) == 1
     cluster.run("scancel", "-s", "USR1", job.id)
     job.wait_for_text(", restart 2:")
     job.wait_for_state("COMPLETED")
     said = [int(n) for n in re.findall(r"0: .* anew among (\d) with", job.log())]
-    assert said == [2, 4] and job.log().count("2 nodes x 2 ranks") == 2
+    assert said == [1, 2] and job.log().count("2 nodes x 1 ranks") == 2
     other = tmp_path / "whole"
     log = tmp_path / "log"
     settings |= {"run.dir": str(other), "run.test_limit": 1}

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from harness import Forked
+from harness import WORKERS, Forked
 
 TOOLS = Path(__file__).parents[2] / "tools"
 sys.path.insert(0, str(TOOLS))
@@ -172,10 +172,11 @@ def test_time_on_two_streams_at_once():
 
 
 def test_the_small_forms_pass_on_a_cpu(tmp_path, monkeypatch, capfd):
-    """Each check is a process of its own as ever, forked where all is imported already."""
-    out = tmp_path / "out"
+    """Each check is a process of its own as ever, forked where all is imported already, and so are its
+    launchers."""
+    out, accepting = tmp_path / "out", str(WORKERS / "accepting.py")
     forking = SimpleNamespace(
-        Popen=lambda command, *, stdout, env, **_: Forked(command[1:], stdout.name, env),
+        Popen=lambda command, *, stdout, env, **_: Forked([accepting, *command[2:]], stdout.name, env),
         STDOUT=subprocess.STDOUT,
         TimeoutExpired=subprocess.TimeoutExpired,
     )
