@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import LAUNCHED, ROOT, run_script
 
 sys.path.append(str(ROOT / "tools"))
-from accept import conductor, several  # noqa: E402
+from accept import conductor, several
 
 
 class Launcher:
