@@ -11,6 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -346,6 +347,50 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     again = subprocess.run(line, capture_output=True, text=True)
     assert "1/1  lost-n8-s1-" in again.stdout and "dss-n8-s1" not in again.stdout
     assert [(f / "result.json").stat().st_mtime_ns for f in folders] == before
+
+
+MODELS = {"one": {"recipe": "demo_pretrain"}, "two": {"recipe": "demo_pretrain", "optim.max_steps": 7}}
+LEARNERS = {"from-two": {"student.model": "{two}"}, "from-one": {"student.model": "{one}"}, "alone": {}}
+
+
+def test_a_run_starts_as_soon_as_its_models_are_there(tmp_path, monkeypatch):
+    """Two at a time: `one` lasts until all that does not need it has been started."""
+    begun, may_end = [], threading.Event()
+
+    def start(run, out, slot, children):
+        begun.append(run.arm)
+        if run.arm == "alone":
+            may_end.set()
+        assert run.arm != "one" or may_end.wait(20)
+        return 0
+
+    monkeypatch.setattr(command, "_start", start)
+    study = built(models=MODELS, arms=LEARNERS | {"dss-2": {"ranks": 2}}, baseline="alone", seeds=[1])
+    assert command.execute(study, tmp_path, 2) == []
+    assert sorted(begun[:2]) == ["one", "two"] and begun[2:] == ["from-two", "alone", "from-one", "dss-2"]
+
+
+def test_what_needs_a_model_that_failed_is_left_out(tmp_path, monkeypatch):
+    begun = []
+    monkeypatch.setattr(command, "_start", lambda run, *_: begun.append(run.arm) or int(run.arm == "one"))
+    study = built(models=MODELS, arms=LEARNERS, baseline="alone", seeds=[1, 2])
+    assert command.execute(study, tmp_path, 1) == [study.models[0].name]
+    assert begun == ["one", "two", "from-two", "alone", "from-two", "alone"]
+
+
+def test_nothing_is_started_after_an_interruption(tmp_path, monkeypatch):
+    begun = []
+
+    def start(run, out, slot, children):
+        begun.append(run.arm)
+        if run.arm == "two":
+            raise KeyboardInterrupt
+        return 0
+
+    monkeypatch.setattr(command, "_start", start)
+    with pytest.raises(KeyboardInterrupt):
+        command.execute(built(models=MODELS, arms=LEARNERS, baseline="alone", seeds=[1]), tmp_path, 1)
+    assert begun == ["one", "two"]
 
 
 @pytest.mark.parametrize(

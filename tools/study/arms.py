@@ -39,8 +39,10 @@ class Run:
     settings: dict[str, Any]
     """The settings that differ from the recipe; folders are relative to OUT."""
     ranks: int = 1
+    needs: frozenset[str] = frozenset()
+    """The names of the models' runs that it starts from or learns from."""
     stage: int = 0
-    """Runs of a stage start from models of earlier ones."""
+    """The grid that it stands in; what it needs stands in earlier ones."""
     recorded: dict[str, Any] | None = None
     """The result of this run on another machine."""
 
@@ -222,6 +224,7 @@ def _run(
     ranks: int = 1,
 ) -> Run:
     """A run with its models' folders filled in, its settings checked."""
+    needs = set()
 
     def filled(value: Any) -> Any:
         if not isinstance(value, str) or not (match := re.fullmatch(r"\{(\w+)(\+\d+)?\}", value)):
@@ -229,6 +232,7 @@ def _run(
         which = match[1], (variant + int(match[2] or 0)) % variants
         if which not in models:
             raise ValueError(f"{path}: {value} in {arm} is none of the models above it")
+        needs.add(models[which].name)
         return f"runs/{models[which].name}/student"
 
     settings = {name: filled(value) for name, value in settings.items()} | {"run.seed": seed}
@@ -253,6 +257,7 @@ def _run(
         recipe=recipe or "",
         settings=settings,
         ranks=ranks,
+        needs=frozenset(needs),
         stage=stage,
     )
 

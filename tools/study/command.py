@@ -27,7 +27,8 @@ replaces the seeds of all arms. A study is a YAML file:
     folders: {base: org/model}        # {base} stands for it anywhere above; --set base=FOLDER replaces it
     quick: {arms: [dss], seeds: [1], settings: {...}}  # what --quick runs; its settings reach the models
 
-Each run is one process of one thread. As many run side by side as there are GPUs, or else cores (`--jobs`).
+Each run is one process of one thread. As many run side by side as there are GPUs, or else cores (`--jobs`);
+a run starts as soon as the models that it names are there.
 Runs with `ranks` go through DeepSpeed's launcher, one at a time, at the end. A run's folder is named after a
 digest of its settings and of those of the models that it starts from: a run whose configuration has changed
 is another run, and a run that is finished is not repeated. `timeout 30m python tools/study.py run ...` runs a
@@ -59,39 +60,68 @@ from study.arms import ROOT, Run, Study, resolved, result
 
 
 def execute(study: Study, out: Path, jobs: int) -> list[str]:
-    """Run what is not finished, stage by stage, and return the names of the runs that failed."""
+    """Run what is not finished, and return the names of the runs that failed.
+
+    Each starts as soon as there is room and the models that it needs are there, in the study's order; those
+    whose model failed are left out. Runs over several ranks come last, one at a time.
+    """
     failed: list[str] = []
     todo = [run for run in study.models + study.runs if result(run, out) is None]
+    missing, running = {run.name for run in todo}, 0
     total, done = len(todo), 0
-    start, lock = time.perf_counter(), threading.Lock()
+    start, changed = time.perf_counter(), threading.Condition()
     slots: SimpleQueue[int] = SimpleQueue()
     for slot in range(jobs):
         slots.put(slot)
     children: set[subprocess.Popen] = set()
 
+    def following(part: list[Run]) -> Run | None:
+        """The next run that can start, out of `part`; None: there is none, and none that could make one."""
+        nonlocal running
+        with changed:
+            while True:
+                for run in part:
+                    if not run.needs & missing:
+                        part.remove(run)
+                        running += 1
+                        return run
+                if not part or not running:
+                    return None
+                changed.wait()
+
     def one(run: Run) -> None:
-        nonlocal done
-        slot = slots.get()
+        nonlocal done, running
+        slot, code = slots.get(), None
         try:
             code = _start(run, out, slot, children)
         finally:
             slots.put(slot)
-        with lock:
+            with changed:
+                running -= 1
+                if code == 0:
+                    missing.discard(run.name)
+                changed.notify_all()
+        with changed:
             done += 1
             if code:
                 failed.append(run.name)
             word = f"failed with exit code {code}, see {out / 'logs' / run.name}.log" if code else "done"
             print(f"{time.perf_counter() - start:6.0f} s  {done}/{total}  {run.name}: {word}", flush=True)
 
-    for stage, ranks in sorted({(run.stage, run.ranks) for run in todo}):
-        if set(failed) & {run.name for run in study.models}:
-            break
-        part = [run for run in todo if (run.stage, run.ranks) == (stage, ranks)]
-        with ThreadPoolExecutor(jobs if ranks == 1 else 1) as pool:
+    def work(part: list[Run]) -> None:
+        while run := following(part):
+            one(run)
+
+    for ranks in sorted({run.ranks for run in todo}):
+        part, workers = [run for run in todo if run.ranks == ranks], jobs if ranks == 1 else 1
+        with ThreadPoolExecutor(workers) as pool:
             try:
-                list(pool.map(one, part))
+                for worker in [pool.submit(work, part) for _ in range(workers)]:
+                    worker.result()
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                with changed:
+                    part.clear()  # no worker starts another one
+                    changed.notify_all()
                 for child in list(children):
                     child.terminate()  # it saves, and goes on from there next time
                 raise
