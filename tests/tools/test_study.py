@@ -526,11 +526,17 @@ def test_folders_are_arguments_and_quick_is_a_part(tmp_path):
     assert whole.runs[0].settings["student.model"] == "org/model" and len(whole.runs) == 4
     part = study_arms.load(tmp_path / "a.yaml", given={name: folder}, quick=True)
     (model, teacher), (run,) = part.models, part.runs
+    (tmp_path / "out").mkdir()
     assert [model.arm, teacher.arm] == ["start", "teacher"] and whole.models[2].arm == "unused"
     assert (run.arm, run.seed, run.labels, part.baseline, part.comparisons) == ("kd", 3, 8, "kd", [])
     assert run.settings["optim.max_steps"] == model.settings["optim.max_steps"] == "2"
     assert run.settings["teacher.model"] == f"runs/{teacher.name}/student"  # the folder of a model stays one
     assert (model.settings["student.model"], run.settings["teacher.cache"]) == (folder, f"{folder}/x")
+    report.write(part, tmp_path / "out", {run.name: fake(0.5), model.name: None, teacher.name: None})
+    rows = json.loads((tmp_path / "out/study.json").read_text())["runs"]
+    assert folder not in str(rows) and rows[0]["settings"]["student.model"] == "{base}"
+    assert rows[2]["settings"]["teacher.cache"] == "{base}/x"
+    shutil.rmtree(tmp_path / "out")
     copy = tmp_path / "elsewhere"
     shutil.copytree(tmp_path, copy)
     moved = study_arms.load(tmp_path / "a.yaml", given={name: str(copy)}, quick=True)

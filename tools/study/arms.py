@@ -58,6 +58,8 @@ class Study:
     variants: int
     runs: list[Run]
     models: list[Run] = field(default_factory=list)
+    folders: dict[str, str] = field(default_factory=dict)
+    """Folder -> its name in the file."""
 
 
 def load(
@@ -79,15 +81,17 @@ def load(
         content = _with_text(yaml.safe_load(written), read_yaml(written))
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
-    identities: dict[str, str] = {}
+    named: dict[str, str] = {}
     if isinstance(content, dict):
-        content, identities = folders.with_folders(content, path, given or {})
+        content, named = folders.with_folders(content, path, given or {})
         smaller = content.pop("quick", None)
         if quick:
             content = folders.quick(content, smaller, path)
     if further and isinstance(content, dict):
         content["settings"] = (content.get("settings") or {}) | further
-    study = build(content, path, seeds, identities)
+    # a run has one name on all machines
+    study = build(content, path, seeds, {folder: folders.identity(folder) for folder in named})
+    study = replace(study, folders=named)
     if recorded is None:
         return study
     found = folders.recorded_results(recorded)

@@ -19,7 +19,7 @@ def with_folders(
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """`content` with `{NAME}` in its texts replaced by the folder of that name: `given`, or `folders`.
 
-    Also returns folder -> what stands for it in a run's digest: a run has one name on all machines.
+    Also returns folder -> NAME.
     """
     folders = content.pop("folders", {})
     if not isinstance(folders, dict) or not all(isinstance(v, str) for v in folders.values()):
@@ -37,7 +37,7 @@ def with_folders(
             return re.sub(r"\{(\w+)\}", lambda found: folders.get(found[1], found[0]), value)
         return value
 
-    return placed(content), {folder: identity(folder) for folder in folders.values()}
+    return placed(content), {folder: name for name, folder in folders.items()}
 
 
 def identity(folder: str) -> str:

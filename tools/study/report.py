@@ -46,7 +46,7 @@ def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) ->
     content = {
         "study": study.path.name,
         "baseline": study.baseline,
-        "runs": [_row(run, results[run.name]) for run in study.models + study.runs],
+        "runs": [_row(study, run, results[run.name]) for run in study.models + study.runs],
         "arms": {name: _summary(study, groups, name) for name in groups},
     }
     (out / "study.json").write_text(json.dumps(content, indent=1))
@@ -186,9 +186,16 @@ def _mean(group: dict[int, dict[str, Any]], name: str) -> str:
     return f"{mean(values):.0f}" if values else ""
 
 
-def _row(run: Any, result: dict[str, Any] | None) -> dict[str, Any]:
+def _row(study: Study, run: Any, result: dict[str, Any] | None) -> dict[str, Any]:
+    def named(value: Any) -> Any:
+        """With the names of the study's folders, which lie elsewhere on another machine."""
+        for folder, name in study.folders.items():
+            value = value.replace(folder, f"{{{name}}}") if isinstance(value, str) else value
+        return value
+
+    settings = {name: named(value) for name, value in run.settings.items()}
     own = {"name": run.name, "arm": run.arm, "labels": run.labels, "seed": run.seed, "recipe": run.recipe}
-    return own | {"digest": run.name[-8:], "ranks": run.ranks, "settings": run.settings, "result": result}
+    return own | {"digest": run.name[-8:], "ranks": run.ranks, "settings": settings, "result": result}
 
 
 def _summary(study: Study, groups: dict[str, dict[int, dict]], name: str) -> dict[str, Any]:
