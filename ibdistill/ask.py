@@ -82,6 +82,10 @@ def prepare(positions: list[str], config: AskConfig) -> Answer:
             f"ask.out is {fields.shown(config.out)}, which holds the answers to ask.questions; give both"
         )
     rows = read_questions(Path(config.questions), config.question_field) if config.questions else []
+    if config.out:
+        if Path(config.out).is_dir():
+            raise ValueError(f"ask.out is {fields.shown(config.out)}, which is a folder; name a file in it")
+        files.check_can_hold(Path(config.out).parent, "ask.out", config.out)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("ask.device is 'cuda', and torch finds no GPU here; take auto or cpu")
     automatic = "cuda" if torch.cuda.is_available() else "cpu"

@@ -153,6 +153,7 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
     if eval_.math_verify:
         math_equal.check_installed()
     folder = Path(eval_.dir or Path("evaluation") / f"{_name(student or eval_.predictions)}-{task}")
+    distributed.run_on_rank_0(lambda: files.check_can_hold(folder, "eval.dir", str(folder)))
     encoder = text_scores.load_encoder(eval_.embedding_model) if eval_.embedding_model else None
     if eval_.questions:
         if task not in TASKS:

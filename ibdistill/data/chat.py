@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import token_ids
+from ibdistill.data.llm_text import untagged
 
 if TYPE_CHECKING:  # the readers of files are imported where there is no torch yet
     from transformers import PreTrainedTokenizerBase
@@ -188,7 +189,7 @@ class Chat:
             return self.text([*messages, self._turn(thought if thinks else None, said)], thinks=thinks)
 
         prompt = self.text(messages, prompt=True, thinks=thinks)
-        thought, said = self.defused(rationale or "").strip(), self.defused(answer).strip()
+        thought, said = self.defused(untagged(rationale or "", self.tags)), self.defused(answer).strip()
         text, frame = whole(thought, said), whole(_THOUGHT, _SAID)
         head, has_answer, tail = frame.partition(_SAID)
         if not has_answer:
@@ -283,11 +284,6 @@ def visible(text: str, config: DataConfig) -> str:
     opened, closed = tags_of(config)
     rest = text.lstrip().removeprefix(opened).lstrip()
     return rest.removeprefix(closed).lstrip() if rest.startswith(closed) else text
-
-
-def thought(text: str, config: DataConfig) -> str:
-    """A rationale without the tag before it."""
-    return text.removeprefix(tags_of(config)[0]).strip()
 
 
 def _agrees(head: str, between: str, tags: tuple[str, str]) -> bool:

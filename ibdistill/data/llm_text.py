@@ -50,3 +50,9 @@ def stated(text: str) -> str | None:
         said = said.removeprefix("**").removesuffix("**").strip()
     wrapped = _WRAPPED.fullmatch(said)
     return said if wrapped is None else (wrapped[1] or wrapped[2]).strip()
+
+
+def untagged(rationale: str, tags: tuple[str, str]) -> str:
+    """A rationale without tags of its own, as trace sets have them: the chat template sets them."""
+    opened, closed = map(str.strip, tags)
+    return rationale.strip().removeprefix(opened).removesuffix(closed).strip()

@@ -23,7 +23,7 @@ import numpy as np
 from ibdistill.config.sections import DataConfig
 from ibdistill.data.lazy import Mapped, chained, taken
 from ibdistill.data.records import Record, map_numbers
-from ibdistill.data.tasks.base import Example, Task, hold_out
+from ibdistill.data.tasks.base import Example, Task, hold_out, warn_of_shared
 from ibdistill.data.tasks.conversations import Spread, spread
 from ibdistill.data.tasks.registry import TASKS
 
@@ -154,11 +154,13 @@ def _load_task(
     if "valid" not in resolved:
         has_label = facts["train"]["labelled"]
         labelled, held = (np.array(part, int) for part in hold_out(train[has_label], data.valid_share))
-        resolved["valid"] = taken(resolved["train"], held)
+        resolved["valid"], facts["valid"] = taken(resolved["train"], held), facts["train"][held]
         train = np.concatenate([labelled, train[~has_label]])
     # Only demo_pretrain has no test split: a stand-in for pretraining is no benchmark.
     resolved.setdefault("test", resolved["valid"])
     own = facts["train"][train]
+    for split in (name for name in facts if name != "train"):
+        warn_of_shared(f"{task.name}/{split}", facts[split]["hash"], own["hash"])
     order = np.random.RandomState(data.subsample_seed).permutation(len(train))
     predict_only = data.missing_rationales == "predict_only"
     if needs_rationale:
@@ -217,9 +219,10 @@ def _resolve(task: Task, example: Example) -> _Resolved:
     )
 
 
-_FACTS = [("labelled", bool), ("parsed", bool), ("explained", bool), ("records", np.int64)]
+_FACTS = [("labelled", bool), ("parsed", bool), ("explained", bool)]
+_FACTS += [("records", np.int64), ("hash", np.int64)]
 """What decides which records are trained: whether there is a label, an LLM's output with its parts, and a
-rationale, and how many training records it becomes."""
+rationale, and how many training records it becomes; and a hash of the conversation up to its answer."""
 
 
 def _facts(
@@ -229,7 +232,7 @@ def _facts(
     data: DataConfig,
     needs_rationale: bool,
     counts: Counter[str],
-) -> Iterator[tuple[bool, bool, bool, int]]:
+) -> Iterator[tuple[bool, bool, bool, int, int]]:
     """`_FACTS` of each item, all of which are read here; what LLMs wrote is counted."""
     for item in items:
         record = item.record
@@ -237,7 +240,8 @@ def _facts(
             counts[f"{split}/unparsable"] += not item.parsed
             counts[f"{split}/llm_correct"] += item.parsed and task.is_correct(item.label, record)
         number = sum(1 for _ in spread(record, data, needs_rationale=needs_rationale))
-        yield bool(record.label), item.parsed, bool(record.rationale), number
+        asked = hash((record.history, record.question))
+        yield bool(record.label), item.parsed, bool(record.rationale), number, asked
 
 
 def _trainable(

@@ -46,6 +46,25 @@ def split(text: str, marker: str) -> tuple[str, str | None]:
     return text[: found.start()].strip(), text[found.end() :].strip() or None
 
 
+def take_apart(text: str, task: str, marker: str) -> tuple[str, str | None, int]:
+    """Rationale, answer (None: there is none), and the place of the character with which the answer begins.
+
+    An answer that does not stand behind the marker is looked for by the task's rule for texts of LLMs.
+    """
+    rationale, label = split(text, marker)
+    if label is not None:
+        return rationale, label, answer_start(text, marker)
+    parse = TASKS[task].parse_llm if task in TASKS else None
+    parts = parse(text) if parse else None
+    if parts is None:
+        return rationale, None, len(text)
+    rationale, label = parts
+    place = text.rfind(label)
+    if place < 0:  # a parser may write the answer anew, and then it begins where the rationale ends
+        place = max(0, text.find(rationale)) + len(rationale)
+    return rationale, label, place
+
+
 def answer_start(text: str, marker: str) -> int:
     """The place of the character behind the last marker, white space included; the text's end without one."""
     found = _last(text, marker)

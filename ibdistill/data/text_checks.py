@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig
-from ibdistill.data import arrow_tables, chat, token_ids
+from ibdistill.data import arrow_tables, chat, reasoning, token_ids
 from ibdistill.data.arrow_tables import BLOCK
 from ibdistill.data.features import Features
 from ibdistill.data.lazy import Mapped
@@ -58,6 +58,8 @@ def check_texts(
         counts[f"{name}/unsayable"] = _unsayable(name, labels, len(mine), tokenizer, config, MAX_UNSAYABLE)
         for split, part in (("valid", records.valid[task]), ("test", records.test[task])):
             _check_scorable(f"{task}/{split}", part, config)
+            if "reason" in train.streams and config.format == "plain":
+                _check_marked(f"{task}/{split}", part, config)
             counts |= check_split(f"{task}/{split}", part, tokenizer, config, MAX_UNSAYABLE, streams)
     return {name: count for name, count in counts.items() if count}
 
@@ -136,6 +138,27 @@ def _check_scorable(split: str, records: Sequence[Record], config: DataConfig) -
             f"(data.answer_check is {config.answer_check!r}). The first is {first.gold[:200]!r} "
             f"({first.id[:100]}). Take another data.answer_check, or mend the labels"
         )
+
+
+def _check_marked(split: str, records: Sequence[Record], config: DataConfig) -> None:
+    """Warn of labels that hold the words before the answer: behind these, another answer is read."""
+    lost = []
+    for record in (_as_said(record, config) for record in records):
+        marker = reasoning.marker_of(record.task, config)
+        said, is_correct = reasoning.join("", record.label, marker), TASKS[record.task].is_correct
+        if is_correct(record.label, record) and not is_correct(
+            reasoning.split(said, marker)[1] or "", record
+        ):
+            lost.append(record)
+    if lost:
+        message = (
+            f"{split}: {len(lost)} of {len(records)} labels can never be right, as they hold the words "
+            f"before the answer, {marker[:100]!r}. The first is {lost[0].label[:200]!r} "
+            f"({lost[0].id[:100]}). Leave the words out of the labels, or choose another data.answer_marker"
+        )
+        if len(lost) > MAX_UNSAYABLE * len(records):
+            raise ValueError(message)
+        logger.warning(message)
 
 
 def _unsayable(

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import chat, chat_features, reasoning
 from ibdistill.data.json_rows import read_rows, shown
+from ibdistill.data.llm_text import untagged
 from ibdistill.data.records import Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.evaluation import calibration, faithfulness, text_scores
@@ -93,7 +94,8 @@ def evaluate(
         for i, answer in zip(mine, decoded.get("reason", ()), strict="reason" in decoded)
     ]
     if config.format == "chat":
-        reasoned = [replace(own, rationale=chat.thought(own.rationale, config)) for own in reasoned]
+        tags = chat.tags_of(config)
+        reasoned = [replace(own, rationale=untagged(own.rationale, tags)) for own in reasoned]
     parts = decoded.get("predict", nothing), decoded.get("explain", nothing), reasoned or nothing
     share = {i: own for i, *own in zip(mine, *parts, strict=True)}
     answers = {i: own for part in distributed.gather_objects(share) for i, own in part.items()}

@@ -45,7 +45,7 @@ class Reasoned:
 
 def read(answer: Answer, record: Record, marker: str, tokenizer: PreTrainedTokenizerBase) -> Reasoned:
     """The reasoning in a decoded text of the reason stream."""
-    rationale, label, start = take_apart(answer.text, record, marker)
+    rationale, label, start = reasoning.take_apart(answer.text, record.task, marker)
     confidence = first = 0.0
     if label is not None:
         token = _token_at(start, answer.ids, tokenizer)
@@ -60,23 +60,6 @@ def read(answer: Answer, record: Record, marker: str, tokenizer: PreTrainedToken
         ended=answer.ids[-1:] == (tokenizer.eos_token_id,),
         tokens=len(answer.ids),
     )
-
-
-def take_apart(text: str, record: Record, marker: str) -> tuple[str, str | None, int]:
-    """Rationale, answer (None: there is none), and the place of the character with which the answer
-    begins."""
-    rationale, label = reasoning.split(text, marker)
-    if label is not None:
-        return rationale, label, reasoning.answer_start(text, marker)
-    parse = TASKS[record.task].parse_llm
-    parts = parse(text) if parse else None
-    if parts is None:
-        return rationale, None, len(text)
-    rationale, label = parts
-    place = text.rfind(label)
-    if place < 0:  # a parser may write the answer anew, and then it begins where the rationale ends
-        place = max(0, text.find(rationale)) + len(rationale)
-    return rationale, label, place
 
 
 def _token_at(place: int, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> int:

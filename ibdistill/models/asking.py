@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ibdistill.config.sections import DataConfig, StudentConfig
 from ibdistill.data import chat, reasoning
+from ibdistill.data.llm_text import untagged
 from ibdistill.data.records import Record, map_numbers, with_numbers
 from ibdistill.data.tokenizers import load_tokenizer
 from ibdistill.data.tokenizing import tokenize
@@ -60,9 +61,9 @@ def ask(student: Student, questions: Sequence[str], batch_size: int = 64) -> lis
             if stream != "reason":
                 own["label" if stream == "predict" else "rationale"] = text
                 continue
-            rationale, label = reasoning.split(text, student.prompt.marker)
+            rationale, label, _ = reasoning.take_apart(text, student.prompt.task, student.prompt.marker)
             if student.prompt.tags is not None:
-                rationale = chat.thought(rationale, student.prompt.chat_settings())
+                rationale = untagged(rationale, student.prompt.tags)
             reasoned = {"label": label, "rationale": rationale}
             own |= {"reasoned": reasoned} if "predict" in student.prompt.prefixes else reasoned
     return said

@@ -124,7 +124,7 @@ A student distilled with ibdistill on the task {", ".join(tasks_of(config))}. It
 {_layers(config, kept)}
 ## Use
 
-These lines give the answers that were evaluated{_rounding(config)}:
+These lines give the answers that were evaluated{_rounding(config)}{_exceptions(prompt)}:
 
 ```python
 {usage(prompt, ".")}
@@ -229,6 +229,16 @@ def answer(question, max_new_tokens, **stream):
 
 question = "..."
 {chr(10).join(asking)}"""
+
+
+def _exceptions(prompt: Prompt) -> str:
+    """What the evaluation and `ask.py` do besides `usage`; empty for most students."""
+    found = []
+    if "reason" in prompt.prefixes:
+        found.append("look for an answer that is not marked by the rule of the task")
+    if prompt.map_numbers:
+        found.append("write `n0`, `n1`, ... for the numbers of a question and put them back into the answer")
+    return f"; but the evaluation and `ask.py` also {' and '.join(found)}" if found else ""
 
 
 def _rounding(config: Config) -> str:

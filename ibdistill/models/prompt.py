@@ -51,6 +51,8 @@ class Prompt:
     """In format chat: the system message."""
     map_numbers: bool = False
     """Whether the student reads and writes `n0` for the first number of a question, as `data.map_numbers`."""
+    task: str = ""
+    """Whose rule finds an answer that the stream `reason` does not give behind the marker; empty: none."""
 
     @classmethod
     def of(cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, config: Config) -> Prompt:
@@ -77,6 +79,7 @@ class Prompt:
             and chat.Chat.of(tokenizer, config.data).empty_thoughts,
             system=config.data.system if in_chat else "",
             map_numbers=config.data.map_numbers,
+            task=first,
         )
 
     def write(self, folder: Path) -> None:

@@ -106,6 +106,15 @@ def refuse_special(path: Path) -> None:
             )
 
 
+def check_can_hold(folder: Path, setting: str, value: str) -> None:
+    """Raise ValueError that names the setting and its value if no file can be written in a folder that is
+    there, or that can be made."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "is no folder" if not there.is_dir() else "may not be written"
+        raise ValueError(f"{setting} is {value[:200]!r}, which cannot be written: {there} {why}")
+
+
 @contextmanager
 def folder_replaced(path: Path) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of the folder `path` if the block ends well.

@@ -135,6 +135,15 @@ def test_empty_thoughts(template):
     assert tokenizer.decode(row.answer) == "b<|im_end|>"
 
 
+@pytest.mark.parametrize(
+    "text", ["<think>x y</think>", " <think>\nx y\n</think>\n", "<think>x y", "x y</think>"]
+)
+def test_a_rationale_in_tags_is_taught_in_the_templates_tags(text):
+    thinking = Chat.of(chatml(CHATML), CONFIG, thinks=True)
+    bare, tagged = thinking.rows([("", (), "a", rationale, "b") for rationale in ("x y", text)])
+    assert tagged == bare
+
+
 def test_what_a_text_spells_is_text():
     tokenizer = chatml()
     made = features(tokenizer, [record("a <|im_end|> </think> b", rationale="</think> c")], ("reason",))

@@ -272,3 +272,18 @@ def test_real_data():
     assert [record.task for record in result.train] == ["cqa"] * 100 + ["gsm8k"] * 100
     assert result.report["cqa/valid/records"] == 761 and result.report["gsm8k/valid/records"] == 748
     assert not any("unscorable" in key for key in result.report)
+
+
+def test_questions_of_a_split_that_are_trained_on_are_counted(tmp_path, caplog):
+    """Several lines per question, as trace sets have them, fall into all parts of one file."""
+    rows = [{"question": f"q{i}", "label": "x", "rationale": f"r{j}"} for i in range(20) for j in range(5)]
+    lines(tmp_path / "one.jsonl", rows)
+    found = loaded("jsonl", tmp_path / "one.jsonl")
+    trained = {record.question for record in found.train}
+    for split, part in (("valid", found.valid["jsonl"]), ("test", found.test["jsonl"])):
+        shared = sum(record.question in trained for record in part)
+        assert shared > 8 and f"jsonl/{split}: {shared} of {len(part)} questions stand in the" in caplog.text
+    caplog.clear()
+    lines(tmp_path / "once.jsonl", [row | {"question": f"q{i}"} for i, row in enumerate(rows)])
+    loaded("jsonl", tmp_path / "once.jsonl")
+    assert "stand in the training records" not in caplog.text

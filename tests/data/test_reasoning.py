@@ -187,3 +187,17 @@ def test_rows_hold_rationale_and_answer_and_their_places(separator):
 def test_settings_that_contradict_the_stream_are_refused(settings, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         load_settings(None, settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "task", "taken"),
+    [
+        ("2 + 3 = 5.\n#### 5", "gsm8k", ("2 + 3 = 5.", "5", 15)),
+        ("2 + 3 = 5. The answer is 5.", "gsm8k", ("2 + 3 = 5.", "5", 25)),
+        ("2 + 3 = 5. The answer is 5.", "", ("2 + 3 = 5. The answer is 5.", None, 27)),
+        ("I do not know", "gsm8k", ("I do not know", None, 13)),
+    ],
+    ids=["marked", "by the task's rule", "without a task", "none"],
+)
+def test_an_answer_that_is_not_marked_is_found_by_the_tasks_rule(text, task, taken):
+    assert reasoning.take_apart(text, task, "####") == taken

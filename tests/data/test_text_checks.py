@@ -6,21 +6,22 @@ import logging
 
 import pytest
 import tokenizer_variants
+from tiny_models import byte_tokenizer
 
 from ibdistill.config.sections import DataConfig
 from ibdistill.data import loading, text_checks
-from ibdistill.data.records import Record
+from ibdistill.data.records import STREAMS, Record
 from ibdistill.data.tasks.registry import TASKS
 from ibdistill.data.tokenizing import tokenize
 
 
-def check(tokenizer, train, test=None, task="jsonl", valid=("1",), **settings):
+def check(tokenizer, train, test=None, task="jsonl", valid=("1",), streams=STREAMS, **settings):
     """`check_texts` on records with these labels (or questions and labels)."""
 
     def records(split, labels):
         pairs = [label if isinstance(label, tuple) else ("q", label) for label in labels]
         return [
-            Record(f"{task}/{split}/{i}", task, question, label, "", gold=label)
+            Record(f"{task}/{split}/{i}", task, question, label, "why" * ("reason" in streams), gold=label)
             for i, (question, label) in enumerate(pairs)
         ]
 
@@ -29,7 +30,7 @@ def check(tokenizer, train, test=None, task="jsonl", valid=("1",), **settings):
     }
     loaded = loading.Loaded(records("train", train), parts["valid"], parts["test"], {})
     config = DataConfig(**settings)
-    features = tokenize(loaded.train, {task: TASKS[task].prefixes}, tokenizer, config)
+    features = tokenize(loaded.train, {task: TASKS[task].prefixes}, tokenizer, config, streams=streams)
     return text_checks.check_texts(loaded, features, tokenizer, config)
 
 
@@ -56,6 +57,20 @@ def test_a_label_that_reads_back_as_another_answer_is_counted(tmp_path, caplog, 
     message = next(m for m in caplog.messages if "can never be right" in m)
     assert "jsonl/test: 1 of 4 labels (25.0%) can never be right" in message
     assert f"{label!r} (jsonl/test/3), which becomes {back!r}" in message
+
+
+@pytest.mark.parametrize("marker, label", [("", "The answer is: 9"), ("####", "#### 9"), ("so", "9 so 8")])
+def test_a_label_with_the_words_before_the_answer_is_counted(caplog, marker, label):
+    tokenizer, texts = byte_tokenizer(), ["1", "2", "a b", label]
+    settings = {"streams": ("reason",), "answer_marker": marker}
+    with caplog.at_level(logging.WARNING, logger="ibdistill"):
+        check(tokenizer, ["1", "2"], test=texts, **settings)
+        check(tokenizer, ["1", "2"], test=texts, **settings | {"streams": ("predict", "explain")})
+    told = [m for m in caplog.messages if "hold the words before the answer" in m]
+    assert len(told) == 1 and told[0].startswith("jsonl/test: 1 of 4 labels can never be right")
+    assert f"The first is {label!r} (jsonl/test/3)" in told[0]
+    with pytest.raises(ValueError, match="jsonl/test: 2 of 3 labels can never be right, as they hold the wo"):
+        check(tokenizer, ["1"], test=["1", label, label], **settings)
 
 
 def test_labels_that_the_rule_still_takes_are_not_counted(tmp_path, caplog):

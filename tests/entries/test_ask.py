@@ -153,5 +153,7 @@ def test_what_it_refuses(run_folder, tmp_path, monkeypatch, capsys):
     path.write_text('{"question": "a"}')
     refuses("are both given; take one of them", run_folder, "why", *given[1:])
     refuses("which cannot be written: ", *given, "--ask.out", tmp_path / "q.jsonl/a")
+    out_is_a_folder = ["no/student", *given[1:], "--ask.out", tmp_path]
+    refuses(f"ask.out is '{tmp_path}', which is a folder; name a file in it", *out_is_a_folder)
     (tmp_path / "config.yaml").write_text("{}")
     refuses("is a run without a student", tmp_path, "why")

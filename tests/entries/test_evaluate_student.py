@@ -271,6 +271,10 @@ def test_what_it_refuses(student, tmp_path, world):
     refused("eval.samples is 2, and eval.predictions has one", None, eval__predictions="p", eval__samples=2)
     refused("eval.ks is [1, 4], and eval.samples 3", student, eval__samples=3, eval__ks=[1, 4])
     refused("eval.engine is 'vllm', and vllm is not installed", student, eval__engine="vllm")
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        with pytest.raises(ValueError, match=f"eval.dir is '.*{name}', which cannot be written"):
+            run("no/student", world, eval__dir=str(tmp_path / name))
     questions = {"eval__questions": str(tmp_path / "none.jsonl")}
     refused("data.task 'dmo' is unknown", student, data__task="dmo", **questions)
     refused(f"eval.questions {questions['eval__questions']!r} is no file", student, **questions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from chat_tokenizers import chatml
 from tiny_models import byte_tokenizer, save, tiny
 
 from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig
-from ibdistill.data import batches, tokenizers
+from ibdistill.data import batches, reasoning, tokenizers
 from ibdistill.data.chat import adopt_turn_end
 from ibdistill.data.records import Record, map_numbers
 from ibdistill.data.tasks.registry import TASKS
@@ -103,6 +104,16 @@ def test_numbers_are_mapped_and_come_back(monkeypatch):
     [said] = asking.ask(Student(None, None, prompt, CPU), [question])
     assert asked == [map_numbers(records([question])[0]).question] == ["Ann has n0 pens and gives n1 away"]
     assert said == {"label": "1200 - 5 + n2 n"}
+
+
+@pytest.mark.parametrize("task, label", [("jsonl", "22"), ("", None)])
+def test_an_answer_that_is_not_marked_is_the_one_that_is_evaluated(monkeypatch, task, label):
+    text = "We count the pens. The answer is 22."
+    monkeypatch.setattr(asking, "_texts", lambda *_: [text])
+    prompt = Prompt(True, None, 0, {"reason": ""}, {"reason": 9}, "</think>", 64, ("<think>", "</think>"))
+    [said] = asking.ask(Student(None, None, replace(prompt, task=task), CPU), ["How many?"])
+    assert said == {"label": label, "rationale": "We count the pens." if label else text}
+    assert reasoning.take_apart(text, task, "</think>")[1] == label
 
 
 def test_folders_that_cannot_be_asked(tmp_path):

@@ -89,6 +89,31 @@ def test_the_card_says_why_a_text_in_16_bits_may_differ():
     assert f"batches of {Config().run.eval_batch_size} questions" in cards[1]
 
 
+@pytest.mark.parametrize(
+    ("method", "mapped", "said"),
+    [
+        ("dss", False, ":\n"),
+        (
+            "cot",
+            False,
+            "; but the evaluation and `ask.py` also look for an answer that is not marked by the rule",
+        ),
+        (
+            "dss",
+            True,
+            "; but the evaluation and `ask.py` also write `n0`, `n1`, ... for the numbers of a ques",
+        ),
+        ("cot", True, "by the rule of the task and write `n0`, `n1`, ..."),
+    ],
+)
+def test_the_card_says_what_its_lines_leave_out(method, mapped, said):
+    data = DataConfig(task="svamp", map_numbers=mapped)
+    config = Config(data=data, objective=ObjectiveConfig(method=method))
+    card = model_card.card(config, Prompt.of(tiny("llama"), byte_tokenizer(), config), {})
+    line = next(line for line in card.splitlines(True) if line.startswith("These lines give"))
+    assert said in line
+
+
 @pytest.mark.parametrize("model_type", ["t5", "llama", "qwen2"])
 def test_a_text_in_16_bits_differs_only_where_two_tokens_are_nearly_as_probable(model_type):
     """What the card says: in another batch the same question is answered alike up to such a place."""

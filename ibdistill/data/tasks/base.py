@@ -10,6 +10,7 @@ source has them. `loading.streamed` turns examples into the records of a run.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +22,8 @@ import numpy as np
 from ibdistill.data.json_rows import Row
 from ibdistill.data.lazy import Mapped, taken
 from ibdistill.data.records import Record
+
+logger = logging.getLogger("ibdistill")
 
 T = TypeVar("T")
 PREFIXES = {"predict": "predict: ", "explain": "explain: ", "reason": "reason: "}
@@ -119,6 +122,17 @@ def hold_out(items: Sequence[T], share: float) -> tuple[Sequence[T], Sequence[T]
     order = np.random.default_rng(0).permutation(len(items))
     held = int(np.ceil(share * len(items)))
     return taken(items, np.sort(order[held:])), taken(items, np.sort(order[:held]))
+
+
+def warn_of_shared(split: str, asked: np.ndarray, trained: np.ndarray) -> None:
+    """Say how many questions of a split, by their hashes, are training questions too."""
+    if shared := int(np.isin(asked, trained).sum()):
+        logger.warning(
+            "%s: %d of %d questions stand in the training records too, so their scores say little about new "
+            "ones; where a question has several lines, give its texts as one record's `rationales`, or the "
+            "splits as files of their own",
+            *(split, shared, len(asked)),
+        )
 
 
 def check_exists(path: Path) -> None:
