@@ -5,8 +5,8 @@
     python ibdistill/evaluate_student.py --eval.predictions FILE.jsonl --data.task svamp ...
 
 STUDENT: a run folder, the student that `train.py` exported to it, or any other folder or model of
-the hub. From a run folder the data settings of the run are taken, where the command line gives no
-others. Otherwise give those that the student was trained with (`data.map_numbers` above all).
+the hub. Where the command line gives no others, the data settings are those of the run, or of an
+exported student's `prompt.json`. Of other models give those that they were trained with.
 `--eval.questions FILE.jsonl` answers questions that need no labels, `--eval.samples N` also draws answers.
 Writes `result.json`, `predictions.jsonl`, `samples.jsonl` and PNG plots to `eval.dir`. Exit codes: 0 done,
 2 bad input.
@@ -49,6 +49,8 @@ from ibdistill.evaluation import predictions as evaluation_predictions
 from ibdistill.evaluation.predictions import Prediction
 from ibdistill.evaluation.sampled import Samples
 from ibdistill.models import decoding, families
+from ibdistill.models.prompt import FILE as PROMPT
+from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
 from ibdistill.runtime import distributed, files
 from ibdistill.runtime.distributed import World
@@ -82,10 +84,12 @@ def main() -> None:
 def with_run(student: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The given settings, and those of the run that the student or the file of predictions is of.
 
-    What is given wins, and a warning says where it differs. Without a run folder around them, the given
-    settings alone. Raises ValueError if the run's `config.yaml` cannot be read.
+    What is given wins, and a warning says where it differs from the run. Without a run folder around it, a
+    student's settings are those of its prompt. Raises ValueError if these files cannot be read.
     """
     path = _run_settings(student or given.get("eval.predictions"))
+    if path is None and student and (Path(student) / PROMPT).is_file():
+        return Prompt.read(Path(student)).evaluation_settings() | given
     if path is None:
         return dict(given)
     known = fields.to_flat(StudentEvaluation())

@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -138,6 +139,26 @@ class Prompt:
             think_close=closed,
             max_question_tokens=self.question_limit,
         )
+
+    def evaluation_settings(self) -> dict[str, Any]:
+        """`section.field` -> value of an evaluation that asks the student as it was trained."""
+        limits, reasons = self.limits, "reason" in self.prefixes
+        label = limits.get("predict", min(DataConfig().max_label_tokens, limits.get("reason", 2) - 1))
+        rationale = limits.get("explain", limits.get("reason", 0) - label)
+        data = {"max_question_tokens": self.question_limit, "max_label_tokens": label}
+        data |= {"max_rationale_tokens": rationale} if rationale > 0 else {}
+        data |= {"map_numbers": self.map_numbers} | ({"task": self.task} if self.task else {})
+        if self.tags:
+            opened, closed = self.tags
+            data |= {"format": "chat", "system": self.system, "think_open": opened, "think_close": closed}
+        elif reasons:
+            data["answer_marker"] = self.marker
+        found = {f"data.{name}": value for name, value in data.items()}
+        alone = "only" if "predict" not in self.prefixes else "also"
+        return found | {
+            "eval.rationales": "explain" in self.prefixes,
+            "eval.reason": alone if reasons else "no",
+        }
 
 
 def tasks_of(config: Config) -> list[str]:

@@ -10,15 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from chat_tokenizers import chatml
 from harness import IN_FULL, ROOT, alone, launch
 from miniatures import lines
+from tiny_models import byte_tokenizer, tiny
 
 from ibdistill import evaluate_student
 from ibdistill.config import fields
 from ibdistill.config.evaluation_sections import StudentEvaluation
 from ibdistill.config.load import load_settings, to_yaml
-from ibdistill.config.sections import StudentConfig
+from ibdistill.config.sections import Config, DataConfig, ObjectiveConfig, StudentConfig
 from ibdistill.data import tokenizers
+from ibdistill.models.prompt import Prompt
 from ibdistill.models.student import load_student
 
 SCRIPT = str(ROOT / "ibdistill" / "evaluate_student.py")
@@ -191,6 +194,28 @@ def test_a_damaged_config_of_a_run_is_named(tmp_path, content):
     (tmp_path / "config.yaml").write_bytes(content)
     with pytest.raises(ValueError, match="config.yaml cannot be read as the settings of a run"):
         evaluate_student.with_run(str(tmp_path), {})
+
+
+@pytest.mark.parametrize("method", ["finetune", "dss", "cot", "dss+cot"])
+@pytest.mark.parametrize("form", ["plain", "chat"])
+def test_a_student_without_its_run_is_asked_as_its_prompt_says(tmp_path, method, form):
+    """Copied elsewhere, it has the settings that its run gives an evaluation."""
+    data = {"task": "svamp", "format": form, "max_question_tokens": 70, "map_numbers": True}
+    if form == "chat":
+        data |= {"system": "Be brief.", "think_open": "<t>", "think_close": "</t>"}
+    data |= {"max_rationale_tokens": 40} if method != "finetune" else {}
+    data |= {"answer_marker": "so:"} if "cot" in method and form == "plain" else {}
+    config = Config(data=DataConfig(**data), objective=ObjectiveConfig(method=method))
+    prompt = Prompt.of(tiny("llama"), chatml() if form == "chat" else byte_tokenizer(), config)
+    given, folder = {"eval.limit": 3}, tmp_path / "student"
+    folder.mkdir()
+    prompt.write(folder)
+    copied = evaluate_student.with_run(str(folder), given)
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    of_run = evaluate_student.with_run(str(folder), given)
+    assert fields.from_flat(StudentEvaluation, copied) == fields.from_flat(StudentEvaluation, of_run)
+    (tmp_path / "config.yaml").unlink()
+    assert evaluate_student.with_run(str(folder), {"data.system": "x"})["data.system"] == "x"
 
 
 def test_without_a_run_the_given_settings_are_all(tmp_path):
