@@ -129,6 +129,12 @@ def _making(
             yield stored_features.rows(features, first, indices)
             first, kept = first + len(features), kept + len(indices)
         notes.report(first)
+        if nothing := first - kept - notes.cut.get("reasonings", 0):
+            logger.warning(
+                "%d of %d training records teach nothing, as they have no rationale; earlier turns of the "
+                "assistant are such records, which data.loss_on last_turn leaves out",
+                *(nothing, first),
+            )
         if not kept:
             raise ValueError(
                 "no training record is left: the rationale of each is longer than data.max_rationale_tokens. "

@@ -79,9 +79,9 @@ def test_a_table_holds_what_one_block_in_memory_does(case, world, tmp_path, monk
     prefixes = {name: loading.TASKS[name].prefixes for name in plain.test}
     expected = tokenize(plain.train, prefixes, tokenizer, config.data, streams=streams)
     monkeypatch.setattr(arrow_tables, "BLOCK", 4)
+    caplog.clear()
     stored = tables.load(config.data, world, **needs)
     assert list(stored.train) == plain.train and stored.report == plain.report
-    caplog.clear()
     made = tables.tokenize(config, stored, tokenizer, world)
     warned = warnings(caplog)
     found, kept = made.features, taught(expected)
@@ -131,6 +131,26 @@ def test_a_run_of_the_commit_before_tables_goes_on(settings, digest, world, monk
     assert made.described == f"100 records, digest {digest}"
     valid = run_folder.described(records.valid["demo"])
     assert valid == "1000 records, digest 2760400b8d384232"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, ["3 of 6 training records teach nothing, as they have no rationale; earlier turns of the assi"]),
+        ({"data.loss_on": "last_turn"}, []),
+        ({"objective.method": "dss", "data.missing_rationales": "predict_only"}, []),
+    ],
+)
+def test_earlier_turns_without_a_rationale_are_counted(settings, said, world, tmp_path, caplog):
+    (tmp_path / "train.jsonl").write_text("\n".join([json.dumps({"messages": MESSAGES})] * 3))
+    (tmp_path / "valid.jsonl").write_text(json.dumps({"messages": MESSAGES[:1] + MESSAGES[3:]}))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"messages": MESSAGES[:1] + MESSAGES[3:]}))
+    given = {"data.task": "jsonl", "data.path": str(tmp_path), "data.cache_dir": str(tmp_path / "cache")}
+    given |= {"objective.method": "cot", "data.format": "chat", "data.max_question_tokens": 60}
+    config = load_settings(None, given | settings)
+    made = tables.tokenize(config, tables.load(config.data, world, needs_rationale=True), smollm2(), world)
+    found = [message[: len(said[0])] for message in warnings(caplog) if "teach nothing" in message and said]
+    assert found == said and len(made.features) == (6 if "objective.method" in settings else 3)
 
 
 def test_bad_data_is_refused_and_leaves_no_table(world, tmp_path):
