@@ -143,7 +143,7 @@ class Prompt:
     def evaluation_settings(self) -> dict[str, Any]:
         """`section.field` -> value of an evaluation that asks the student as it was trained."""
         limits, reasons = self.limits, "reason" in self.prefixes
-        label = limits.get("predict", min(DataConfig().max_label_tokens, limits.get("reason", 2) - 1))
+        label = limits.get("predict", min(DataConfig().max_label_tokens, limits.get("reason", 4) - 2))
         rationale = limits.get("explain", limits.get("reason", 0) - label)
         data = {"max_question_tokens": self.question_limit, "max_label_tokens": label}
         data |= {"max_rationale_tokens": rationale} if rationale > 0 else {}

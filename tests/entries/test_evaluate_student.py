@@ -218,6 +218,16 @@ def test_a_student_without_its_run_is_asked_as_its_prompt_says(tmp_path, method,
     assert evaluate_student.with_run(str(folder), {"data.system": "x"})["data.system"] == "x"
 
 
+@pytest.mark.parametrize("label, rationale", [(2, 2), (3, 40), (20, 9)])
+def test_a_reasoning_keeps_its_limit_where_its_prompt_has_only_the_sum(tmp_path, label, rationale):
+    data = DataConfig(task="svamp", max_label_tokens=label, max_rationale_tokens=rationale)
+    config = Config(data=data, objective=ObjectiveConfig(method="cot"))
+    Prompt.of(tiny("llama"), byte_tokenizer(), config).write(tmp_path)
+    settings = evaluate_student.with_run(str(tmp_path), {})
+    found = fields.from_flat(StudentEvaluation, settings).data
+    assert found.answer_limits()["reason"] == label + rationale
+
+
 def test_without_a_run_the_given_settings_are_all(tmp_path):
     for source in ("org/student", str(tmp_path / "student"), None):
         assert evaluate_student.with_run(source, {"data.task": "svamp"}) == {"data.task": "svamp"}
