@@ -235,7 +235,7 @@ def _exceptions(prompt: Prompt) -> str:
     """What the evaluation and `ask.py` do besides `usage`; empty for most students."""
     found = []
     if "reason" in prompt.prefixes:
-        found.append("look for an answer that is not marked by the rule of the task")
+        found.append("look by the rule of the task for an answer that is not marked")
     if prompt.map_numbers:
         found.append("write `n0`, `n1`, ... for the numbers of a question and put them back into the answer")
     return f"; but the evaluation and `ask.py` also {' and '.join(found)}" if found else ""

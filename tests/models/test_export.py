@@ -96,14 +96,14 @@ def test_the_card_says_why_a_text_in_16_bits_may_differ():
         (
             "cot",
             False,
-            "; but the evaluation and `ask.py` also look for an answer that is not marked by the rule",
+            "; but the evaluation and `ask.py` also look by the rule of the task for an answer",
         ),
         (
             "dss",
             True,
             "; but the evaluation and `ask.py` also write `n0`, `n1`, ... for the numbers of a ques",
         ),
-        ("cot", True, "by the rule of the task and write `n0`, `n1`, ..."),
+        ("cot", True, "for an answer that is not marked and write `n0`, `n1`, ..."),
     ],
 )
 def test_the_card_says_what_its_lines_leave_out(method, mapped, said):
