@@ -153,7 +153,7 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         raise ValueError(
             "give either a STUDENT (an exported folder, a run folder, a hub name) or --eval.predictions"
         )
-    check_samples(student, eval_)
+    sampled.check(student is not None, eval_)
     if eval_.math_verify:
         math_equal.check_installed()
     folder = Path(eval_.dir or Path("evaluation") / f"{_name(student or eval_.predictions)}-{task}")
@@ -169,7 +169,7 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         records = getattr(loading.load(config.data, needs_rationale=False), eval_.split)[task]
     if student is None:
         read = list(evaluation_predictions.read_predictions(Path(eval_.predictions), records))
-        answer = partial(tuple, (read, {}))
+        answer = partial(tuple, (read[: eval_.limit or None], {}))
     else:
         answer = _decoder(student, records[: eval_.limit or None], config, world)
 
@@ -212,19 +212,6 @@ def prepare(student: str | None, config: StudentEvaluation, world: World) -> Cal
         return result
 
     return evaluate
-
-
-def check_samples(student: str | None, config: EvaluationConfig) -> None:
-    """Raise ValueError for settings of samples that contradict each other."""
-    if config.samples and student is None:
-        raise ValueError(
-            f"eval.samples is {config.samples}, and eval.predictions has one answer per question; give a "
-            "STUDENT"
-        )
-    if config.samples and (not config.ks or max(config.ks) > config.samples):
-        raise ValueError(
-            f"eval.ks is {config.ks}, and eval.samples {config.samples}; each k is from 1 to eval.samples"
-        )
 
 
 def scores(

@@ -16,6 +16,7 @@ from ibdistill.data.tokenizers import load_tokenizer
 
 logger = logging.getLogger("ibdistill")
 _SHOWN = 2000
+_MISSING = "(a text that this record lacks)"
 
 
 def settle(
@@ -39,8 +40,8 @@ def settle(
         raise ValueError(
             f"student.tokenizer ends a text with {tokenizer.eos_token!r} ({own_end}), the teacher's with "
             f"{theirs.eos_token!r} ({theirs.eos_token_id}), as a base model's and an instructed one's do; "
-            f"give the teacher's tokenizer to the student, --student.tokenizer {teacher}, or take the "
-            "instructed student"
+            f"give the teacher's tokenizer to the student, --student.tokenizer {teacher}, take the "
+            "instructed student, or compare them on the text (objective.alignment text)"
         )
     adopt_turn_end(tokenizer, config, streams)
     if tokenizer.eos_token_id != own_end:
@@ -90,7 +91,7 @@ def _rendered(
     before = TASKS[record.task].prefixes[stream]
     [asked], _ = conversations([record], stream, [before], chat, config.max_question_tokens)
     answer = record.rationale if stream == "explain" else record.label
-    [row] = chat.rows([(*asked, record.rationale or "..." if thinks else None, answer or "...")])
+    [row] = chat.rows([(*asked, record.rationale or _MISSING if thinks else None, answer or _MISSING)])
     ids = [*row.prompt, *row.rationale, *row.answer]
     logger.info(
         "chat: %s, %s: BOS %s, %s; a turn ends with %r (%d); prompt %.*s, target %.*s",

@@ -198,7 +198,8 @@ def check_vocabularies(
         raise ValueError(
             f"student.tokenizer ends a text with {student.eos_token!r} ({student.eos_token_id}), the "
             f"teacher's with {teacher.eos_token!r} ({teacher.eos_token_id}), so the teacher would teach the "
-            "student not to end; give the teacher's tokenizer as student.tokenizer"
+            "student not to end; give the teacher's tokenizer as student.tokenizer, or compare them on the "
+            "text (objective.alignment text)"
         )
     return shared
 

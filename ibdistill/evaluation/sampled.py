@@ -43,6 +43,27 @@ class Sample:
 
 Samples = list[list[list[Sample]]]
 """[seed][record][sample]."""
+_SETTINGS = ("temperature", "top_p", "ks", "seed", "seeds")
+
+
+def check(has_student: bool, config: EvaluationConfig) -> None:
+    """Raise ValueError for settings of samples that contradict each other, or that nothing would use."""
+    given, default = asdict(config), asdict(EvaluationConfig())
+    unused = [name for name in _SETTINGS if given[name] != default[name]]
+    if unused and not config.samples:
+        raise ValueError(
+            f"eval.{unused[0]} is {given[unused[0]]}, which is for samples, and eval.samples is 0: none are "
+            "drawn; give eval.samples, or leave it out"
+        )
+    if config.samples and not has_student:
+        raise ValueError(
+            f"eval.samples is {config.samples}, and eval.predictions has one answer per question; give a "
+            "STUDENT"
+        )
+    if config.samples and (not config.ks or max(config.ks) > config.samples):
+        raise ValueError(
+            f"eval.ks is {config.ks}, and eval.samples {config.samples}; each k is from 1 to eval.samples"
+        )
 
 
 def sample(

@@ -165,10 +165,12 @@ def check_context(
     need = around + config.max_question_tokens + target
     if need > have:
         frame = f"{overhead} of the template" if overhead else "BOS"
+        room = have - around - target
+        question = f"data.max_question_tokens to {room}, or " if room > 0 else ""
         raise ValueError(
             f"student.model has {have} positions, but data.max_question_tokens {config.max_question_tokens} "
-            f"with up to {target} target tokens and {frame} need {need}; lower data.max_question_tokens to "
-            f"{have - around - target}, or data.max_rationale_tokens"
+            f"with up to {target} target tokens and {frame} need {need}; lower "
+            f"{question}data.max_rationale_tokens or data.max_label_tokens"
         )
 
 

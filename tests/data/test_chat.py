@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -237,7 +238,8 @@ def test_a_base_student_beside_an_instructed_teacher_is_refused(tmp_path, caplog
     teacher.eos_token = "<|im_end|>"
     teacher.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"'<\|end\|>' \(0\), the teacher's with '<\|im_end\|>'.*--student.tok"
+        ValueError,
+        match=r"'<\|end\|>' \(0\), the teacher's with '<\|im_end\|>'.*--student.tok.*alignment text",
     ):
         chat_start.settle(student, CONFIG, ["reason"], str(tmp_path), record())
     student.eos_token = "<|im_end|>"
@@ -248,7 +250,9 @@ def test_a_base_student_beside_an_instructed_teacher_is_refused(tmp_path, caplog
     assert "chat: student, reason: BOS None" in caplog.text and "chat: teacher, reason" in caplog.text
     assert "the teacher's own template renders the reason stream otherwise" in caplog.text
     alone = chatml()
-    chat_start.settle(alone, CONFIG, ["reason"], "", record())
+    caplog.clear()
+    chat_start.settle(alone, CONFIG, ["reason"], "", replace(record(), rationale=""))
+    assert "(a text that this record lacks)" in caplog.text
     assert alone.eos_token == "<|im_end|>" and "a turn ends with '<|im_end|>'" in caplog.text
 
 
@@ -372,3 +376,26 @@ def test_rationales_that_are_refused(tmp_path):
             read_refused(message, "jsonl", tmp_path)
     write(tmp_path, [{"question": "q", "label": "x", "rationale": "y", "rationales": ["x"]}])
     read_refused("exclude each other", "jsonl", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("said", "beside"),
+    [
+        ({}, {"label": "7"}),
+        ({}, {"rationale": "3 and 4 make 7."}),
+        ({"reasoning_content": "Count on."}, {"rationale": "3 and 4 make 7."}),
+        ({"reasoning_content": "Count on."}, {"rationales": ["3 and 4 make 7."]}),
+    ],
+)
+def test_what_the_assistant_says_stands_once(tmp_path, said, beside):
+    messages = [{"role": "user", "content": "3 + 4 ?"}, {"role": "assistant", "content": "7", **said}]
+    write(tmp_path, [{"messages": messages, **beside}])
+    read_refused(f"the fields 'messages' and '{next(iter(beside))}' exclude each other", "jsonl", tmp_path)
+
+
+def test_rationales_beside_a_conversation_without_one(tmp_path):
+    messages = [{"role": "user", "content": "3 + 4 ?"}, {"role": "assistant", "content": "7"}]
+    row = {"messages": messages, "label": None, "rationales": ["3 and 4 make 7.", "Count on from 3."]}
+    write(tmp_path, [row | {"id": str(i)} for i in range(12)])
+    loaded = loading.load(DataConfig(task="jsonl", path=str(tmp_path)), needs_rationale=True)
+    assert {r.rationale for r in loaded.train} == set(row["rationales"]) and loaded.train[0].label == "7"

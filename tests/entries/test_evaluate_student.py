@@ -305,6 +305,9 @@ def test_what_it_refuses(student, tmp_path, world):
     refused("data.task 'dmo' is unknown", student, data__task="dmo")
     refused("eval.samples is 2, and eval.predictions has one", None, eval__predictions="p", eval__samples=2)
     refused("eval.ks is [1, 4], and eval.samples 3", student, eval__samples=3, eval__ks=[1, 4])
+    refused("eval.temperature is 0.7, which is for samples, and", student, eval__temperature=0.7)
+    refused("eval.ks is [1, 4], which is for samples, and eval.samples is 0", student, eval__ks=[1, 4])
+    refused("eval.seeds is 3, which is for samples", None, eval__predictions="p", eval__seeds=3)
     refused("eval.engine is 'vllm', and vllm is not installed", student, eval__engine="vllm")
     (tmp_path / "file").write_text("")
     for name in ("file", "file/below"):

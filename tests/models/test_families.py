@@ -341,6 +341,9 @@ def test_questions_and_targets_must_fit_the_positions():
         ValueError, match="has 256 positions.* need 257; lower data.max_question_tokens to 191"
     ):
         check_context(model, config)
+    config.max_rationale_tokens = 256
+    with pytest.raises(ValueError, match="need 449; lower data.max_rationale_tokens or data.max_label"):
+        check_context(model, config)
     seq2seq = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=8, d_kv=4, d_ff=8, num_layers=1))
     check_context(seq2seq, DataConfig(max_question_tokens=100_000))
     assert families.family(seq2seq) == families.ENCODER_DECODER

@@ -37,8 +37,8 @@ def conversation(row: dict[str, Any], config: DataConfig) -> Conversation:
     """A row's conversation. The assistant's rationale is its `reasoning_content`, or stands between the tags
     before its text.
 
-    Raises ValueError if it is none that ends with the assistant, or if it has more than one question where
-    `data.format` is plain.
+    Raises ValueError if it is none that ends with the assistant, if the row says elsewhere too what the
+    assistant answers, or if there is more than one question where `data.format` is plain.
     """
     value = row[MESSAGES]
     if not isinstance(value, list) or not value:
@@ -57,6 +57,12 @@ def conversation(row: dict[str, Any], config: DataConfig) -> Conversation:
             "be left out, user and assistant must take turns"
         )
     *history, (_, question, _), (_, label, rationale) = turns
+    again = [config.label_field, config.rationale_field, *([RATIONALES] if rationale else [])]
+    if beside := [name for name in again if row.get(name) is not None]:
+        raise ValueError(
+            f"the fields {MESSAGES!r} and {beside[0]!r} exclude each other: label and rationale "
+            "are what the assistant says at the end"
+        )
     if history and config.format == "plain":
         raise ValueError(
             f"field {MESSAGES!r} has a system message or several turns, which data.format plain does not "
