@@ -54,6 +54,17 @@ def built(**changes):
     return study_arms.build(content(**changes), Path("x.yaml"))
 
 
+def test_the_order_of_the_runs():
+    """All seeds of the usual number of labels, one seed of all arms after the other, and then other numbers."""
+    arms = {
+        "ib": {"objective.method": "ib", "labels": {8: [1, 2, 3], 4: [2, 1]}},
+        "dss": {"objective.method": "dss"},
+    }
+    found = [(run.labels, run.seed, run.arm) for run in built(arms=arms).runs]
+    usual = [(8, seed, arm) for seed in (1, 2) for arm in ("ib", "dss")]
+    assert found == [*usual, (8, 3, "ib"), (4, 1, "ib"), (4, 2, "ib")]
+
+
 def t_probability(t, degrees):
     """P(|T| < t) of Student's t by Simpson's rule on its density."""
     log_c = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)

@@ -191,10 +191,10 @@ def build(
     for pair in comparisons:
         if len(pair) != 2 or not set(pair) <= keys:
             raise ValueError(f"{path}: comparison {list(pair)} must be two of {', '.join(sorted(keys))}")
-    # all arms of a seed before the next seed, and the usual numbers of labels before others: what is there of
+    # the usual numbers of labels before others, and all arms of a seed before the next seed: what is there of
     # an interrupted study can be compared
     order, usual = list(dict.fromkeys(run.seed for run in runs)), content.get("labels") or []
-    runs.sort(key=lambda run: (run.ranks, order.index(run.seed), bool(usual) and run.labels not in usual))
+    runs.sort(key=lambda run: (run.ranks, bool(usual) and run.labels not in usual, order.index(run.seed)))
     return Study(
         path=path,
         baseline=baseline,
