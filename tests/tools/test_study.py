@@ -55,7 +55,7 @@ def built(**changes):
 
 
 def test_the_order_of_the_runs():
-    """All seeds of the usual number of labels, one seed of all arms after the other, and then other numbers."""
+    """The usual number of labels first, one seed of all arms after the other; then other numbers."""
     arms = {
         "ib": {"objective.method": "ib", "labels": {8: [1, 2, 3], 4: [2, 1]}},
         "dss": {"objective.method": "dss"},
