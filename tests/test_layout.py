@@ -159,7 +159,7 @@ def test_no_two_classes_have_one_name():
 
 LONGEST_FILE = 300
 """Lines. A longer file holds two things, or says one thing too often."""
-BUDGET = 29_340
+BUDGET = 29_355
 """Lines of the package. CONTRIBUTING.md says who may raise it."""
 
 
