@@ -298,6 +298,9 @@ def test_the_figure_has_no_empty_panel_and_one_look_for_an_arm(tmp_path):
     assert len(set(colors)) == 14
     runs = [line.get_color() for line in ranked.lines if len(line.get_xdata()) == 2]
     assert list(dict.fromkeys(runs)) == colors
+    assert ranked.get_title() == "8 labels: mean, 95 % interval, seeds"
+    [ranked, _] = drawn(built(arms=arms, baseline="arm0", labels=[0.25])).axes
+    assert ranked.get_title().startswith("25% of the labels:")
     two_counts = drawn(built(arms=arms, baseline="arm0", labels=[4, 8]))
     assert [axes.get_title() for axes in two_counts.axes][1:] == ["compute", "labels needed"]
 

@@ -227,7 +227,8 @@ def figure(study: Study, groups: dict[str, dict[int, dict]]) -> Figure:
     widths = [1.5, 1, 1] if curves else [1.5, 1]
     figure = Figure(figsize=(4 * sum(widths), 1.6 + 0.28 * max(10, len(at_usual))), layout="constrained")
     ranked, compute, *rest = figure.subplots(1, len(widths), width_ratios=widths)
-    _draw_ranking(ranked, at_usual, looks, f"{usual} labels: mean, 95 % interval, seeds")
+    amount = f"{usual} labels" if float(usual) > 1 else f"{float(usual):.0%} of the labels"  # else a share
+    _draw_ranking(ranked, at_usual, looks, f"{amount}: mean, 95 % interval, seeds")
     _draw_compute(compute, at_usual, looks)
     if curves:
         _draw_labels(rest[0], curves, looks)
@@ -275,6 +276,6 @@ def _draw_labels(axes: Axes, curves: dict[str, list[tuple[float, Scores]]], look
         y, half = zip(*intervals, strict=True)
         axes.errorbar([x for x, _ in points], y, yerr=half, capsize=3, label=plain(arm), **looks[arm])
         values += [score for _, scores in points for score in scores.values()]
-    axes.set(xlabel="labelled questions", ylabel="accuracy %", title="labels needed")
+    axes.set(xlabel="labelled questions, or their share", ylabel="accuracy %", title="labels needed")
     axes.set_ylim(compare_runs.limits(values))
     axes.legend(fontsize=7)
