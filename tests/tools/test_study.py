@@ -116,11 +116,11 @@ def test_arms_labels_and_seeds_become_runs():
     }
     assert built(arms=arms).runs == built(arms=arms | {"dss": arms["dss"] | {"labels": [4, 8]}}).runs
     found = built(arms=arms, comparisons=[["ib@8", "dss@4"]])
-    # seed by seed; what takes all cores at the end
+    # the study's own number of labels first, seed by seed; what takes all cores at the end
     assert [(r.arm, r.labels, r.seed) for r in found.runs] == [
-        ("dss", 8, 1),  # the study's own number of labels first
-        ("dss", 4, 1),
+        ("dss", 8, 1),
         ("dss", 8, 2),
+        ("dss", 4, 1),
         ("dss", 4, 2),
         ("ib", 8, 2),
     ]
