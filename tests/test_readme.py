@@ -166,17 +166,31 @@ def test_the_study_page_has_the_recorded_figures():
         assert f"| {names[0]} against {names[1]} | {value} |" in page
 
 
+def test_the_study_page_has_the_figures_of_the_pretrained_student():
+    page, table = (STUDY / "README.md").read_text(), (STUDY / "real_table.md").read_text().split("\nFrom ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    rows = [row for row in rows if len(row) == 10 and row[1] == "1"]
+    assert len(rows) == 17
+    for arm, _, steps, *values, _, cpu in rows:
+        name = {"before": "before distillation"}.get(arm, arm)
+        steps = "50 + 50" if arm == "own-after-cot" else steps
+        cells = re.escape(" | ".join([steps, *values, cpu]))
+        assert re.search(rf"(?m)^\| {re.escape(name)}([:,][^|]*)? \| {cells} \|", page), arm
+    compared = re.findall(r"(?m)^- (\S+)@1 against (\S+)@1: (.*), p", table)
+    assert len(compared) == 10
+    assert all(f"| {a} against {b} | {value} | " in page for a, b, value in compared)
+
+
 def test_the_differences_that_pages_state_follow_from_the_recorded_ones():
-    shown = subprocess.run(
-        [sys.executable, STUDY / "paired.py", STUDY / "demo_table.md"],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    page = (STUDY / "README.md").read_text()
-    rows = re.findall(r"^\| .* against .* \| .* \| +(\d+) \| (\S+) \| (yes|no) \|$", page, re.MULTILINE)
-    printed = re.findall(r"(\d+) seeds  p (\S+)  (holds)?", shown.stdout)
-    assert rows == [(seeds, p, "yes" if holds else "no") for seeds, p, holds in printed]
+    page, printed = (STUDY / "README.md").read_text(), []
+    for table in ("demo_table.md", "real_table.md"):
+        command = [sys.executable, STUDY / "paired.py", STUDY / table]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True)
+        printed += re.findall(r"(\d+) seeds  p (\S+)  (holds)?", shown.stdout)
+    row = r"^\| .* against .* \| .* \| +(\d+) \| (\S+) \| (yes|no) \|$"
+    assert re.findall(row, page, re.MULTILINE) == [
+        (*values, "yes" if holds else "no") for *values, holds in printed
+    ]
     further = re.findall(r"^\| (\S+@\d+) \| (\S+@\d+) \| (\S+ \[.*\]) \| (\d+) \|$", page, re.MULTILINE)
     arguments = itertools.chain.from_iterable(row[:2] for row in further)
     shown = subprocess.run(
