@@ -94,6 +94,10 @@ def test_one_rank_and_two_agree_and_write_all_files(student, tmp_path, world):
     )
     assert 0 <= again["scores"].pop("accuracy_math_verify") < 0.2
     assert again["scores"] == pytest.approx(result["scores"])
+    read = str(tmp_path / "one/predictions.jsonl")
+    first = run(None, world, eval__dir=str(tmp_path / "first"), eval__predictions=read, eval__limit=3)
+    written = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "first")]
+    assert first["records"] == 3 and written[1].splitlines() == written[0].splitlines()[:3]
 
 
 def test_a_task_with_few_labels_gets_a_confusion_matrix(tmp_path, world):
