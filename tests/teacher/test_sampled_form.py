@@ -153,6 +153,8 @@ def test_what_cannot_go_with_draws_is_refused(tmp_path, more, message):
 def test_through_train_py_with_models_from_a_folder(tmp_path):
     """A run's student becomes student and teacher of the next, at its defaults, on 2 ranks and on 1."""
     short = {"optim.max_steps": 4, "data.subsample": 24, "run.test_limit": 4, "run.report_to": []}
+    # With its usual eps Adam makes a whole step of a gradient that is only rounding, which ranks change.
+    short |= {"optim.adam_eps": 0.1, "optim.lr": 0.1}
 
     def run(name, ranks, **more):
         log = tmp_path / f"{name}.log"
@@ -173,6 +175,6 @@ def test_through_train_py_with_models_from_a_folder(tmp_path):
     run("two", 2, **taught)
     run("one", 1, **taught | {"teacher.placement": "cache"})
     pairs = [load_file(tmp_path / name / "student/model.safetensors") for name in ("two", "one")]
-    assert all(torch.allclose(x, pairs[1][name], atol=1e-4) for name, x in pairs[0].items())
+    assert all(torch.allclose(x, pairs[1][name], atol=1e-5) for name, x in pairs[0].items())
     assert any(path.suffix == ".safetensors" for path in (tmp_path / "cache").iterdir())
     assert "2503.16870" in (tmp_path / "one/student/README.md").read_text()
