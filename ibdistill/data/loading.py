@@ -64,7 +64,7 @@ def streamed(data: DataConfig, *, needs_rationale: bool) -> Loaded:
     Raises:
         ValueError: bad settings or bad data; the message names the setting or the file and line.
     """
-    tasks = _checked_tasks(data)
+    tasks = checked_tasks(data)
     loaded, parts = Loaded((), {}, {}, {}), []
     for task in tasks:
         counts: Counter[str] = Counter()
@@ -81,7 +81,8 @@ def streamed(data: DataConfig, *, needs_rationale: bool) -> Loaded:
     return replace(loaded, train=chained(parts))
 
 
-def _checked_tasks(data: DataConfig) -> list[Task]:
+def checked_tasks(data: DataConfig) -> list[Task]:
+    """The tasks of data.task; reads no file. Raises ValueError for settings of data that they lack."""
     names = [data.task] if isinstance(data.task, str) else list(data.task)
     for name in names:
         if name not in TASKS:

@@ -116,8 +116,9 @@ class Writing:
                 return
             self._write(state, path)
             self.checksums[Path(path).name] = checksum(Path(path))
-        except (OSError, RuntimeError) as error:  # torch.save wraps a full disk in a RuntimeError
-            self.errors.append(f"{path}: {error}")
+        except (OSError, RuntimeError) as error:
+            why = " (torch says so where a disk is full)" if isinstance(error, RuntimeError) else ""
+            self.errors.append(f"{path}: {error}{why}")
 
     def _staged(self, state: Any, path: str) -> IO[bytes] | None:
         """The file on the node's own disk; None (after a message) if it could not be written."""

@@ -192,6 +192,10 @@ def test_a_changed_setting_is_another_run():
             {"arms": {"dss": {"objective.method": "kd"}}},
             "arm dss: objective.method kd needs an online teacher",
         ),
+        (
+            {"arms": {"dss": {"data.task": "gsm8k", "data.path": "x", "data.choice_labels": "letter"}}},
+            r"arm dss: data.choice_labels is 'letter', which is for tasks of options \(.*\), not gsm8k",
+        ),
         ({"comparisons": [["ib@8", "dss@9"]]}, r"\['ib@8', 'dss@9'\] must be two of dss@8, ib@8"),
     ],
 )
@@ -336,8 +340,8 @@ def test_a_grid_says_what_a_run_would_do(tmp_path):
     assert name == found.runs[0].name
     given |= {"run.dir": str(tmp_path / "runs" / name)}
     assert load_settings("demo", given) == study_arms.resolved(found.runs[0], tmp_path)
-    with pytest.raises(ValueError, match="a grid takes no spaces: data.path 'a b'"):
-        command.write_grids(built(settings=TINY | {"data.path": "a b"}), tmp_path)
+    with pytest.raises(ValueError, match="a grid takes no spaces: data.cache_dir 'a b'"):
+        command.write_grids(built(settings=TINY | {"data.cache_dir": "a b"}), tmp_path)
 
 
 def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
@@ -355,6 +359,8 @@ def test_runs_side_by_side_and_only_what_is_missing(tmp_path):
     assert "failed: lost-n8-s1-" in first.stderr
     folders = sorted((tmp_path / "out/runs").glob("dss-*"))
     assert [json.loads((f / "result.json").read_text())["ranks"] for f in folders] == [2, 1]
+    assert not any((f / "checkpoints").exists() for f in folders)
+    assert all((f / "predictions").is_dir() for f in folders)
     notes = json.loads((folders[0] / "study.json").read_text())
     assert notes["process_seconds"] > 0 and notes["cpu_seconds"] > 1 and notes["commit"] and notes["machine"]
     before = [(f / "result.json").stat().st_mtime_ns for f in folders]

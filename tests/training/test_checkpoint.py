@@ -273,7 +273,8 @@ def test_a_failed_write_loses_neither_the_run_nor_the_checkpoint_before(make_job
         target.unlink()
     assert not target.exists()
     assert checkpoint.problem_with(job.checkpoints.folder / "step-00000002") is None
-    assert any("not saved, training goes on: rank 0" in r.getMessage() for r in caplog.records)
+    (said,) = (m for r in caplog.records if "not saved, training goes on: rank 0" in (m := r.getMessage()))
+    assert ("where a disk is full" in said) == (obstacle == "full disk")
     steps(job, 1)
     assert same(weights(job), weights(undisturbed))
     assert job.checkpoints.save(job.engine, job.state)

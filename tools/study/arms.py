@@ -17,6 +17,7 @@ import yaml
 from ibdistill.config import command_line, fields
 from ibdistill.config.load import load_settings, read_yaml
 from ibdistill.config.sections import Config
+from ibdistill.data.loading import checked_tasks
 from study import folders
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -244,6 +245,7 @@ def _run(
         settings |= {"data.subsample": labels, "data.subsample_seed": seed}
     try:
         config = load_settings(recipe, settings)
+        checked_tasks(config.data)
     except ValueError as error:
         raise ValueError(f"{path}: arm {arm}: {error}") from error
     # settings at their defaults do not count, or each new setting of a new version would start all runs anew

@@ -31,8 +31,9 @@ Each run is one process of one thread. As many run side by side as there are GPU
 a run starts as soon as the models that it names are there.
 Runs with `ranks` go through DeepSpeed's launcher, one at a time, at the end. A run's folder is named after a
 digest of its settings and of those of the models that it starts from: a run whose configuration has changed
-is another run, and a run that is finished is not repeated. `timeout 30m python tools/study.py run ...` runs a
-piece of a study: the run under way saves, and the same command goes on from there.
+is another run; a run that is finished is not repeated, and its checkpoints are removed.
+`timeout 30m python tools/study.py run ...` runs a piece of a study: the run under way saves, and the same
+command goes on from there.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,7 +165,10 @@ def _start(run: Run, out: Path, slot: int, children: set[subprocess.Popen]) -> i
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     children.discard(process)
-    _note(out / "runs" / run.name, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
+    folder = out / "runs" / run.name
+    _note(folder, time.perf_counter() - start, usage.ru_utime + usage.ru_stime)
+    if process.returncode == 0:  # a finished run does not go on, and checkpoints are many times its weights
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return process.returncode
 
 
