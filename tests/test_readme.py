@@ -169,9 +169,11 @@ def test_the_study_page_has_the_recorded_figures():
 def test_the_study_page_has_the_figures_of_the_pretrained_student():
     page, table = (STUDY / "README.md").read_text(), (STUDY / "real_table.md").read_text().split("\nFrom ")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-    rows = [row for row in rows if len(row) == 10 and row[1] == "1"]
-    assert len(rows) == 17
-    for arm, _, steps, *values, _, cpu in rows:
+    rows = [row for row in rows if len(row) == 10 and row[1] in ("1", "0.5", "0.25")]
+    assert len(rows) == 17 + 6
+    for arm, share, _, *values, _, _, cpu in rows[17:]:
+        assert f"| {' | '.join([arm, share, *values, cpu])} |" in page, arm
+    for arm, _, steps, *values, _, cpu in rows[:17]:
         name = {"before": "before distillation"}.get(arm, arm)
         steps = "50 + 50" if arm == "own-after-cot" else steps
         cells = re.escape(" | ".join([steps, *values, cpu]))
