@@ -183,6 +183,18 @@ def test_the_study_page_has_the_figures_of_the_pretrained_student():
     assert all(f"| {a} against {b} | {value} | " in page for a, b, value in compared)
 
 
+def test_the_study_page_has_the_figures_of_the_probe():
+    page, table = (STUDY / "README.md").read_text(), (STUDY / "real_probe_table.md").read_text()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    of = {(row[0], len(row)): row for row in rows if len(row) > 9}
+    for task, name in (("gsm8k", "GSM8K"), ("cose", "CoS-E")):
+        for part, model in (("", "10-layer cut"), ("-whole", "whole SmolLM2-135M")):
+            before, after = (of[f"{task}{part}{when}", 10] for when in ("-before", ""))
+            unanswered = [of[f"{task}{part}{when}", 11][-1] for when in ("-before", "")]
+            cells = [f"{name}, {model}", before[4], after[4], after[-1], *unanswered]
+            assert f"| {' | '.join(cells)} |" in page
+
+
 def test_the_differences_that_pages_state_follow_from_the_recorded_ones():
     page, printed = (STUDY / "README.md").read_text(), []
     for table in ("demo_table.md", "real_table.md"):
