@@ -117,7 +117,7 @@ class Writing:
             self._write(state, path)
             self.checksums[Path(path).name] = checksum(Path(path))
         except (OSError, RuntimeError) as error:
-            why = " (torch says so where a disk is full)" if isinstance(error, RuntimeError) else ""
+            why = " (torch says so where a disk is full)" if "unexpected pos" in str(error) else ""
             self.errors.append(f"{path}: {error}{why}")
 
     def _staged(self, state: Any, path: str) -> IO[bytes] | None:
