@@ -21,7 +21,7 @@ import yaml
 from harness import ROOT, Forked, launch, start_server
 from miniatures import said, svamp
 from study import arms as study_arms
-from study import command, folders, paper, report
+from study import command, folders, paper, report, unfinished
 
 from ibdistill.config import command_line
 from ibdistill.config.load import load_settings
@@ -270,10 +270,52 @@ def test_a_run_that_is_recorded_is_finished(tmp_path):
     assert (
         study_arms.result(found[1], tmp_path / "out") == {}
     )  # what was run here counts before what is recorded
-    for text in ("[]", "{", '{"runs": [1]}'):
+    results = "x", {"steps": 1}, {"test": {}, "steps": 1, "seconds": 1}, fake("half")
+    damaged = [json.dumps({"runs": [{"name": "a", "result": result}]}) for result in results]
+    for text in ("[]", "{", '{"runs": [1]}', *damaged):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(ValueError, match="other.json is no study.json that `report` wrote"):
             study_arms.load(tmp_path / "a.yaml", recorded=tmp_path / "other.json")
+
+
+def test_a_model_is_trained_where_a_run_without_a_result_needs_it(tmp_path):
+    """Though its own result is recorded: the weights are not."""
+    path, record = tmp_path / "a.yaml", tmp_path / "new/folder/study.json"
+    path.write_text(yaml.safe_dump(content(models=MODELS, arms=LEARNERS, baseline="alone", seeds=[1])))
+    study = study_arms.load(path)
+    assert [run.arm for run in unfinished.of(study, tmp_path)] == [
+        "one",
+        "two",
+        "alone",
+        "from-one",
+        "from-two",
+    ]
+    everything = {run.name: fake(0.5) for run in study.models + study.runs}
+    for lacking, expected in (("", []), ("from-two", ["two", "from-two"]), ("alone", ["alone"])):
+        known = {run.name: None for run in study.runs if run.arm == lacking}
+        report.write(study, record.parent, everything | known)
+        loaded = study_arms.load(path, recorded=record)
+        assert [run.arm for run in unfinished.of(loaded, tmp_path / "out")] == expected
+        assert all(study_arms.result(model, tmp_path / "out") == fake(0.5) for model in loaded.models)
+    with pytest.raises(ValueError, match=r"study.json has no run of .*a.yaml with these settings and --set"):
+        study_arms.load(path, {"optim.lr": 3e-3}, recorded=record)
+
+
+def test_what_is_refused_before_a_run_starts(tmp_path, capsys):
+    arms = {"dss": {"data.task": "jsonl", "data.path": "{data}/none"}}
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(content(arms=arms, folders={"data": str(tmp_path)})))
+    out = tmp_path / "out"
+    line = ["run", str(tmp_path / "a.yaml"), str(out)]
+    for more, message in (
+        ([], "a.yaml: data.path of dss is .*none', which does not exist; name its folder: --set data=FOLDER"),
+        (["--jobs", "0"], "--jobs: '0' is no whole number from 1 on"),
+        (["--jobs", "-1"], "--jobs: '-1' is no whole number from 1 on"),
+        (["--set", f"data={tmp_path / 'a.yaml'}"], "--set: .* is no NAME=FOLDER"),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            command.main(line + more)
+        assert ended.value.code == 2 and re.search(message, capsys.readouterr().err)
+    assert not out.exists()
 
 
 def test_differences_without_spread_have_no_interval():

@@ -61,3 +61,13 @@ def test_an_unknown_arm_is_named(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == f"error: no arm d@300 in {path}; it has a@300, b+c@300\n"
+
+
+@pytest.mark.parametrize(
+    "text", [None, "", "| a |\n|---|\n| b |\n", "| a | b | c | d | e | f | g |\n|-|\n" + 7 * "| x " + "|"]
+)
+def test_a_file_that_is_no_table(tmp_path, text):
+    if text is not None:
+        (tmp_path / "table.md").write_text(text)
+    with pytest.raises(SystemExit, match=r"error: .*table.md is no table that `study.py report` wrote"):
+        paired.main([str(tmp_path / "table.md")])

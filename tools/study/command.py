@@ -57,7 +57,7 @@ from typing import Any
 from ibdistill.config import fields
 from ibdistill.config.load import to_yaml
 from ibdistill.runtime.version import commit
-from study import arms, folders
+from study import arms, folders, unfinished
 from study.arms import ROOT, Run, Study, resolved, result
 
 
@@ -68,7 +68,7 @@ def execute(study: Study, out: Path, jobs: int) -> list[str]:
     whose model failed are left out. Runs over several ranks come last, one at a time.
     """
     failed: list[str] = []
-    todo = [run for run in study.models + study.runs if result(run, out) is None]
+    todo = unfinished.of(study, out)
     missing, running = {run.name for run in todo}, 0
     total, done = len(todo), 0
     start, changed = time.perf_counter(), threading.Condition()
@@ -240,7 +240,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("action", choices=("run", "report", "grid", "speed"))
     parser.add_argument("study", type=Path, help="YAML file")
     parser.add_argument("out", type=Path, help="folder for runs, logs and results")
-    parser.add_argument("--jobs", type=int, help="runs side by side; default: GPUs, or else cores")
+    parser.add_argument(
+        "--jobs", type=folders.read_jobs, help="runs side by side; default: GPUs, or else cores"
+    )
     parser.add_argument(
         "--seeds",
         nargs="+",

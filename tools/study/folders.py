@@ -81,17 +81,28 @@ def quick(content: dict[str, Any], smaller: Any, path: Path) -> dict[str, Any]:
 def read_folder(text: str) -> tuple[str, str]:
     """`NAME=FOLDER`, its folder resolved. Raises argparse's error for anything else."""
     name, mark, folder = text.partition("=")
-    if not (mark and folder and re.fullmatch(r"\w+", name)) or not Path(folder).exists():
+    if not (mark and folder and re.fullmatch(r"\w+", name)) or not Path(folder).is_dir():
         raise argparse.ArgumentTypeError(
             f"{text[:200]!r} is no NAME=FOLDER of a name in the study's `folders` and a folder that exists"
         )
     return name, str(Path(folder).resolve())
 
 
+def read_jobs(text: str) -> int:
+    """A number of runs side by side. Raises argparse's error, which names the option, for anything else."""
+    if not re.fullmatch(r"[1-9]\d{0,4}", text):
+        raise argparse.ArgumentTypeError(f"{text[:60]!r} is no whole number from 1 on")
+    return int(text)
+
+
 def recorded_results(path: Path) -> dict[str, dict[str, Any]]:
     """Name of a run -> its result, from a study.json. Raises ValueError for any other file."""
     try:
         rows = json.loads(path.read_text())["runs"]
-        return {row["name"]: row["result"] for row in rows if row["result"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = {row["name"]: row["result"] for row in rows if row["result"]}
+        for result in found.values():
+            scores = [float(test["accuracy"]) for test in result["test"].values()]
+            assert scores and float(result["steps"]) >= 0 and float(result["seconds"]) >= 0
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(f"{path} is no study.json that `report` wrote: {error!r}"[:300]) from error
+    return found

@@ -37,6 +37,8 @@ def read(path: Path) -> tuple[Scores, list[tuple[str, str]]]:
     first = path.read_text().split("\nFrom ")[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in first.splitlines() if "|" in line]
     scores = {f"{row[0]}@{row[1]}": [float(v) for v in row[6].split()] for row in cells[2:]}
+    if not scores:
+        raise ValueError("it has no rows")
     return scores, re.findall(r"^- (\S+) against (\S+):", first, re.MULTILINE)
 
 
@@ -80,9 +82,12 @@ def quantile(p: float, degrees: int) -> float:
 
 
 def main(arguments: list[str]) -> None:
-    if not arguments or len(arguments) % 2 == 0:
+    if not arguments or len(arguments) % 2 == 0 or arguments[0] in ("-h", "--help"):
         sys.exit(__doc__)
-    scores, pairs = read(Path(arguments[0]))
+    try:
+        scores, pairs = read(Path(arguments[0]))
+    except (OSError, ValueError, IndexError) as error:
+        sys.exit(f"error: {arguments[0][:200]} is no table that `study.py report` wrote: {error}")
     pairs = list(zip(arguments[1::2], arguments[2::2], strict=True)) or pairs
     for a, b in pairs:
         if unknown := {a, b} - scores.keys():

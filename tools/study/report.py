@@ -49,6 +49,7 @@ def write(study: Study, out: Path, results: dict[str, dict[str, Any] | None]) ->
         "runs": [_row(study, run, results[run.name]) for run in study.models + study.runs],
         "arms": {name: _summary(study, groups, name) for name in groups},
     }
+    out.mkdir(parents=True, exist_ok=True)
     (out / "study.json").write_text(json.dumps(content, indent=1))
     (out / "table.md").write_text(text + "\n")
     figure(study, groups).savefig(out / "study.png", dpi=100)
