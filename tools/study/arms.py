@@ -96,7 +96,7 @@ def load(
     if recorded is None:
         return study
     found = folders.recorded_results(recorded)
-    if found.keys().isdisjoint(run.name for run in study.models + study.runs):
+    if found.keys().isdisjoint(run.name for run in study.runs):
         raise ValueError(f"{recorded} has no run of {path} with these settings and --set folders")
     parts = (
         [replace(run, recorded=found.get(run.name)) for run in part] for part in (study.models, study.runs)
