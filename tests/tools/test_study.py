@@ -270,7 +270,7 @@ def test_a_run_that_is_recorded_is_finished(tmp_path):
     assert (
         study_arms.result(found[1], tmp_path / "out") == {}
     )  # what was run here counts before what is recorded
-    results = "x", {"steps": 1}, {"test": {}, "steps": 1, "seconds": 1}, fake("half")
+    results = "x", {"steps": 1}, {"test": {"demo": {}}, "steps": 1, "seconds": 1}, fake("half")
     damaged = [json.dumps({"runs": [{"name": "a", "result": result}]}) for result in results]
     for text in ("[]", "{", '{"runs": [1]}', *damaged):
         (tmp_path / "other.json").write_text(text)

@@ -98,10 +98,10 @@ def load(
     found = folders.recorded_results(recorded)
     if found.keys().isdisjoint(run.name for run in study.runs):
         raise ValueError(f"{recorded} has no run of {path} with these settings and --set folders")
-    parts = (
-        [replace(run, recorded=found.get(run.name)) for run in part] for part in (study.models, study.runs)
+    models = [replace(run, recorded=found.get(run.name)) for run in study.models]
+    return replace(
+        study, models=models, runs=[replace(run, recorded=found.get(run.name)) for run in study.runs]
     )
-    return replace(study, **dict(zip(("models", "runs"), parts, strict=True)))
 
 
 def _with_text(value: Any, text: Any) -> Any:

@@ -21,12 +21,9 @@ def of(study: Study, out: Path) -> list[Run]:
     for run in todo:
         data = resolved(run, out).data.path  # a run starts in the project's root
         if data is not None and not (ROOT / data).exists() and out not in Path(data).parents:
+            names = " or ".join(study.folders.values())
+            way_out = f"; name its folder: --set {names}=FOLDER" if names else ""
             raise ValueError(
-                f"{study.path}: data.path of {run.arm} is {data!r}, which does not exist"
-                + (
-                    f"; name its folder: --set {' or '.join(study.folders.values())}=FOLDER"
-                    if study.folders
-                    else ""
-                )
+                f"{study.path}: data.path of {run.arm} is {data!r}, which does not exist{way_out}"
             )
     return todo
