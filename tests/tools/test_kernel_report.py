@@ -1,7 +1,9 @@
 """The kernels compiled ahead of time, without a GPU: tools/bench/kernel_report.py passes its own checks."""
 
 import os
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ def test_a_narrow_load_is_found(target):
     """Given logits whose rows aren't padded: V = 50257 leaves nothing wider than 2 bytes."""
     launches = kernel_launches.record(50257, torch.bfloat16, lanes=kernel_report.TARGETS[target][2])
     compiled = kernel_report.compile_launch(launches["logits, CE + paper, max"][0], target)
-    code = kernel_report.machine_code(compiled, target)
+    (code,) = kernel_report.machine_code([compiled], target)
     assert kernel_report.wide(code["mix"], target, *kernel_report.moves(compiled, torch.bfloat16))
 
 
@@ -37,9 +39,9 @@ def test_a_narrow_load_is_found(target):
 def test_targets_differ_in_lanes_and_both_pass(target, case):
     """64 lanes need blocks twice as large for the same 16 bytes per thread."""
     lanes = kernel_report.TARGETS[target][2]
+    launches = kernel_launches.record(32128, torch.bfloat16, lanes=lanes)[case]
     failures = []
-    for launch in kernel_launches.record(32128, torch.bfloat16, lanes=lanes)[case]:
-        kernel_report.inspect(launch, case, target, 32128, torch.bfloat16, failures)
+    kernel_report.inspect([(case, x) for x in launches], target, 32128, torch.bfloat16, failures)
     assert failures == []
 
 
@@ -53,11 +55,24 @@ def test_attention_compiles_for_every_target(target):
 def test_activations_move_16_bytes_per_thread_and_spill_nothing(target):
     launches = kernel_launches.record_gates()
     assert len(launches) == 6
-    for launch in launches:
-        code = kernel_report.machine_code(kernel_report.compile_launch(launch, target), target)
+    compiled = [kernel_report.compile_launch(launch, target) for launch in launches]
+    for code in kernel_report.machine_code(compiled, target):
         assert not code["spills"]
         widths = {name for name in code["mix"] if name.startswith(("LDG", "STG"))}
         assert widths - {"LDG.E.64"} == {"LDG.E.128", "STG.E.128"}, widths  # of 8 bytes: the seed
+
+
+def test_instructions_are_those_of_each_kernel(tmp_path):
+    """As NVIDIA's own tool prints them for one kernel alone."""
+    launches = kernel_launches.record_gates()[-2:]
+    compiled = [kernel_report.compile_launch(launch, "sm_90") for launch in launches]
+    codes = kernel_report.machine_code(compiled, "sm_90")
+    assert codes[0]["mix"] != codes[1]["mix"]
+    for kernel, code in zip(compiled, codes, strict=True):
+        (tmp_path / "cubin").write_bytes(kernel.asm["cubin"])
+        printed = kernel_report.said_by("cuobjdump", "-sass", str(tmp_path / "cubin"))
+        names = re.findall(r"/\*[0-9a-f]{4,}\*/ +(?:@!?U?P\w+ +)?([A-Z][A-Z0-9_.]+)", printed)
+        assert code["mix"] == Counter(names)
 
 
 def test_token_counts_never_recompile():

@@ -20,12 +20,14 @@ The last table is a prediction from that count and the vendors' bandwidths, not 
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -84,38 +86,78 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
-def machine_code(compiled, target: str) -> dict[str, Any]:
-    """Registers, spills, shared memory and instructions by name."""
-    if target.startswith("gfx"):
-        text = compiled.asm["amdgcn"]
-        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # noqa: E731
-        mix = Counter(re.findall(r"^\s+([a-z]\w+_\w+)", text, re.M))
-        spills = number("vgpr_spill_count") + number("sgpr_spill_count")
-        return {
-            "registers": number("vgpr_count"),
-            "spills": spills,
-            "scalar_spills": number("sgpr_spill_count"),
-            "shared": compiled.metadata.shared,
-            "mix": mix,
-        }
-    registers, local, mix = disassembled(compiled.asm["cubin"])
-    return {"registers": registers, "spills": local, "shared": compiled.metadata.shared, "mix": mix}
+def machine_code(compiled: list, target: str) -> list[dict[str, Any]]:
+    """Registers, spills, shared memory and instructions by name, of each kernel compiled for the target."""
+    if not target.startswith("gfx"):
+        return [
+            {"registers": registers, "spills": local, "shared": kernel.metadata.shared, "mix": mix}
+            for kernel, (registers, local, mix) in zip(
+                compiled, disassembled([kernel.asm["cubin"] for kernel in compiled], target), strict=True
+            )
+        ]
+    out = []
+    for kernel in compiled:
+        text = kernel.asm["amdgcn"]
+        number = lambda key: int(re.search(rf"\.{key}:\s+(\d+)", text).group(1))  # noqa: B023, E731
+        out.append(
+            {
+                "registers": number("vgpr_count"),
+                "spills": number("vgpr_spill_count") + number("sgpr_spill_count"),
+                "scalar_spills": number("sgpr_spill_count"),
+                "shared": kernel.metadata.shared,
+                "mix": Counter(re.findall(r"^\s+([a-z]\w+_\w+)", text, re.M)),
+            }
+        )
+    return out
 
 
-@cache
-def disassembled(cubin: bytes) -> tuple[int, int, Counter]:
-    """Registers, bytes of local memory, instructions by name. NVIDIA's tool takes 0.3 s for each kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [tool("cuobjdump"), "-res-usage", "-sass", file.name]
-        said = subprocess.run(command, capture_output=True, text=True)
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said.stdout + said.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage said: {said.stdout}{said.stderr}")
-    registers, stack, _, local = map(int, found.groups())
-    mix = Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]+)", said.stdout))
-    return registers, stack + local, mix
+_KNOWN: dict[bytes, tuple[int, int, Counter]] = {}
+
+
+def disassembled(cubins: list[bytes], target: str) -> list[tuple[int, int, Counter]]:
+    """Registers, bytes of local memory, instructions by name, of each cubin for an NVIDIA target.
+
+    The disassembler takes 0.5 s to start, so it is started once, for the code of all that are new.
+    """
+    from triton.backends.nvidia.compiler import sm_arch_from_capability
+
+    new = [cubin for cubin in dict.fromkeys(cubins) if cubin not in _KNOWN]
+    codes = [instructions(cubin) for cubin in new]
+    ends, mixes = list(itertools.accumulate(map(len, codes))), [Counter() for _ in new]
+    with tempfile.NamedTemporaryFile() as file:
+        Path(file.name).write_bytes(b"".join(codes))
+        arch = sm_arch_from_capability(TARGETS[target][1]).replace("sm_", "SM")
+        said = said_by("nvdisasm", "-ndf", "-b", arch, file.name) if new else ""
+        pattern = r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][A-Z0-9_.]+)"
+        for place, name in re.findall(pattern, said):
+            mixes[bisect.bisect(ends, int(place, 16))][name] += 1
+        for cubin, mix in zip(new, mixes, strict=True):
+            Path(file.name).write_bytes(cubin)
+            said = said_by("cuobjdump", "-res-usage", file.name)
+            found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", said)
+            if found is None or not mix:
+                raise RuntimeError(f"no registers or no instructions; cuobjdump -res-usage said: {said}")
+            registers, stack, _, local = map(int, found.groups())
+            _KNOWN[cubin] = registers, stack + local, mix
+    return [_KNOWN[cubin] for cubin in cubins]
+
+
+def said_by(name: str, *arguments: str) -> str:
+    """The output of one of the programs that come with Triton."""
+    run = subprocess.run([tool(name), *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{name} {' '.join(arguments)} said: {run.stdout}{run.stderr}")
+    return run.stdout + run.stderr
+
+
+def instructions(elf: bytes) -> bytes:
+    """The sections of a 64-bit ELF file that can be executed, one after the other."""
+    (table,), (size, number) = struct.unpack_from("<Q", elf, 40), struct.unpack_from("<2H", elf, 58)
+    out = b""
+    for i in range(number):
+        flags, _, start, length = struct.unpack_from("<4Q", elf, table + i * size + 8)
+        out += elf[start : start + length] if flags & 4 else b""
+    return out
 
 
 def moves(compiled, dtype: torch.dtype) -> tuple[int, int, int]:
@@ -159,14 +201,14 @@ def main(targets: str | tuple[str, ...] = tuple(TARGETS), V: int = 32128, dtype:
     failures, per_logit = [], {}
     print(f"{'kernel':20} {'constants':34} {'target':7} regs spill shared occup.  instructions")
     for target in targets:
-        seen: dict[tuple, int] = {}
-        for case, launches in record(V, kind, lanes=TARGETS[target][2]).items():
-            moved = 0
-            for launch in {key_of(x): x for x in launches}.values():
-                if key_of(launch) not in seen:
-                    seen[key_of(launch)] = inspect(launch, case, target, V, kind, failures)
-                moved += seen[key_of(launch)]
-            per_logit[case] = moved * kind.itemsize
+        cases = record(V, kind, lanes=TARGETS[target][2])
+        each: dict[tuple, tuple[str, Launch]] = {}
+        for case, launches in cases.items():
+            for launch in launches:
+                each.setdefault(key_of(launch), (case, launch))
+        moved = dict(zip(each, inspect(list(each.values()), target, V, kind, failures), strict=True))
+        for case, launches in cases.items():
+            per_logit[case] = sum(moved[key] for key in {key_of(x) for x in launches}) * kind.itemsize
         if kind.itemsize == 2:
             failures += inspect_attention(target, kind)
     print("\nbytes moved per logit or residual, forward + backward; besides, [B, V] arrays: 36 bytes per")
@@ -182,16 +224,21 @@ def main(targets: str | tuple[str, ...] = tuple(TARGETS), V: int = 32128, dtype:
         sys.exit(1)
 
 
-def inspect(launch: Launch, case: str, target: str, V: int, kind: torch.dtype, failures: list[str]) -> int:
-    """Compile, check and print one launch; how often it moves a block of logits."""
-    name, constants = launch.kernel.__name__, constants_of(launch)
-    compiled = compile_launch(launch, target)
-    code, (reads, writes, single) = machine_code(compiled, target), moves(compiled, kind)
-    aligned = not case.startswith("logits") or V * kind.itemsize % 16 == 0
-    problem = wide(code["mix"], target, reads, writes, single) if aligned else None
-    failures += check(f"{name} {constants} on {target}", target, code, problem)
-    print(line(name, constants, target, code, launch.options["num_warps"]))
-    return reads + writes
+def inspect(
+    launches: list[tuple[str, Launch]], target: str, V: int, kind: torch.dtype, failures: list[str]
+) -> list[int]:
+    """Compile, check and print launches, each with its case; how often each moves a block of logits."""
+    compiled, moved = [compile_launch(launch, target) for _, launch in launches], []
+    codes = machine_code(compiled, target)
+    for (case, launch), kernel, code in zip(launches, compiled, codes, strict=True):
+        name, constants = launch.kernel.__name__, constants_of(launch)
+        reads, writes, single = moves(kernel, kind)
+        aligned = not case.startswith("logits") or V * kind.itemsize % 16 == 0
+        problem = wide(code["mix"], target, reads, writes, single) if aligned else None
+        failures += check(f"{name} {constants} on {target}", target, code, problem)
+        print(line(name, constants, target, code, launch.options["num_warps"]))
+        moved.append(reads + writes)
+    return moved
 
 
 def inspect_attention(target: str, kind: torch.dtype, widths: tuple[int, ...] = (64, 128)) -> list[str]:
@@ -201,9 +248,9 @@ def inspect_attention(target: str, kind: torch.dtype, widths: tuple[int, ...] = 
     failures = []
     with mock.patch.object(launch, "LANES", TARGETS[target][2]):
         launches = [x for D in widths for x in record_attention(kind, D=D)]
-    for each in launches:
+    codes = machine_code([compile_launch(each, target) for each in launches], target)
+    for each, code in zip(launches, codes, strict=True):
         name, constants = each.kernel.__name__, constants_of(each)
-        code = machine_code(compile_launch(each, target), target)
         code["spills"] -= code.get("scalar_spills", 0)  # these go to registers of vectors, not to memory
         failures += check(f"{name} {constants} on {target}", target, code, None)
         print(line(name, constants, target, code, each.options["num_warps"]))
