@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -202,7 +202,7 @@ def student_step(
         for parameter in module.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
     known = [t for p in module.parameters() for t in (p, p.grad) if t is not None]
-    tracker = Tracker([*known, *module.buffers(), *_tensors(batch)])
+    tracker = Tracker([*known, *module.buffers(), *_tensors(vars(batch))])
     at_head = []
     hook = module.head.register_forward_pre_hook(lambda *_: at_head.append(tracker.now))
     weights = step_weights(objective, dict.fromkeys([*segments_of(SEGMENTS), "explained"], 1))
@@ -220,7 +220,7 @@ def teacher_forward(
 ) -> Living:
     """A teacher's forward pass over a micro-batch, with its answers. `shared` as in `student_step`."""
     batch = skeleton.fake(lengths.batch(skeleton.model, streams))
-    tracker = Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(batch)])
+    tracker = Tracker([*skeleton.model.parameters(), *skeleton.model.buffers(), *_tensors(vars(batch))])
     with attention_of(device, shared), experts_in_any_dtype(), skeleton.mode, tracker, torch.no_grad():
         states = models_forward.states(skeleton.model, batch)
     del states
@@ -264,9 +264,8 @@ def teacher_answer(batch: batches.Batch, wanted: Wanted, head: tuple[int, int]) 
     return TeacherAnswer(questions, targets, torch.empty(vocabulary, width))
 
 
-def _tensors(batch: batches.Batch) -> list[Tensor]:
-    values = tree_leaves([getattr(batch, f.name) for f in fields(batch)])
-    return [t for t in values if isinstance(t, Tensor)]
+def _tensors(tree: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 class Tracker(TorchDispatchMode):
@@ -279,11 +278,12 @@ class Tracker(TorchDispatchMode):
         self._alive: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # asked two times out of three, and slow to ask of the mode below
         out = function(*args, **(kwargs or {}))
         self.kernels += launches(function)
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor.untyped_storage())
+        for tensor in _tensors(out):
+            self._see(tensor.untyped_storage())
         return out
 
     def _see(self, storage: torch.UntypedStorage) -> None:

@@ -6,14 +6,14 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
-import subprocess
-import sys
 import termios
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
-from harness import TRAIN, alone, as_arguments, launch, tiny
+from harness import TRAIN, as_arguments, launch, start, tiny
 
 from ibdistill import train
 from ibdistill.config.fields import to_flat
@@ -163,19 +163,15 @@ def test_without_tensorboard_nothing_is_written_or_measured(make_job):
 
 
 def test_a_terminal_gets_a_progress_bar_and_a_file_plain_lines(tmp_path):
-    env = alone()
-    command = [sys.executable, TRAIN, *as_arguments(tiny(tmp_path / "run", **{"run.test_limit": 2}))]
+    given = [TRAIN, *as_arguments(tiny(tmp_path / "run", **{"run.test_limit": 2}))]
     controller, terminal = pty.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
-    process = subprocess.Popen(command, stdout=terminal, stderr=terminal, env=env)
-    os.close(terminal)
+    process = start(given, log=Path(os.ttyname(terminal)))
     shown = b""
-    while True:
-        try:
-            chunk = os.read(controller, 65536)
-        except OSError:  # the other end is closed
-            break
-        shown += chunk
+    while select.select([controller], [], [], 0.2)[0] or process.poll() is None:
+        shown += os.read(controller, 65536) if select.select([controller], [], [], 0)[0] else b""
+    os.close(terminal)
+    os.close(controller)
     assert process.wait(60) == 0, shown[-3000:]
     text = shown.decode()
     assert re.search(r"12/12 \[\d\d:\d\d<\d\d:\d\d", text) and re.search(r"step 12/12 .* eta 0:00:00", text)

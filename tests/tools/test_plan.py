@@ -9,7 +9,6 @@ import json
 import random
 import re
 import runpy
-import subprocess
 import sys
 from unittest import mock
 
@@ -300,7 +299,7 @@ def test_ranks_that_share_sequences_share_operations_and_activations():
     whole, part = (planner.traces.operations(True, 2) for planner in (alone, shared))
     for name in ("student", "head", "teacher"):
         assert getattr(whole, name) == pytest.approx(4 * getattr(part, name), rel=2e-3)
-    peaks = [planner.traces._student_steps[True][0].peak for planner in (alone, shared)]
+    peaks = [planner.traces._student_steps(True)[0].peak for planner in (alone, shared)]
     assert peaks[0] == pytest.approx(4 * peaks[1], rel=0.05)
     assert peaks[1] <= shared.traces.living(True, 1) < peaks[0]
     choices = [planner.choice("replica", "zero2", True, 2) for planner in (alone, shared)]
@@ -366,7 +365,7 @@ def test_a_larger_micro_batch_is_traced_as_it_is_extrapolated(small):
 
     asked = {"wanted": small.traces.wanted, "teacher_head": small.teacher.head}
     traced = dryrun.student_step(small.student, dryrun.Lengths(8, 20, 3, 9), small.config.objective, **asked)
-    one, two = small.traces._student_steps[False]
+    one, two = small.traces._student_steps(False)
     assert one.at_head + 7 * (two.at_head - one.at_head) == pytest.approx(traced.at_head, rel=0.02)
 
 
@@ -455,15 +454,15 @@ def test_a_plan_has_the_checkpoints_of_its_settings(small):
         choice.checkpoint.every == 500 and choice.seconds["checkpoint"] == choice.checkpoint.stall(rest) > 0
     )
     assert "every 500 steps, copied to the host in" in summary.saved(choice)
-    tight = dataclasses.replace(H100, host_memory_gib=0.01)  # no room for the copies of 8 ranks
-    said = []
+    other, said = small.on(1, 8, 64), []  # with the same models, which are not traced again
+    other.gpu = dataclasses.replace(H100, host_memory_gib=0.01)  # no room for the copies of 8 ranks
     for local in ("", "/local"):
-        planner = Planner(tiny(**{"run.local_dir": local}), tight, 1, 8, 20, 3, 9)
-        said.append(summary.saved(planner.choice("replica", "zero2", False, 8)))
+        other.config = tiny(**{"run.local_dir": local})
+        said.append(summary.saved(other.choice("replica", "zero2", False, 8)))
     assert re.search(r"every 500 steps, written in \S+ s \(predicted\): \S+% of the time$", said[0])
     assert re.search(r"to the nodes' disks in \S+ s, copied to the run's folder in \S+ s beside", said[1])
-    often = Planner(tiny(**{"run.save_every": 50, "run.eval_every": 5}), H100, 1, 8, 20, 3, 9)
-    assert often.choice("replica", "zero2", False, 8).checkpoint.every == 5
+    other.gpu, other.config = H100, tiny(**{"run.save_every": 50, "run.eval_every": 5})
+    assert other.choice("replica", "zero2", False, 8).checkpoint.every == 5
 
 
 def test_t5_base_with_8_questions_a_gpu_is_bound_by_its_launches():
@@ -488,15 +487,12 @@ def test_weights_of_4_and_8_bits_are_not_planned_sharded():
         tiny(**given, **{"deepspeed.config": "zero3"})
 
 
-def test_an_unknown_gpu_ends_with_exit_code_2():
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "tools/plan.py"), "demo", "--gpu", "quantum"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-    )
-    assert run.returncode == 2 and "Traceback" not in run.stderr
-    assert "error: --gpu is 'quantum'; known are a100-40g" in run.stderr
+def test_an_unknown_gpu_ends_with_exit_code_2(capsys):
+    with pytest.raises(SystemExit) as ended:
+        printed("demo --gpu quantum")
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and "Traceback" not in said
+    assert "error: --gpu is 'quantum'; known are a100-40g" in said
 
 
 def test_what_ranks_send_around_a_ring():
@@ -578,9 +574,8 @@ def test_a_teacher_that_reads_the_reference_too_reads_three_times():
     assert more.teacher_living(2) > plain.teacher_living(2)
 
 
-def test_a_loss_across_vocabularies_is_planned_with_its_own_memory():
-    one, other = (
-        Planner(tiny(**{"objective.alignment": name}), H100, 1, 8, 20, 3, 9).traces
-        for name in ("none", "text")
+def test_a_loss_across_vocabularies_is_planned_with_its_own_memory(small):
+    other = Planner(tiny(**{"objective.alignment": "text"}), H100, 1, 8, 20, 3, 9).traces
+    assert small.config.objective.alignment == "none" and other.living(False, 8) > small.traces.living(
+        False, 8
     )
-    assert other.living(False, 8) > one.living(False, 8)

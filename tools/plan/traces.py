@@ -39,6 +39,7 @@ class Traces:
         self.teacher = footprint.teacher_skeleton(config) if self.wanted else None
         self.sizes = footprint.student_sizes(config, self.student, self.teacher)
         self._gathers: dict[Zero, footprint.Gathers | None] = {}
+        self._traced: dict[bool, list[dryrun.Living]] = {}
 
     @property
     def student(self) -> Skeleton:
@@ -67,11 +68,11 @@ class Traces:
             distils=self.teacher is not None and self.wanted.targets,
         )
         teacher = self._teacher_passes[0].kernels * self.readings if self.teacher else 0
-        return self._student_steps[checkpointing][0].kernels + head_loss + teacher
+        return self._student_steps(checkpointing)[0].kernels + head_loss + teacher
 
     def living(self, checkpointing: bool, micro: int) -> int:
         """Bytes of the student's activations, traced for one and two questions, on a straight line beyond."""
-        one, two = self._student_steps[checkpointing]
+        one, two = self._student_steps(checkpointing)
         precision, objective = self._config.student.precision, self._config.objective
         theirs = self.teacher.head if self.teacher and self.wanted.targets else None
         is_aligned = theirs is not None and objective.alignment == "text"
@@ -158,18 +159,19 @@ class Traces:
             for on in (False, True)
         }
 
-    @cached_property
-    def _student_steps(self) -> dict[bool, list[dryrun.Living]]:
-        given = {"wanted": self.wanted, "teacher_head": self.teacher.head} if self.teacher else {}
-        objective = self._config.objective
-        if weights.compares_questions(objective):
-            # fake tensors cannot say which targets are ignored, which such a term asks; leaving it out moves
-            # no peak, since it holds a copy of the targets' states, less than the head loss just before it
-            objective = dataclasses.replace(objective, beta=0.0)
-        return {
-            on: [self._student_step(student, n, objective, **given) for n in (1, 2)]
-            for on, student in self.students.items()
-        }
+    def _student_steps(self, checkpointing: bool) -> list[dryrun.Living]:
+        """The student's steps on one and on two questions."""
+        if checkpointing not in self._traced:
+            given = {"wanted": self.wanted, "teacher_head": self.teacher.head} if self.teacher else {}
+            objective, student = self._config.objective, self.students[checkpointing]
+            if weights.compares_questions(objective):
+                # fake tensors cannot say which targets are ignored, which such a term asks; leaving it out
+                # moves no peak, since it holds a copy of the targets' states, less than the head loss just
+                # before it
+                objective = dataclasses.replace(objective, beta=0.0)
+            steps = [self._student_step(student, n, objective, **given) for n in (1, 2)]
+            self._traced[checkpointing] = steps
+        return self._traced[checkpointing]
 
     def _student_step(self, student: Skeleton, questions: int, *args: Any, **given: Any) -> dryrun.Living:
         given |= {"device": self._device, "shared": self._shared}
