@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
     """What the worker found, in RANKS.pt."""
     made = tmp_path_factory.mktemp("footprints")
     (made / "small.json").write_text(json.dumps({"zero_optimization": worker.SMALL_ZERO3}))
-    output_of(str(ROOT / "tests/workers/footprints.py"), str(made), cold=True)
+    output_of(str(ROOT / "tests/workers/footprints.py"), str(made))
     return made
 
 

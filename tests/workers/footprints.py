@@ -71,7 +71,7 @@ COLLECTIVES = (
     ("reduce_scatter_tensor", 1, "input"),
     ("reduce_scatter", 1, "input_list"),
 )
-if __name__ == "__main__":  # before DeepSpeed takes references to them
+if __name__ == "__main__":  # before DeepSpeed's backend starts, which takes references to them
     for collective in COLLECTIVES:
         count(*collective)
 

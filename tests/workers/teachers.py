@@ -93,7 +93,7 @@ def main(folder: Path, cases: list[str]) -> None:
         memory = []
         for step in range(int(many[0]) if many else 0):
             train.train_step(job)
-            if step % 20 == 19:
+            if step % 10 == 9:
                 memory.append(in_use())
         engine = getattr(teacher._scorer, "optimizer", None)
         facts = {
