@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from experts import one_layer
 from harness import ROOT, as_arguments, tiny
 
 CLUSTER = Path(__file__).parent / "cluster.sh"
@@ -141,11 +142,12 @@ class Cluster:
 
 def run_settings(folder: Path, stage: int = 2, **overrides: object) -> dict[str, object]:
     """A run of 60 short steps with a checkpoint every 10; in ZeRO-3, where steps are slow, of 20 with one
-    every 5, and with a teacher that is sharded too."""
+    every 5, without dropout, and with a teacher that is sharded too. Models of ZeRO-3 have one layer."""
     settings = tiny(folder) | {"objective.method": "ib", "run.test_limit": 4}
     settings |= {"optim.max_steps": 60, "run.save_every": 10, "deepspeed.config": f"zero{stage}"}
     if stage == 3:
         settings |= {"optim.max_steps": 20, "optim.warmup_steps": 10, "run.save_every": 5}
-        settings |= {"objective.method": "ib+kd", "teacher.placement": "zero3"}
-        settings |= {"teacher.model": "demo-teacher"}
+        settings |= {"objective.method": "ib+kd", "teacher.placement": "zero3", "student.dropout": 0.0}
+        settings |= {"student.model": one_layer(folder.parent / "student")}
+        settings |= {"teacher.model": one_layer(folder.parent / "teacher", "demo-teacher")}
     return settings | overrides

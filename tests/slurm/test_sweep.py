@@ -1,4 +1,4 @@
-"""A sweep as a job array: one of four fails, the others finish, the same command runs the missing one."""
+"""A sweep as a job array: one of three fails, the others finish, the same command runs the missing one."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ def sweep(cluster: Cluster, *arguments: str, **env: str) -> str:
     return done.stdout.split()[1].rstrip(":")
 
 
-def test_a_sweep_of_four_with_one_failing_and_its_rerun(cluster, tmp_path):
+def test_a_sweep_of_three_with_one_failing_and_its_rerun(cluster, tmp_path):
     folder, problems = tmp_path / "sweep", tmp_path / "problems"
     grid = tmp_path / "grid.txt"
     grid.write_text(
         "# name  settings\n"
         "dss     --objective.method dss\n"
         "\n"
-        "fine    --objective.method finetune\n"
+        "fine    --objective.method finetune --run.seed 1\n"
         f"own     --data.task jsonl --data.path {problems} --data.subsample 1.0\n"
-        "seed1   --run.seed 1\n"
     )
     settings = run_settings(folder, **{"optim.max_steps": 3, "optim.warmup_steps": 0, "run.export": False})
     del settings["run.dir"]
@@ -33,7 +32,7 @@ def test_a_sweep_of_four_with_one_failing_and_its_rerun(cluster, tmp_path):
     command += as_arguments(settings)
     first = sweep(cluster, *command, SWEEP_DIR=str(folder))
     shown = Job(cluster, first, folder / "none").shows()
-    assert shown["ArrayTaskThrottle"] == "2" and cluster.run("squeue", "-h", "-r").stdout.count("\n") == 5
+    assert shown["ArrayTaskThrottle"] == "2" and cluster.run("squeue", "-h", "-r").stdout.count("\n") == 4
     again = cluster.run("bash", "slurm/sweep.sh", *command, SWEEP_DIR=str(folder))
     assert again.returncode == 2 and f"is being worked on by job {first}" in again.stderr
 
@@ -41,12 +40,12 @@ def test_a_sweep_of_four_with_one_failing_and_its_rerun(cluster, tmp_path):
     wait_for("a table", table.exists, 300)
     wait_for("the end of the table's job", lambda: not cluster.run("squeue", "-h").stdout, 60)
     results = {path.parent.name: path.stat().st_mtime for path in folder.glob("*/result.json")}
-    assert results.keys() == {"dss", "fine", "seed1"}
+    assert results.keys() == {"dss", "fine"}
     assert "no result: own;" in table.read_text()
     assert all(name in table.read_text() for name in results)
     assert "error: " in (folder / f"logs/{first}_5.log").read_text()
     assert json.loads((folder / "fine/result.json").read_text())["method"] == "finetune"
-    assert "seed: 1" in (folder / "seed1/config.yaml").read_text()
+    assert "seed: 1" in (folder / "fine/config.yaml").read_text()
 
     problems.mkdir()
     for split, n in (("train", 40), ("test", 4)):
@@ -59,7 +58,7 @@ def test_a_sweep_of_four_with_one_failing_and_its_rerun(cluster, tmp_path):
     wait_for("the end of the table's job", lambda: not cluster.run("squeue", "-h").stdout, 60)
     assert [path.name for path in folder.glob(f"logs/{second}_*.log")] == [f"{second}_5.log"]
     now = {path.parent.name: path.stat().st_mtime for path in folder.glob("*/result.json")}
-    assert now.keys() == {"dss", "fine", "seed1", "own"} and results.items() <= now.items()
+    assert now.keys() == {"dss", "fine", "own"} and results.items() <= now.items()
     assert "own" in table.read_text() and "no result" not in table.read_text()
     done = cluster.run("bash", "slurm/sweep.sh", *command, SWEEP_DIR=str(folder))
     assert f"all runs of {folder} are finished" in done.stdout
