@@ -18,7 +18,7 @@ def test_ratios_are_measured_and_predicted():
     assert one[7:] == ["-", "1.00", "1.00", "+0%"]
     for line in several:
         collectives, imbalance, ratio, predicted = float(line[3][:-1]), *(float(line[i]) for i in (4, 8, 9))
-        assert 0 < collectives < 100 and imbalance >= 1 and 0 < predicted
+        assert 0 < collectives < 100 and imbalance >= 1 and predicted > 0
         assert float(line[1]) / float(one[1]) / int(line[0]) == pytest.approx(ratio, abs=0.02)
 
 
