@@ -168,8 +168,8 @@ def test_a_terminal_gets_a_progress_bar_and_a_file_plain_lines(tmp_path):
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))
     process = start(given, log=Path(os.ttyname(terminal)))
     shown = b""
-    while select.select([controller], [], [], 0.2)[0] or process.poll() is None:
-        shown += os.read(controller, 65536) if select.select([controller], [], [], 0)[0] else b""
+    while (ready := select.select([controller], [], [], 0.2)[0]) or process.poll() is None:
+        shown += os.read(controller, 65536) if ready else b""
     os.close(terminal)
     os.close(controller)
     assert process.wait(60) == 0, shown[-3000:]

@@ -44,7 +44,7 @@ def _run(arguments: list[str], env: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(env)
     for output in (sys.stdout, sys.stderr):
-        output.reconfigure(write_through=True)  # python -u
+        output.reconfigure(line_buffering=True)  # python -u, for whole lines
     if arguments[0] == "-m":
         sys.argv[:] = arguments[1:]
         launch.main()
