@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from harness import ROOT, alone, kill_session
+from harness import ROOT, alone, kill_session, start
 
 from ibdistill.runtime import distributed, launcher, processes
 
@@ -46,7 +46,7 @@ def launched(tmp_path):
     script, running = tmp_path / "rank.py", []
     script.write_text(RANK)
 
-    def start(name: str, what: str, *options: str) -> tuple[subprocess.Popen, Path]:
+    def begin(name: str, what: str, *options: str) -> tuple[subprocess.Popen, Path]:
         log = tmp_path / f"{name}.log"
         command = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet", "--num_gpus", "2", *options]
         with log.open("w") as output:
@@ -62,7 +62,7 @@ def launched(tmp_path):
             )
         return running[-1], log
 
-    yield start
+    yield begin
     for process in running:
         try:
             kill_session(process)
@@ -112,12 +112,16 @@ def test_two_jobs_of_one_machine_meet_at_ports_of_their_own_and_end_with_their_l
         kill_and_see_its_ranks_end(process, victim)
 
 
-def test_a_chosen_port_that_another_job_has_is_one_clear_line(launched):
-    port = str(distributed.free_port())
-    _, log = launched("a", "600", "--master_port", port)
-    assert f"met at {port} ['a', 'a']" in wait_for(log, "met at")
-    process, log = launched("b", "0", "--master_port", port)
-    assert process.wait(300) == 2
+def test_a_chosen_port_that_another_job_has_is_one_clear_line(launched, tmp_path):
+    """The other job's processes are forks, and have the port by the launcher's own code."""
+    port, log = str(distributed.free_port()), tmp_path / "a.log"
+    other = start(["--master_port", port, str(tmp_path / "rank.py"), "a", "600"], ranks=2, log=log)
+    try:
+        assert f"met at {port} ['a', 'a']" in wait_for(log, "met at")
+        process, log = launched("b", "0", "--master_port", port)
+        assert process.wait(300) == 2
+    finally:
+        kill_session(other)
     said = log.read_text()
     assert said.count("error: ") == 1 and "Traceback" not in said
     assert (
