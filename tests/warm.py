@@ -19,7 +19,7 @@ from ibdistill.evaluation import report
 
 for name in ("t5", "llama"):
     importlib.import_module(f"transformers.models.{name}.modeling_{name}")
-for name in ("peft", "matplotlib.figure", "sacrebleu", "torch.utils.tensorboard"):
+for name in ("peft", "matplotlib.figure", "sacrebleu", "torch.utils.tensorboard", "pandas"):
     importlib.import_module(name)
 get_checkpoint_conversion_mapping("t5")
 demo.unlabelled(0)  # makes everything

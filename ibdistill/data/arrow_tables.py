@@ -39,7 +39,7 @@ _ROWS, _ABOUT = "table.arrow", "about.json"
 
 
 class Table(NamedTuple):
-    """A table on the disk."""
+    """A table on the disk. Arrow's `to_numpy` is not used: it imports pandas, half a second of each start."""
 
     batches: list[pyarrow.RecordBatch]
     about: dict[str, Any]
@@ -47,11 +47,11 @@ class Table(NamedTuple):
     def tokens(self, column: str) -> Ragged:
         """A column of token ids."""
         lists = [batch.column(column) for batch in self.batches]
-        return Ragged.of_parts([(own.values.to_numpy(), own.offsets.to_numpy()) for own in lists])
+        return Ragged.of_parts([(np.from_dlpack(own.values), np.from_dlpack(own.offsets)) for own in lists])
 
     def numbers(self, column: str) -> np.ndarray:
         """A column of numbers, [rows] int64; a copy."""
-        return np.concatenate([batch.column(column).to_numpy() for batch in self.batches])
+        return np.concatenate([np.from_dlpack(batch.column(column)) for batch in self.batches])
 
     def texts(self, column: str) -> pyarrow.ChunkedArray:
         """A column of texts."""

@@ -23,10 +23,10 @@ STEP_ELEMENTS = 4_000_000
 def leave_shared_memory_operator_out() -> None:
     """Keep DeepSpeed from compiling an operator for tensor parallelism on a CPU, which is not used here.
 
-    Besides the time that it takes, a process killed during the compilation leaves a lock in the cache that
-    every later run waits for.
+    A process killed during the compilation leaves a lock in the cache that every later run waits for. Nothing
+    else is looked up in this table, which DeepSpeed would fill by probing all operators with a C compiler.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
 
 
 def import_muon_uncompiled() -> None:

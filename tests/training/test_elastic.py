@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from harness import FORKED, IN_FULL, ROOT, TRAIN, WORKERS, as_arguments, launch, start, steps, tiny
+from harness import FORKED, ROOT, TRAIN, WORKERS, as_arguments, launch, start, steps, tiny
 from plan import checkpoints
 from test_distributed import ranks_of, wait_for_step
 from workers.elastic import CASES, KINDS, STARTS
@@ -50,9 +50,9 @@ def test_the_curve_goes_on_from_2_ranks_to_1_to_3_and_from_zero2_to_zero3_to_zer
         more = settings | {"deepspeed.config": zero}
         arguments = as_arguments(tiny(tmp_path / "moved", **more))
         if not stops:
-            process = start([TRAIN, *arguments], ranks=ranks, cold=True, log=log)
+            process = start([TRAIN, *arguments], ranks=ranks, log=log)
         else:
-            process = start([FORKED, str(ranks), *arguments], log=log, env=IN_FULL)
+            process = start([FORKED, str(ranks), *arguments], log=log)
         if until:
             wait_for_step(process, log, until)
             last = psutil.Process(process.pid).children()[-1] if stops else ranks_of(process)[-1]
