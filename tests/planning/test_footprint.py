@@ -21,6 +21,7 @@ from ibdistill.config import sections
 from ibdistill.config.load import load_settings
 from ibdistill.data import tokenizers
 from ibdistill.models import forward as models_forward
+from ibdistill.models import presets
 from ibdistill.models import student as models_student
 from ibdistill.objectives import distillation
 from ibdistill.objectives import weights as objectives_weights
@@ -162,8 +163,10 @@ def activation_bytes(config, student, teacher, lengths, device):
         *[("cot", False), ("dss+cot", False), ("cot+ib+kd", False)],
     ],
 )
-def test_the_activations_peak(name, method, checkpointing):
+def test_the_activations_peak(monkeypatch, name, method, checkpointing):
     """Within 25 %; measured by the running sum of torch's allocations (profiler)."""
+    for depth in ("num_layers", "num_decoder_layers"):  # instead of 4, which say the same
+        monkeypatch.setitem(presets.PRESETS["t5-mini"], depth, 2)
     given = {"objective.method": method, "student.gradient_checkpointing": checkpointing}
     if "kd" not in method:
         given |= {"teacher.placement": "none"}

@@ -223,7 +223,7 @@ def test_a_full_disk_ends_the_writing_and_the_same_command_goes_on(world, asked,
 
 def test_a_decoder_only_teacher_writes_what_it_knows(world, asked, tmp_path):
     said = taught(demo_records(N))
-    model = by_heart(tmp_path / "decoder", said, preset="demo-teacher-decoder", steps=120)
+    model = by_heart(tmp_path / "decoder", said, preset="demo-student-decoder", steps=120)
     written = write(world, asked, **{"teacher.model": str(model), "data.label_source": "teacher"})
     assert written.records == said[:2] + said[3:]
 
@@ -525,7 +525,7 @@ def test_jobs_share_the_records(world, asked, tmp_path):
 
 
 def test_a_killed_writer_goes_on_where_it_stopped(world, asked, tmp_path):
-    n = 30
+    n = 16
     settings = asked | {"data.subsample": n, "teacher.write_batch_size": 1, "teacher.max_unparsed": 1.0}
     folder = tmp_path / "texts"
     process = start([WRITE, *as_arguments(settings)], ranks=1, log=tmp_path / "log")
@@ -559,11 +559,11 @@ def two_ranks(expert, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("temperature", [0.0, 1.5])
 def test_two_ranks_with_a_sharded_teacher_write_what_one_process_writes(world, asked, two_ranks, temperature):
     """5 records in batches of 2: the last round has one for rank 0 and none for rank 1."""
-    from workers.writers import SETTINGS
+    from workers.writers import SAMPLED, SETTINGS
 
     folder = asked["run.dir"] + "/one"
-    mine = asked | SETTINGS | {"teacher.temperature": temperature, "teacher.rationale_cache": folder}
-    write(world, mine)
+    mine = asked | SETTINGS | (SAMPLED if temperature else {})
+    write(world, mine, **{"teacher.rationale_cache": folder})
     ours = texts(folder)
     assert texts(two_ranks / f"texts-{temperature}") == ours and len(ours) == 5
     written = [

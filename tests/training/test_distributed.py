@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +23,7 @@ from harness import (
     TRAIN,
     WORKERS,
     Forked,
+    alone,
     as_arguments,
     kill_session,
     launch,
@@ -90,18 +92,18 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     The start that gets the signal is the launcher's, which must pass the exit code on: a cold one in ZeRO-2.
 
     Accumulation is on (2 ranks x 2 micro-batches of 2), and no checkpoint falls on an epoch's
-    end (60 records, 7 steps an epoch). The ZeRO-3 run has all else that there is: a teacher in ZeRO-3, its
-    cache, and agreement on unlabelled questions after steps 14 and 21. It is killed within the first of these
+    end (44 records, 5 steps per epoch). The ZeRO-3 run has all else that there is: a teacher in ZeRO-3, its
+    cache, and agreement on unlabelled questions after steps 10 and 15. It is killed within the first of these
     refreshes too: the cache then holds all of the epoch that has just ended, and the last checkpoint is
     older. The other two interruptions are between the refreshes. Its models have one layer.
     """
     settings = {
-        "data.subsample": 60,
+        "data.subsample": 44,
         "objective.method": "ib",
-        "optim.max_steps": 28,
+        "optim.max_steps": 20,
         "optim.micro_batch_size": 2,
         "optim.warmup_steps": 5,
-        "run.save_every": 5,
+        "run.save_every": 4,
         "run.test_limit": 11,
         "deepspeed.config": f"zero{stage}",
     }
@@ -114,12 +116,12 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
         "data.agree_at": "[0.5,0.75]",
     }
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    launched, forked, kill_at = [TRAIN], [FORKED, "2"], random.randrange(6, 14)
+    launched, forked, kill_at = [TRAIN], [FORKED, "2"], random.randrange(5, 10)
     is_cold, env = stage == 2, IN_FULL if stage == 2 else {}
     if stage == 3:
         settings |= teacher
         launched = forked = [str(WORKERS / "agreeing.py")]
-        kill_at = random.randrange(15, 18)
+        kill_at = random.randrange(11, 13)
     caches = {run: {"teacher.cache": f"{run}_cache"} if stage == 3 else {} for run in (whole, broken)}
     log = tmp_path / "whole.log"
     code = launch([*forked, *as_arguments(tiny(whole, **settings, **caches[whole]))], log=log, env=env)
@@ -128,7 +130,7 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
     arguments = as_arguments(tiny(broken, **settings, **caches[broken]))
     if stage == 3:
         kill_within_the_first_refresh([*forked, *arguments], tmp_path)
-        assert not (broken / "agree").exists() and max(scalar_steps(broken, "loss/total")) == 14
+        assert not (broken / "agree").exists() and max(scalar_steps(broken, "loss/total")) == 10
     print(f"kill -9 after step {kill_at}")
     log = tmp_path / "killed.log"
     process = start([*forked, *arguments], log=log, env=env)
@@ -138,7 +140,7 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
 
     log = tmp_path / "signalled.log"
     process = start([*launched, *arguments], ranks=2, cold=is_cold, log=log)
-    wait_for_step(process, log, 18)
+    wait_for_step(process, log, 13)
     ranks_of(process)[1].send_signal(signal_number)
     assert process.wait(300) == exit_code, log.read_text()[-4000:]
     assert "resumed from" in log.read_text()
@@ -154,12 +156,12 @@ def test_killed_signalled_and_resumed_equals_uninterrupted_bit_for_bit(
         assert result.pop("seconds") > 0 and result.pop("test_seconds") > 0
         assert result.pop("commit")  # somebody may work on the code meanwhile
     assert results[0] == results[1]
-    assert results[0]["steps"] == 28 and results[0]["ranks"] == 2
-    assert scalar_steps(whole, "loss/total") == scalar_steps(broken, "loss/total") == list(range(1, 29))
+    assert results[0]["steps"] == 20 and results[0]["ranks"] == 2
+    assert scalar_steps(whole, "loss/total") == scalar_steps(broken, "loss/total") == list(range(1, 21))
     if stage == 3:
         answers = [sorted(path.name for path in (run / "agree").iterdir()) for run in (whole, broken)]
         assert answers[0] == answers[1] and len(answers[0]) == 2  # a name holds its content's digest
-        assert scalar_steps(whole, "agree/agreed") == scalar_steps(broken, "agree/agreed") == [15, 22]
+        assert scalar_steps(whole, "agree/agreed") == scalar_steps(broken, "agree/agreed") == [11, 16]
     check_export_decodes_the_same(broken)
 
 
@@ -256,7 +258,7 @@ def check_export_decodes_the_same(folder: Path) -> None:
 
     from ibdistill.data.loading import load
 
-    rows = [json.loads(line) for line in (folder / "predictions/step-00000028/test_demo.jsonl").open()]
+    rows = [json.loads(line) for line in (folder / "predictions/step-00000020/test_demo.jsonl").open()]
     from ibdistill.config.sections import DataConfig
 
     records = load(DataConfig(), needs_rationale=True).test["demo"][:11]
@@ -280,8 +282,12 @@ def test_ranks_share_the_cores_unless_the_user_says_how(tmp_path, monkeypatch, s
         "import sys, torch\nfrom ibdistill.runtime import distributed\n"
         f"{count}\ndistributed.init()\n{count}\ndistributed.exit_at_once(0)\n"
     )
-    env = {"OMP_NUM_THREADS": said} if said else {}
-    assert launch([str(script)], ranks=2, cold=True, log=log, env=env) == 0, log.read_text()[-4000:]
+    if said:  # one process, to which the launcher's variable says that there are two
+        env = alone() | {"OMP_NUM_THREADS": said, "LOCAL_SIZE": "2"}
+        run = subprocess.run([sys.executable, script], env=env, cwd=ROOT, capture_output=True, text=True)
+        assert re.findall(r"^(\d+) threads$", run.stdout, re.MULTILINE) == [said, said], run.stderr
+        return
+    assert launch([str(script)], ranks=2, cold=True, log=log) == 0, log.read_text()[-4000:]
     found = sorted(map(int, re.findall(r"^(\d+) threads$", log.read_text(), re.MULTILINE)))
     cores = max(found)  # before `init`
-    assert found == (4 * [cores] if said else sorted(2 * [cores] + 2 * [max(1, cores // 2)]))
+    assert found == sorted(2 * [cores] + 2 * [max(1, cores // 2)])

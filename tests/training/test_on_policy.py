@@ -9,6 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
+from experts import one_layer
 from feature_tables import random_features
 from harness import FORKED, TRAIN, WORKERS, as_arguments, launch, same, steps, tiny, weights
 
@@ -330,11 +331,11 @@ def test_what_cannot_go_with_own_text_is_refused(tmp_path, more, message):
 
 
 def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
-    """Both models in ZeRO-3, a sampling every three steps in two blocks, a checkpoint every four; killed
-    between the blocks of the third one."""
+    """Both models in ZeRO-3 and of one layer, a sampling every three steps in two blocks, a checkpoint every
+    four; killed between the blocks of the third one."""
     settings = TAUGHT | {
         "data.subsample": 48,
-        "optim.max_steps": 10,
+        "optim.max_steps": 9,
         "optim.micro_batch_size": 2,
         "run.save_every": 4,
         "run.test_limit": 4,
@@ -344,12 +345,14 @@ def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
         "teacher.placement": "zero3",
         "objective.divergence": "k1",
         "on_policy.every": 0.5,
+        "student.model": one_layer(tmp_path / "student"),
+        "teacher.model": one_layer(tmp_path / "teacher", "demo-teacher"),
     }
     runs = {name: as_arguments(tiny(tmp_path / name, **settings)) for name in ("whole", "broken")}
     logs = {name: tmp_path / f"{name}.log" for name in ("whole", "broken", "resumed", "one")}
     assert launch([FORKED, "2", *runs["whole"]], log=logs["whole"]) == 0, logs["whole"].read_text()[-4000:]
     assert launch([KILLED, *runs["broken"]], ranks=2, log=logs["broken"]) != 0
-    assert "step 6/10" in logs["broken"].read_text() and "step 7/10" not in logs["broken"].read_text()
+    assert "step 6/9" in logs["broken"].read_text() and "step 7/9" not in logs["broken"].read_text()
     (part,) = (tmp_path / "broken/on_policy").glob("*.part")
     kept = len(step_files.pieces(part))
     assert launch([TRAIN, *runs["broken"]], ranks=2, log=logs["resumed"]) == 0, logs["resumed"].read_text()[
@@ -362,9 +365,9 @@ def test_two_ranks_killed_and_resumed_through_the_launcher(tmp_path):
     weights = [(tmp_path / name / "student/model.safetensors").read_bytes() for name in runs]
     assert weights[0] == weights[1]
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in runs]
-    assert results[0]["on_policy"] == results[1]["on_policy"] and results[0]["on_policy"]["texts"] == 4 * 10
+    assert results[0]["on_policy"] == results[1]["on_policy"] and results[0]["on_policy"]["texts"] == 4 * 9
     names = [sorted(path.name for path in (tmp_path / name / "on_policy").iterdir()) for name in runs]
-    assert names[0] == names[1] and len(names[0]) == 4  # a name holds a digest of the text
+    assert names[0] == names[1] and len(names[0]) == 3  # a name holds a digest of the text
     one = as_arguments(
         tiny(tmp_path / "one", **settings | {"optim.max_steps": 3, "teacher.placement": "replica"})
     )

@@ -1,6 +1,7 @@
 """Two ranks with a sharded teacher that writes, then scores; run by test_rationale_writing.
 
-Texts to FOLDER/texts-TEMPERATURE, what there is to know about the scoring to FOLDER/facts.pt.
+Texts to FOLDER/texts-TEMPERATURE, what there is to know about the scoring to FOLDER/facts.pt. The teacher
+that scores is the one that has written greedily.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ SETTINGS = {
     "teacher.write_batch_size": 2,
     "teacher.max_unparsed": 1.0,
 }
+SAMPLED = {"teacher.temperature": 1.5, "data.max_label_tokens": 8, "data.max_rationale_tokens": 24}
+"""What is sampled seldom ends by itself."""
 
 
 def main(folder: Path, expert: str) -> None:
@@ -36,20 +39,15 @@ def main(folder: Path, expert: str) -> None:
     world = distributed.init()
     linear = torch.nn.functional.linear
     shared = SETTINGS | {"teacher.model": expert, "teacher.placement": "zero3"}
-    for temperature in (0.0, 1.5):
-        cache = {
-            "teacher.temperature": temperature,
-            "teacher.rationale_cache": f"{folder}/texts-{temperature}",
-        }
-        loaded = load_settings(None, shared | cache)
-        records = loading.load(loaded.data, needs_rationale=False).train
-        writing.write(loaded, records, world, StopRequest())
+    loaded = load_settings(None, shared | SAMPLED | {"teacher.rationale_cache": f"{folder}/texts-1.5"})
+    records = loading.load(loaded.data, needs_rationale=False).train
+    writing.write(loaded, records, world, StopRequest())
 
     training = {"objective.method": "ib+kd", "optim.batch_size": 4, "student.dropout": 0.0}
     jobs = []
     for name in ("wrote", "never"):  # the second one finds its texts in the cache
         settings = shared | training | {"run.dir": f"{folder}/{name}"}
-        settings |= {"teacher.rationale_cache": f"{folder}/both", "data.label_source": "teacher"}
+        settings |= {"teacher.rationale_cache": f"{folder}/texts-0.0", "data.label_source": "teacher"}
         jobs.append(prepare(load_settings(None, settings), world))
     before = checksum(jobs[0].teacher_answers.teacher)
     error = 0.0
