@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections import namedtuple
 
@@ -54,6 +55,27 @@ def test_a_table_is_made_once(tmp_path):
     assert ensure(folder) == (True, *WHOLE)
     assert ensure(folder, numbers=(7,)) == (False, *WHOLE)
     assert folder != arrow_tables.folder_of(str(folder.parent), "numbers", {"made": ["of", 2]})
+
+
+def test_a_start_that_finds_its_tables_imports_no_pandas(tmp_path):
+    """Half a second of each start; a table of token ids and one of numbers are read."""
+    own = [[1, 2, 3], [], [4]]
+
+    def rows():
+        yield pyarrow.record_batch(
+            {"t": pyarrow.array(own, pyarrow.large_list(pyarrow.int32())), "n": [5, 6, 7]}
+        )
+
+    folder = tmp_path / "numbers-1"
+    assert arrow_tables.ensure(folder, KEY, lambda: Making(rows(), 3, lambda table: {}))
+    code = (
+        "import sys, pathlib\nfrom ibdistill.data import arrow_tables\n"
+        "table = arrow_tables.opened(pathlib.Path(sys.argv[1]))\n"
+        "print([list(map(int, t)) for t in table.tokens('t')], table.numbers('n').tolist())\n"
+        "print('pandas' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout == f"{own} [5, 6, 7]\nFalse\n", run.stderr
 
 
 def flipped(folder):

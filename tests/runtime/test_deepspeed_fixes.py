@@ -1,12 +1,14 @@
-"""The bf16 optimizer's step in parts: how few kernels it launches, and its norm."""
+"""The bf16 optimizer's step in parts: how few kernels it launches, and its norm; an operator left out."""
 
 from __future__ import annotations
 
 import math
 from types import SimpleNamespace
 
+import deepspeed
 import pytest
 import torch
+from deepspeed.comm.torch import build_shm_op
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ibdistill.planning import kernels
@@ -79,3 +81,17 @@ def test_a_device_takes_the_norm_at_once(monkeypatch):
     """A loop over the pieces would launch several kernels for each."""
     monkeypatch.setattr(deepspeed_fixes, "_norm_at_once", len)
     assert deepspeed_fixes._norm([torch.empty(5, device="meta"), torch.empty(7, device="meta")], 100) == 2
+
+
+def test_the_shared_memory_operator_is_left_out_without_probing_others(monkeypatch):
+    """DeepSpeed fills its table of operators at the first look, with a C compiler for some of them."""
+    probed = []
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: probed.append(1) or {})
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    deepspeed_fixes.leave_shared_memory_operator_out()
+    assert build_shm_op() is None and not probed
+    monkeypatch.setitem(
+        vars(deepspeed.ops), "__compatible_ops__", {"deepspeed_shm_comm": True, "async_io": True}
+    )
+    deepspeed_fixes.leave_shared_memory_operator_out()
+    assert deepspeed.ops.__compatible_ops__ == {"deepspeed_shm_comm": False, "async_io": True}
