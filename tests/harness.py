@@ -168,12 +168,15 @@ def kill_session(process: subprocess.Popen | Forked) -> None:
 
 
 def tiny(folder: Path, **overrides) -> dict[str, object]:
-    """Settings of a run that takes seconds: 12 steps of 8 questions on the demo corpus, 16 test problems."""
+    """Settings of a run that takes seconds: 12 steps of 8 questions on the demo corpus, 16 test problems.
+
+    No text of the corpus has more tokens than these limits, at which an untrained student ends its answers.
+    """
     return {
         "run.dir": str(folder),
         "data.subsample": 100,
         "data.max_label_tokens": 16,
-        "data.max_rationale_tokens": 48,
+        "data.max_rationale_tokens": 32,
         "student.model": "demo-student",
         "optim.lr": 2e-3,
         "optim.max_steps": 12,

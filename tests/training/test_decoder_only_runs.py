@@ -70,7 +70,7 @@ def test_two_ranks_train_evaluate_and_export_a_student_that_says_the_same(tmp_pa
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/student").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/student")
     for row in rows:
-        for prefix, said, limit in (("predict: ", row["label"], 16), ("explain: ", row["rationale"], 48)):
+        for prefix, said, limit in (("predict: ", row["label"], 16), ("explain: ", row["rationale"], 32)):
             # as the model card says: the ids of the text, then the separator
             ids = tokenizer(prefix + row["question"], add_special_tokens=False).input_ids
             prompt = torch.tensor([[*ids, tokenizers.separator_of(tokenizer)]])

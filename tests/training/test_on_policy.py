@@ -319,7 +319,7 @@ def test_text_that_cannot_be_written_leaves_the_data_s(make_job, caplog):
         ),
         ({"data.unlabelled": 40}, "data.unlabelled is set"),
         ({"optim.tokens_per_batch": 500, "optim.batch_size": 64}, "set optim.batch_size instead"),
-        ({"on_policy.max_tokens": 49}, "on_policy.max_tokens is 49, .* at most 48 tokens"),
+        ({"on_policy.max_tokens": 33}, "on_policy.max_tokens is 33, .* at most 32 tokens"),
         ({"on_policy.start": 0.999}, "on_policy.start is 0.999: none of the .* steps"),
         ({"on_policy.share": 1.5}, r"on_policy.share is 1.5; it must be in \[0, 1\]"),
         ({"on_policy.every": 0}, "on_policy.every is 0.0; it must be above 0"),
