@@ -372,9 +372,18 @@ def test_a_file_goes_through_the_nodes_disk_without_a_name_there(make_job, local
     go_on, copy_to = threading.Event(), checkpoint_write.copy_to
     monkeypatch.setattr(checkpoint_write, "copy_to", lambda *given: go_on.wait(60) and copy_to(*given))
     monkeypatch.setattr(checkpoint_write, "free_memory", lambda device, ranks_on_node: room)
+    has_begun, staged = threading.Event(), checkpoint_write.Writing._staged
+    if (
+        room == 10_000
+    ):  # without a copy both files are staged before `begin` returns; else only then, in a thread
+        has_begun.set()
+    monkeypatch.setattr(
+        checkpoint_write.Writing, "_staged", lambda *given: has_begun.wait(60) and staged(*given)
+    )
     job = make_job(**SHARDED, **{"run.local_dir": str(local)})
     steps(job, 2)
     job.checkpoints.begin(job.engine, job.state)
+    has_begun.set()
     told = f"model_states.pt is written to {local} before the next step: a copy of its 0.0"
     assert any(told in record.getMessage() for record in caplog.records) == (room == 10_000)
     writing = job.checkpoints._begun.writing

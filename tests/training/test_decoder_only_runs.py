@@ -42,8 +42,8 @@ def test_under_zero3_the_trace_completes_and_the_whole_model_is_the_students(mak
 
 
 def test_questions_and_rationales_that_do_not_fit_are_refused_before_training(make_job):
-    with pytest.raises(ValueError, match="has 2048 positions, but data.max_question_tokens 2000"):
-        make_job(**MODEL, **{"data.max_question_tokens": 2000})
+    with pytest.raises(ValueError, match="has 2048 positions, but data.max_question_tokens 2016"):
+        make_job(**MODEL, **{"data.max_question_tokens": 2016})
 
 
 @pytest.mark.parametrize("stage", [2, 3])
