@@ -372,10 +372,9 @@ def test_a_file_goes_through_the_nodes_disk_without_a_name_there(make_job, local
     go_on, copy_to = threading.Event(), checkpoint_write.copy_to
     monkeypatch.setattr(checkpoint_write, "copy_to", lambda *given: go_on.wait(60) and copy_to(*given))
     monkeypatch.setattr(checkpoint_write, "free_memory", lambda device, ranks_on_node: room)
+    # with a copy a thread stages both files once both are handed over; without, `begin` stages them itself
     has_begun, staged = threading.Event(), checkpoint_write.Writing._staged
-    if (
-        room == 10_000
-    ):  # without a copy both files are staged before `begin` returns; else only then, in a thread
+    if room == 10_000:
         has_begun.set()
     monkeypatch.setattr(
         checkpoint_write.Writing, "_staged", lambda *given: has_begun.wait(60) and staged(*given)

@@ -88,7 +88,7 @@ def main(folder: Path, cases: list[str]) -> None:
         teacher = job.teacher_answers.teacher
         before, replaced = checksum(teacher), torch.nn.functional.linear is not linear
         gradients = gradients_of_step(job)
-        train.train_step(job)  # its trace is complete then, as a step has several micro-batches
+        train.train_step(job)  # the prefetch trace is complete from the second step on
         memory = []
         for step in range(int(many[0]) if many else 0):
             train.train_step(job)
