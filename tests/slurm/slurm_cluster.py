@@ -37,14 +37,16 @@ def clean_env() -> dict[str, str]:
     return env | {"IBDISTILL_VENV": sys.prefix}
 
 
-def wait_for(what: str, happened: Callable[[], object], timeout: float, log: Path | None = None) -> float:
-    """Poll until it happened; the seconds that took."""
+def wait_for(
+    what: str, happened: Callable[[], object], timeout: float, log: Path | None = None, every: float = 0.1
+) -> float:
+    """Ask `every` so many seconds until it happened; the seconds that took."""
     start = time.monotonic()
     while not happened():
         if time.monotonic() - start > timeout:
             tail = log.read_text()[-6000:] if log is not None and log.is_file() else "(no log)"
             raise AssertionError(f"not within {timeout} s: {what}\n{tail}")
-        time.sleep(0.1)
+        time.sleep(every)
     return time.monotonic() - start
 
 
@@ -65,12 +67,19 @@ class Job:
         return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
 
     def wait_for_state(self, state: str, timeout: float = 300) -> float:
-        return wait_for(
-            f"job {self.id} is {state}", lambda: self.shows()["JobState"] == state, timeout, self.path
-        )
+        def is_there() -> bool:
+            return self.shows()["JobState"] == state
+
+        return wait_for(f"job {self.id} is {state}", is_there, timeout, self.path, every=0.5)
 
     def wait_for_log(self, what: str, says: Callable[[str], object], timeout: float = 300) -> None:
+        asked = time.monotonic()
+
         def does() -> object:
+            nonlocal asked
+            if (found := says(self.log())) or time.monotonic() < asked + 2:
+                return found
+            asked = time.monotonic()
             state = self.shows()["JobState"]  # before the log: what a job says, it says before it ends
             found = says(self.log())
             assert found or state not in ("FAILED", "TIMEOUT", "COMPLETED"), self.log()[-6000:]
