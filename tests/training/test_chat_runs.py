@@ -53,7 +53,7 @@ def test_a_run_memorises_and_its_export_answers_the_same(tmp_path, world, method
         **{"student.model": save_chat_model(tmp_path / "model", template=template)},
         **{"objective.method": method, "data.system": "answer ."},
         **{"run.dir": str(tmp_path / "run"), "optim.batch_size": 4, "optim.lr": 5e-3},
-        **{"optim.warmup_steps": 10, "optim.max_steps": 150},
+        **{"optim.warmup_steps": 10, "optim.max_steps": 120},
         **{"data.max_question_tokens": 64, "data.max_rationale_tokens": 64, "data.max_label_tokens": 24},
     }
     log = tmp_path / "log"

@@ -58,7 +58,7 @@ def test_a_run_memorises_and_its_export_answers_the_same(world, tmp_path, kind, 
         **{"data.task": "jsonl", "data.path": data_folder(tmp_path / "data")},
         **{"student.model": model_folder(tmp_path / "model", kind), "objective.method": method},
         **{"run.dir": str(tmp_path / "run"), "optim.batch_size": 4, "optim.lr": 5e-3},
-        **{"optim.warmup_steps": 10, "optim.max_steps": 150 if kind == "llama" else 500},
+        **{"optim.warmup_steps": 10, "optim.max_steps": 100 if kind == "llama" else 250},
         **{"data.max_question_tokens": 64, "data.max_rationale_tokens": 48, "data.max_label_tokens": 16},
     }
     if kind == "t5":
